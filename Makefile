@@ -1,0 +1,36 @@
+# make demo   the main job: a LLaMA trained with fused LoRA beside its unfused twin, merged, compared, plotted
+# make test   everything that can be checked on this machine
+# make bench  time every variant on this machine and write bench/results/<gpu>/
+# make lint   ruff; make build: the optional CUDA extension, in place
+#
+# The first call sets up .venv. PYTHON=python3 uses an environment that you already have instead.
+
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+# With an NVIDIA driver, the torch that CUDA machines get; without one, a CPU torch and the Triton that matches it.
+PACKAGES ?= $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0 triton==3.7.1)
+READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
+
+.PHONY: demo test bench lint build
+
+demo: $(READY)
+	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
+
+test: $(READY)
+	$(PYTHON) -m pytest tests
+
+bench: $(READY)
+	$(PYTHON) -m bench
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+build: $(READY)
+	$(PYTHON) setup.py build_ext --inplace
+
+$(VENV)/ready: pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $(foreach package,$(PACKAGES),'$(package)')
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@

@@ -1,0 +1,109 @@
+"""Which backend runs a call, and why: the only place that reads the device's capability or FUSED_LORA_* variables."""
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+BACKENDS = ("triton", "reference")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend by name and the reason in words."""
+
+    name: str
+    reason: str
+
+
+def forced_backend() -> str | None:
+    """FUSED_LORA_BACKEND, one of auto (or unset), triton, reference."""
+    value = os.environ.get("FUSED_LORA_BACKEND", "auto")
+    if value not in ("auto", *BACKENDS):
+        raise ValueError(f"FUSED_LORA_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {value!r}")
+    return None if value == "auto" else value
+
+
+def autotune_enabled() -> bool:
+    """FUSED_LORA_AUTOTUNE=1 measures tiles at first use and remembers them on disk."""
+    value = os.environ.get("FUSED_LORA_AUTOTUNE", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"FUSED_LORA_AUTOTUNE must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU (its own TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def host_compiler() -> str | None:
+    """Triton builds its launchers with this at first use."""
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@cache
+def gpu(device: torch.device):
+    """The kernels' view of a CUDA device; under the interpreter, of an H100."""
+    from .kernels.tiles import KNOWN_GPUS, Gpu
+
+    if interpreting() and device.type == "cpu":
+        return KNOWN_GPUS["H100"]
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands multiply: "ieee", or "tf32" where torch's own matmul setting allows it."""
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+@cache
+def _choose(device: torch.device, dtype: torch.dtype, forced: str | None) -> Choice:
+    if forced == "reference":
+        return Choice("reference", "FUSED_LORA_BACKEND=reference")
+    obstacle = _triton_obstacle(device, dtype)
+    if obstacle is None:
+        return Choice("triton", "FUSED_LORA_BACKEND=triton" if forced else f"{device.type} tensor of {dtype}")
+    if forced == "triton":
+        raise NotImplementedError(f"FUSED_LORA_BACKEND=triton cannot run this call: {obstacle}")
+    return Choice("reference", obstacle)
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not has_triton():
+        return "triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"no kernel for {dtype}"
+    if interpreting():
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return f"no kernel for device {device.type}"
+    if gpu(device).capability < 80:
+        return f"compute capability {gpu(device).capability / 10:.1f} is below 8.0"
+    if host_compiler() is None:
+        return "no C compiler (cc, gcc or clang) for Triton's launchers"
+    return None
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend of a call on `device` with activations of `dtype`."""
+    return _choose(device, dtype, forced_backend())

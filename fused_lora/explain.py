@@ -1,0 +1,127 @@
+"""explain(): which backend, kernels and tiles a layer or a shape gets, and why, found by running the launchers dry."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import backends, checks
+from .modules import LoRALinear
+
+# Launch parameters that name the tile, in the order in which they are shown.
+_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
+_PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """backend and reason; for Triton the launches of forward and backward, each (kernel, grid, parameters)."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: str
+    backend: str
+    reason: str
+    forward: tuple[tuple[str, tuple[int, ...], dict], ...] = ()
+    backward: tuple[tuple[str, tuple[int, ...], dict], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        M, K, N, r = self.shape
+        lines = [
+            f"M={M} tokens, K={K} -> N={N}, r={r}, {self.dtype} on {self.device}",
+            f"backend: {self.backend} ({self.reason})",
+        ]
+        for title, launches in (("forward", self.forward), ("backward", self.backward)):
+            lines += [f"{title}:"] if launches else []
+            lines += [f"  {name} grid={grid} {_describe(meta)}" for name, grid, meta in launches]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def _describe(meta: dict) -> str:
+    tile = [f"{key}={meta[key]}" for key in _TILE if key in meta]
+    return " ".join(tile + [key for key in _PATH if meta.get(key)])
+
+
+def _record(x, weight, A, B, bias, p: float, gpu):
+    """The launches of forward and backward on tensors of the `meta` device."""
+    from .kernels.dropout import Dropout
+    from .kernels.launch import record_launches
+    from .kernels.lora_linear import lora_linear_backward, lora_linear_forward
+
+    scale = torch.empty((), device="meta")
+    dropout = Dropout(p, torch.empty((), dtype=torch.int64, device="meta") if p else None)
+    precision = backends.precision(x.dtype)
+    with record_launches() as forward:
+        y, xa = lora_linear_forward(x, weight, A, B, bias, scale, dropout, gpu, precision)
+    with record_launches() as backward:
+        lora_linear_backward(
+            torch.empty_like(y), x, weight, A, B, xa, scale, dropout, gpu, precision, (True, True, True)
+        )
+    return tuple(tuple((launch.name, launch.grid, launch.meta) for launch in part) for part in (forward, backward))
+
+
+def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype, gpu) -> tuple[str, ...]:
+    notes = []
+    if gpu.has_tma and dtype.itemsize == 2:
+        for name, size in (("in_features", K), ("out_features", N)):
+            if size % 8:
+                notes.append(f"{name}={size} is not a multiple of 8: rows are not 16-byte aligned, so no TMA; slow")
+        if r % 8:
+            notes.append(f"r={r} is not a multiple of 8: xa and dxa are read by pointer, in two loops")
+    if dtype is torch.float32 and backends.precision(dtype) == "ieee":
+        notes.append(
+            'float32 multiplies in IEEE, off the tensor cores; torch.set_float32_matmul_precision("high") is TF32'
+        )
+    if factor_dtype != dtype:
+        notes.append(f"A and B are {factor_dtype}: copied to {dtype} in each pass, r (K + N) elements")
+    return tuple(notes)
+
+
+def explain(
+    layer: LoRALinear | None = None,
+    *,
+    tokens: int = 8192,
+    in_features: int | None = None,
+    out_features: int | None = None,
+    r: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    lora_dtype: torch.dtype | None = None,
+    p: float = 0.0,
+    gpu: str | None = None,
+) -> Explanation:
+    """Which backend, kernels and tiles `tokens` rows through a layer get, and why; print() the result.
+
+    Either a LoRALinear, or in_features, out_features and r (with dtype, lora_dtype and dropout p). gpu names a card to
+    explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100"); without it, the layer's device, or this machine's.
+    """
+    if layer is not None:
+        in_features, out_features, r = layer.in_features, layer.out_features, layer.r
+        dtype, lora_dtype, p = layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout
+        device = layer.weight.device
+    else:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if in_features is None or out_features is None or r is None:
+        raise ValueError("explain needs a layer, or in_features, out_features and r")
+    checks.check_rank(r)
+    shape = (tokens, in_features, out_features, r)
+    factor_dtype = lora_dtype or dtype
+    if gpu is None:
+        choice = backends.choose(device, dtype)
+        if choice.name != "triton":
+            return Explanation(shape, dtype, str(device), choice.name, choice.reason)
+        target, reason = backends.gpu(device), choice.reason
+    else:
+        if not backends.has_triton():
+            raise ModuleNotFoundError("explaining for a GPU needs triton installed")
+        from .kernels.tiles import KNOWN_GPUS
+
+        if gpu not in KNOWN_GPUS:
+            raise ValueError(f"gpu must be one of {', '.join(KNOWN_GPUS)}, got {gpu!r}")
+        target, reason, device = KNOWN_GPUS[gpu], f"explained for {gpu}", gpu
+    x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
+    weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
+    A = torch.empty(r, in_features, dtype=factor_dtype, device="meta")
+    B = torch.empty(out_features, r, dtype=factor_dtype, device="meta")
+    forward, backward = _record(x, weight, A, B, None, p, target)
+    notes = _notes(*shape, dtype, factor_dtype, target)
+    return Explanation(shape, dtype, str(device), "triton", reason, forward, backward, notes)

@@ -1,0 +1,34 @@
+"""The LoRA linear in Triton: matrices in, matrices out, no autograd. Equations and symbols as in reference.py."""
+
+from .dropout import Dropout
+from .expand import expand
+from .expand_grads import can_expand_grads, expand_grads
+from .factor_grads import factor_grads
+from .shrink import shrink
+from .tiles import Gpu
+
+NO_DROPOUT = Dropout()
+
+
+def lora_linear_forward(x, weight, A, B, bias, scale, dropout: Dropout, gpu: Gpu, precision: str):
+    """(y, xa): two launches, shrink and expand."""
+    xa = shrink(x, A.to(x.dtype), scale, dropout.keep_scale, dropout, gpu, precision, rhs_t=True)
+    y = expand(x, weight, xa, B.to(x.dtype), bias, NO_DROPOUT, gpu, precision, rhs_t=True)
+    return y, xa
+
+
+def lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout: Dropout, gpu: Gpu, precision: str, needs):
+    """(dx, dA, dB), None where needs says so; needs is three bools in that order."""
+    need_dx, need_dA, need_dB = needs
+    factor_A, factor_B = A.to(x.dtype), B.to(x.dtype)
+    dxa = None
+    if need_dx or need_dA:
+        dxa = shrink(dy, factor_B, scale, dropout.keep_scale, NO_DROPOUT, gpu, precision, rhs_t=False)
+    if all(needs) and not dropout.active and can_expand_grads(gpu, dy, weight, dxa, factor_A, x, xa):
+        return expand_grads(dy, weight, dxa, factor_A, x, xa, A, B, gpu)
+    dx = dA = dB = None
+    if need_dx:
+        dx = expand(dy, weight, dxa, factor_A, None, dropout, gpu, precision, rhs_t=False)
+    if need_dA or need_dB:
+        dA, dB = factor_grads(x, dxa, A, dy, xa, B, dropout, gpu, precision, (need_dA, need_dB))
+    return dx, dA, dB

@@ -1,0 +1,168 @@
+"""Which tile a kernel uses: a small analytic table per architecture, and ONE rule for what is legal.
+
+Tiles are chosen from shapes, dtype and GPU alone, so that a layer's results do not change from call to call.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What tile choice depends on; shared_memory is the limit of one block in bytes."""
+
+    capability: int
+    sm_count: int
+    shared_memory: int
+
+    @property
+    def has_tma(self) -> bool:
+        """Hopper and data-centre Blackwell; on consumer Blackwell the pointer kernels are the tested path."""
+        return 90 <= self.capability < 120
+
+
+# For explain() and the compile tests; at run time the device is asked.
+KNOWN_GPUS = {
+    "A100": Gpu(80, 108, 166912),
+    "A6000": Gpu(86, 84, 101376),
+    "RTX 3090": Gpu(86, 82, 101376),
+    "RTX 4090": Gpu(89, 128, 101376),
+    "H100": Gpu(90, 132, 232448),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """block_m x block_n of the output, reduced in steps of block_k."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+MAX_ACCUMULATORS = 128  # fp32 registers a thread, of 255, that an accumulator may take
+
+# 128x256 is what feeds Hopper's tensor cores at full rate: at 128x128 shared memory serves 160 bytes a cycle of 128.
+# (block_m, block_n, block_k, warps, wanted stages, relative speed of one full wave)
+_EXPAND_TMA = (
+    (128, 256, 64, 8, 4, 1.0),
+    (128, 128, 64, 8, 4, 0.8),
+    (64, 128, 64, 4, 4, 0.55),
+    (64, 64, 64, 4, 4, 0.35),
+)
+_EXPAND_POINTER = (
+    (128, 128, 32, 8, 4, 1.0),
+    (64, 128, 32, 4, 4, 0.75),
+    (64, 64, 32, 4, 4, 0.5),
+)
+_EXPAND_TF32 = ((128, 64, 32, 8, 3, 1.0), (64, 64, 32, 4, 3, 0.8))
+_EXPAND_IEEE = ((64, 64, 32, 8, 3, 1.0), (32, 64, 32, 4, 3, 0.7))
+
+
+def shared_memory(tile: Tile, itemsize: int, tma: bool) -> int:
+    """Bytes of shared memory a tile needs: operand stages, and half an output tile where the copy engine stores it."""
+    stages = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
+    return stages + (tile.block_m * tile.block_n // 2 * itemsize + 64 if tma else 0)
+
+
+def legal(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> bool:
+    """Whether a tile may be launched on this GPU: shared memory, accumulator registers, instruction shape."""
+    accumulators = tile.block_m * tile.block_n / (32 * tile.num_warps)
+    return (
+        shared_memory(tile, itemsize, tma) <= gpu.shared_memory
+        and accumulators <= MAX_ACCUMULATORS
+        and min(tile.block_m, tile.block_n, tile.block_k) >= 16
+        and tile.num_stages >= 1
+    )
+
+
+def _fit(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> Tile:
+    """The tile with as many stages as fit."""
+    while not legal(tile, gpu, itemsize, tma) and tile.num_stages > 1:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    return tile
+
+
+def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> list[tuple[Tile, float]]:
+    """The legal tiles of the expand kernel with their relative speeds."""
+    if itemsize == 4:
+        table = _EXPAND_TF32 if precision == "tf32" else _EXPAND_IEEE
+    else:
+        table = _EXPAND_TMA if tma else _EXPAND_POINTER
+    fitted = [(_fit(Tile(*row[:5]), gpu, itemsize, tma), row[5]) for row in table]
+    return [(tile, speed) for tile, speed in fitted if legal(tile, gpu, itemsize, tma)]
+
+
+@cache
+def expand_tile(M: int, N: int, gpu: Gpu, itemsize: int, tma: bool, precision: str) -> Tile:
+    """The tile whose waves over the SMs take the least time."""
+
+    def time(candidate: tuple[Tile, float]) -> float:
+        tile, speed = candidate
+        waves = ceil(ceil(M / tile.block_m) * ceil(N / tile.block_n) / gpu.sm_count)
+        return waves * tile.block_m * tile.block_n / speed
+
+    return min(expand_candidates(gpu, itemsize, tma, precision), key=time)[0]
+
+
+def rank_block(r: int, most: int) -> int:
+    """r rounded up to a power of two, between 16 (the least a tensor core takes) and `most`."""
+    return min(max(16, 1 << (r - 1).bit_length()), most)
+
+
+@cache
+def shrink_tile(M: int, r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
+    """Tall tiles that hold all of r up to 256: the long operand is then read once."""
+    if itemsize == 4:
+        tile = Tile(64 if precision == "tf32" else 32, rank_block(r, 64), 32, 4, 3)
+    else:
+        block_n = rank_block(r, 256)
+        tile = Tile(64, block_n, 128 if gpu.has_tma and block_n <= 128 else 64, 4, 4)
+    return _fit(tile, gpu, itemsize, tma=False)
+
+
+@cache
+def factor_grad_tile(r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
+    """block_m columns of x or dy, block_n of r, block_k tokens a step."""
+    if itemsize == 4:
+        tile = Tile(64, rank_block(r, 64 if precision == "tf32" else 32), 32, 8, 3)
+    else:
+        block_n = rank_block(r, 128)
+        if not gpu.has_tma:
+            tile = Tile(128, block_n, 64, 8, 4)
+        elif block_n <= 32:
+            tile = Tile(128, block_n, 128, 8, 4)
+        else:
+            tile = Tile(256, block_n, 64, 8, 4)
+    return _fit(tile, gpu, itemsize, tma=False)
+
+
+@cache
+def merge_tile(r: int, gpu: Gpu, itemsize: int) -> Tile:
+    """block_m x block_n of the weight, block_k of r."""
+    side = 64 if itemsize == 4 else 128
+    return _fit(Tile(side, side, rank_block(r, 32), 8, 2), gpu, itemsize, tma=False)
+
+
+MAX_SLICES = 32
+SLICE_COST = 0.003  # of the uncut reduction: what writing and adding up one more slice takes
+
+
+@cache
+def split(depth: int, block_k: int, pieces: int, gpu: Gpu) -> tuple[int, int]:
+    """(slices, depth of a slice): `pieces` tiles are cut along the reduction, at four steps a slice or more,
+    where that fills the waves over the SMs better."""
+    steps = ceil(depth / block_k)
+
+    def time(slices: int) -> float:
+        return ceil(pieces * slices / gpu.sm_count) / slices + SLICE_COST * slices
+
+    slices = min(range(1, max(1, min(steps // 4, MAX_SLICES)) + 1), key=time)
+    steps_per_slice = ceil(steps / slices)
+    return ceil(steps / steps_per_slice), steps_per_slice * block_k

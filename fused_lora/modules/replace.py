@@ -1,0 +1,103 @@
+"""replace_linear: nn.Linear swapped for LoRALinear inside a model, in place, with a report."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .. import checks
+from .lora_linear import LoRALinear
+
+
+@dataclass
+class ReplaceReport:
+    """Names of the layers replaced, and of the linears left alone with the reason."""
+
+    replaced: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)} linear layers, left {len(self.skipped)}"]
+        lines += [f"  + {name}" for name in self.replaced]
+        lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def _matches(name: str, modules: str | Iterable[str]) -> bool:
+    """A string is a regular expression for the whole name; otherwise each entry is a name or its last parts."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in modules)
+
+
+def _skip_reason(
+    name: str, linear: nn.Linear, target_modules, exclude_modules, owners: dict[int, set[str]]
+) -> str | None:
+    if target_modules is not None and not _matches(name, target_modules):
+        return "not in target_modules"
+    if exclude_modules is not None and _matches(name, exclude_modules):
+        return "in exclude_modules"
+    if type(linear) is not nn.Linear:
+        return f"a subclass of nn.Linear ({type(linear).__name__})"
+    if any((linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)):
+        return "it has hooks, which a replacement would lose"
+    if not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2:
+        return f"its weight is {linear.weight.dtype}"
+    sharers = owners[id(linear.weight)] - {name}
+    if sharers:
+        return f"its weight is shared with {', '.join(sorted(sharers))}"
+    return None
+
+
+def replace_linear(
+    model: nn.Module,
+    r: int,
+    lora_alpha: float = 1.0,
+    target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    lora_dtype: torch.dtype | None = None,
+    train_bias: bool = False,
+) -> ReplaceReport:
+    """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
+
+    target_modules and exclude_modules are a regular expression for the whole module name, or a list of names or of
+    their last parts ("q_proj", "mlp.down_proj"); None targets every nn.Linear. What is replaced keeps its own weight
+    and bias tensors, now frozen (the bias unless train_bias); everything else is left exactly as it was.
+
+    Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
+    """
+    checks.check_rank(r)
+    checks.check_scale("lora_alpha", lora_alpha)
+    checks.check_probability("lora_dropout", lora_dropout)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    report = ReplaceReport()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reason = _skip_reason(name, module, target_modules, exclude_modules, owners)
+            if reason is None and not name:
+                reason = "it is the model itself; use LoRALinear.from_linear"
+            if reason is None:
+                report.replaced.append(name)
+            else:
+                report.skipped[name] = reason
+    if not report.replaced:
+        raise ValueError(f"target_modules matches no nn.Linear that can be replaced: {report}")
+    replacements = {
+        id(modules[name]): LoRALinear.from_linear(
+            modules[name], r, lora_alpha, lora_dropout, use_rslora, lora_dtype, train_bias
+        )
+        for name in report.replaced
+    }
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():  # named_children would skip a module's second name
+            if id(child) in replacements:
+                parent._modules[child_name] = replacements[id(child)]
+    return report

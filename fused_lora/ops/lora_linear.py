@@ -1,0 +1,147 @@
+"""The LoRA linear as ops and as an autograd Function: saves tensors, asks backends, nothing more."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends, checks, reference
+from .library import define, on_device_of
+
+ops = torch.ops.fused_lora
+
+
+def _use_triton(x: Tensor, *others: Tensor) -> bool:
+    # Empty products have no tiles; the reference gets them right for free.
+    return backends.choose(x.device, x.dtype).name == "triton" and all(t.numel() > 0 for t in (x, *others))
+
+
+def _forward(x, weight, A, B, bias, scale, seed, p):
+    flat = x.reshape(-1, x.shape[-1])
+    if _use_triton(flat, weight):
+        from ..kernels.dropout import Dropout
+        from ..kernels.lora_linear import lora_linear_forward
+
+        with on_device_of(x):
+            gpu, precision = backends.gpu(x.device), backends.precision(x.dtype)
+            y, xa = lora_linear_forward(flat, weight, A, B, bias, scale, Dropout(p, seed), gpu, precision)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y, xa = reference.lora_linear_forward_ref(flat, weight, A, B, bias, scale, seed, p)
+    return y.view(*x.shape[:-1], weight.shape[0]), xa
+
+
+def _forward_fake(x, weight, A, B, bias, scale, seed, p):
+    xa = x.new_empty((x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel(), A.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), xa
+
+
+def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB):
+    needs = (need_dx, need_dA, need_dB)
+    flat, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    if _use_triton(flat, weight):
+        from ..kernels.dropout import Dropout
+        from ..kernels.lora_linear import lora_linear_backward
+
+        with on_device_of(x):
+            gpu, precision = backends.gpu(x.device), backends.precision(x.dtype)
+            grads = lora_linear_backward(
+                flat_dy, flat, weight, A, B, xa, scale, Dropout(p, seed), gpu, precision, needs
+            )
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            grads = reference.lora_linear_backward_ref(flat_dy, flat, weight, A, B, xa, scale, seed, p, needs)
+    dx, dA, dB = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return dx.view(x.shape) if need_dx else dx, dA, dB
+
+
+def _backward_fake(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB):
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    dA = A.new_empty(A.shape) if need_dA else x.new_empty(0)
+    dB = B.new_empty(B.shape) if need_dB else x.new_empty(0)
+    return dx, dA, dB
+
+
+define(
+    "lora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale, Tensor? seed,"
+    " float p) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor xa, Tensor scale,"
+    " Tensor? seed, float p, bool need_dx, bool need_dA, bool need_dB) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """An autograd.Function outside and a plain op inside: the cheapest wrapper that torch.compile sees through."""
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, bias, scale, seed, p):
+        y, xa = ops.lora_linear_forward(x, weight, A, B, bias, scale, seed, p)
+        ctx.save_for_backward(x, weight, A, B, xa, scale, seed)
+        ctx.p = p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, A, B, xa, scale, seed = ctx.saved_tensors
+        need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
+        dx = dA = dB = dbias = None
+        if need_dx or need_dA or need_dB:
+            dx, dA, dB = ops.lora_linear_backward(
+                dy, x, weight, A, B, xa, scale, seed, ctx.p, need_dx, need_dA, need_dB
+            )
+        if need_dbias:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx if need_dx else None, None, dA if need_dA else None, dB if need_dB else None, dbias, None, None, None
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
+    """As torch.nn.functional.linear: activations, weight and bias in autocast's dtype. A and B keep theirs."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + scale dropout(x) A^T B^T + bias, fp32 accumulation, one rounding.
+
+        x (..., K) bf16 | fp16 | fp32 | fp64, any strides   weight (N, K) in x's dtype, frozen   bias (N,) or None
+        A (r, K), B (N, r) in any floating dtype, 1 <= r <= 512; computed in x's dtype   ->   y (..., N) in x's dtype
+
+    scale is lora_alpha / r: a float, or a 0-dim float32 tensor on x's device, with which a new value costs nothing
+    (no fill, no recompilation). p is the probability of dropping an entry of x on its way to A; its mask is a hash
+    of (seed, row, column), seed a 0-dim int64 tensor, drawn from torch's generator when None. Pass p=0 to evaluate.
+
+    Gradients: dxa = scale dy B, dx = dy W + mask(dxa A) / (1 - p), dA = dxa^T dropout(x), dB = dy^T xa, in the
+    dtypes of x, A and B, and that of bias. Differentiable once. Saves x and xa = scale dropout(x) A^T (M, r).
+
+    Raises ValueError or TypeError naming the argument for a shape, dtype or device; weight.requires_grad is one.
+    LoRA: Hu et al. 2021, arXiv:2106.09685.
+    """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        x, weight, bias = _autocast(x, weight, bias)
+    checks.check_lora_linear(x, weight, A, B, bias, scale, p)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
+    if p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+    differentiable = (x, A, B) if bias is None else (x, A, B, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+        return LoRALinearFunction.apply(x, weight, A, B, bias, scale, seed, p)
+    return ops.lora_linear_forward(x, weight, A, B, bias, scale, seed, p)[0]

@@ -1,0 +1,42 @@
+"""The in-place merge as an op."""
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, reference
+from .library import define, on_device_of
+
+ops = torch.ops.fused_lora
+
+
+def _merge(weight, A, B, scale):
+    if backends.choose(weight.device, weight.dtype).name == "triton" and weight.numel() > 0:
+        from ..kernels.merge import merge_ as merge_kernel_
+
+        with on_device_of(weight):
+            merge_kernel_(weight, A, B.to(A.dtype), scale, backends.gpu(weight.device))
+    else:
+        reference.merge_ref_(weight, A, B, scale)
+
+
+define("merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()", _merge, lambda weight, A, B, scale: None)
+
+
+def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+    """weight += scale * B A in place and returned: fp32 product and sum, one rounding to weight's dtype.
+
+        weight (N, K) bf16 | fp16 | fp32 | fp64, any strides   A (r, K), B (N, r) in any floating dtypes
+
+    Keeps data_ptr, moves the version counter (a backward that saved weight raises), leaves bit for bit every entry
+    to which nothing is added. In 16 bits each merge rounds: an update below half a unit in the last place is lost.
+    Raises ValueError or TypeError naming the argument before anything is changed.
+    ReLoRA: Lialin et al. 2023, arXiv:2307.05695.
+    """
+    checks.check_factors(weight, A, B)
+    checks.check_writable("weight", weight)
+    if not isinstance(scale, Tensor):
+        checks.check_scale("scale", scale)
+        scale = torch.full((), scale, dtype=torch.float32, device=weight.device)
+    with torch.no_grad():
+        ops.merge_(weight, A.detach(), B.detach(), scale)
+    return weight

@@ -1,0 +1,98 @@
+"""Every operation in plain torch: the specification, and what runs on a CPU.
+
+Symbols: x (M, K), W (N, K) frozen, A (r, K), B (N, r), scale a float32 scalar; p and seed describe dropout.
+16-bit inputs are computed in float32 and rounded once per result; float32 and float64 in their own precision.
+LoRA: Hu et al. 2021, arXiv:2106.09685.
+"""
+
+import torch
+from torch import Tensor
+
+_U32 = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & _U32
+    h = h ^ (h >> 15)
+    h = (h * 0x846CA68B) & _U32
+    return h ^ (h >> 16)
+
+
+def keep_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """(M, K) bool, True with probability 1 - p: a hash of (seed, row, column), the same wherever it is computed."""
+    rows = torch.arange(M, device=seed.device, dtype=torch.int64)
+    cols = torch.arange(K, device=seed.device, dtype=torch.int64)
+    # Two keys a row: with one, rows whose keys lie close together would share shifted masks.
+    key_in = _mix((_mix((rows ^ seed) & _U32) + ((seed >> 32) & _U32)) & _U32)
+    key_mid = _mix((key_in + 0x9E3779B9) & _U32)
+    h = key_in[:, None] ^ ((cols * 0x9E3779B9) & _U32)[None, :]
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & _U32
+    h = h ^ (h >> 15)
+    h = (h + key_mid[:, None]) & _U32
+    h = (h * 0x846CA68B) & _U32
+    h = h ^ (h >> 16)
+    return h >= min(round(p * 2**32), 2**32 - 1)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x (M, K) with entries zeroed where keep_mask says so and the others divided by 1 - p."""
+    if seed is None:
+        return x
+    if p == 1:
+        return torch.zeros_like(x)
+    return torch.where(keep_mask(*x.shape, p, seed), x / (1 - p), 0)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
+    """(y, xa) with y = x W^T + xa B^T + bias and xa = scale * dropout(x) A^T, rounded to x's dtype before its use."""
+    compute = _compute_dtype(x.dtype)
+    xc = x.to(compute)
+    xa = (scale.to(compute) * (dropout(xc, p, seed) @ A.to(compute).T)).to(x.dtype)
+    y = xc @ weight.to(compute).T + xa.to(compute) @ B.to(compute).T
+    if bias is not None:
+        y = y + bias.to(compute)
+    return y.to(x.dtype), xa
+
+
+def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs):
+    """(dx, dA, dB), None where `needs` (three bools) says so; dxa = scale * dy B is rounded to x's dtype first.
+
+    dx = dy W + mask(dxa A) / (1 - p),  dA = dxa^T dropout(x),  dB = dy^T xa.
+    """
+    need_dx, need_dA, need_dB = needs
+    compute = _compute_dtype(x.dtype)
+    dyc = dy.to(compute)
+    dxa = (scale.to(compute) * (dyc @ B.to(compute))).to(x.dtype).to(compute)
+    dx = dA = dB = None
+    if need_dx:
+        dx = (dyc @ weight.to(compute) + dropout(dxa @ A.to(compute), p, seed)).to(x.dtype)
+    if need_dA:
+        dA = (dxa.T @ dropout(x.to(compute), p, seed)).to(A.dtype)
+    if need_dB:
+        dB = (dyc.T @ xa.to(compute)).to(B.dtype)
+    return dx, dA, dB
+
+
+def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None):
+    """y = x W^T + scale dropout(x) A^T B^T + bias by torch's own autograd: what the tests hold the kernels to."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat @ weight.T + scale * (dropout(flat, p, seed) @ A.T) @ B.T
+    if bias is not None:
+        y = y + bias
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def merge_ref_(weight, A, B, scale):
+    """weight += scale * B A in place: product and sum in at least float32, one rounding to weight's dtype.
+
+    Entries to which nothing is added keep their bits. A and B may have any floating dtype.
+    """
+    compute = _compute_dtype(weight.dtype)
+    delta = scale.to(compute) * (B.to(compute) @ A.to(compute))
+    weight.copy_(torch.where(delta == 0, weight, (weight.to(compute) + delta).to(weight.dtype)))
