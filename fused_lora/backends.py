@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -54,9 +55,17 @@ def host_compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
+def tile_cache(device: torch.device) -> str:
+    """The file of measured tiles, by GPU and versions, under FUSED_LORA_CACHE_DIR (~/.cache/fused_lora)."""
+    import triton
+
+    folder = os.environ.get("FUSED_LORA_CACHE_DIR") or os.path.expanduser("~/.cache/fused_lora")
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
+    return os.path.join(folder, f"tiles-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
+
+
 @cache
-def gpu(device: torch.device):
-    """The kernels' view of a CUDA device; under the interpreter, of an H100."""
+def _gpu(device: torch.device, autotune: bool):
     from .kernels.tiles import KNOWN_GPUS, Gpu
 
     if interpreting() and device.type == "cpu":
@@ -66,7 +75,13 @@ def gpu(device: torch.device):
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        tile_cache(device) if autotune else None,
     )
+
+
+def gpu(device: torch.device):
+    """The kernels' view of a CUDA device; under the interpreter, of an H100."""
+    return _gpu(device, autotune_enabled())
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ LoRA: Hu et al. 2021, arXiv:2106.09685.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _U32 = 0xFFFFFFFF
 
@@ -53,10 +54,9 @@ def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
     """(y, xa) with y = x W^T + xa B^T + bias and xa = scale * dropout(x) A^T, rounded to x's dtype before its use."""
     compute = _compute_dtype(x.dtype)
     xc = x.to(compute)
-    xa = (scale.to(compute) * (dropout(xc, p, seed) @ A.to(compute).T)).to(x.dtype)
-    y = xc @ weight.to(compute).T + xa.to(compute) @ B.to(compute).T
-    if bias is not None:
-        y = y + bias.to(compute)
+    xa = (dropout(xc, p, seed) @ A.to(compute).T).mul_(scale).to(x.dtype)
+    y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
+    y.addmm_(xa.to(compute), B.to(compute).T)
     return y.to(x.dtype), xa
 
 
@@ -68,10 +68,15 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs):
     need_dx, need_dA, need_dB = needs
     compute = _compute_dtype(x.dtype)
     dyc = dy.to(compute)
-    dxa = (scale.to(compute) * (dyc @ B.to(compute))).to(x.dtype).to(compute)
+    dxa = (dyc @ B.to(compute)).mul_(scale).to(x.dtype).to(compute)
     dx = dA = dB = None
     if need_dx:
-        dx = (dyc @ weight.to(compute) + dropout(dxa @ A.to(compute), p, seed)).to(x.dtype)
+        dx = dyc @ weight.to(compute)
+        if seed is None:
+            dx.addmm_(dxa, A.to(compute))
+        else:
+            dx += dropout(dxa @ A.to(compute), p, seed)
+        dx = dx.to(x.dtype)
     if need_dA:
         dA = (dxa.T @ dropout(x.to(compute), p, seed)).to(A.dtype)
     if need_dB:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .autotune import bucket, tuned
 from .dropout import Dropout, keep_mask
 from .launch import launch, operand, tma_ready
 from .primitives import accumulate, grouped_order, store_tile
@@ -128,7 +129,9 @@ def rank_step(tile: Tile, r: int, low_tma: bool, dropout: Dropout) -> int:
     return tile.block_k if low_tma and not dropout.active else tiles.rank_block(r, tile.block_k)
 
 
-def expand(lhs, weight, low, factor, bias, dropout: Dropout, gpu: Gpu, precision: str, *, rhs_t: bool):
+def expand(
+    lhs, weight, low, factor, bias, dropout: Dropout, gpu: Gpu, precision: str, *, rhs_t: bool, tile: Tile | None = None
+):
     """lhs @ weight + dropout(low @ factor) + bias, weight and factor transposed with rhs_t."""
     M, K = lhs.shape
     N = weight.shape[0] if rhs_t else weight.shape[1]
@@ -136,7 +139,15 @@ def expand(lhs, weight, low, factor, bias, dropout: Dropout, gpu: Gpu, precision
     out = torch.empty(M, N, dtype=lhs.dtype, device=lhs.device)
     tma = all(tma_ready(t, gpu) for t in (lhs, weight, out))
     low_tma = tma and tma_ready(low, gpu) and tma_ready(factor, gpu)
-    tile = tiles.expand_tile(M, N, gpu, lhs.element_size(), tma, precision)
+    if tile is None:
+        tile = tuned(
+            gpu,
+            bucket("expand", M, N, K, r, lhs.dtype, rhs_t, tma, low_tma, dropout.active),
+            tiles.expand_tile(M, N, gpu, lhs.element_size(), tma, precision),
+            (candidate for candidate, _ in tiles.expand_candidates(gpu, lhs.element_size(), tma, precision)),
+            lambda t: expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, tile=t),
+            lhs,
+        )
     step = rank_step(tile, r, low_tma, dropout)
     tile_count = ceil(M / tile.block_m) * ceil(N / tile.block_n)
     weight_block = (tile.block_n, tile.block_k) if rhs_t else (tile.block_k, tile.block_n)

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .autotune import bucket, tuned
 from .expand import GROUP_M, one_loop_tiles
 from .factor_grads import SplitGrad, factor_grad_tile, finish
 from .launch import launch, operand, tma_ready
-from .tiles import Gpu
+from .tiles import Gpu, Tile
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def can_expand_grads(gpu: Gpu, *operands) -> bool:
     return all(tma_ready(t, gpu) for t in operands)
 
 
-def expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu: Gpu):
+def expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu: Gpu, tile: Tile | None = None):
     """(dx, dA, dB): dx = dy @ weight + dxa @ factor, dA = dxa^T x, dB = dy^T xa; 16-bit operands.
 
     factor is A in the operands' dtype; the gradients take the dtypes of A and B.
@@ -64,7 +65,15 @@ def expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu: Gpu):
     M, K = x.shape
     N, r = B.shape
     dx = torch.empty(M, K, dtype=x.dtype, device=x.device)
-    tile = tiles.expand_tile(M, K, gpu, x.element_size(), True, "ieee")
+    if tile is None:
+        tile = tuned(
+            gpu,
+            bucket("expand_grads", M, K, N, r, x.dtype),
+            tiles.expand_tile(M, K, gpu, x.element_size(), True, "ieee"),
+            (candidate for candidate, _ in tiles.expand_candidates(gpu, x.element_size(), True, "ieee")),
+            lambda t: expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu, t),
+            x,
+        )
     grad_tile = tiles.factor_grad_tile(r, gpu, x.element_size(), "ieee")
     dA = SplitGrad.plan(A, M, K, r, grad_tile, gpu)
     dB = SplitGrad.plan(B, M, N, r, grad_tile, gpu)

@@ -10,11 +10,13 @@ from math import ceil
 
 @dataclass(frozen=True)
 class Gpu:
-    """What tile choice depends on; shared_memory is the limit of one block in bytes."""
+    """What tile choice depends on: shared_memory is the limit of one block in bytes, tile_cache the file of measured
+    tiles, None without autotuning."""
 
     capability: int
     sm_count: int
     shared_memory: int
+    tile_cache: str | None = None
 
     @property
     def has_tma(self) -> bool:
@@ -61,7 +63,7 @@ _EXPAND_POINTER = (
     (64, 128, 32, 4, 4, 0.75),
     (64, 64, 32, 4, 4, 0.5),
 )
-_EXPAND_TF32 = ((128, 64, 32, 8, 3, 1.0), (64, 64, 32, 4, 3, 0.8))
+_EXPAND_TF32 = ((64, 64, 32, 4, 3, 1.0), (32, 64, 32, 4, 3, 0.6))
 _EXPAND_IEEE = ((64, 64, 32, 8, 3, 1.0), (32, 64, 32, 4, 3, 0.7))
 
 
@@ -118,11 +120,11 @@ def rank_block(r: int, most: int) -> int:
 
 @cache
 def shrink_tile(M: int, r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
-    """Tall tiles that hold all of r up to 256: the long operand is then read once."""
+    """Tall tiles that hold all of r up to 256 (128 where pointers take registers): the long operand is read once."""
     if itemsize == 4:
         tile = Tile(64 if precision == "tf32" else 32, rank_block(r, 64), 32, 4, 3)
     else:
-        block_n = rank_block(r, 256)
+        block_n = rank_block(r, 256 if gpu.has_tma else 128)
         tile = Tile(64, block_n, 128 if gpu.has_tma and block_n <= 128 else 64, 4, 4)
     return _fit(tile, gpu, itemsize, tma=False)
 

@@ -1,0 +1,57 @@
+"""Right first: a variant's results against fused_lora.reference, before any of its times count."""
+
+import torch
+from torch import Tensor
+
+from fused_lora.reference import lora_linear_ref
+
+from .variants import Problem, Variant, run
+
+# Relative Frobenius error, measured against one precision up (float32 for 16 bits, float64 for the rest).
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+class WrongResultError(AssertionError):
+    """A variant's result is off by more than its dtype explains, so its speed means nothing."""
+
+
+def reference_results(problem: Problem, work: str) -> dict[str, Tensor]:
+    """y, x's gradient and the trained parameters' by name, by torch's autograd through lora_linear_ref."""
+    compute = torch.float32 if problem.x.dtype.itemsize == 2 else torch.float64
+    trained = {"lora": ("A", "B"), "full_rank": ("weight",), "frozen": ()}[work]
+    tensors = {name: getattr(problem, name).detach().to(compute) for name in ("x", "weight", "A", "B")}
+    inputs = [tensors[name].requires_grad_() for name in ("x", *trained)]
+    y = lora_linear_ref(**tensors, scale=problem.scale if work == "lora" else 0.0)
+    grads = torch.autograd.grad(y, inputs, problem.dy.to(compute))
+    return dict(zip(("y", "x", *trained), (y.detach(), *grads), strict=True))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """||got - expected|| / ||expected||, Frobenius; NaN if either has one."""
+    return ((got.detach().to(expected.dtype) - expected).norm() / expected.norm()).item()
+
+
+def check_results(results: tuple[Tensor, ...], expected: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    """Relative errors by name, of y alone or of y and every gradient. Raises WrongResultError above the dtype's bound.
+
+    W' = W + sBA needs no looser bound in bf16: rounding W' adds 2^-9 of an entry, about what rounding y does. What it
+    loses, updates far smaller than W, is invisible beside W in any such norm.
+    """
+    names = list(expected)[: len(results)]
+    errors = {name: relative_error(got, expected[name]) for name, got in zip(names, results, strict=True)}
+    # NaN is not <= anything.
+    wrong = [f"{_called(name)} {error:.1e}" for name, error in errors.items() if not error <= BOUNDS[dtype]]
+    if wrong:
+        raise WrongResultError(
+            f"wrong result, no speed reported: relative error {', '.join(wrong)}; {dtype} allows {BOUNDS[dtype]:.0e}"
+        )
+    return errors
+
+
+def _called(name: str) -> str:
+    return name if name == "y" else f"{name}'s gradient"
+
+
+def check_variant(variant: Variant, problem: Problem, expected: dict[str, Tensor]) -> dict[str, float]:
+    """Runs forward and backward once and checks all of it; see check_results."""
+    return check_results(run(variant, problem, backward=True), expected, problem.x.dtype)

@@ -1,0 +1,157 @@
+"""What is written down about a measurement: environment, floors, medians, ratios. Plain dicts, ready for JSON."""
+
+import datetime
+import platform
+import re
+import statistics
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fused_lora import explain
+
+from .measure import MEASURED, WRONG, Measurements
+from .shapes import PASSES, Shape, byte_floor, flop_floor, flops, least_bytes
+from .timing import FLUSH_BYTES, modes
+from .variants import FLOOR
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name(measurements: Measurements) -> str:
+    """The GPU's name, or the processor's architecture."""
+    if measurements.device.type == "cuda":
+        return torch.cuda.get_device_name(measurements.device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def slug(measurements: Measurements) -> str:
+    """A folder name: nvidia-h100-80gb-hbm3, or cpu."""
+    if measurements.device.type != "cuda":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(measurements).lower()).strip("-")
+
+
+def environment(measurements: Measurements) -> dict:
+    """Device, versions, date and method: what a time means nothing without."""
+    return {
+        "device": device_name(measurements),
+        "dtype": str(measurements.dtype).removeprefix("torch."),
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+            "peft": _version("peft"),
+            "fused_lora": _version("fused_lora"),
+        },
+        "rounds": measurements.rounds,
+        "flush_bytes": FLUSH_BYTES if measurements.device.type == "cuda" else 0,
+    }
+
+
+def tiles(measurements: Measurements, shape: Shape) -> dict:
+    """What fused_lora launches: its backend and, for Triton, each kernel's tile, by fused_lora.explain."""
+    explanation = explain(
+        tokens=shape.M, in_features=shape.K, out_features=shape.N, r=shape.r, dtype=measurements.dtype
+    )
+    launches = explanation.forward + explanation.backward
+    return {
+        "backend": explanation.backend,
+        "kernels": [
+            {"name": name, "grid": list(grid)} | {key: meta[key] for key in meta if key.startswith(("BLOCK", "num"))}
+            for name, grid, meta in launches
+        ],
+    }
+
+
+def quartiles(samples: tuple[float, ...]) -> tuple[float, float, float]:
+    """(first quartile, median, third quartile), in the unit of the samples."""
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    q1, _, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return q1, statistics.median(samples), q3
+
+
+def case(measurements: Measurements, shape: Shape, pass_name: str, mode: str, name: str) -> dict:
+    """One variant's times in microseconds, its rate, and its median over the frozen floor's of the same rounds.
+
+    tflops counts the operations that the variant's work needs (see shapes.py), not those that it happens to do.
+    """
+    outcomes = measurements.outcomes(shape, pass_name, mode)
+    outcome, floor = outcomes[name], outcomes.get(FLOOR)
+    if outcome.status != MEASURED:
+        return {"status": outcome.status, "reason": outcome.reason}
+    work = measurements.variants[name].work
+    operations = flops(shape, pass_name, work)
+    q1, median, q3 = quartiles(outcome.samples)
+    measured_floor = floor is not None and floor.status == MEASURED
+    return {
+        "status": MEASURED,
+        "median_us": median * 1e6,
+        "q1_us": q1 * 1e6,
+        "q3_us": q3 * 1e6,
+        "ratio": median / quartiles(floor.samples)[1] if measured_floor else None,
+        "flops": operations,
+        "bytes": least_bytes(shape, pass_name, measurements.dtype.itemsize, work),
+        "tflops": operations / median * 1e-12,
+        "samples_us": [round(sample * 1e6, 3) for sample in outcome.samples],
+    }
+
+
+def memory(measurements: Measurements, shape: Shape) -> dict[str, dict]:
+    """Peak memory of forward and backward: bytes; above the frozen floor's in MB (10^6 bytes) and in units of M r
+    elements of x's dtype. Empty on a CPU."""
+    peaks = measurements.prepared(shape).memory
+    if FLOOR not in peaks:
+        return {}
+    unit = shape.M * shape.r * measurements.dtype.itemsize
+    above = {name: peak - peaks[FLOOR] for name, peak in peaks.items()}
+    return {name: {"peak": peaks[name], "MB": extra / 1e6, "Mr": extra / unit} for name, extra in above.items()}
+
+
+def skipped_record(shape: Shape, reason: str) -> dict:
+    """A shape that was not measured, and why."""
+    return {"shape": asdict(shape), "name": str(shape), "skipped": reason}
+
+
+def shape_record(measurements: Measurements, shape: Shape) -> dict:
+    """Everything about one shape, measured now unless it has been."""
+    return {
+        "shape": asdict(shape),
+        "name": str(shape),
+        "skipped": None,
+        "floors": {
+            pass_name: {"flops": flop_floor(shape, pass_name), "bytes": byte_floor(shape, pass_name)}
+            for pass_name in PASSES
+        },
+        "errors": measurements.prepared(shape).errors,
+        "memory": memory(measurements, shape),
+        "fused_lora": tiles(measurements, shape),
+        "times": {
+            mode: {
+                pass_name: {name: case(measurements, shape, pass_name, mode, name) for name in measurements.variants}
+                for pass_name in PASSES
+            }
+            for mode in modes(measurements.device.type)
+        },
+    }
+
+
+def is_sound(records: list[dict], package: str) -> bool:
+    """Whether no variant was wrong and the package has a time in every case that was not skipped."""
+    cases = [
+        (name, outcome["status"])
+        for record in records
+        for passes in record.get("times", {}).values()
+        for outcomes in passes.values()
+        for name, outcome in outcomes.items()
+    ]
+    return all(status == MEASURED if name == package else status != WRONG for name, status in cases)

@@ -1,0 +1,143 @@
+"""From measurements to files: results.json, table.md and forward_backward.png in one folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .measure import MEASURED, UNAVAILABLE, WRONG, Measurements
+from .plot import draw
+from .record import environment, shape_record, skipped_record
+from .shapes import FORWARD, FORWARD_BACKWARD, PASSES, Shape
+from .timing import EAGER, GRAPH, modes
+from .variants import FLOOR
+
+TITLES = {
+    (GRAPH, FORWARD_BACKWARD): "Forward + backward, kernel time (CUDA graph)",
+    (GRAPH, FORWARD): "Forward, kernel time (CUDA graph)",
+    (EAGER, FORWARD_BACKWARD): "Forward + backward, whole call (eager, host time included)",
+    (EAGER, FORWARD): "Forward, whole call (eager, host time included)",
+}
+
+
+def _collect_shape(measurements: Measurements, shape: Shape, on_progress: Callable[[str], None]) -> dict:
+    obstacle = measurements.obstacle(shape)
+    try:
+        for pass_name in PASSES if obstacle is None else ():
+            for mode in modes(measurements.device.type):
+                on_progress(f"{shape} {pass_name} {mode}")
+                measurements.outcomes(shape, pass_name, mode)
+    except torch.OutOfMemoryError as error:
+        obstacle = f"{shape}: {str(error).splitlines()[0]}"
+    return skipped_record(shape, obstacle) if obstacle else shape_record(measurements, shape)
+
+
+def collect(measurements: Measurements, shapes: tuple[Shape, ...], on_progress: Callable[[str], None]) -> dict:
+    """Measures every shape; on_progress hears of each (pass, mode) before it starts. One dict, ready for JSON."""
+    records = [_collect_shape(measurements, shape, on_progress) for shape in shapes]
+    return {
+        "environment": environment(measurements),
+        "variants": {name: kind.label for name, kind in measurements.variants.items()},
+        "shapes": records,
+    }
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _measured_shapes(results: dict) -> list[dict]:
+    return [record for record in results["shapes"] if not record["skipped"]]
+
+
+def _title(record: dict) -> str:
+    return ", ".join(str(record["shape"][size]) for size in ("M", "K", "N", "r"))
+
+
+def _ratio_cell(outcome: dict) -> str:
+    if outcome["status"] == WRONG:
+        return "wrong"
+    return f"{outcome['ratio']:.2f}" if outcome.get("ratio") else "-"
+
+
+def _floor_cell(outcome: dict) -> str:
+    return f"1 ({outcome['median_us']:.0f} us)" if outcome["status"] == MEASURED else "-"
+
+
+def ratio_table(results: dict, mode: str, pass_name: str) -> list[str]:
+    """Lines of Markdown: variants by shapes, medians over the frozen floor's in this run; the floor's own in us."""
+    records = _measured_shapes(results)
+    outcomes = [record["times"][mode][pass_name] for record in records]
+    rows = [["FLOP floor", *(f"{record['floors'][pass_name]['flops']:.3f}" for record in records)]]
+    for name, label in results["variants"].items():
+        cell = _floor_cell if name == FLOOR else _ratio_cell
+        rows.append([label, *(cell(shape_outcomes[name]) for shape_outcomes in outcomes)])
+    return _rows(["M, K, N, r", *map(_title, records)], rows)
+
+
+def memory_table(results: dict) -> list[str]:
+    """Lines of Markdown: peak memory of forward + backward above the frozen floor's, MB and units of M r elements."""
+    records = _measured_shapes(results)
+    rows = []
+    for name, label in results["variants"].items():
+        cells = [record["memory"].get(name) for record in records]
+        rows.append([label, *(f"{cell['MB']:.0f} ({cell['Mr']:.1f})" if cell else "-" for cell in cells)])
+    return _rows(["M, K, N, r", *map(_title, records)], rows)
+
+
+def reasons(results: dict) -> list[str]:
+    """Lines of Markdown: why a shape or a variant has no number, each reason once."""
+    found = {}
+    for record in results["shapes"]:
+        if record["skipped"]:
+            found[record["skipped"]] = None
+            continue
+        for mode, passes in record["times"].items():
+            for outcomes in passes.values():
+                for name, outcome in outcomes.items():
+                    if outcome["status"] != MEASURED:
+                        where = name if outcome["status"] == UNAVAILABLE else f"{name}, {record['name']}, {mode}"
+                        found[f"{where}: {outcome['reason']}"] = None
+    return [f"* {text}" for text in found]
+
+
+def _method(about: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
+    flush = f"cold L2 ({about['flush_bytes'] // 2**20} MiB zeroed before each step), " if about["flush_bytes"] else ""
+    return (
+        f"{about['device']}, {about['dtype']}, {about['date']}; {versions}. Random data, {flush}variants interleaved "
+        f"in one process, median of {about['rounds']} rounds. Ratios to the frozen floor of the same run: the same "
+        "linear with W frozen and no adapter. The forward keeps what its backward needs."
+    )
+
+
+def markdown(results: dict) -> str:
+    """All tables, forward + backward first, and the reasons for missing numbers."""
+    lines = [_method(results["environment"]), ""]
+    records = _measured_shapes(results)
+    for (mode, pass_name), title in TITLES.items():
+        if records and mode in records[0]["times"]:
+            lines += [f"### {title}", "", *ratio_table(results, mode, pass_name), ""]
+    if any(record["memory"] for record in records):
+        title = "Peak memory of forward + backward above the frozen floor's, MB (units of M r elements)"
+        lines += [f"### {title}", "", *memory_table(results), ""]
+    missing = reasons(results)
+    if missing:
+        lines += ["No number (`-`) or a wrong result:", "", *missing, ""]
+    return "\n".join(lines)
+
+
+def write(results: dict, folder: Path) -> list[Path]:
+    """results.json, table.md and, where matplotlib is installed, forward_backward.png; the paths written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, table, image = (folder / name for name in ("results.json", "table.md", "forward_backward.png"))
+    data.write_text(json.dumps(results, indent=1) + "\n")
+    table.write_text(markdown(results))
+    try:
+        draw(results, image)
+    except ModuleNotFoundError as error:
+        print(f"no {image.name}: {error}. Later, elsewhere: python -m bench --redraw {data}")
+        return [data, table]
+    return [data, table, image]

@@ -1,0 +1,154 @@
+"""Timers. Seconds, variants interleaved: every round times each variant once, from a cold L2.
+
+Two modes on a GPU, never mixed:
+    graph   kernel time: CUDA events around the replay of a graph of the whole step
+    eager   the whole call: CUDA events around the step on an idle GPU, so that time spent on the host counts
+A CPU has one, eager, by time.perf_counter, with whatever the caches hold; on a busy one, threads that wait for each
+other are most of what is measured (OMP_NUM_THREADS=1 steadies it).
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+GRAPH, EAGER = "graph", "eager"
+ROUNDS = 24
+# Rounds that are timed and thrown away: clocks, allocator and lazily loaded kernels settle.
+WARM_UP_ROUNDS = 3
+# More than any L2; zeroing it evicts what the last step left there.
+FLUSH_BYTES = 256 * 2**20
+
+Calls = dict[str, Callable[[], object]]
+Samples = dict[str, list[float]]
+
+
+def modes(device_type: str) -> tuple[str, ...]:
+    """The modes that a device has."""
+    return (GRAPH, EAGER) if device_type == "cuda" else (EAGER,)
+
+
+@contextmanager
+def _no_garbage_collection():
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def interleave(calls: Calls, rounds: int, time_once: Callable) -> dict[str, list]:
+    """What time_once(call) returns, `rounds` times for each call, after WARM_UP_ROUNDS more that are dropped.
+
+    Each round begins one variant later than the last, so that none always follows the same neighbour's start.
+    """
+    samples = {name: [] for name in calls}
+    names = list(calls)
+    with _no_garbage_collection():
+        for number in range(WARM_UP_ROUNDS + rounds):
+            first = number % max(len(names), 1)
+            for name in names[first:] + names[:first]:
+                samples[name].append(time_once(calls[name]))
+    return {name: times[WARM_UP_ROUNDS:] for name, times in samples.items()}
+
+
+def capture(call: Callable[[], tuple[torch.Tensor, ...]]):
+    """(graph, the tensors that the captured call returned): call() warmed up on a side stream, then captured.
+
+    The tensors belong to the CUDA graph: each replay writes them anew. They are detached, so that no autograd node of
+    one capture lives to be met, on another stream, by the next.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_ROUNDS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = tuple(result.detach() for result in call())
+    return graph, results
+
+
+def replay_over_nan(graph, results: tuple[torch.Tensor, ...]) -> None:
+    """Replays once with NaN in every result: an element that the graph does not write stays NaN."""
+    for result in results:
+        result.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+
+
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def time_graphs(graphs: dict, rounds: int) -> Samples:
+    """Mode graph. Nothing waits between steps: the flush covers the time that launching the graph takes."""
+    flush = _flush_buffer()
+
+    def time_once(graph):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        return start, end
+
+    events = interleave(graphs, rounds, time_once)
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) * 1e-3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def _time_eager_cuda(calls: Calls, rounds: int) -> Samples:
+    flush = _flush_buffer()
+
+    def time_once(call):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda.synchronize()
+        start.record()
+        # Kept until after the end: freeing the results is not part of the step.
+        results = call()
+        end.record()
+        end.synchronize()
+        del results
+        return start.elapsed_time(end) * 1e-3
+
+    return interleave(calls, rounds, time_once)
+
+
+def _time_eager_cpu(calls: Calls, rounds: int) -> Samples:
+    def time_once(call):
+        start = time.perf_counter()
+        results = call()
+        elapsed = time.perf_counter() - start
+        del results
+        return elapsed
+
+    return interleave(calls, rounds, time_once)
+
+
+def time_eager(calls: Calls, rounds: int, device_type: str) -> Samples:
+    """Mode eager: from an idle device to the end of the step's last kernel."""
+    return (_time_eager_cuda if device_type == "cuda" else _time_eager_cpu)(calls, rounds)
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes that call() allocates at its peak beyond what was allocated before it, its results included. GPU only."""
+    # Workspaces that stay allocated come with the first call.
+    call()
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del results
+    return peak

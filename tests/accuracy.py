@@ -1,0 +1,32 @@
+"""The tolerance that can fail: a result is held to what torch itself reaches with the same formula in the same dtype."""
+
+import torch
+
+# Below this many elements the means of two sets of rounding errors differ by chance.
+ENOUGH_FOR_MEANS = 1000
+TINY = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def assert_accurate(name, got, exact, torch_result):
+    """|got - exact| against |torch_result - exact|, exact in float64.
+
+    Largest error at most twice torch's, mean error at most 1.2 times, and the mean signed error small: a cast that
+    truncates passes the first rule alone. The slack is TINY of the exact result's size; a NaN fails everything.
+    """
+    slack = TINY[torch_result.dtype] * max(exact.abs().max().item(), 1e-30) if exact.numel() else 0.0
+    got_error, torch_error = got.double() - exact, torch_result.double() - exact
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    largest, allowed = got_error.abs().max().item(), 2 * torch_error.abs().max().item() + slack
+    assert largest <= allowed, f"{name}: largest error {largest:.3e}, allowed {allowed:.3e}"
+    if exact.numel() < ENOUGH_FOR_MEANS:
+        return
+    mean, allowed = got_error.abs().mean().item(), 1.2 * torch_error.abs().mean().item() + slack
+    assert mean <= allowed, f"{name}: mean error {mean:.3e}, allowed {allowed:.3e}"
+    # The mean of n rounding errors is about their size / sqrt(n); a truncating cast leaves half a unit instead.
+    bias = abs((got_error * exact.sign()).mean().item())
+    allowed = (
+        0.25 * torch_error.abs().mean().item() + 4 * torch_error.abs().mean().item() / exact.numel() ** 0.5 + slack
+    )
+    assert bias <= allowed, f"{name}: bias {bias:.3e}, allowed {allowed:.3e}"

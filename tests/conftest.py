@@ -1,0 +1,29 @@
+"""Which tests run where: CPU, CUDA, or Triton's interpreter (a process of its own, TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config):
+    if INTERPRETING:
+        from tests.kernels.interpreter_bf16 import repair_bf16
+
+        repair_bf16()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        runs_kernels = item.get_closest_marker("interpreter")
+        if runs_kernels and not (INTERPRETING or torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 or a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,128 @@
+"""Every kernel with every tile of the tables, compiled for each architecture without a GPU."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lora.kernels import tiles
+from fused_lora.kernels.dropout import Dropout
+from fused_lora.kernels.launch import record_launches
+from fused_lora.kernels.lora_linear import lora_linear_backward, lora_linear_forward
+from fused_lora.kernels.merge import merge_
+from fused_lora.kernels.tiles import KNOWN_GPUS, Gpu
+from tests.conftest import INTERPRETING
+from tests.kernels.compiling import compile_launch, compiling_for
+
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
+
+GPUS = {"sm_80": KNOWN_GPUS["A100"], "sm_86": KNOWN_GPUS["RTX 3090"], "sm_89": KNOWN_GPUS["RTX 4090"]}
+GPUS["sm_90"] = KNOWN_GPUS["H100"]
+RANKS = [16, 32, 64, 128, 512]
+WITHOUT_PRODUCTS = {"reduce_splits_kernel"}
+
+
+def _empty(*shape, dtype):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def record(M, K, N, r, dtype, gpu: Gpu, precision="ieee", p=0.0, needs=(True, True, True)):
+    """The launches of forward and backward."""
+    x, weight, dy = _empty(M, K, dtype=dtype), _empty(N, K, dtype=dtype), _empty(M, N, dtype=dtype)
+    A, B, bias = _empty(r, K, dtype=dtype), _empty(N, r, dtype=dtype), _empty(N, dtype=dtype)
+    scale = _empty(1, dtype=torch.float32)
+    dropout = Dropout(p, _empty(1, dtype=torch.int64) if p else None)
+    with record_launches() as launches:
+        _, xa = lora_linear_forward(x, weight, A, B, bias, scale, dropout, gpu, precision)
+        lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout, gpu, precision, needs)
+    return launches
+
+
+def record_merges(gpu: Gpu):
+    with record_launches() as launches:
+        for dtype, lora_dtype in [
+            (torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+            (torch.float32,) * 2,
+        ]:
+            for r in (16, 128):
+                weight, A, B = (_empty(*s, dtype=lora_dtype) for s in ((4096, 4096), (r, 4096), (4096, r)))
+                merge_(weight.to(dtype), A, B, _empty(1, dtype=torch.float32), gpu)
+    return launches
+
+
+def _rows_for_each_expand_tile(gpu: Gpu, tma: bool, precision: str, itemsize: int):
+    """One M for each tile that the table can choose at N = K = 512."""
+    chosen = {
+        tiles.expand_tile(M, 512, gpu, itemsize, tma, precision): M for M in (8192, 4096, 3072, 2048, 1024, 512, 96)
+    }
+    return chosen.values()
+
+
+@cache
+def default_launches(name: str):
+    """Every default launch of an architecture, each distinct one once."""
+    gpu = GPUS[name]
+    launches = record_merges(gpu)
+    for M in _rows_for_each_expand_tile(gpu, gpu.has_tma, "ieee", 2):
+        launches += record(M, 512, 512, 16, torch.bfloat16, gpu)
+        launches += record(M, 512, 512, 16, torch.bfloat16, gpu, p=0.1)
+    for r in RANKS:
+        launches += record(8192, 4096, 4096, r, torch.bfloat16, gpu)
+        launches += record(8192, 4096, 4096, r, torch.bfloat16, gpu, p=0.1)
+        launches += record(8192, 4096, 4096, r, torch.bfloat16, gpu, needs=(False, True, True))
+    for precision in ("ieee", "tf32"):
+        for M in _rows_for_each_expand_tile(gpu, False, precision, 4):
+            launches += record(M, 512, 512, 64, torch.float32, gpu, precision)
+    distinct = {}
+    for launch in launches:
+        distinct.setdefault((launch.name, tuple(sorted(launch.meta.items())), _kinds(launch)), launch)
+    return tuple(distinct.values())
+
+
+def _kinds(launch):
+    """What of the arguments a compilation depends on."""
+    return tuple(str(getattr(a, "dtype", None) or getattr(a, "block_shape", None) or type(a)) for a in launch.args)
+
+
+def _launch_id(launch):
+    blocks = "x".join(str(value) for key, value in launch.meta.items() if key.startswith("BLOCK"))
+    flags = "-".join(key for key, value in launch.meta.items() if value is True)
+    return f"{launch.name}-{blocks}-{launch.meta.get('PRECISION', '')}-{flags}"
+
+
+CASES = [(name, launch) for name in GPUS for launch in default_launches(name)]
+
+
+@pytest.mark.parametrize(("name", "launch"), CASES, ids=[f"{name}-{_launch_id(launch)}" for name, launch in CASES])
+def test_default_tiles(name, launch):
+    """Within shared memory, nothing spilled, tensor cores in use (IEEE float32 has none)."""
+    gpu = GPUS[name]
+    with compiling_for(gpu.capability):
+        needs = compile_launch(launch)
+    assert needs.shared_memory <= gpu.shared_memory
+    assert needs.stack == 0
+    if launch.name not in WITHOUT_PRODUCTS and not _is_ieee_float32(launch):
+        assert needs.tensor_core_instructions > 0
+    if launch.meta.get("TMA") or launch.name == "expand_grads_kernel":
+        assert needs.bulk_copies > 0
+
+
+def _is_ieee_float32(launch):
+    return any(getattr(a, "dtype", None) is torch.float32 and a.dim() == 2 for a in launch.args[:2]) and (
+        launch.meta["PRECISION"] == "ieee"
+    )
+
+
+def test_a_new_scale_compiles_nothing():
+    """The scale is read from memory: no launch argument but a pointer depends on it."""
+    launches = record(512, 512, 512, 16, torch.bfloat16, GPUS["sm_90"])
+    floats = [a for launch in launches for a in launch.args if isinstance(a, float)]
+    assert set(floats) == {1.0}  # keep_scale, of dropout alone
+
+
+def test_every_kernel_file_is_compiled_here():
+    files = Path(tiles.__file__).parent.glob("*.py")
+    kernels = {f"{file.stem}_kernel" for file in files if f"def {file.stem}_kernel" in file.read_text()}
+    assert kernels == {launch.name for _, launch in CASES}
