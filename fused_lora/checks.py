@@ -44,6 +44,16 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name} must be finite, got {scale}")
 
 
+def check_scale_on(name: str, scale: float | Tensor, weight: Tensor) -> None:
+    """A finite number, or one float32 element beside the weight (whose value is not looked at: that would wait)."""
+    if not isinstance(scale, Tensor):
+        return check_scale(name, scale)
+    if scale.dtype is not torch.float32:
+        raise TypeError(f"{name} must be a float or a float32 tensor, got {scale.dtype}")
+    if scale.numel() != 1 or scale.device != weight.device:
+        raise ValueError(f"{name} must be one element on {weight.device}, got {_shape(scale)} on {scale.device}")
+
+
 def check_factors(weight: Tensor, A: Tensor, B: Tensor) -> None:
     """weight (N, K), A (r, K), B (N, r) on one device."""
     for name, tensor in (("weight", weight), ("A", A), ("B", B)):
@@ -82,12 +92,7 @@ def check_lora_linear(x, weight, A, B, bias, scale, p) -> None:
             raise TypeError(f"bias must be floating point, got {bias.dtype}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen, got requires_grad=True: there is no gradient of weight here")
-    if not isinstance(scale, Tensor):
-        check_scale("scale", scale)
-    elif scale.numel() != 1 or scale.device != weight.device:
-        raise ValueError(
-            f"scale must be a float or one element on {weight.device}, got {_shape(scale)} on {scale.device}"
-        )
+    check_scale_on("scale", scale, weight)
     check_probability("p", p)
 
 

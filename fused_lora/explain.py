@@ -14,15 +14,15 @@ _PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
 
 @dataclass(frozen=True)
 class Explanation:
-    """backend and reason; for Triton the launches of forward and backward, each (kernel, grid, parameters)."""
+    """backend and reason; for Triton the launches of forward and backward, each (kernel, programs, parameters)."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     device: str
     backend: str
     reason: str
-    forward: tuple[tuple[str, tuple[int, ...], dict], ...] = ()
-    backward: tuple[tuple[str, tuple[int, ...], dict], ...] = ()
+    forward: tuple[tuple[str, int, dict], ...] = ()
+    backward: tuple[tuple[str, int, dict], ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class Explanation:
         ]
         for title, launches in (("forward", self.forward), ("backward", self.backward)):
             lines += [f"{title}:"] if launches else []
-            lines += [f"  {name} grid={grid} {_describe(meta)}" for name, grid, meta in launches]
+            lines += [f"  {name} programs={programs} {_describe(meta)}" for name, programs, meta in launches]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
@@ -57,7 +57,7 @@ def _record(x, weight, A, B, bias, p: float, gpu):
         lora_linear_backward(
             torch.empty_like(y), x, weight, A, B, xa, scale, dropout, gpu, precision, (True, True, True)
         )
-    return tuple(tuple((launch.name, launch.grid, launch.meta) for launch in part) for part in (forward, backward))
+    return tuple(tuple((plan.name, plan.grid[0], plan.meta) for plan, _ in part) for part in (forward, backward))
 
 
 def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype, gpu) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from . import tiles
 from .autotune import bucket, tuned
 from .dropout import Dropout, keep_mask
-from .launch import launch, operand, tma_ready
+from .launch import Layout, Plan, dense, planned, pointers_aligned
 from .primitives import accumulate, grouped_order, store_tile
 from .tiles import Gpu, Tile
 
@@ -98,7 +98,7 @@ def _two_loop_tiles(
 
 @triton.jit(do_not_specialize=["threshold"])
 def expand_kernel(
-    lhs, weight, low, factor, bias_ptr, out, seed_ptr, threshold,
+    lhs, weight, low, factor, out, bias_ptr, seed_ptr, threshold,
     M, N, K, R,
     stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col,
     stride_low_row, stride_low_col, stride_factor_row, stride_factor_col, stride_out_row, stride_out_col,
@@ -124,47 +124,52 @@ def expand_kernel(
         )  # fmt: skip
 
 
-def rank_step(tile: Tile, r: int, low_tma: bool, dropout: Dropout) -> int:
-    """Columns of r a step: the base's own step where both run in one loop."""
-    return tile.block_k if low_tma and not dropout.active else tiles.rank_block(r, tile.block_k)
-
-
 def expand(
     lhs, weight, low, factor, bias, dropout: Dropout, gpu: Gpu, precision: str, *, rhs_t: bool, tile: Tile | None = None
 ):
     """lhs @ weight + dropout(low @ factor) + bias, weight and factor transposed with rhs_t."""
-    M, K = lhs.shape
-    N = weight.shape[0] if rhs_t else weight.shape[1]
-    r = low.shape[1]
-    out = torch.empty(M, N, dtype=lhs.dtype, device=lhs.device)
-    tma = all(tma_ready(t, gpu) for t in (lhs, weight, out))
-    low_tma = tma and tma_ready(low, gpu) and tma_ready(factor, gpu)
+    layouts = [Layout.of(matrix) for matrix in (lhs, weight, low, factor)]
+    key = (*layouts, None if bias is None else bias.dtype, dropout.active, gpu, precision, rhs_t, tile)
+
+    def measured(default: Tile, candidates: list[Tile], *flags: bool) -> Tile:
+        bucket_key = bucket("expand", *lhs.shape, out.shape[1], low.shape[1], lhs.dtype, rhs_t, *flags)
+        return tuned(
+            gpu, bucket_key, default, candidates,
+            lambda t: expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, tile=t), lhs,
+        )  # fmt: skip
+
+    out = torch.empty(lhs.shape[0], weight.shape[0 if rhs_t else 1], dtype=lhs.dtype, device=lhs.device)
+    plan = planned((expand, *key, *pointers_aligned(bias, dropout.seed)), lambda: _plan(*key, measured))
+    plan.run((lhs, weight, low, factor, out), (bias, dropout.seed, dropout.threshold))
+    return out
+
+
+def _plan(
+    lhs: Layout, weight: Layout, low: Layout, factor: Layout, bias_dtype, dropout: bool, gpu: Gpu, precision: str,
+    rhs_t: bool, tile: Tile | None, measured,
+) -> Plan:  # fmt: skip
+    M, K, N, r = lhs.rows, lhs.cols, weight.rows if rhs_t else weight.cols, low.cols
+    out = dense(M, N, lhs)
+    tma = all(layout.tma_ready(gpu) for layout in (lhs, weight, out))
+    low_tma = tma and low.tma_ready(gpu) and factor.tma_ready(gpu)
     if tile is None:
-        tile = tuned(
-            gpu,
-            bucket("expand", M, N, K, r, lhs.dtype, rhs_t, tma, low_tma, dropout.active),
-            tiles.expand_tile(M, N, gpu, lhs.element_size(), tma, precision),
-            (candidate for candidate, _ in tiles.expand_candidates(gpu, lhs.element_size(), tma, precision)),
-            lambda t: expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, tile=t),
-            lhs,
-        )
-    step = rank_step(tile, r, low_tma, dropout)
+        of_kind = (gpu, lhs.dtype.itemsize, tma, precision)
+        tile = measured(tiles.expand_tile(M, N, *of_kind), tiles.expand_candidates(*of_kind), tma, low_tma, dropout)
+    # Where rank and base share a loop, they share its step.
+    step = tile.block_k if low_tma and not dropout else tiles.rank_block(r, tile.block_k)
     tile_count = ceil(M / tile.block_m) * ceil(N / tile.block_n)
     weight_block = (tile.block_n, tile.block_k) if rhs_t else (tile.block_k, tile.block_n)
     factor_block = (tile.block_n, step) if rhs_t else (step, tile.block_n)
-    launch(
+    base_blocks = ((tile.block_m, tile.block_k), weight_block) if tma else (None, None)
+    low_blocks = ((tile.block_m, step), factor_block) if low_tma else (None, None)
+    return Plan(
         expand_kernel,
-        (min(tile_count, gpu.sm_count) if tma else tile_count,),
-        (
-            operand(lhs, (tile.block_m, tile.block_k), tma), operand(weight, weight_block, tma),
-            operand(low, (tile.block_m, step), low_tma), operand(factor, factor_block, low_tma), bias,
-            operand(out, (tile.block_m, tile.block_n // 2), tma), dropout.seed, dropout.threshold, M, N, K, r,
-            *lhs.stride(), *weight.stride(), *low.stride(), *factor.stride(), *out.stride(),
-        ),
+        (min(tile_count, gpu.sm_count) if tma else tile_count, 1, 1),
         dict(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=step, GROUP_M=GROUP_M,
-            RHS_T=rhs_t, HAS_BIAS=bias is not None, DROPOUT=dropout.active, TMA=tma, LOW_TMA=low_tma,
+            RHS_T=rhs_t, HAS_BIAS=bias_dtype is not None, DROPOUT=dropout, TMA=tma, LOW_TMA=low_tma,
             PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        (*base_blocks, *low_blocks, (tile.block_m, tile.block_n // 2) if tma else None),
+        (M, N, K, r, *lhs.strides, *weight.strides, *low.strides, *factor.strides, *out.strides),
     )  # fmt: skip
-    return out

@@ -12,7 +12,7 @@ from . import tiles
 from .autotune import bucket, tuned
 from .expand import GROUP_M, one_loop_tiles
 from .factor_grads import SplitGrad, factor_grad_tile, finish
-from .launch import launch, operand, tma_ready
+from .launch import Layout, Plan, planned
 from .tiles import Gpu, Tile
 
 
@@ -54,7 +54,7 @@ def expand_grads_kernel(
 
 def can_expand_grads(gpu: Gpu, *operands) -> bool:
     """The copy engine must be able to read every operand; dx, shaped as x, is then writable too."""
-    return all(tma_ready(t, gpu) for t in operands)
+    return gpu.has_tma and all(Layout.of(matrix).tma_ready(gpu) for matrix in operands)
 
 
 def expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu: Gpu, tile: Tile | None = None):
@@ -62,40 +62,59 @@ def expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu: Gpu, tile: Tile | No
 
     factor is A in the operands' dtype; the gradients take the dtypes of A and B.
     """
-    M, K = x.shape
-    N, r = B.shape
-    dx = torch.empty(M, K, dtype=x.dtype, device=x.device)
+    layouts = [Layout.of(matrix) for matrix in (dy, weight, factor, x)]
+    key = (*layouts, A.shape[0], A.dtype, B.dtype, gpu, tile)
+
+    def measured(default: Tile, candidates: list[Tile]) -> Tile:
+        return tuned(
+            gpu, bucket("expand_grads", *dy.shape, x.shape[1], A.shape[0], x.dtype), default, candidates,
+            lambda t: expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu, t), x,
+        )  # fmt: skip
+
+    dA, dB, plan = planned((expand_grads, *key), lambda: _plan(*key, measured))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dA_parts, dA_grad = dA.allocate(A)
+    dB_parts, dB_grad = dB.allocate(B)
+    plan.run((dy, weight, dxa, factor, dx, dy, dxa, x, xa), (dA_parts, dB_parts))
+    finish((dA_parts, dA_grad), (dB_parts, dB_grad))
+    return dx, dA_grad, dB_grad
+
+
+def _plan(
+    dy: Layout,
+    weight: Layout,
+    factor: Layout,
+    x: Layout,
+    r: int,
+    A_dtype,
+    B_dtype,
+    gpu: Gpu,
+    tile: Tile | None,
+    measured,
+) -> tuple[SplitGrad, SplitGrad, Plan]:
+    M, N, K = dy.rows, dy.cols, x.cols
     if tile is None:
-        tile = tuned(
-            gpu,
-            bucket("expand_grads", M, K, N, r, x.dtype),
-            tiles.expand_tile(M, K, gpu, x.element_size(), True, "ieee"),
-            (candidate for candidate, _ in tiles.expand_candidates(gpu, x.element_size(), True, "ieee")),
-            lambda t: expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu, t),
-            x,
-        )
-    grad_tile = tiles.factor_grad_tile(r, gpu, x.element_size(), "ieee")
-    dA = SplitGrad.plan(A, M, K, r, grad_tile, gpu)
-    dB = SplitGrad.plan(B, M, N, r, grad_tile, gpu)
+        of_kind = (gpu, x.dtype.itemsize, True, "ieee")
+        tile = measured(tiles.expand_tile(M, K, *of_kind), tiles.expand_candidates(*of_kind))
+    grad_tile = tiles.factor_grad_tile(r, gpu, x.dtype.itemsize, "ieee")
+    dA = SplitGrad.plan((r, K), M, K, r, grad_tile, gpu)
+    dB = SplitGrad.plan((N, r), M, N, r, grad_tile, gpu)
     lhs_block, rhs_block = (tile.block_m, tile.block_k), (tile.block_k, tile.block_n)
     big_block, low_block = (grad_tile.block_k, grad_tile.block_m), (grad_tile.block_k, grad_tile.block_n)
-    launch(
+    return dA, dB, Plan(
         expand_grads_kernel,
-        (gpu.sm_count,),
-        (
-            operand(dy, lhs_block, True), operand(weight, rhs_block, True),
-            operand(dxa, lhs_block, True), operand(factor, rhs_block, True),
-            operand(dx, (tile.block_m, tile.block_n // 2), True),
-            operand(dy, big_block, True), operand(dxa, low_block, True),
-            operand(x, big_block, True), operand(xa, low_block, True), dA.parts, dB.parts,
-            dA.tile_count, dA.tile_count + dB.tile_count,
-            dA.m_per_split, dB.m_per_split, M, N, K, r, *dA.parts.stride(), *dB.parts.stride(),
-        ),
+        (gpu.sm_count, 1, 1),
         dict(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=GROUP_M,
             BLOCK_C=grad_tile.block_m, BLOCK_R=grad_tile.block_n, BLOCK_T=grad_tile.block_k, PRECISION="ieee",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        (
+            lhs_block, rhs_block, lhs_block, rhs_block, (tile.block_m, tile.block_n // 2),
+            big_block, low_block, big_block, low_block,
+        ),
+        (
+            dA.tile_count, dA.tile_count + dB.tile_count, dA.m_per_split, dB.m_per_split, M, N, K, r,
+            *dA.strides, *dB.strides,
+        ),
     )  # fmt: skip
-    finish(dA, dB)
-    return dx, dA.grad, dB.grad

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import tiles
 from .dropout import Dropout, keep_mask
-from .launch import launch, operand, tma_ready
+from .launch import Layout, Plan, planned, pointers_aligned
 from .primitives import load_tile, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu, Tile
@@ -72,8 +72,8 @@ def factor_grad_tile(
 
 @triton.jit(do_not_specialize=["threshold"])
 def factor_grads_kernel(
-    x, dxa, dA, dA_tiles, dA_m_per_split, dy, xa, dB, dB_m_per_split, seed_ptr, threshold,
-    M, N, K, R,
+    x, dxa, dy, xa, dA, dB, seed_ptr, threshold,
+    dA_tiles, dA_m_per_split, dB_m_per_split, M, N, K, R,
     stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
     stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -92,56 +92,78 @@ def factor_grads_kernel(
 
 @dataclass(frozen=True)
 class SplitGrad:
-    """A factor's gradient in slices of tokens: `parts` is the fp32 workspace, or the gradient itself if uncut."""
+    """How the (rows, cols) gradient of one factor is cut into slices of tokens."""
 
-    grad: torch.Tensor
-    parts: torch.Tensor
-    tile_count: int
+    shape: tuple[int, int]
+    splits: int
     m_per_split: int
+    tile_count: int
 
     @classmethod
-    def plan(cls, factor, M: int, C: int, r: int, tile: Tile, gpu: Gpu) -> "SplitGrad":
+    def plan(cls, shape: tuple[int, int], M: int, C: int, r: int, tile: Tile, gpu: Gpu) -> "SplitGrad":
         per_split = ceil(C / tile.block_m) * ceil(r / tile.block_n)
         # dA and dB are one launch and occupy every SM together.
         splits, m_per_split = tiles.split(M, tile.block_k, 2 * per_split, gpu)
-        grad = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
-        parts = grad[None] if splits == 1 else grad.new_empty((splits, *grad.shape), dtype=torch.float32)
-        return cls(grad, parts, per_split * splits, m_per_split)
+        return cls(shape, splits, m_per_split, per_split * splits)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of the workspace (splits, rows, cols)."""
+        rows, cols = self.shape
+        return rows * cols, cols, 1
+
+    def allocate(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(workspace, gradient): float32 slices and the factor's dtype, one and the same where uncut."""
+        grad = torch.empty(self.shape, dtype=factor.dtype, device=factor.device)
+        if self.splits == 1:
+            return grad, grad
+        return torch.empty(self.splits, *self.shape, dtype=torch.float32, device=factor.device), grad
 
 
-def finish(*split_grads: SplitGrad):
+def finish(*allocated: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Adds the slices up, in order."""
-    cut = [(s.parts, s.grad) for s in split_grads if s.parts.shape[0] > 1]
+    cut = [(parts, grad) for parts, grad in allocated if parts is not grad]
     if cut:
         reduce_splits(*cut)
 
 
 def factor_grads(x, dxa, A, dy, xa, B, dropout: Dropout, gpu: Gpu, precision: str, needs: tuple[bool, bool]):
     """(dA, dB) in the dtypes of A and B, from one launch and its reduction; None where not needed."""
-    M, K = x.shape
-    N, r = B.shape
-    tile = tiles.factor_grad_tile(r, gpu, x.element_size(), precision)
-    dA = SplitGrad.plan(A, M, K, r, tile, gpu) if needs[0] else None
-    dB = SplitGrad.plan(B, M, N, r, tile, gpu) if needs[1] else None
-    wanted = [g for g in (dA, dB) if g is not None]
-    a, b = dA or dB, dB or dA  # an unwanted product has no tiles; its arguments only fill the signature
     dxa = xa if dxa is None else dxa
-    tma = tma_ready(x, gpu) and tma_ready(dy, gpu)
-    low_tma = tma and tma_ready(xa, gpu) and tma_ready(dxa, gpu)
-    big_block, low_block = (tile.block_k, tile.block_m), (tile.block_k, tile.block_n)
-    launch(
+    layouts = [Layout.of(matrix) for matrix in (x, dxa, dy, xa)]
+    key = (*layouts, A.dtype, B.dtype, dropout.active, gpu, precision, needs)
+    dA, dB, plan = planned((factor_grads, *key, *pointers_aligned(dropout.seed)), lambda: _plan(*key))
+    dA_parts, dA_grad = dA.allocate(A) if needs[0] else (None, None)
+    dB_parts, dB_grad = dB.allocate(B) if needs[1] else (None, None)
+    # A product that is not needed has no tiles; its argument only fills the signature.
+    outputs = (dB_parts if dA_parts is None else dA_parts, dA_parts if dB_parts is None else dB_parts)
+    plan.run((x, dxa, dy, xa), (*outputs, dropout.seed, dropout.threshold))
+    finish(*((parts, grad) for parts, grad in ((dA_parts, dA_grad), (dB_parts, dB_grad)) if grad is not None))
+    return dA_grad, dB_grad
+
+
+def _plan(
+    x: Layout, dxa: Layout, dy: Layout, xa: Layout, A_dtype, B_dtype, dropout: bool, gpu: Gpu, precision: str, needs
+) -> tuple[SplitGrad, SplitGrad, Plan]:
+    M, K, N, r = x.rows, x.cols, dy.cols, xa.cols
+    tile = tiles.factor_grad_tile(r, gpu, x.dtype.itemsize, precision)
+    dA = SplitGrad.plan((r, K), M, K, r, tile, gpu)
+    dB = SplitGrad.plan((N, r), M, N, r, tile, gpu)
+    dA_tiles = dA.tile_count if needs[0] else 0
+    tma = x.tma_ready(gpu) and dy.tma_ready(gpu)
+    low_tma = tma and xa.tma_ready(gpu) and dxa.tma_ready(gpu)
+    big_block = (tile.block_k, tile.block_m) if tma else None
+    low_block = (tile.block_k, tile.block_n) if low_tma else None
+    return dA, dB, Plan(
         factor_grads_kernel,
-        (sum(g.tile_count for g in wanted),),
-        (
-            operand(x, big_block, tma), operand(dxa, low_block, low_tma), a.parts, dA.tile_count if dA else 0,
-            a.m_per_split, operand(dy, big_block, tma), operand(xa, low_block, low_tma), b.parts, b.m_per_split,
-            dropout.seed, dropout.threshold, M, N, K, r,
-            *x.stride(), *dxa.stride(), *a.parts.stride(), *dy.stride(), *xa.stride(), *b.parts.stride(),
-        ),
+        (dA_tiles + (dB.tile_count if needs[1] else 0), 1, 1),
         dict(
-            BLOCK_C=tile.block_m, BLOCK_R=tile.block_n, BLOCK_T=tile.block_k, DROPOUT=dropout.active,
+            BLOCK_C=tile.block_m, BLOCK_R=tile.block_n, BLOCK_T=tile.block_k, DROPOUT=dropout,
             TMA=tma, LOW_TMA=low_tma, PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        (big_block, low_block, big_block, low_block),
+        (
+            dA_tiles, dA.m_per_split, dB.m_per_split, M, N, K, r,
+            *x.strides, *dxa.strides, *dA.strides, *dy.strides, *xa.strides, *dB.strides,
+        ),
     )  # fmt: skip
-    finish(*wanted)
-    return dA and dA.grad, dB and dB.grad

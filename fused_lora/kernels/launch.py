@@ -1,9 +1,15 @@
-"""The one place where a kernel is launched or its launch recorded, and where operands become TMA descriptors."""
+"""How kernels are launched: plans made once per layout of the operands, TMA descriptors, and launches recorded dry.
 
+A first launch goes through Triton's JIT. Later ones of the same plan go straight to the compiled kernel: all that the
+JIT would look at again (types, alignment, divisibility, constants) is in the plan's key.
+"""
+
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiles import Gpu
@@ -11,33 +17,96 @@ from .tiles import Gpu
 _records: ContextVar[list | None] = ContextVar("launch_records", default=None)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What kernel[grid](*args, **meta) would have been called with."""
+class Layout(NamedTuple):
+    """All of a matrix that tile choice and compilation depend on; aligned is 16-byte alignment of its first element."""
 
-    kernel: object
-    grid: tuple[int, ...]
-    args: tuple
-    meta: dict
+    rows: int
+    cols: int
+    stride_row: int
+    stride_col: int
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> "Layout":
+        return cls(*matrix.shape, *matrix.stride(), matrix.dtype, matrix.device, matrix.data_ptr() % 16 == 0)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return self.stride_row, self.stride_col
+
+    def tma_ready(self, gpu: Gpu) -> bool:
+        """Whether the copy engine can address it: 16-bit, rows contiguous, 16-byte aligned and not overlapping."""
+        return (
+            gpu.has_tma
+            and self.dtype.itemsize == 2
+            and self.stride_col == 1
+            and self.stride_row >= self.cols
+            and self.stride_row % 8 == 0
+            and self.aligned
+        )
+
+
+def dense(rows: int, cols: int, like: Layout) -> Layout:
+    """The layout of torch.empty(rows, cols)."""
+    return Layout(rows, cols, cols, 1, like.dtype, like.device, True)
+
+
+def pointers_aligned(*tensors: torch.Tensor | None) -> tuple[bool, ...]:
+    """The part of a plan's key for operands without a layout: None, or its 16-byte alignment."""
+    return tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+class Plan:
+    """kernel[grid](*args, **meta) with everything but the tensors fixed.
+
+    blocks are the descriptor blocks of the leading matrix arguments, None for one passed by pointer; sizes the
+    integers that close the arguments before the constants.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], meta: dict, blocks: tuple = (), sizes: tuple[int, ...] = ()):
+        self.kernel, self.grid, self.meta, self.blocks, self.sizes = kernel, grid, meta, blocks, sizes
+        self._constants = tuple(meta[name] for name in kernel.arg_names if name in meta)
+        self._compiled = None
 
     @property
     def name(self) -> str:
-        return getattr(self.kernel, "fn", self.kernel).__name__
+        return self.kernel.fn.__name__
+
+    def arguments(self, matrices: tuple, rest: tuple) -> tuple:
+        operands = [
+            m if block is None else _descriptor(m, block) for m, block in zip(matrices, self.blocks, strict=True)
+        ]
+        return (*operands, *rest, *self.sizes)
+
+    def run(self, matrices: tuple, rest: tuple = ()) -> None:
+        args = self.arguments(matrices, rest)
+        records = _records.get()
+        if records is not None:
+            records.append((self, args))
+        elif self._compiled is None:
+            self._compiled = self.kernel[self.grid](*args, **self.meta)
+        else:
+            self._compiled[self.grid](*args, *self._constants)
 
 
-def launch(kernel, grid, args, meta):
-    """kernel[grid](*args, **meta); inside record_launches, only its record."""
-    records = _records.get()
-    if records is None:
-        kernel[grid](*args, **meta)
-    else:
-        records.append(Launch(kernel, grid, args, meta))
+_plans: dict[tuple, object] = {}
+
+
+def planned(key: tuple, make: Callable[[], object]):
+    """The plan (or launcher's bundle of them) under `key`, made at its first use."""
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = make()
+    return plan
 
 
 @contextmanager
 def record_launches():
-    """A list that collects the launches of the block, none of which runs: with tensors on `meta`, what would happen."""
-    records: list[Launch] = []
+    """A list that collects (plan, arguments) of the block's launches, none of which runs: with tensors on `meta`, what
+    would happen."""
+    records: list[tuple[Plan, tuple]] = []
     token = _records.set(records)
     try:
         yield records
@@ -45,19 +114,9 @@ def record_launches():
         _records.reset(token)
 
 
-def tma_ready(tensor, gpu: Gpu) -> bool:
-    """Whether the copy engine can address a matrix: 16-bit, rows contiguous, 16-byte aligned and not overlapping."""
-    row, col = tensor.stride()
-    return (
-        gpu.has_tma
-        and tensor.element_size() == 2
-        and col == 1
-        and row >= tensor.shape[1]
-        and row % 8 == 0
-        and tensor.data_ptr() % 16 == 0
-    )
-
-
-def operand(tensor, block, tma: bool):
-    """A matrix as a kernel argument: itself, or its descriptor in blocks of `block`."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)) if tma else tensor
+def _descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """TensorDescriptor(...) without its checks, which tma_ready has made: they cost as much as a launch."""
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = matrix, matrix.shape, matrix.stride()
+    descriptor.block_shape = list(block)
+    return descriptor

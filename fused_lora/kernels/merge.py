@@ -6,14 +6,15 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import launch
+from .launch import Layout, Plan, planned, pointers_aligned
 from .primitives import accumulate, load_tile, store_tile
 from .tiles import Gpu
 
 
 @triton.jit
 def merge_kernel(
-    weight, A, B, scale_ptr, N, K, R,
+    weight, A, B, scale_ptr,
+    N, K, R,
     stride_weight_row, stride_weight_col, stride_A_row, stride_A_col, stride_B_row, stride_B_col,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,14 +37,18 @@ def merge_kernel(
 
 def merge_(weight, A, B, scale, gpu: Gpu):
     """weight (N, K) += scale * B (N, r) @ A (r, K); all strides; A and B of one dtype, kept in it."""
-    N, K = weight.shape
-    tile = tiles.merge_tile(A.shape[0], gpu, max(A.element_size(), weight.element_size()))
-    launch(
+    key = (Layout.of(weight), Layout.of(A), Layout.of(B), gpu)
+    planned((merge_, *key, *pointers_aligned(scale)), lambda: _plan(*key)).run((), (weight, A, B, scale))
+
+
+def _plan(weight: Layout, A: Layout, B: Layout, gpu: Gpu) -> Plan:
+    tile = tiles.merge_tile(A.rows, gpu, max(A.dtype.itemsize, weight.dtype.itemsize))
+    return Plan(
         merge_kernel,
-        (ceil(N / tile.block_m) * ceil(K / tile.block_n),),
-        (weight, A, B, scale, N, K, A.shape[0], *weight.stride(), *A.stride(), *B.stride()),
+        (ceil(weight.rows / tile.block_m) * ceil(weight.cols / tile.block_n), 1, 1),
         dict(
             BLOCK_N=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=tile.block_k, PRECISION="ieee",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
+        sizes=(weight.rows, weight.cols, A.rows, *weight.strides, *A.strides, *B.strides),
     )  # fmt: skip

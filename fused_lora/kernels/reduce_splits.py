@@ -5,7 +5,7 @@ from math import ceil
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import Plan, planned
 
 BLOCK = 256
 SPLITS_AT_ONCE = 16
@@ -24,7 +24,7 @@ def _reduce_block(parts, out, block, numel, splits, BLOCK: tl.constexpr, SPLITS_
 
 @triton.jit
 def reduce_splits_kernel(
-    parts_a, out_a, numel_a, splits_a, parts_b, out_b, numel_b, splits_b,
+    parts_a, out_a, parts_b, out_b, numel_a, splits_a, numel_b, splits_b,
     BLOCK: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """out = parts.sum(0) for two (splits, numel) fp32 workspaces in one launch; numel_b may be 0."""
@@ -37,12 +37,13 @@ def reduce_splits_kernel(
 
 
 def reduce_splits(*pairs):
-    """out.copy_(parts.sum(0)) for one or two (parts, out) pairs, parts fp32 and contiguous."""
-    (parts_a, out_a), (parts_b, out_b) = (pairs[0], pairs[-1])
-    numel_b = out_b.numel() if len(pairs) > 1 else 0
-    launch(
-        reduce_splits_kernel,
-        (ceil(out_a.numel() / BLOCK) + ceil(numel_b / BLOCK),),
-        (parts_a, out_a, out_a.numel(), parts_a.shape[0], parts_b, out_b, numel_b, parts_b.shape[0]),
-        dict(BLOCK=BLOCK, SPLITS_AT_ONCE=SPLITS_AT_ONCE),
-    )
+    """out.copy_(parts.sum(0)) for one or two (parts, out) pairs: parts fp32, both contiguous and freshly allocated."""
+    (parts_a, out_a), (parts_b, out_b) = pairs[0], pairs[-1]
+    sizes = (out_a.numel(), parts_a.shape[0], out_b.numel() if len(pairs) > 1 else 0, parts_b.shape[0])
+    key = (reduce_splits, out_a.dtype, out_b.dtype, out_a.device, *sizes)
+    planned(key, lambda: _plan(sizes)).run((), (parts_a, out_a, parts_b, out_b))
+
+
+def _plan(sizes: tuple[int, ...]) -> Plan:
+    grid = (ceil(sizes[0] / BLOCK) + ceil(sizes[2] / BLOCK), 1, 1)
+    return Plan(reduce_splits_kernel, grid, dict(BLOCK=BLOCK, SPLITS_AT_ONCE=SPLITS_AT_ONCE), sizes=sizes)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import tiles
 from .dropout import Dropout
-from .launch import launch, operand, tma_ready
+from .launch import Layout, Plan, planned, pointers_aligned
 from .primitives import accumulate, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu
@@ -16,7 +16,7 @@ from .tiles import Gpu
 
 @triton.jit(do_not_specialize=["threshold"])
 def shrink_kernel(
-    lhs, factor, low, scale_ptr, keep_scale, seed_ptr, threshold,
+    lhs, factor, low, scale_ptr, seed_ptr, keep_scale, threshold,
     M, R, K, k_per_split,
     stride_lhs_row, stride_lhs_col, stride_factor_row, stride_factor_col,
     stride_low_split, stride_low_row, stride_low_col,
@@ -51,29 +51,33 @@ def shrink_kernel(
 
 def shrink(lhs, factor, scale, keep_scale, dropout: Dropout, gpu: Gpu, precision: str, *, rhs_t: bool):
     """low = scale * keep_scale * dropout(lhs) @ factor (factor^T with rhs_t), rounded once to lhs's dtype."""
-    M, K = lhs.shape
-    r = factor.shape[0] if rhs_t else factor.shape[1]
-    tile = tiles.shrink_tile(M, r, gpu, lhs.element_size(), precision)
-    blocks = ceil(M / tile.block_m) * ceil(r / tile.block_n)
-    splits, k_per_split = tiles.split(K, tile.block_k, blocks, gpu)
+    key = (Layout.of(lhs), Layout.of(factor), dropout.active, gpu, precision, rhs_t)
+    splits, plan = planned((shrink, *key, *pointers_aligned(scale, dropout.seed)), lambda: _plan(*key))
+    M, r = lhs.shape[0], factor.shape[0 if rhs_t else 1]
     low = torch.empty(M, r, dtype=lhs.dtype, device=lhs.device)
     out = low if splits == 1 else torch.empty(splits, M, r, dtype=torch.float32, device=lhs.device)
-    tma, factor_tma = tma_ready(lhs, gpu), tma_ready(factor, gpu)
-    factor_block = (tile.block_n, tile.block_k) if rhs_t else (tile.block_k, tile.block_n)
-    launch(
-        shrink_kernel,
-        (min(blocks * splits, gpu.sm_count) if tma else blocks * splits,),
-        (
-            operand(lhs, (tile.block_m, tile.block_k), tma), operand(factor, factor_block, factor_tma), out,
-            scale, keep_scale, dropout.seed, dropout.threshold, M, r, K, k_per_split,
-            *lhs.stride(), *factor.stride(), M * r, r, 1,
-        ),
-        dict(
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, RHS_T=rhs_t, DROPOUT=dropout.active,
-            TMA=tma, FACTOR_TMA=factor_tma, PRECISION=precision,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        ),
-    )  # fmt: skip
+    plan.run((lhs, factor), (out, scale, dropout.seed, keep_scale, dropout.threshold))
     if splits > 1:
         reduce_splits((out, low))
     return low
+
+
+def _plan(lhs: Layout, factor: Layout, dropout: bool, gpu: Gpu, precision: str, rhs_t: bool) -> tuple[int, Plan]:
+    """(slices of K, launch)."""
+    M, K, r = lhs.rows, lhs.cols, factor.rows if rhs_t else factor.cols
+    tile = tiles.shrink_tile(M, r, gpu, lhs.dtype.itemsize, precision)
+    blocks = ceil(M / tile.block_m) * ceil(r / tile.block_n)
+    splits, k_per_split = tiles.split(K, tile.block_k, blocks, gpu)
+    tma, factor_tma = lhs.tma_ready(gpu), factor.tma_ready(gpu)
+    factor_block = (tile.block_n, tile.block_k) if rhs_t else (tile.block_k, tile.block_n)
+    return splits, Plan(
+        shrink_kernel,
+        (min(blocks * splits, gpu.sm_count) if tma else blocks * splits, 1, 1),
+        dict(
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, RHS_T=rhs_t, DROPOUT=dropout,
+            TMA=tma, FACTOR_TMA=factor_tma, PRECISION=precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        ),
+        ((tile.block_m, tile.block_k) if tma else None, factor_block if factor_tma else None),
+        (M, r, K, k_per_split, *lhs.strides, *factor.strides, M * r, r, 1),
+    )  # fmt: skip

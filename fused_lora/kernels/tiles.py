@@ -91,26 +91,32 @@ def _fit(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> Tile:
     return tile
 
 
-def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> list[tuple[Tile, float]]:
+def _expand_speeds(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> dict[Tile, float]:
     """The legal tiles of the expand kernel with their relative speeds."""
     if itemsize == 4:
         table = _EXPAND_TF32 if precision == "tf32" else _EXPAND_IEEE
     else:
         table = _EXPAND_TMA if tma else _EXPAND_POINTER
-    fitted = [(_fit(Tile(*row[:5]), gpu, itemsize, tma), row[5]) for row in table]
-    return [(tile, speed) for tile, speed in fitted if legal(tile, gpu, itemsize, tma)]
+    fitted = {_fit(Tile(*row[:5]), gpu, itemsize, tma): row[5] for row in table}
+    return {tile: speed for tile, speed in fitted.items() if legal(tile, gpu, itemsize, tma)}
+
+
+def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> list[Tile]:
+    """What expand_tile chooses from."""
+    return list(_expand_speeds(gpu, itemsize, tma, precision))
 
 
 @cache
 def expand_tile(M: int, N: int, gpu: Gpu, itemsize: int, tma: bool, precision: str) -> Tile:
     """The tile whose waves over the SMs take the least time."""
 
-    def time(candidate: tuple[Tile, float]) -> float:
-        tile, speed = candidate
-        waves = ceil(ceil(M / tile.block_m) * ceil(N / tile.block_n) / gpu.sm_count)
-        return waves * tile.block_m * tile.block_n / speed
+    speeds = _expand_speeds(gpu, itemsize, tma, precision)
 
-    return min(expand_candidates(gpu, itemsize, tma, precision), key=time)[0]
+    def time(tile: Tile) -> float:
+        waves = ceil(ceil(M / tile.block_m) * ceil(N / tile.block_n) / gpu.sm_count)
+        return waves * tile.block_m * tile.block_n / speeds[tile]
+
+    return min(speeds, key=time)
 
 
 def rank_block(r: int, most: int) -> int:
@@ -122,7 +128,8 @@ def rank_block(r: int, most: int) -> int:
 def shrink_tile(M: int, r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
     """Tall tiles that hold all of r up to 256 (128 where pointers take registers): the long operand is read once."""
     if itemsize == 4:
-        tile = Tile(64 if precision == "tf32" else 32, rank_block(r, 64), 32, 4, 3)
+        # Without tensor cores an accumulator costs registers twice.
+        tile = Tile(64, rank_block(r, 64), 32, 4, 3) if precision == "tf32" else Tile(32, rank_block(r, 32), 32, 4, 3)
     else:
         block_n = rank_block(r, 256 if gpu.has_tma else 128)
         tile = Tile(64, block_n, 128 if gpu.has_tma and block_n <= 128 else 64, 4, 4)

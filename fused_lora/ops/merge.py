@@ -10,13 +10,21 @@ ops = torch.ops.fused_lora
 
 
 def _merge(weight, A, B, scale):
-    if backends.choose(weight.device, weight.dtype).name == "triton" and weight.numel() > 0:
+    backend = backends.choose_merge(weight.device, weight.dtype).name if weight.numel() > 0 else "reference"
+    if backend == "reference":
+        return reference.merge_ref_(weight, A, B, scale)
+    # The kernels read both factors in one dtype: the weight's, or else float32, in which they compute.
+    factor_dtype = weight.dtype if A.dtype == B.dtype == weight.dtype else torch.float32
+    A, B = A.to(factor_dtype), B.to(factor_dtype)
+    if backend == "triton":
         from ..kernels.merge import merge_ as merge_kernel_
 
         with on_device_of(weight):
-            merge_kernel_(weight, A, B.to(A.dtype), scale, backends.gpu(weight.device))
+            merge_kernel_(weight, A, B, scale, backends.gpu(weight.device))
     else:
-        reference.merge_ref_(weight, A, B, scale)
+        from .. import _C  # noqa: F401  registers the op
+
+        ops.cuda_merge_(weight, A.contiguous(), B.contiguous(), scale)
 
 
 define("merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()", _merge, lambda weight, A, B, scale: None)
@@ -34,8 +42,8 @@ def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tenso
     """
     checks.check_factors(weight, A, B)
     checks.check_writable("weight", weight)
+    checks.check_scale_on("scale", scale, weight)
     if not isinstance(scale, Tensor):
-        checks.check_scale("scale", scale)
         scale = torch.full((), scale, dtype=torch.float32, device=weight.device)
     with torch.no_grad():
         ops.merge_(weight, A.detach(), B.detach(), scale)

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_lora.kernels.launch import Launch
+from fused_lora.kernels.launch import Plan
 
 _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
@@ -57,11 +57,11 @@ def compiling_for(capability: int):
         driver.reset_active() if torch.cuda.is_available() else driver.set_active(None)
 
 
-def compile_launch(launch: Launch) -> Resources:
+def compile_launch(plan: Plan, args: tuple) -> Resources:
     """The resources of a recorded launch for the target of compiling_for."""
-    launch.kernel.device_caches.clear()
-    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
-    launch.kernel.device_caches.clear()
+    plan.kernel.device_caches.clear()
+    compiled = plan.kernel.warmup(*args, grid=plan.grid, **plan.meta)
+    plan.kernel.device_caches.clear()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

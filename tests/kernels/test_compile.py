@@ -76,53 +76,52 @@ def default_launches(name: str):
         for M in _rows_for_each_expand_tile(gpu, False, precision, 4):
             launches += record(M, 512, 512, 64, torch.float32, gpu, precision)
     distinct = {}
-    for launch in launches:
-        distinct.setdefault((launch.name, tuple(sorted(launch.meta.items())), _kinds(launch)), launch)
+    for plan, args in launches:
+        distinct.setdefault((plan.name, tuple(sorted(plan.meta.items())), _kinds(args)), (plan, args))
     return tuple(distinct.values())
 
 
-def _kinds(launch):
+def _kinds(args):
     """What of the arguments a compilation depends on."""
-    return tuple(str(getattr(a, "dtype", None) or getattr(a, "block_shape", None) or type(a)) for a in launch.args)
+    return tuple(str(getattr(a, "dtype", None) or getattr(a, "block_shape", None) or type(a)) for a in args)
 
 
-def _launch_id(launch):
-    blocks = "x".join(str(value) for key, value in launch.meta.items() if key.startswith("BLOCK"))
-    flags = "-".join(key for key, value in launch.meta.items() if value is True)
-    return f"{launch.name}-{blocks}-{launch.meta.get('PRECISION', '')}-{flags}"
+def _id(plan):
+    blocks = "x".join(str(value) for key, value in plan.meta.items() if key.startswith("BLOCK"))
+    flags = "-".join(key for key, value in plan.meta.items() if value is True)
+    return f"{plan.name}-{blocks}-{plan.meta.get('PRECISION', '')}-{flags}"
 
 
-CASES = [(name, launch) for name in GPUS for launch in default_launches(name)]
+CASES = [(name, plan, args) for name in GPUS for plan, args in default_launches(name)]
 
 
-@pytest.mark.parametrize(("name", "launch"), CASES, ids=[f"{name}-{_launch_id(launch)}" for name, launch in CASES])
-def test_default_tiles(name, launch):
+@pytest.mark.parametrize(("name", "plan", "args"), CASES, ids=[f"{name}-{_id(plan)}" for name, plan, _ in CASES])
+def test_default_tiles(name, plan, args):
     """Within shared memory, nothing spilled, tensor cores in use (IEEE float32 has none)."""
     gpu = GPUS[name]
     with compiling_for(gpu.capability):
-        needs = compile_launch(launch)
+        needs = compile_launch(plan, args)
     assert needs.shared_memory <= gpu.shared_memory
     assert needs.stack == 0
-    if launch.name not in WITHOUT_PRODUCTS and not _is_ieee_float32(launch):
+    if plan.name not in WITHOUT_PRODUCTS and not _is_ieee_float32(plan, args):
         assert needs.tensor_core_instructions > 0
-    if launch.meta.get("TMA") or launch.name == "expand_grads_kernel":
+    if plan.meta.get("TMA") or plan.name == "expand_grads_kernel":
         assert needs.bulk_copies > 0
 
 
-def _is_ieee_float32(launch):
-    return any(getattr(a, "dtype", None) is torch.float32 and a.dim() == 2 for a in launch.args[:2]) and (
-        launch.meta["PRECISION"] == "ieee"
-    )
+def _is_ieee_float32(plan, args):
+    float32_matrices = any(getattr(a, "dtype", None) is torch.float32 and a.dim() == 2 for a in args[:3])
+    return float32_matrices and plan.meta["PRECISION"] == "ieee"
 
 
 def test_a_new_scale_compiles_nothing():
     """The scale is read from memory: no launch argument but a pointer depends on it."""
     launches = record(512, 512, 512, 16, torch.bfloat16, GPUS["sm_90"])
-    floats = [a for launch in launches for a in launch.args if isinstance(a, float)]
+    floats = [a for _, args in launches for a in args if isinstance(a, float)]
     assert set(floats) == {1.0}  # keep_scale, of dropout alone
 
 
 def test_every_kernel_file_is_compiled_here():
     files = Path(tiles.__file__).parent.glob("*.py")
     kernels = {f"{file.stem}_kernel" for file in files if f"def {file.stem}_kernel" in file.read_text()}
-    assert kernels == {launch.name for _, launch in CASES}
+    assert kernels == {plan.name for _, plan, _ in CASES}

@@ -1,0 +1,42 @@
+"""The CUDA extension, and only it: built where nvcc and a CUDA build of torch are found, left out in one line where not.
+
+Everything else about the package is in pyproject.toml. pip builds in isolation, without torch: to build the extension,
+`make build`, or `pip install --no-build-isolation .`.
+"""
+
+import os
+
+from setuptools import setup
+
+
+def obstacle() -> str | None:
+    """Why the extension cannot be built here, or None."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME
+    except ImportError:
+        return "torch cannot be imported in this build environment"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
+        return "nvcc was not found"
+    return None
+
+
+def extension_arguments() -> dict:
+    reason = obstacle()
+    if reason is not None:
+        print(f"fused_lora: leaving out the CUDA extension ({reason}); the Triton kernels need none")
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+    extension = CUDAExtension(
+        "fused_lora._C",
+        ["csrc/bindings.cpp", "csrc/merge.cu"],
+        extra_compile_args={"cxx": ["-O2"], "nvcc": ["-O3"]},
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**extension_arguments())
