@@ -66,8 +66,8 @@ def tiles(measurements: Measurements, shape: Shape) -> dict:
     return {
         "backend": explanation.backend,
         "kernels": [
-            {"name": name, "grid": list(grid)} | {key: meta[key] for key in meta if key.startswith(("BLOCK", "num"))}
-            for name, grid, meta in launches
+            {"name": name, "programs": programs} | {key: meta[key] for key in meta if key.startswith(("BLOCK", "num"))}
+            for name, programs, meta in launches
         ],
     }
 

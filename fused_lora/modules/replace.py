@@ -18,6 +18,10 @@ class ReplaceReport:
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def layers(self, model: nn.Module) -> list[LoRALinear]:
+        """The replacements, in `model`."""
+        return [model.get_submodule(name) for name in self.replaced]
+
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)} linear layers, left {len(self.skipped)}"]
         lines += [f"  + {name}" for name in self.replaced]
