@@ -1,4 +1,4 @@
-"""The CUDA extension, and only it: built where nvcc and a CUDA build of torch are found, left out in one line where not.
+"""The CUDA extension, and only it: built where nvcc and a CUDA torch are, left out in one line where not.
 
 Everything else about the package is in pyproject.toml. pip builds in isolation, without torch: to build the extension,
 `make build`, or `pip install --no-build-isolation .`.

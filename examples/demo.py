@@ -1,0 +1,124 @@
+"""The main job: a LLaMA trained with fused LoRA beside its unfused twin, merged, compared, plotted.
+
+    python -m examples.demo                 adapts to the Python language reference, which comes with Python
+    python -m examples.demo --text PATH     adapts to a text of your own
+
+The base model is first trained whole on the standard library's docstrings (a warm start: LoRA finds little to adapt in
+random weights) and frozen. LoRA then adapts it to the text twice, from one start and on the same batches: once by
+fused_lora and once by plain torch. Exits with status 1 if the two disagree. Writes demo_output/loss_curves.png.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fused_lora
+
+from . import report, text
+from .config import DemoConfig, cpu_config, gpu_config
+from .llama import Llama
+from .report import DemoResult
+from .training import TrainingRun, held_out_logits, perplexity, sample, train
+from .unfused import unfused_twin
+
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load_text(path: Path | None, config: DemoConfig) -> tuple[Tensor, Tensor]:
+    """(train, held-out) tokens on the device: of the file, or of the language reference."""
+    content = text.language_reference().encode() if path is None else path.read_bytes()
+    tokens, held_out = text.split(text.encode(content).to(config.device))
+    if len(held_out) <= config.lora.seq_len:
+        raise ValueError(f"the text needs at least {10 * (config.lora.seq_len + 1):,} bytes, got {len(content):,}")
+    return tokens, held_out[: config.held_out_tokens]
+
+
+def warm_start(config: DemoConfig) -> Llama:
+    """A base model trained whole on docstrings, then cast to config.dtype and frozen. While it trains, its weights are
+    float32 under autocast: in 16 bits they would lose AdamW's small updates."""
+    tokens = text.encode(text.docstrings().encode()).to(config.device)
+    torch.manual_seed(0)
+    model = Llama(config.llama).to(config.device)
+    autocast = None if config.dtype is torch.float32 else config.dtype
+    train(model, tokens, config.warm_start, "warm start, every weight", autocast)
+    return model.to(config.dtype).requires_grad_(False)
+
+
+def adapt(model: Llama, tokens: Tensor, held_out: Tensor, config: DemoConfig, title: str) -> tuple[TrainingRun, float]:
+    """Trains the model's factors; the run and the held-out perplexity after it. The model is on the GPU in here only,
+    so that the peak memory is its own."""
+    model.to(config.device)
+    run = train(model, tokens, config.lora, title)
+    held_out_perplexity = perplexity(*held_out_logits(model, held_out, config.lora))
+    model.to("cpu")
+    return run, held_out_perplexity
+
+
+def merge_and_compare(model: Llama, held_out: Tensor, config: DemoConfig) -> tuple[float, float, float]:
+    """Merges every LoRALinear in place. (held-out perplexity after it, largest logit difference, largest logit)."""
+    logits, targets = held_out_logits(model, held_out, config.lora)
+    for module in model.modules():
+        if isinstance(module, fused_lora.LoRALinear):
+            module.merge_()
+    merged, _ = held_out_logits(model, held_out, config.lora)
+    return perplexity(merged, targets), (merged - logits).abs().max().item(), logits.abs().max().item()
+
+
+def run_demo(config: DemoConfig, tokens: Tensor, held_out: Tensor, output: Path) -> DemoResult:
+    """Trains, merges, compares, prints and plots; the caller judges by the result's disagreements."""
+    report.print_setup(config, len(tokens), len(held_out))
+    model = warm_start(config)
+    base_perplexity = perplexity(*held_out_logits(model, held_out, config.lora))
+
+    # Over a 16-bit base the factors stay float32, as in PEFT.
+    replaced = fused_lora.replace_linear(
+        model, config.r, config.lora_alpha, TARGET_MODULES, lora_dropout=0.0, lora_dtype=torch.float32
+    )
+    explanation = fused_lora.explain(model.layers[0].mlp.gate_proj, tokens=config.lora.tokens_per_step)
+    report.print_layers(model, replaced, explanation)
+    twin = unfused_twin(model).to("cpu")
+    fused, fused_perplexity = adapt(model, tokens, held_out, config, "fused LoRA")
+    unfused, unfused_perplexity = adapt(twin, tokens, held_out, config, "unfused LoRA")
+    merged_perplexity, merge_difference, logit_scale = merge_and_compare(model.to(config.device), held_out, config)
+
+    result = DemoResult(
+        fused=fused,
+        unfused=unfused,
+        base_perplexity=base_perplexity,
+        fused_perplexity=fused_perplexity,
+        unfused_perplexity=unfused_perplexity,
+        merged_perplexity=merged_perplexity,
+        merge_difference=merge_difference,
+        logit_scale=logit_scale,
+    )
+    report.print_results(result, explanation)
+    report.print_agreement(result, config)
+    prompt = held_out[: config.lora.seq_len // 2]
+    report.print_sample(prompt, sample(model, prompt, count=config.lora.seq_len, window=config.lora.seq_len))
+    report.save_loss_curves(result, config, output / "loss_curves.png")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, help="a file to adapt to, instead of the Python language reference")
+    arguments = parser.parse_args()
+    # Bars go to stderr: through a pipe, too, the two streams stay in order.
+    sys.stdout.reconfigure(line_buffering=True)
+    config = gpu_config() if torch.cuda.is_available() else cpu_config()
+    try:
+        tokens, held_out = load_text(arguments.text, config)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    result = run_demo(config, tokens, held_out, Path("demo_output"))
+    disagreements = result.disagreements(config)
+    if disagreements:
+        sys.exit("FAILED: " + "; ".join(disagreements))
+    print("OK: the fused and the unfused run agree, and so do the models before and after the merge")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""torch.compile, fake tensors and torch's own examination of the ops."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora import LoRALinear, lora_linear
+from tests.ops.problem import DEVICES, SCALE, make_dy, make_inputs, run, seed_on
+
+# Dynamo makes an instance of every autograd.Function that it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+ops = torch.ops.fused_lora
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def frozen_inputs(*shape, device, lora_dtype=None, bias=True):
+    inputs = make_inputs(*shape, device, torch.float32, lora_dtype, bias)
+    return [inputs[name].detach() if name in inputs else None for name in ("x", "weight", "A", "B", "bias")]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("M", [12, (2, 3)], ids=["2d", "3d"])
+def test_opcheck_forward(M, p, lora_dtype, device):
+    x, weight, A, B, bias = frozen_inputs(M, 10, 7, 3, device=device, lora_dtype=lora_dtype, bias=p > 0)
+    scale = torch.tensor(SCALE, device=device)
+    arguments = (x, weight, A, B, bias, scale, seed_on(device) if p else None, p)
+    torch.library.opcheck(ops.lora_linear_forward.default, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, False)], ids=str)
+@pytest.mark.parametrize("M", [12, (2, 3)], ids=["2d", "3d"])
+def test_opcheck_backward(M, needs, lora_dtype, device):
+    inputs = make_inputs(M, 10, 7, 3, device, torch.float32, lora_dtype)
+    x, weight, A, B = (inputs[name].detach() for name in ("x", "weight", "A", "B"))
+    scale = torch.tensor(SCALE, device=device)
+    xa = ops.lora_linear_forward(x, weight, A, B, None, scale, None, 0.0)[1]
+    arguments = (make_dy(inputs), x, weight, A, B, xa, scale, None, 0.0, *needs)
+    torch.library.opcheck(ops.lora_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_merge(device):
+    _, weight, A, B, _ = frozen_inputs(1, 10, 7, 3, device=device)
+    torch.library.opcheck(ops.merge_.default, (weight, A, B, torch.tensor(SCALE, device=device)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_tensors(dtype, device):
+    with FakeTensorMode():
+        inputs = {
+            "x": torch.empty(2, 3, 10, dtype=dtype, device=device, requires_grad=True),
+            "weight": torch.empty(7, 10, dtype=dtype, device=device),
+            "A": torch.empty(4, 10, device=device, requires_grad=True),
+            "B": torch.empty(7, 4, device=device, requires_grad=True),
+        }
+        y = lora_linear(**inputs, scale=SCALE, p=0.5)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, 7), dtype, device)
+        y.sum().backward()
+        for name in ("x", "A", "B"):
+            grad = inputs[name].grad
+            assert (grad.shape, grad.dtype) == (inputs[name].shape, inputs[name].dtype)
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="autocast is asked about the device `meta`, which has none")
+def test_meta_tensors():
+    layer = LoRALinear(10, 7, 3, 2.0, device="meta")
+    y = layer(torch.empty(2, 3, 10, device="meta"))
+    assert (y.shape, y.device.type) == ((2, 3, 7), "meta")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compiled_is_eager(p, device):
+    inputs = make_inputs((2, 11), 10, 7, 3, device)
+    dy, seed = make_dy(inputs), seed_on(device)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    want = run(lora_linear, inputs, dy, scale=SCALE, p=p, seed=seed)
+    got = run(compiled, inputs, dy, scale=SCALE, p=p, seed=seed)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inductor(device):
+    inputs = make_inputs(11, 10, 7, 3, device)
+    dy = make_dy(inputs)
+
+    def twice(**inputs):
+        return torch.nn.functional.silu(lora_linear(**inputs, scale=SCALE)) * 2
+
+    want, got = run(twice, inputs, dy), run(torch.compile(twice, fullgraph=True), inputs, dy)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def trained_layer(device, **options):
+    layer = LoRALinear(10, 7, 3, lora_alpha=2.0, device=device, **options)
+    torch.nn.init.normal_(layer.lora_B)
+    return layer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mark", ["automatic", "marked"])
+def test_a_new_number_of_tokens_does_not_recompile(mark, device):
+    layer = trained_layer(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    graphs = []
+    for M in (5, 8, 13, 64, 3):
+        x = torch.randn(M, 10, device=device, requires_grad=True)
+        if mark == "marked":
+            torch._dynamo.mark_dynamic(x, 0)
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x))
+        y.sum().backward()
+        graphs.append(counter.frame_count)
+    # Automatic dynamic shapes compile once for the first M and once for any.
+    assert graphs == ([1] * 5 if mark == "marked" else [1, 2, 2, 2, 2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_new_scale_does_not_recompile(device):
+    layer = trained_layer(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = torch.randn(5, 10, device=device)
+    results = []
+    for alpha in (2.0, 4.0, 5.0, 32.0):
+        layer.set_lora_alpha(alpha)
+        results.append(compiled(x))
+        torch.testing.assert_close(results[-1], layer(x))
+    assert counter.frame_count == 1
+    assert not torch.allclose(results[0], results[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_dropout_draws_anew(device):
+    layer = trained_layer(device, lora_dropout=0.5).train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 10, device=device)
+    assert not torch.equal(compiled(x), compiled(x))
+    layer.eval()
+    assert torch.equal(compiled(x), compiled(x))
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_checkpointing(device):
+    layer = trained_layer(device)
+    x = torch.randn(5, 10, device=device, requires_grad=True)
+
+    def gradients(function):
+        return torch.autograd.grad(function(x).square().sum(), [x, layer.lora_A, layer.lora_B])
+
+    def checkpointed(x):
+        return checkpoint(lambda x: torch.relu(layer(x)), x, use_reentrant=False)
+
+    want = gradients(lambda x: torch.relu(layer(x)))
+    got = gradients(torch.compile(checkpointed, fullgraph=True, backend="aot_eager"))
+    for plain, recomputed in zip(want, got, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_under_autocast(device):
+    layer = trained_layer(device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 10, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = compiled(x)
+        assert y.dtype is torch.bfloat16
+        torch.testing.assert_close(y, layer(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_merge(device):
+    layer = trained_layer(device)
+    x = torch.randn(5, 10, device=device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def merged(x, weight, A, B, scale):
+        ops.merge_(weight, A, B, scale)
+        return x @ weight.T
+
+    weight = layer.weight.detach().clone()
+    y = merged(x, weight, layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+    torch.testing.assert_close(weight, layer.merge_().weight.detach())
+    torch.testing.assert_close(y, x @ weight.T)

@@ -1,0 +1,254 @@
+"""Which backend runs a call: the variables, the reasons, tiles for every GPU, and that importing asks nothing."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_lora import backends, lora_linear
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    """No variable set, nothing remembered from another test, no interpreter."""
+    for name in ("FUSED_LORA_BACKEND", "FUSED_LORA_AUTOTUNE", "FUSED_LORA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    backends._choose.cache_clear()
+    yield
+    backends._choose.cache_clear()
+
+
+class Card:
+    """What torch tells of a GPU."""
+
+    def __init__(self, capability, shared_memory=101376):
+        self.major, self.minor = divmod(capability, 10)
+        self.multi_processor_count = 80
+        self.shared_memory_per_block_optin = shared_memory
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Makes CUDA devices report a capability, with everything else in place to use them."""
+    pytest.importorskip("triton")
+
+    def pretend(capability, **options):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card(capability, **options))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {capability}")
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(backends, "host_compiler", lambda: "/usr/bin/cc")
+        backends._gpu.cache_clear()
+
+    yield pretend
+    backends._gpu.cache_clear()
+
+
+def test_forcing(monkeypatch):
+    assert backends.forced_backend() is None
+    for value, forced in (("auto", None), ("triton", "triton"), ("reference", "reference")):
+        monkeypatch.setenv("FUSED_LORA_BACKEND", value)
+        assert backends.forced_backend() == forced
+
+
+@pytest.mark.parametrize("value", ["", "Triton", "cuda", "0"])
+def test_a_wrong_backend_is_refused_with_the_right_ones(value, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_BACKEND", value)
+    with pytest.raises(ValueError, match=f"FUSED_LORA_BACKEND must be one of auto, .*triton, reference, got '{value}'"):
+        lora_linear(torch.ones(1, 2), torch.ones(3, 2), torch.ones(1, 2), torch.ones(3, 1))
+
+
+def test_the_variable_is_read_at_each_call(monkeypatch):
+    assert backends.choose(CPU, torch.float32).reason != "FUSED_LORA_BACKEND=reference"
+    monkeypatch.setenv("FUSED_LORA_BACKEND", "reference")
+    assert backends.choose(CPU, torch.float32) == backends.Choice("reference", "FUSED_LORA_BACKEND=reference")
+
+
+@pytest.mark.parametrize(("value", "enabled"), [(None, False), ("0", False), ("1", True)])
+def test_autotuning(value, enabled, monkeypatch):
+    if value is not None:
+        monkeypatch.setenv("FUSED_LORA_AUTOTUNE", value)
+    assert backends.autotune_enabled() is enabled
+    monkeypatch.setenv("FUSED_LORA_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="FUSED_LORA_AUTOTUNE must be 0 or 1, got 'yes'"):
+        backends.autotune_enabled()
+
+
+def test_a_cpu_runs_the_reference_and_says_why():
+    pytest.importorskip("triton")
+    assert backends.choose(CPU, torch.float32) == backends.Choice("reference", "no kernel for device cpu")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    assert backends.choose(CUDA, torch.bfloat16) == backends.Choice("reference", "triton is not installed")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 103, 110, 120, 121])
+def test_a_gpu_runs_triton(capability, dtype, card):
+    card(capability)
+    assert backends.choose(CUDA, dtype) == backends.Choice("triton", f"cuda tensor of {dtype}")
+
+
+@pytest.mark.parametrize("capability", [70, 75])
+def test_an_old_gpu_runs_the_reference(capability, card):
+    card(capability)
+    reason = f"compute capability {capability / 10} is below 8.0"
+    assert backends.choose(CUDA, torch.float16) == backends.Choice("reference", reason)
+
+
+def test_float64_runs_the_reference(card):
+    card(90)
+    assert backends.choose(CUDA, torch.float64) == backends.Choice("reference", "no kernel for torch.float64")
+
+
+def test_without_a_compiler_for_the_launchers(card, monkeypatch):
+    card(90)
+    monkeypatch.setattr(backends, "host_compiler", lambda: None)
+    choice = backends.choose(CUDA, torch.float16)
+    assert choice.name == "reference"
+    assert "no C compiler" in choice.reason
+
+
+def test_rocm_runs_the_reference(card, monkeypatch):
+    card(90)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backends.choose(CUDA, torch.float16).name == "reference"
+
+
+def test_forcing_triton_where_it_cannot_run_raises_the_reason(monkeypatch, card):
+    monkeypatch.setenv("FUSED_LORA_BACKEND", "triton")
+    with pytest.raises(NotImplementedError, match="=triton cannot run this call: no kernel for device cpu"):
+        lora_linear(torch.ones(1, 2), torch.ones(3, 2), torch.ones(1, 2), torch.ones(3, 1))
+    card(75)
+    with pytest.raises(NotImplementedError, match=r"compute capability 7\.5"):
+        backends.choose(CUDA, torch.float16)
+    card(80)
+    backends._choose.cache_clear()
+    assert backends.choose(CUDA, torch.float16) == backends.Choice("triton", "FUSED_LORA_BACKEND=triton")
+
+
+def test_a_host_compiler_is_looked_for(monkeypatch, tmp_path):
+    backends.host_compiler.cache_clear()
+    compiler = tmp_path / "gcc"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backends.host_compiler() == str(compiler)
+    backends.host_compiler.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert backends.host_compiler() is None
+    backends.host_compiler.cache_clear()
+    monkeypatch.setenv("CC", str(compiler))
+    assert backends.host_compiler() == str(compiler)
+    backends.host_compiler.cache_clear()
+
+
+def test_the_gpus_view(card):
+    card(86)
+    gpu = backends.gpu(CUDA)
+    assert (gpu.capability, gpu.sm_count, gpu.shared_memory) == (86, 80, 101376)
+
+
+def test_precision_follows_torchs_matmul_setting():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, precision in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert backends.precision(torch.float32) == precision
+            assert backends.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# Bytes of shared memory a block may have: what each capability reports, and the least of all for every one.
+SHARED = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 101: 232448, 103: 232448, 110: 232448}
+
+
+@pytest.mark.parametrize("capability", range(80, 122))
+def test_every_capability_gets_legal_tiles(capability):
+    pytest.importorskip("triton")
+    from fused_lora.kernels import tiles
+
+    for shared_memory, sm_count in itertools.product({101376, SHARED.get(capability, 101376)}, (16, 132)):
+        gpu = tiles.Gpu(capability, sm_count, shared_memory)
+        for itemsize, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32")):
+            for tma in {False, gpu.has_tma and itemsize == 2}:
+                chosen = [tiles.expand_tile(M, 4096, gpu, itemsize, tma, precision) for M in (1, 100, 8192, 10**6)]
+                assert tiles.expand_candidates(gpu, itemsize, tma, precision)
+                assert all(tiles.legal(tile, gpu, itemsize, tma) for tile in chosen)
+            for r in (1, 16, 17, 100, 256, 512):
+                for tile in (
+                    tiles.shrink_tile(8192, r, gpu, itemsize, precision),
+                    tiles.factor_grad_tile(r, gpu, itemsize, precision),
+                    tiles.merge_tile(r, gpu, itemsize),
+                ):
+                    assert tiles.legal(tile, gpu, itemsize, False), (itemsize, precision, r, tile)
+
+
+@pytest.mark.parametrize("capability", [87, 103, 120])
+def test_an_unknown_gpu_plans_a_layer(capability):
+    """No name is looked up: the launches follow from the numbers."""
+    pytest.importorskip("triton")
+    from fused_lora.explain import _record
+    from fused_lora.kernels.tiles import Gpu
+
+    x, dtype = torch.empty(300, 264, device="meta", dtype=torch.bfloat16), torch.bfloat16
+    weight, A, B = (torch.empty(*shape, device="meta", dtype=dtype) for shape in ((136, 264), (16, 264), (136, 16)))
+    forward, backward = _record(x, weight, A, B, None, 0.0, Gpu(capability, 48, 101376))
+    assert [name for name, _, _ in forward if "split" not in name] == ["shrink_kernel", "expand_kernel"]
+    assert backward
+
+
+IMPORT = """
+import os, sys, torch
+before = set(sys.modules)
+read = []
+class Spy(type(os.environ)):
+    def __getitem__(self, key):
+        read.append(key)
+        return super().__getitem__(key)
+os.environ.__class__ = Spy
+def refuse(*args, **kwargs):
+    raise SystemExit("a GPU was asked for at import")
+for name in ("is_available", "device_count", "get_device_properties", "get_device_capability", "get_device_name",
+             "current_device", "_lazy_init", "init"):
+    setattr(torch.cuda, name, refuse)
+torch.compile = refuse
+import fused_lora
+new = set(sys.modules) - before
+assert not torch.cuda.is_initialized()
+assert not [name for name in sys.modules if name.partition(".")[0] == "triton"], "triton was imported"
+assert not [name for name in new if name.startswith("fused_lora.kernels")], "kernels were imported"
+assert not {"peft", "transformers", "numpy.testing", "matplotlib"} & {name.partition(".")[0] for name in new}
+assert not [key for key in read if key.startswith(("FUSED_LORA", "TRITON", "CC", "CUDA", "PATH"))], read
+print("quiet", len(new))
+"""
+
+
+def test_importing_asks_nothing():
+    """No triton, no variable, no GPU, no compile."""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("quiet"), result.stdout + result.stderr
+    assert result.returncode == 0
+
+
+def test_importing_without_triton():
+    """And everything that a CPU does works."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fused_lora\n"
+        "layer = fused_lora.LoRALinear(8, 6, 2, 3.0)\n"
+        "layer(torch.randn(4, 8)).sum().backward()\n"
+        "layer.merge_()\n"
+        "print(fused_lora.explain(layer).reason)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()

@@ -1,0 +1,161 @@
+"""explain(): what it says of a layer, of a shape, of a card it names, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_lora import LoRALinear, backends, explain
+
+SHAPE = dict(in_features=4096, out_features=1024, r=16)
+CARDS = ["A100", "A6000", "RTX 3090", "RTX 4090", "H100"]
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    monkeypatch.delenv("FUSED_LORA_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    backends._choose.cache_clear()
+    yield
+    backends._choose.cache_clear()
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_by_name(card):
+    pytest.importorskip("triton")
+    told = explain(gpu=card, tokens=8192, **SHAPE)
+    assert (told.backend, told.reason, told.device) == ("triton", f"explained for {card}", card)
+    lines = str(told).splitlines()
+    assert lines[0] == f"M=8192 tokens, K=4096 -> N=1024, r=16, torch.bfloat16 on {card}"
+    assert lines[1] == f"backend: triton (explained for {card})"
+    assert {"forward:", "backward:"} < set(lines)
+    for name in ("shrink_kernel", "expand_kernel"):
+        assert any(line.startswith(f"  {name} programs=") and "BLOCK_M=" in line for line in lines)
+    grads = "expand_grads_kernel" if card == "H100" else "factor_grads_kernel"
+    assert grads in [name for name, _, _ in told.backward]
+    assert ("TMA" in str(told)) == (card == "H100")
+
+
+def test_the_launches_are_those_of_the_shape():
+    """Programs times tile cover the output, and dropout and float32 change what runs."""
+    pytest.importorskip("triton")
+
+    def expand_of(part):
+        return next((programs, meta) for name, programs, meta in part if name == "expand_kernel")
+
+    programs, meta = expand_of(explain(gpu="RTX 3090", tokens=1000, **SHAPE).forward)
+    assert programs == -(-1000 // meta["BLOCK_M"]) * -(-1024 // meta["BLOCK_N"])
+    assert not meta["DROPOUT"]
+    backward = explain(gpu="RTX 3090", tokens=1000, p=0.1, **SHAPE).backward
+    assert expand_of(backward)[1]["DROPOUT"]
+    assert "DROPOUT" in str(explain(gpu="H100", p=0.1, **SHAPE))
+    assert "TMA" not in str(explain(gpu="H100", dtype=torch.float32, **SHAPE))
+
+
+@pytest.mark.parametrize(("changes", "note"), [
+    (dict(in_features=4092), "in_features=4092 is not a multiple of 8"),
+    (dict(out_features=1020), "out_features=1020 is not a multiple of 8"),
+    (dict(r=12), "r=12 is not a multiple of 8"),
+    (dict(dtype=torch.float32), "float32 multiplies in IEEE"),
+    (dict(lora_dtype=torch.float32), "A and B are torch.float32"),
+])  # fmt: skip
+def test_notes(changes, note):
+    pytest.importorskip("triton")
+    assert explain(gpu="H100", **SHAPE).notes == ()
+    told = explain(gpu="H100", **SHAPE | changes)
+    assert any(note in each for each in told.notes)
+    assert f"note: {told.notes[0]}" in str(told)
+
+
+def test_float32_is_explained_as_torch_would_multiply_it():
+    pytest.importorskip("triton")
+    before, options = torch.get_float32_matmul_precision(), dict(gpu="A100", dtype=torch.float32, **SHAPE)
+    ieee = explain(**options)
+    try:
+        torch.set_float32_matmul_precision("high")
+        tf32 = explain(**options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert tf32.notes == ()
+    assert {meta["PRECISION"] for _, _, meta in ieee.forward if "PRECISION" in meta} == {"ieee"}
+    assert {meta["PRECISION"] for _, _, meta in tf32.forward if "PRECISION" in meta} == {"tf32"}
+
+
+def test_a_layer_on_a_cpu():
+    layer = LoRALinear(40, 30, 6, 9.0)
+    told = explain(layer, tokens=100)
+    assert (told.shape, told.dtype, told.device) == ((100, 40, 30, 6), torch.float32, "cpu")
+    assert told.backend == "reference"
+    assert told.reason in ("no kernel for device cpu", "triton is not installed")
+    lines = ["M=100 tokens, K=40 -> N=30, r=6, torch.float32 on cpu", f"backend: reference ({told.reason})"]
+    assert str(told).splitlines() == lines
+
+
+def test_a_layer_for_a_card():
+    pytest.importorskip("triton")
+    dtypes = dict(dtype=torch.bfloat16, lora_dtype=torch.float32)
+    layer = LoRALinear(4096, 1024, 16, 24.0, lora_dropout=0.1, device="meta", **dtypes)
+    told = explain(layer, gpu="H100")
+    assert str(told) == str(explain(gpu="H100", lora_dtype=torch.float32, p=0.1, **SHAPE))
+
+
+def test_the_variable_is_explained(monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_BACKEND", "reference")
+    told = explain(LoRALinear(40, 30, 6, 9.0))
+    assert (told.backend, told.reason) == ("reference", "FUSED_LORA_BACKEND=reference")
+
+
+@pytest.mark.parametrize("missing", ["in_features", "out_features", "r"])
+def test_a_shape_that_is_not_whole(missing):
+    with pytest.raises(ValueError, match="explain needs a layer, or in_features, out_features and r"):
+        explain(**{name: size for name, size in SHAPE.items() if name != missing})
+
+
+def test_a_card_that_is_not_known():
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"gpu must be one of A100, .*H100, got 'TPU'"):
+        explain(gpu="TPU", **SHAPE)
+
+
+@pytest.mark.parametrize(("r", "error"), [(0, ValueError), (513, ValueError), (True, TypeError)])
+def test_a_bad_rank(r, error):
+    with pytest.raises(error, match=r"^r must be"):
+        explain(**SHAPE | {"r": r})
+
+
+@pytest.mark.xfail(strict=True, reason="with gpu= the dtype is not looked at: float64 is said to run in Triton")
+def test_a_card_has_no_kernel_for_float64():
+    pytest.importorskip("triton")
+    told = explain(gpu="H100", dtype=torch.float64, **SHAPE)
+    assert (told.backend, told.reason) == ("reference", "no kernel for torch.float64")
+
+
+@pytest.mark.xfail(strict=True, reason="no tokens, or a negative size, end in Triton's or torch's own errors")
+@pytest.mark.parametrize("wrong", ["tokens", "in_features", "out_features"])
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_that_is_none(wrong, size):
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=f"{wrong} must"):
+        explain(gpu="H100", **SHAPE | {wrong: size})
+
+
+def test_a_card_without_triton():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import fused_lora, fused_lora.backends as b\n"
+        "b.has_triton = lambda: False\n"
+        "fused_lora.explain(in_features=8, out_features=8, r=2, gpu='H100')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.stderr.strip().endswith("ModuleNotFoundError: explaining for a GPU needs triton installed")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_this_machines_gpu(dtype):
+    layer = LoRALinear(264, 136, 16, 24.0, device="cuda", dtype=dtype)
+    told = explain(layer, tokens=300)
+    assert (told.backend, told.reason, told.device) == ("triton", f"cuda tensor of {dtype}", "cuda:0")
+    assert told.forward
+    assert told.backward

@@ -1,0 +1,208 @@
+"""The specification itself: against torch's autograd in float64, and the statistics of its dropout mask."""
+
+import itertools
+
+import pytest
+import torch
+
+from fused_lora import reference
+from tests.accuracy import assert_accurate
+
+M, K, N, R = 17, 13, 11, 3
+SCALE = 0.6
+SEED = torch.tensor(0x1234_5678_9ABC)
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def matrices():
+    return double(M, K), double(N, K), double(R, K), double(N, R)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.35, 1.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_backward_are_autograds(bias, p):
+    x, weight, A, B = matrices()
+    bias, dy, seed = double(N) if bias else None, double(M, N), SEED if p else None
+    scale = torch.tensor(SCALE, dtype=torch.float64)
+    y, xa = reference.lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p)
+    got = (y, *reference.lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, (True, True, True)))
+    inputs = [t.requires_grad_() for t in (x, A, B)]
+    want = reference.lora_linear_ref(x, weight, A, B, bias, SCALE, p, seed)
+    exact = (want, *torch.autograd.grad(want, inputs, dy))
+    for name, value, want in zip(("y", "dx", "dA", "dB"), got, exact, strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    dropped = torch.nn.functional.linear(reference.dropout(x, p, seed), A)
+    torch.testing.assert_close(xa, SCALE * dropped)
+
+
+def test_the_formula_entry_by_entry():
+    """Against sums written out, with the mask as a matrix of zeros and 1 / (1 - p)."""
+    x, weight, A, B = matrices()
+    bias, p = double(N), 0.35
+    dropped = x * reference.keep_mask(M, K, p, SEED) / (1 - p)
+    want = torch.stack([
+        torch.stack([
+            sum(x[m, k] * weight[n, k] for k in range(K)) + bias[n]
+            + SCALE * sum(dropped[m, k] * A[r, k] * B[n, r] for k in range(K) for r in range(R))
+            for n in range(N)
+        ]) for m in range(M)
+    ])  # fmt: skip
+    torch.testing.assert_close(reference.lora_linear_ref(x, weight, A, B, bias, SCALE, p, SEED), want)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_gradients_that_are_not_needed(needs):
+    x, weight, A, B = matrices()
+    scale, dy = torch.tensor(SCALE), double(M, N)
+    xa = reference.lora_linear_forward_ref(x, weight, A, B, None, scale, None, 0.0)[1]
+    all_three = reference.lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, None, 0.0, (True, True, True))
+    some = reference.lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, None, 0.0, needs)
+    for needed, want, got in zip(needs, all_three, some, strict=True):
+        assert torch.equal(got, want) if needed else got is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_each_result_is_rounded_once(dtype):
+    """xa and y are what float64 gives, rounded: to within the fp32 sums' own error of the nearest value."""
+    x, weight, A, B = (t.to(dtype) for t in matrices())
+    scale = torch.tensor(SCALE)
+    y, xa = reference.lora_linear_forward_ref(x, weight, A, B, None, scale, None, 0.0)
+    assert (y.dtype, xa.dtype) == (dtype, dtype)
+    exact_xa = float(scale) * x.double() @ A.double().T
+    half_unit = torch.finfo(dtype).eps / 2
+    assert ((xa.double() - exact_xa).abs() <= half_unit * exact_xa.abs() + 1e-5).all()
+    exact_y = x.double() @ weight.double().T + xa.double() @ B.double().T
+    assert ((y.double() - exact_y).abs() <= half_unit * exact_y.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_keep_rate(p):
+    rows, cols = 800, 1000
+    mask = reference.keep_mask(rows, cols, p, SEED)
+    assert (mask.shape, mask.dtype) == ((rows, cols), torch.bool)
+    sigma = (p * (1 - p)) ** 0.5
+    assert abs(mask.double().mean() - (1 - p)) < 5 * sigma / (rows * cols) ** 0.5
+    # No row and no column is far off either: six sigma among 1,800 of them.
+    assert (mask.double().mean(0) - (1 - p)).abs().max() < 6 * sigma / rows**0.5
+    assert (mask.double().mean(1) - (1 - p)).abs().max() < 6 * sigma / cols**0.5
+
+
+def correlation(a, b):
+    """Of two masks, in units of what chance gives."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    return ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt() * a.numel() ** 0.5).abs()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("seed", [0, 1, 0x1234_5678_9ABC, 2**62 - 1])
+def test_neighbours_are_independent(seed, p):
+    mask = reference.keep_mask(700, 900, p, torch.tensor(seed))
+    for distance in (1, 2, 3, 8, 16, 32, 64, 128, 256):
+        assert correlation(mask[distance:], mask[:-distance]) < 5, f"rows {distance} apart"
+        assert correlation(mask[:, distance:], mask[:, :-distance]) < 5, f"columns {distance} apart"
+        assert correlation(mask[distance:, distance:], mask[:-distance, :-distance]) < 5, f"diagonals {distance} apart"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_no_row_repeats_another_shifted(p):
+    """Rows are independent in all pairs, not only where they are neighbours."""
+    mask = reference.keep_mask(3000, 256, p, SEED).double()
+    mask = (mask - mask.mean()) / mask.std()
+    for shift in (0, 1, 7):
+        products = mask[:, shift:] @ mask[:, : 256 - shift].T / (256 - shift) ** 0.5
+        if shift == 0:
+            products.fill_diagonal_(0)
+        # Of 9 million pairs the furthest is about 5.3 sigma; a repeated row is 16.
+        assert products.abs().max() < 9
+
+
+@pytest.mark.parametrize("other", [0, 0x1234_5678_9ABD, 0x1235_5678_9ABC, 0x5678_9ABC])
+def test_other_seeds_give_other_masks(other):
+    mask = reference.keep_mask(700, 900, 0.5, SEED)
+    assert torch.equal(mask, reference.keep_mask(700, 900, 0.5, SEED.clone()))
+    assert correlation(mask, reference.keep_mask(700, 900, 0.5, torch.tensor(other))) < 5
+
+
+def test_nothing_and_everything_dropped():
+    assert reference.keep_mask(300, 200, 0.0, SEED).all()
+    assert not reference.keep_mask(300, 200, 1.0, SEED).any()
+    x = double(5, 4)
+    assert torch.equal(reference.dropout(x, 0.0, SEED), x)
+    assert torch.equal(reference.dropout(x, 0.5, None), x)
+    assert torch.count_nonzero(reference.dropout(x, 1.0, SEED)) == 0
+
+
+def test_a_higher_p_drops_more_of_the_same():
+    fewer, more = (reference.keep_mask(300, 200, p, SEED) for p in (0.2, 0.6))
+    assert (fewer | ~more).all()
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 300), (37, 300), (200, 1), (200, 299), (1, 1)])
+def test_the_mask_does_not_depend_on_its_size(rows, cols):
+    mask = reference.keep_mask(200, 300, 0.4, SEED)
+    assert torch.equal(reference.keep_mask(rows, cols, 0.4, SEED), mask[:rows, :cols])
+
+
+def test_dropout_scales_what_it_keeps():
+    x, p = double(300, 200) + 5, 0.35
+    mask, dropped = reference.keep_mask(300, 200, p, SEED), reference.dropout(x, p, SEED)
+    torch.testing.assert_close(dropped[mask], x[mask] / (1 - p))
+    assert torch.count_nonzero(dropped[~mask]) == 0
+    assert abs(dropped.mean() / x.mean() - 1) < 0.02
+    assert torch.isfinite(reference.dropout(torch.full_like(x, float("nan")), p, SEED)[~mask]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge(dtype):
+    weight, A, B = double(75, 101).to(dtype), double(R, 101), double(75, R)
+    exact = weight.double() + SCALE * B @ A
+    unfused = weight + (SCALE * B @ A).to(dtype)
+    reference.merge_ref_(weight, A, B, torch.tensor(SCALE, dtype=torch.float64))
+    assert_accurate("weight", weight, exact, unfused)
+
+
+def test_merge_keeps_the_bits_of_entries_without_an_update():
+    weight = torch.tensor([[0.0, -0.0, float("nan"), 1e-45, 3.0]]).repeat(4, 1)
+    B, A = torch.tensor([[0.0], [1.0], [0.0], [2.0]]), torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])
+    before = weight.view(torch.int32).clone()
+    reference.merge_ref_(weight, A, B, torch.tensor(0.5))
+    unchanged = (B @ A == 0).expand_as(weight)
+    assert torch.equal(weight.view(torch.int32)[unchanged], before[unchanged])
+    assert torch.equal(weight[1, [0, 1, 3]], torch.full((3,), 0.5))
+
+
+def rounding_down(t):
+    """A cast to bf16 that truncates, as the widths differ only in the lower half of the word."""
+    return (t.float().view(torch.int32) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+
+
+def with_entry(t, value):
+    t = t.clone()
+    t[3, 5] = value
+    return t
+
+
+def test_the_tolerance_can_fail():
+    exact = double(200, 100)
+    nearest = exact.to(torch.bfloat16)
+    twice = exact.float() * (1 + 2**-9 * torch.sign(torch.randn(200, 100)))  # one more rounding, as unfused torch has
+    by_torch = twice.to(torch.bfloat16)
+    assert_accurate("nearest", nearest, exact, by_torch)
+    assert_accurate("torch", by_torch, exact, by_torch)
+    wrong = {
+        "truncated": rounding_down(exact),
+        "coarse": exact.to(torch.float8_e4m3fn).to(torch.bfloat16),
+        "shifted": (exact + 0.004).to(torch.bfloat16),
+        "a little shifted": (exact + 0.001).to(torch.bfloat16),
+        "one entry off": with_entry(nearest, 9.0),
+        "a NaN": with_entry(nearest, float("nan")),
+        "an infinity": with_entry(nearest, float("inf")),
+        "transposed": nearest.T.reshape(200, 100),
+        "another shape": nearest[:, :1],
+    }
+    for name, got in wrong.items():
+        with pytest.raises(AssertionError, match=name):
+            assert_accurate(name, got, exact, by_torch)
