@@ -8,7 +8,9 @@
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 # With an NVIDIA driver, the torch that CUDA machines get; without one, a CPU torch and the Triton that matches it.
-PACKAGES ?= $(if $(shell command -v nvidia-smi),torch>=2.10,torch==2.13.0 triton==3.7.1)
+GPU := $(shell command -v nvidia-smi)
+PACKAGES ?= $(if $(GPU),torch>=2.10,torch==2.13.0 triton==3.7.1)
+WORKERS ?= $(if $(GPU),8,auto)
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
 .PHONY: demo test bench lint build
@@ -17,7 +19,8 @@ demo: $(READY)
 	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
 
 test: $(READY)
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest tests -n $(WORKERS)
+	$(if $(GPU),,TRITON_INTERPRET=1 $(PYTHON) -m pytest tests -m interpreter -n $(WORKERS))
 
 bench: $(READY)
 	$(PYTHON) -m bench

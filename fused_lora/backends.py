@@ -90,6 +90,16 @@ def gpu(device: torch.device):
     return _gpu(device, autotune_enabled())
 
 
+def describe(device: torch.device) -> str:
+    """A CUDA device in one line."""
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB, "
+        f"{properties.shared_memory_per_block_optin // 1024} KB shared memory a block"
+    )
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 operands multiply: "ieee", or "tf32" where torch's own matmul setting allows it."""
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":

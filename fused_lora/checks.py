@@ -12,17 +12,24 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def check_matrix(name: str, tensor: Tensor) -> None:
-    """A plain, dense, real floating-point matrix."""
+def _check_dense(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
-            + (": a quantised base is not supported" if tensor.dtype.itemsize == 1 else "")
-        )
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """A real floating-point type of 16 bits or more."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        quantised = ": a quantised base is not supported" if dtype.itemsize == 1 else ""
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}{quantised}")
+
+
+def check_matrix(name: str, tensor: Tensor) -> None:
+    """A plain, dense, real floating-point matrix."""
+    _check_dense(name, tensor)
+    check_dtype(name, tensor.dtype)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {_shape(tensor)}")
 
@@ -34,12 +41,19 @@ def check_rank(r: int) -> None:
         raise ValueError(f"r must be between 1 and {MAX_RANK}, got {r}")
 
 
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def check_probability(name: str, p: float) -> None:
+    _check_number(name, p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {p}")
 
 
 def check_scale(name: str, scale: float) -> None:
+    _check_number(name, scale)
     if not math.isfinite(scale):
         raise ValueError(f"{name} must be finite, got {scale}")
 
@@ -50,6 +64,8 @@ def check_scale_on(name: str, scale: float | Tensor, weight: Tensor) -> None:
         return check_scale(name, scale)
     if scale.dtype is not torch.float32:
         raise TypeError(f"{name} must be a float or a float32 tensor, got {scale.dtype}")
+    if scale.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: there is none of it here")
     if scale.numel() != 1 or scale.device != weight.device:
         raise ValueError(f"{name} must be one element on {weight.device}, got {_shape(scale)} on {scale.device}")
 
@@ -69,31 +85,43 @@ def check_factors(weight: Tensor, A: Tensor, B: Tensor) -> None:
             raise ValueError(f"{name} must be on {weight.device} like weight, got {tensor.device}")
 
 
-def check_lora_linear(x, weight, A, B, bias, scale, p) -> None:
+def _check_bias(bias: Tensor, weight: Tensor) -> None:
+    _check_dense("bias", bias)
+    if not bias.is_floating_point() or bias.dtype.itemsize < 2:
+        raise TypeError(f"bias must be floating point of 16 bits or more, got {bias.dtype}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {_shape(bias)}")
+    if bias.device != weight.device:
+        raise ValueError(f"bias must be on {weight.device} like weight, got {bias.device}")
+
+
+def _check_seed(seed: Tensor, weight: Tensor) -> None:
+    if not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
+        got = f"{seed.dtype} {_shape(seed)}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"seed must be one element of int64, got {got}")
+    if seed.device != weight.device:
+        raise ValueError(f"seed must be on {weight.device} like weight, got {seed.device}")
+
+
+def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
     """All of lora_linear's arguments."""
     check_factors(weight, A, B)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    N, K = weight.shape
+    _check_dense("x", x)
+    if x.device != weight.device:
+        raise ValueError(f"x must be on {weight.device} like weight, got {x.device}")
+    K = weight.shape[1]
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x must have {K} as its last dimension to match weight {_shape(weight)}, got {_shape(x)}")
     if x.dtype != weight.dtype:
         raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype} (torch.autocast casts both)")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x must be dense, got layout {x.layout}")
-    if x.device != weight.device:
-        raise ValueError(f"x must be on {weight.device} like weight, got {x.device}")
     if bias is not None:
-        if bias.shape != (N,):
-            raise ValueError(f"bias must have shape ({N},), got {_shape(bias)}")
-        if bias.device != weight.device:
-            raise ValueError(f"bias must be on {weight.device} like weight, got {bias.device}")
-        if not bias.is_floating_point():
-            raise TypeError(f"bias must be floating point, got {bias.dtype}")
+        _check_bias(bias, weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen, got requires_grad=True: there is no gradient of weight here")
     check_scale_on("scale", scale, weight)
     check_probability("p", p)
+    if seed is not None:
+        _check_seed(seed, weight)
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
@@ -102,3 +130,8 @@ def check_writable(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be writable, got an inference tensor")
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{name} must be writable, got an expanded tensor with strides {tensor.stride()}")
+    reach = 1  # elements that one step along the next larger stride must clear
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(f"{name} must be writable, got entries that share memory: strides {tensor.stride()}")
+        reach = max(reach, stride * (size - 1) + 1)

@@ -27,16 +27,9 @@ def _software() -> list[tuple[str, str]]:
 
 
 def _gpu_lines(index: int) -> tuple[str, str]:
-    properties = torch.cuda.get_device_properties(index)
-    capability = f"{properties.major}.{properties.minor}"
-    memory = f"{properties.total_memory / 2**30:.0f} GiB"
-    shared = f"{properties.shared_memory_per_block_optin // 1024} KB shared memory a block"
-    sms = properties.multi_processor_count
-    choice = backends.choose(torch.device("cuda", index), torch.bfloat16)
-    return f"cuda:{index}", (
-        f"{properties.name}, compute capability {capability}, {sms} SMs, {memory}, {shared}\n"
-        f"{'':12}bf16 runs on: {choice.name} ({choice.reason})"
-    )
+    device = torch.device("cuda", index)
+    choice = backends.choose(device, torch.bfloat16)
+    return str(device), (f"{backends.describe(device)}\n{'':12}bf16 runs on: {choice.name} ({choice.reason})")
 
 
 def slow_points() -> list[str]:

@@ -103,6 +103,9 @@ def explain(
     if in_features is None or out_features is None or r is None:
         raise ValueError("explain needs a layer, or in_features, out_features and r")
     checks.check_rank(r)
+    for name, size in (("tokens", tokens), ("in_features", in_features), ("out_features", out_features)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
     shape = (tokens, in_features, out_features, r)
     factor_dtype = lora_dtype or dtype
     if gpu is None:
@@ -117,6 +120,8 @@ def explain(
 
         if gpu not in KNOWN_GPUS:
             raise ValueError(f"gpu must be one of {', '.join(KNOWN_GPUS)}, got {gpu!r}")
+        if dtype not in backends.TRITON_DTYPES:
+            return Explanation(shape, dtype, gpu, "reference", f"no kernel for {dtype}")
         target, reason, device = KNOWN_GPUS[gpu], f"explained for {gpu}", gpu
     x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")

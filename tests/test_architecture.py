@@ -115,10 +115,7 @@ def files(**marks):
     ]
 
 
-asks = pytest.mark.xfail(strict=True, reason="doctor reads a device's properties, which only backends may")
-
-
-@pytest.mark.parametrize("path", files(doctor=asks))
+@pytest.mark.parametrize("path", files())
 def test_rules(path):
     assert room_of(path) in ROOMS, "a new room needs its arrows"
     assert sorted(set(violations(path))) == []

@@ -40,6 +40,8 @@ class LoRALinear(nn.Module):
         checks.check_rank(r)
         checks.check_scale("lora_alpha", lora_alpha)
         checks.check_probability("lora_dropout", lora_dropout)
+        if lora_dtype is not None:
+            checks.check_dtype("lora_dtype", lora_dtype)
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -97,6 +99,13 @@ class LoRALinear(nn.Module):
         train_bias: bool = False,
     ) -> "LoRALinear":
         """A LoRALinear on the linear's own parameters (no copy), which it freezes, the bias unless train_bias."""
+        layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+        layer.freeze_base(train_bias)
+        return layer
+
+    @classmethod
+    def beside(cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype) -> "LoRALinear":
+        """from_linear without the freezing: what can fail, before anything of the linear is changed."""
         checks.check_matrix("linear.weight", linear.weight)
         with torch.device("meta"):
             layer = cls(
@@ -104,10 +113,15 @@ class LoRALinear(nn.Module):
                 use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype,
             )  # fmt: skip
         layer.to_empty(device=linear.weight.device)
-        layer.weight = linear.weight.requires_grad_(False)
-        layer.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(train_bias)
+        layer.weight, layer.bias = linear.weight, linear.bias
         layer.reset_lora_parameters()
         return layer.train(linear.training)
+
+    def freeze_base(self, train_bias: bool = False) -> None:
+        """weight, and bias unless train_bias, stop requiring gradients; a bias to be trained starts requiring one."""
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(train_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:

@@ -36,22 +36,29 @@ def _matches(name: str, modules: str | Iterable[str]) -> bool:
     return any(name == entry or name.endswith("." + entry) for entry in modules)
 
 
-def _skip_reason(
-    name: str, linear: nn.Linear, target_modules, exclude_modules, owners: dict[int, set[str]]
-) -> str | None:
-    if target_modules is not None and not _matches(name, target_modules):
+def _matches_any(names: list[str], modules: str | Iterable[str]) -> bool:
+    return any(_matches(name, modules) for name in names)
+
+
+def _skip_reason(names: list[str], linear: nn.Linear, target_modules, exclude_modules, owners) -> str | None:
+    if target_modules is not None and not _matches_any(names, target_modules):
         return "not in target_modules"
-    if exclude_modules is not None and _matches(name, exclude_modules):
+    if exclude_modules is not None and _matches_any(names, exclude_modules):
         return "in exclude_modules"
+    if names == [""]:
+        return "it is the model itself; use LoRALinear.from_linear"
     if type(linear) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(linear).__name__})"
     if any((linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)):
         return "it has hooks, which a replacement would lose"
+    if "forward" in vars(linear):
+        return "its forward was replaced, which a replacement would lose"
     if not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2:
         return f"its weight is {linear.weight.dtype}"
-    sharers = owners[id(linear.weight)] - {name}
-    if sharers:
-        return f"its weight is shared with {', '.join(sorted(sharers))}"
+    for parameter_name, parameter in linear.named_parameters(recurse=False):
+        sharers = owners[id(parameter)] - {names[0]}
+        if sharers:
+            return f"its {parameter_name} is shared with {', '.join(sorted(sharers))}"
     return None
 
 
@@ -77,31 +84,32 @@ def replace_linear(
     checks.check_rank(r)
     checks.check_scale("lora_alpha", lora_alpha)
     checks.check_probability("lora_dropout", lora_dropout)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(name)
-    report = ReplaceReport()
+    report, targets = ReplaceReport(), []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            reason = _skip_reason(name, module, target_modules, exclude_modules, owners)
-            if reason is None and not name:
-                reason = "it is the model itself; use LoRALinear.from_linear"
+            reason = _skip_reason(names[id(module)], module, target_modules, exclude_modules, owners)
             if reason is None:
                 report.replaced.append(name)
+                targets.append(module)
             else:
                 report.skipped[name] = reason
-    if not report.replaced:
+    if not targets:
         raise ValueError(f"target_modules matches no nn.Linear that can be replaced: {report}")
-    replacements = {
-        id(modules[name]): LoRALinear.from_linear(
-            modules[name], r, lora_alpha, lora_dropout, use_rslora, lora_dtype, train_bias
-        )
-        for name in report.replaced
+    # Everything that can fail comes before the first change.
+    layers = {
+        id(linear): LoRALinear.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype) for linear in targets
     }
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():  # named_children would skip a module's second name
-            if id(child) in replacements:
-                parent._modules[child_name] = replacements[id(child)]
+            if id(child) in layers:
+                parent._modules[child_name] = layers[id(child)]
+    for layer in layers.values():
+        layer.freeze_base(train_bias)
     return report

@@ -1,5 +1,7 @@
 """The LoRA linear as ops and as an autograd Function: saves tensors, asks backends, nothing more."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,8 +17,13 @@ def _use_triton(x: Tensor, *others: Tensor) -> bool:
     return backends.choose(x.device, x.dtype).name == "triton" and all(t.numel() > 0 for t in (x, *others))
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(..., K) as (M, K); reshape(-1, K) would not know M where K is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _forward(x, weight, A, B, bias, scale, seed, p):
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _rows(x)
     if _use_triton(flat, weight):
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_forward
@@ -31,13 +38,13 @@ def _forward(x, weight, A, B, bias, scale, seed, p):
 
 
 def _forward_fake(x, weight, A, B, bias, scale, seed, p):
-    xa = x.new_empty((x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel(), A.shape[0]))
+    xa = x.new_empty((math.prod(x.shape[:-1]), A.shape[0]))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), xa
 
 
 def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB):
     needs = (need_dx, need_dA, need_dB)
-    flat, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    flat, flat_dy = _rows(x), _rows(dy)
     if _use_triton(flat, weight):
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_backward
@@ -97,8 +104,13 @@ class LoRALinearFunction(torch.autograd.Function):
                 dy, x, weight, A, B, xa, scale, seed, ctx.p, need_dx, need_dA, need_dB
             )
         if need_dbias:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            dbias = _rows(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
         return dx if need_dx else None, None, dA if need_dA else None, dB if need_dB else None, dbias, None, None, None
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
@@ -132,9 +144,9 @@ def lora_linear(
     Raises ValueError or TypeError naming the argument for a shape, dtype or device; weight.requires_grad is one.
     LoRA: Hu et al. 2021, arXiv:2106.09685.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+    if isinstance(x, Tensor) and _autocasts(x):
         x, weight, bias = _autocast(x, weight, bias)
-    checks.check_lora_linear(x, weight, A, B, bias, scale, p)
+    checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=x.device)
     if p == 0:

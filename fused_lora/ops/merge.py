@@ -25,6 +25,8 @@ def _merge(weight, A, B, scale):
         from .. import _C  # noqa: F401  registers the op
 
         ops.cuda_merge_(weight, A.contiguous(), B.contiguous(), scale)
+    # torch did not see the kernel write: a backward that saved the weight must find out.
+    torch.autograd.graph.increment_version(weight)
 
 
 define("merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()", _merge, lambda weight, A, B, scale: None)

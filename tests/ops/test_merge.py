@@ -118,16 +118,11 @@ def test_backward_after_a_merge_raises():
     assert_backward_after_merge_raises("cpu")
 
 
-no_bump = pytest.mark.xfail(strict=True, reason="the Triton path never moves weight's version counter")
-
-
-@no_bump
 @pytest.mark.gpu
 def test_backward_after_a_merge_by_kernel_raises():
     assert_backward_after_merge_raises("cuda")
 
 
-@no_bump
 def test_backward_after_a_merge_that_torch_does_not_see_raises(monkeypatch):
     """As a kernel merges: through weight's pointer. NumPy does so on a CPU."""
     pytest.importorskip("triton")
@@ -185,6 +180,8 @@ def test_what_is_refused_changes_nothing(what):
     assert_refused(*refused()[what])
 
 
-def test_inference_tensors_merge_in_inference_mode():
+@pytest.mark.parametrize("device", DEVICES)
+def test_inference_tensors_merge_in_inference_mode(device):
+    """They have no version counter to move."""
     with torch.inference_mode():
-        check_merge(*factors(75, 101, 5, "cpu", torch.float32))
+        check_merge(*factors(75, 101, 5, device, torch.float32))
