@@ -60,7 +60,12 @@ def environment(measurements: Measurements) -> dict:
 def tiles(measurements: Measurements, shape: Shape) -> dict:
     """What fused_lora launches: its backend and, for Triton, each kernel's tile, by fused_lora.explain."""
     explanation = explain(
-        tokens=shape.M, in_features=shape.K, out_features=shape.N, r=shape.r, dtype=measurements.dtype
+        tokens=shape.M,
+        in_features=shape.K,
+        out_features=shape.N,
+        r=shape.r,
+        dtype=measurements.dtype,
+        device=measurements.device,
     )
     launches = explanation.forward + explanation.backward
     return {

@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,11 +100,14 @@ def train(
 def graphed(model: nn.Module, examples):
     """Inside, the model's training forward and its backward are CUDA graphs: a small model would wait for the host."""
     inputs, _ = next(examples)
-    torch.cuda.make_graphed_callables(model, (inputs,))
-    try:
-        yield
-    finally:
-        del model.forward  # the replacement: the class's own is back
+    with warnings.catch_warnings():
+        # The graphs warm up on a stream of their own, once.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+        torch.cuda.make_graphed_callables(model, (inputs,))
+        try:
+            yield
+        finally:
+            del model.forward  # the replacement: the class's own is back
 
 
 class StepTimer:

@@ -87,19 +87,22 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     lora_dtype: torch.dtype | None = None,
     p: float = 0.0,
+    device: torch.device | str | None = None,
     gpu: str | None = None,
 ) -> Explanation:
     """Which backend, kernels and tiles `tokens` rows through a layer get, and why; print() the result.
 
     Either a LoRALinear, or in_features, out_features and r (with dtype, lora_dtype and dropout p). gpu names a card to
-    explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100"); without it, the layer's device, or this machine's.
+    explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100"); without it, `device`, which is by default the
+    layer's, or this machine's GPU.
     """
     if layer is not None:
         in_features, out_features, r = layer.in_features, layer.out_features, layer.r
         dtype, lora_dtype, p = layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout
         device = layer.weight.device
-    else:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    elif device is None:
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     if in_features is None or out_features is None or r is None:
         raise ValueError("explain needs a layer, or in_features, out_features and r")
     checks.check_rank(r)

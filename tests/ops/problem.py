@@ -13,7 +13,7 @@ PLACES = [
     *(pytest.param("cpu", dtype, id=f"cpu-{dtype}") for dtype in (torch.float32, torch.bfloat16)),
     *(
         pytest.param("cuda", dtype, id=f"cuda-{dtype}", marks=pytest.mark.gpu)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
     ),
 ]
 SCALE = 0.625  # exact in float32, which is what a scale is

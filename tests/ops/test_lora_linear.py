@@ -106,7 +106,9 @@ def check_layouts(leading, x_layout, dy_layout, device, dtype):
         torch.testing.assert_close(got[name], value)
 
 
-@places
+# Every pair of layouts is another set of kernels to compile on a GPU: there all pairs in one dtype, below each with
+# itself in all.
+@pytest.mark.parametrize(("device", "dtype"), PLACES[:3])
 @pytest.mark.parametrize("dy_layout", LAYOUTS)
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 def test_layouts(x_layout, dy_layout, device, dtype):
@@ -137,16 +139,7 @@ def test_gradient_of_a_sum(device):
         torch.testing.assert_close(inputs[name].grad, want[f"d{name}"])
 
 
-EMPTY = [
-    (0, 5, 7),
-    ((2, 0, 3), 5, 7),
-    4,
-    0,
-    7,
-    4,
-    5,
-    0,
-]
+EMPTY = [(0, 5, 7), ((2, 0, 3), 5, 7), (4, 0, 7), (4, 5, 0)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -93,7 +93,7 @@ def test_compiled_is_eager(p, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores")
 def test_inductor(device):
     inputs = make_inputs(11, 10, 7, 3, device)
     dy = make_dy(inputs)
