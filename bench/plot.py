@@ -84,7 +84,7 @@ def draw(results: dict, path: Path) -> None:
     records = [record for record in results["shapes"] if not record["skipped"]]
     mode = next((mode for record in records for mode in record["times"]), GRAPH)
     names = [name for name in results["variants"] if name != FLOOR]
-    figure = Figure(figsize=(max(8.0, 2.0 * len(records) + 1), 5.6), layout="constrained")
+    figure = Figure(figsize=(max(13.0, 2.0 * len(records) + 1), 5.6), layout="constrained")
     axes = figure.subplots()
     for i, record in enumerate(records):
         _draw_group(axes, i, record, names, mode)
