@@ -146,6 +146,20 @@ def test_a_new_scale_does_not_recompile(device):
     assert not torch.allclose(results[0], results[1])
 
 
+no_isfinite = pytest.mark.xfail(strict=True, reason="Dynamo cannot trace math.isfinite of a symbolic float")
+
+
+@pytest.mark.parametrize("name", [pytest.param("scale", marks=no_isfinite), "p"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_new_number_compiles(name, device):
+    """From its second value on, Dynamo takes a float argument for a symbol."""
+    inputs = make_inputs(5, 10, 7, 3, device)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    for value in (0.5, 0.7, 0.9, 0.2):
+        options = {"scale": SCALE, "seed": seed_on(device)} | {name: value}
+        torch.testing.assert_close(compiled(**inputs, **options), lora_linear(**inputs, **options))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_dropout_draws_anew(device):
     layer = trained_layer(device, lora_dropout=0.5).train()
