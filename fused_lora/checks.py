@@ -54,7 +54,7 @@ def check_probability(name: str, p: float) -> None:
 
 def check_scale(name: str, scale: float) -> None:
     _check_number(name, scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # which torch.compile can trace; NaN fails it too
         raise ValueError(f"{name} must be finite, got {scale}")
 
 

@@ -9,6 +9,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_configure(config):
+    torch.set_num_threads(
+        1
+    )  # small matmuls wait for threads longer than they compute, the more so beside other workers
     if INTERPRETING:
         from tests.kernels.interpreter_bf16 import repair_bf16
 

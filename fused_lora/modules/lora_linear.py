@@ -112,8 +112,12 @@ class LoRALinear(nn.Module):
                 linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, linear.bias is not None,
                 use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype,
             )  # fmt: skip
-        layer.to_empty(device=linear.weight.device)
+        # Only the factors are allocated: a to_empty() would hold a second weight for a moment.
+        device = linear.weight.device
         layer.weight, layer.bias = linear.weight, linear.bias
+        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=device))
+        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=device))
+        layer.scale = layer._new_scale(device)
         layer.reset_lora_parameters()
         return layer.train(linear.training)
 

@@ -29,6 +29,11 @@ class ReplaceReport:
         return "\n".join(lines)
 
 
+def _listed(modules: str | Iterable[str] | None) -> str | list[str] | None:
+    """An iterator would be used up by the first layer."""
+    return modules if modules is None or isinstance(modules, str) else list(modules)
+
+
 def _matches(name: str, modules: str | Iterable[str]) -> bool:
     """A string is a regular expression for the whole name; otherwise each entry is a name or its last parts."""
     if isinstance(modules, str):
@@ -84,6 +89,7 @@ def replace_linear(
     checks.check_rank(r)
     checks.check_scale("lora_alpha", lora_alpha)
     checks.check_probability("lora_dropout", lora_dropout)
+    target_modules, exclude_modules = _listed(target_modules), _listed(exclude_modules)
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)

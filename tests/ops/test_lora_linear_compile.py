@@ -146,10 +146,7 @@ def test_a_new_scale_does_not_recompile(device):
     assert not torch.allclose(results[0], results[1])
 
 
-no_isfinite = pytest.mark.xfail(strict=True, reason="Dynamo cannot trace math.isfinite of a symbolic float")
-
-
-@pytest.mark.parametrize("name", [pytest.param("scale", marks=no_isfinite), "p"])
+@pytest.mark.parametrize("name", ["scale", "p"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_new_number_compiles(name, device):
     """From its second value on, Dynamo takes a float argument for a symbol."""
