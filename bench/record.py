@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+import fused_lora
 from fused_lora import explain
 
 from .measure import MEASURED, WRONG, Measurements
@@ -50,7 +51,7 @@ def environment(measurements: Measurements) -> dict:
             "cuda": torch.version.cuda,
             "triton": _version("triton"),
             "peft": _version("peft"),
-            "fused_lora": _version("fused_lora"),
+            "fused_lora": fused_lora.__version__,
         },
         "rounds": measurements.rounds,
         "flush_bytes": FLUSH_BYTES if measurements.device.type == "cuda" else 0,
