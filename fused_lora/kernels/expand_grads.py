@@ -96,7 +96,7 @@ def _plan(
     if tile is None:
         of_kind = (gpu, x.dtype.itemsize, True, "ieee")
         tile = measured(tiles.expand_tile(M, K, *of_kind), tiles.expand_candidates(*of_kind))
-    grad_tile = tiles.factor_grad_tile(r, gpu, x.dtype.itemsize, "ieee")
+    grad_tile = tiles.factor_grad_tile(r, gpu, x.dtype.itemsize, "ieee", tile.num_warps)
     dA = SplitGrad.plan((r, K), M, K, r, grad_tile, gpu)
     dB = SplitGrad.plan((N, r), M, N, r, grad_tile, gpu)
     lhs_block, rhs_block = (tile.block_m, tile.block_k), (tile.block_k, tile.block_n)

@@ -137,18 +137,18 @@ def shrink_tile(M: int, r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile
 
 
 @cache
-def factor_grad_tile(r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
-    """block_m columns of x or dy, block_n of r, block_k tokens a step."""
+def factor_grad_tile(r: int, gpu: Gpu, itemsize: int, precision: str, num_warps: int = 8) -> Tile:
+    """block_m columns of x or dy, block_n of r, block_k tokens a step; num_warps are those of the launch it is in."""
     if itemsize == 4:
         tile = Tile(64, rank_block(r, 64 if precision == "tf32" else 32), 32, 8, 3)
     else:
         block_n = rank_block(r, 128)
         if not gpu.has_tma:
-            tile = Tile(128, block_n, 64, 8, 4)
+            tile = Tile(128, block_n, 64, num_warps, 4)
         elif block_n <= 32:
-            tile = Tile(128, block_n, 128, 8, 4)
+            tile = Tile(128, block_n, 128, num_warps, 4)
         else:
-            tile = Tile(256, block_n, 64, 8, 4)
+            tile = Tile(32 * num_warps, block_n, 64, num_warps, 4)
     return _fit(tile, gpu, itemsize, tma=False)
 
 

@@ -66,7 +66,8 @@ def default_launches(name: str):
     gpu = GPUS[name]
     launches = record_merges(gpu)
     for M in _rows_for_each_expand_tile(gpu, gpu.has_tma, "ieee", 2):
-        launches += record(M, 512, 512, 16, torch.bfloat16, gpu)
+        for r in (16, 128):
+            launches += record(M, 512, 512, r, torch.bfloat16, gpu)
         launches += record(M, 512, 512, 16, torch.bfloat16, gpu, p=0.1)
     for r in RANKS:
         launches += record(8192, 4096, 4096, r, torch.bfloat16, gpu)
