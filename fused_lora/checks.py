@@ -19,9 +19,13 @@ def _check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
 
 
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether it is a real floating-point type of 16 bits or more."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """A real floating-point type of 16 bits or more."""
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+    if not computes_in(dtype):
         quantised = ": a quantised base is not supported" if dtype.itemsize == 1 else ""
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}{quantised}")
 
@@ -87,7 +91,7 @@ def check_factors(weight: Tensor, A: Tensor, B: Tensor) -> None:
 
 def _check_bias(bias: Tensor, weight: Tensor) -> None:
     _check_dense("bias", bias)
-    if not bias.is_floating_point() or bias.dtype.itemsize < 2:
+    if not computes_in(bias.dtype):
         raise TypeError(f"bias must be floating point of 16 bits or more, got {bias.dtype}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {_shape(bias)}")

@@ -58,7 +58,7 @@ def _skip_reason(names: list[str], linear: nn.Linear, target_modules, exclude_mo
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(linear):
         return "its forward was replaced, which a replacement would lose"
-    if not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2:
+    if not checks.computes_in(linear.weight.dtype):
         return f"its weight is {linear.weight.dtype}"
     for parameter_name, parameter in linear.named_parameters(recurse=False):
         sharers = owners[id(parameter)] - {names[0]}
