@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace fused_lora {
 
-enum class DType { kFloat32, kFloat16, kBFloat16 };
+
 
 // weight (N, K) += scale * B (N, r) @ A (r, K). Rows are contiguous; strides are in elements; scale is one float on the device.
 struct MergeParams {
