@@ -44,16 +44,16 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
-// Stores to the word that lies where `word` does in block `rank` of the cluster, then arrives at its barrier, for a reader
-// that waits with mbarrier_wait_published.
-__device__ __forceinline__ void publish_at(int* word, uint64_t* barrier, uint32_t rank, int value) {
+// Stores to the 16 bytes that lie where `target` does in block `rank` of the cluster, then arrives at its barrier, for a
+// reader that waits with mbarrier_wait_published.
+__device__ __forceinline__ void publish_at(void* target, uint64_t* barrier, uint32_t rank, int4 value) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %2;\n"
-      "st.shared::cluster.u32 [remote], %3;\n"
+      "st.shared::cluster.v4.u32 [remote], {%3, %4, %5, %6};\n"
       "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(word)),
-      "r"(shared_address(barrier)), "r"(rank), "r"(value)
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(target)),
+      "r"(shared_address(barrier)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
       : "memory");
 }
 

@@ -45,6 +45,13 @@ __device__ __forceinline__ void flag_wait(const int* flag, int value) {
   while (flag_load_acquire(flag) < value) __nanosleep(64);
 }
 
+// Adds at the L2 cache, without an answer.
+__device__ __forceinline__ void add_float4(float4* target, float4 value) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit pairs to shared memory; lane i names row i % 8 of matrix i / 8.
 __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&pairs)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(pairs[0]),

@@ -45,6 +45,12 @@ __device__ __forceinline__ void wgmma_wait() {
                : FUSED_LORA_D##COUNT(0)                                                                               \
                : "l"(lhs), "l"(rhs), "n"(kLhsMN), "n"(kRhsMN))
 
+#define FUSED_LORA_WGMMA_REGISTERS(N, TYPE, COUNT, A0, A1, A2, A3, B, TB)                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FUSED_LORA_NAMES##COUNT           \
+               "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, %" #TB ";"                            \
+               : FUSED_LORA_D##COUNT(0)                                                                               \
+               : "r"(lhs[0]), "r"(lhs[1]), "r"(lhs[2]), "r"(lhs[3]), "l"(rhs), "n"(kRhsMN))
+
 #define FUSED_LORA_WGMMA_OF(N, COUNT, A, B, TA, TB)                    \
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {                    \
     FUSED_LORA_WGMMA(N, "bf16", COUNT, A, B, TA, TB);                  \
@@ -72,7 +78,22 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t lhs, uint64_t
   }
 }
 
+// The same with lhs in registers, spread as the first 16 columns of an accumulator are.
+template <typename T, bool kRhsMN, int kCount>
+__device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&lhs)[4], uint64_t rhs) {
+  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (kCount == 64) {
+    if constexpr (kBFloat16) FUSED_LORA_WGMMA_REGISTERS(128, "bf16", 64, 64, 65, 66, 67, 68, 69);
+    else FUSED_LORA_WGMMA_REGISTERS(128, "f16", 64, 64, 65, 66, 67, 68, 69);
+  } else {
+    static_assert(kCount == 128, "N must be 128 or 256");
+    if constexpr (kBFloat16) FUSED_LORA_WGMMA_REGISTERS(256, "bf16", 128, 128, 129, 130, 131, 132, 133);
+    else FUSED_LORA_WGMMA_REGISTERS(256, "f16", 128, 128, 129, 130, 131, 132, 133);
+  }
+}
+
 #undef FUSED_LORA_WGMMA_OF
+#undef FUSED_LORA_WGMMA_REGISTERS
 #undef FUSED_LORA_WGMMA
 #undef FUSED_LORA_NAMES128
 #undef FUSED_LORA_NAMES64

@@ -6,6 +6,7 @@
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/sync.cuh"
 #include "../ptx/tma.cuh"
+#include "schedule.cuh"
 #include "tensor_map.h"
 
 namespace fused_lora::sm90 {
@@ -15,22 +16,44 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 
-template <int kBlockN>
-struct Shared {
-  static constexpr int kStageBoxes = 2 + kBlockN / kBox;  // 128 rows of one operand, kBlockN of the other
-  static constexpr int kStages = kBlockN == 256 ? 4 : 6;
+__host__ __device__ constexpr int boxes_of(int size) { return (size + kBox - 1) / kBox; }
 
-  uint8_t stages[kStages][kStageBoxes * kBoxBytes];
-  uint8_t out[kConsumers][2][kBoxBytes];
-  uint64_t full[kStages], empty[kStages];
-  uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster
-  int item;
+// What a kernel of tiles 128 x kBlockN and ranks up to kBlockR brings into a stage.
+template <int kBlockN_, int kBlockR_>
+struct Config {
+  static constexpr int kBlockN = kBlockN_, kBlockR = kBlockR_;
+
+  static constexpr int kTileBoxes = 2 + kBlockN / kBox;  // 128 rows of one operand, kBlockN of the other
+  // Of rank 16, low can ride on the first column of tiles: its factor's part of a step is a box of its own.
+  static constexpr bool kCanRide = kBlockR == 16;
+  static constexpr int kRideBytes = kCanRide ? 16 * kBox * 2 : 0;
+
+  // Steps of a shrink item sum over as much as fits into a stage, to have enough bytes in flight.
+  static constexpr int kShrinkHalves = kTileBoxes >= 2 * (2 + boxes_of(kBlockR)) ? 2 : 1;
+  static constexpr int kShrinkBoxes = kShrinkHalves * (2 + boxes_of(kBlockR));
+
+  static constexpr int kGradientBlocks = kBlockN == 256 && kBlockR <= 128 ? 2 : 1;  // of 64 columns, for one warpgroup
+  static constexpr int kGradientCols = kConsumers * kGradientBlocks * kBox;
+  static constexpr int kGradientBoxes = kGradientCols / kBox + boxes_of(kBlockR);
+
+  static constexpr int kStageBytes = kTileBoxes * kBoxBytes + kRideBytes;
+  static constexpr int kStages = kBlockN == 256 ? 4 : 6;
+  static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
 };
 
-template <typename SharedT>
-__device__ void init_barriers(SharedT& shared) {
+template <typename C>
+struct Shared {
+  uint8_t stages[C::kStages][C::kStageBytes];
+  uint8_t out[kConsumers][kBoxBytes];
+  uint64_t full[C::kStages], empty[C::kStages];
+  uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster
+  Item item;
+};
+
+template <typename C>
+__device__ void init_barriers(Shared<C>& shared) {
   constexpr int kWarps = kConsumers * kWarpgroup / 32;
-  for (int stage = 0; stage < SharedT::kStages; ++stage) {
+  for (int stage = 0; stage < C::kStages; ++stage) {
     ptx::mbarrier_init(&shared.full[stage], 1);
     ptx::mbarrier_init(&shared.empty[stage], kCluster * kWarps);
   }

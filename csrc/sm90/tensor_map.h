@@ -11,7 +11,11 @@ namespace fused_lora::sm90 {
 constexpr int kBox = 64;
 constexpr int kBoxBytes = kBox * kBox * 2;
 
+struct Box {
+  int rows = kBox, cols = kBox;  // cols 64, or 16 with the 32-byte swizzle
+};
+
 // A map of the matrix in such boxes. Outside the matrix it reads zeros and writes nothing.
-cudaError_t make_tensor_map(const Matrix& matrix, DType dtype, CUtensorMap* map);
+cudaError_t make_tensor_map(const Matrix& matrix, DType dtype, CUtensorMap* map, Box box = {});
 
 }  // namespace fused_lora::sm90

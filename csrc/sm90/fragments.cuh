@@ -1,0 +1,49 @@
+// Operands in shared memory as the tensor cores are told of them, and their results in 16 bits.
+#pragma once
+
+#include "../ptx/wgmma.cuh"
+#include "tensor_map.h"
+
+namespace fused_lora::sm90 {
+
+constexpr int kSlices = kBox / 16;  // of the summed index, in a box
+
+// An operand in boxes: K-major ones are stacked along M or N, MN-major ones lie side by side along it.
+template <bool kMN>
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = 1, kEightRows = 8 * 128, kNextBox = kMN ? kBoxBytes : 16;
+  return kSwizzle128 << 62 | (kEightRows >> 4) << 32 | (kNextBox >> 4) << 16 | (address & 0x3FFFF) >> 4;
+}
+// From one slice to the next: 16 elements of a row, or 16 rows.
+template <bool kMN>
+constexpr uint64_t kSlice = (kMN ? 16 * 128 : 16 * 2) >> 4;
+
+// The riding factor's box: 16 rows of 128 bytes like any K-major operand, or 64 rows of 32 bytes with the 32-byte swizzle.
+template <bool kMN>
+__device__ __forceinline__ uint64_t riding_descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle32 = 3, kEightRows = 8 * 32;
+  return kMN ? kSwizzle32 << 62 | (kEightRows >> 4) << 32 | uint64_t{1} << 16 | (address & 0x3FFFF) >> 4 : descriptor<false>(address);
+}
+template <bool kMN>
+constexpr uint64_t kRidingSlice = (kMN ? 16 * 32 : 16 * 2) >> 4;
+
+template <typename T>
+struct Round;
+template <>
+struct Round<__nv_bfloat16> {
+  static __device__ __nv_bfloat162 pair(float a, float b) { return __floats2bfloat162_rn(a, b); }
+  static __device__ __nv_bfloat16 one(float a) { return __float2bfloat16_rn(a); }
+};
+template <>
+struct Round<__half> {
+  static __device__ __half2 pair(float a, float b) { return __floats2half2_rn(a, b); }
+  static __device__ __half one(float a) { return __float2half_rn(a); }
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  const auto pair = Round<T>::pair(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+}  // namespace fused_lora::sm90

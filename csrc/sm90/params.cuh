@@ -1,0 +1,46 @@
+// What a launch passes to its kernel.
+//
+//                  lhs   weight   down   low   up   out
+//   forward        x     W        A      xa    B    y       out = lhs W^T + low up^T + bias     the right operands K-major
+//   backward       dy    W        B      dxa   A    dx      out = lhs W + low up                the right operands MN-major
+//                                                           low = scale lhs down^T | down
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "schedule.cuh"
+
+namespace fused_lora::sm90 {
+
+// A factor's gradient: sums over tokens of big (M, cols) times low (M, r), in slices of a group of rows, chained in order.
+struct Gradient {
+  CUtensorMap big, low;
+  void* out;  // element (col, rank) at col * stride_col + rank * stride_rank
+  int64_t stride_col, stride_rank;
+  int cols;
+  float* partial;
+  int* chain;      // for each warpgroup's part of the columns: slices added so far
+  bool needs_low;  // low is made by this launch
+};
+
+struct KernelParams {
+  CUtensorMap lhs, weight, down, down_riding, low, up, out;
+  Gradient dA, dB;
+  Schedule schedule;
+  int M, N, K, r;  // out (M, N), sums over K
+  void* low_data;
+  int64_t low_stride;
+  const float* scale;
+  const void* bias;
+  DType bias_dtype, factor_dtype;
+  // Zeros before and after a launch: next_item, exited, ready follow one another, flags in all.
+  int* next_item;
+  int* exited;
+  int* ready;  // for each 128 rows: warpgroups whose part of low is written
+  int flags;
+};
+
+}  // namespace fused_lora::sm90

@@ -1,0 +1,115 @@
+// The thread that loads: for each item the boxes of its steps, in the order in which the consumers multiply them.
+#pragma once
+
+#include "params.cuh"
+#include "pipeline.cuh"
+
+namespace fused_lora::sm90 {
+
+constexpr int kLookahead = 8;  // steps before the end of a tile at which the next item may be taken
+
+template <typename C, bool kBackward>
+struct Producer {
+  Shared<C>& shared;
+  const KernelParams& p;
+  const int rank;  // of the block in its cluster
+  Ring<C::kStages> ring{};
+
+  // A free stage, in which so many bytes will land.
+  __device__ uint32_t begin_step(int bytes) {
+    ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+    ptx::mbarrier_arrive_expect_tx(&shared.full[ring.stage], bytes);
+    return ptx::shared_address(shared.stages[ring.stage]);
+  }
+
+  // Boxes side by side along columns (kMN) or stacked along rows.
+  template <bool kMN>
+  __device__ void load(uint32_t target, const CUtensorMap* map, int row, int col, int boxes) {
+    for (int i = 0; i < boxes; ++i) {
+      ptx::tma_load(target + i * kBoxBytes, map, row + (kMN ? 0 : i * kBox), col + (kMN ? i * kBox : 0), &shared.full[ring.stage]);
+    }
+  }
+
+  // The same boxes for both blocks of the cluster: each loads every other one for both.
+  template <bool kMN>
+  __device__ void load_for_both(uint32_t target, const CUtensorMap* map, int row, int col, int boxes) {
+    for (int i = rank; i < boxes; i += kCluster) {
+      ptx::tma_load_multicast(target + i * kBoxBytes, map, row + (kMN ? 0 : i * kBox), col + (kMN ? i * kBox : 0),
+                              &shared.full[ring.stage], (1 << kCluster) - 1);
+    }
+  }
+
+  // The right operand of a product at columns `col` of its result, and `k` of the sum.
+  __device__ void load_right(uint32_t target, const CUtensorMap* map, int col, int k, int boxes) {
+    load_for_both<kBackward>(target, map, kBackward ? k : col, kBackward ? col : k, boxes);
+  }
+
+  // The next item may be taken: late, so that whoever is free first takes it, and early enough to hide that.
+  __device__ void release_item() { ptx::mbarrier_arrive_at(&shared.item_empty, 0); }
+
+  __device__ void wait_for_low(int row) {
+    ptx::flag_wait(p.ready + row / kBlockM, kConsumers);
+    ptx::fence_async_global();
+  }
+
+  __device__ void run(const Item& item) {
+    if (item.work == Work::kShrink) return shrink(item);
+    if (item.work == Work::kTile) return tile(item);
+    if constexpr (kBackward) gradient(item);
+  }
+
+  __device__ void shrink(const Item& item) {
+    const int end = min(p.schedule.row_pairs, (item.row_pair / kGroupPairs + 1) * kGroupPairs);
+    for (int pair = item.row_pair; pair < end; pair += item.group) {
+      const int row = pair * kPairRows + rank * kBlockM;
+      for (int k = 0; k < p.K; k += C::kShrinkHalves * kBox) {
+        const uint32_t stage = begin_step(C::kShrinkBoxes * kBoxBytes);
+        for (int half = 0; half < C::kShrinkHalves; ++half) {
+          load<false>(stage + 2 * half * kBoxBytes, &p.lhs, row, k + half * kBox, 2);
+          load_right(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes, &p.down, 0, k + half * kBox,
+                     boxes_of(C::kBlockR));
+        }
+        ring.advance();
+      }
+    }
+    release_item();
+  }
+
+  __device__ void tile(const Item& item) {
+    const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kBlockN;
+    const bool rides = C::kCanRide && p.schedule.rides && item.col == 0;
+    const int release_at = max(0, p.K - kLookahead * kBox) / kBox * kBox;
+    for (int k = 0; k < p.K; k += kBox) {
+      const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (rides ? C::kRideBytes : 0));
+      load<false>(stage, &p.lhs, row, k, 2);
+      load_right(stage + 2 * kBoxBytes, &p.weight, col, k, C::kBlockN / kBox);
+      if (rides) load_right(stage + C::kTileBoxes * kBoxBytes, &p.down_riding, 0, k, 1);
+      ring.advance();
+      if (k == release_at) release_item();
+    }
+    if (!rides) wait_for_low(row);
+    for (int k = 0; k < p.r; k += kBox) {
+      const uint32_t stage = begin_step((C::kTileBoxes - (rides ? 2 : 0)) * kBoxBytes);
+      if (!rides) load<false>(stage, &p.low, row, k, 2);
+      load_right(stage + 2 * kBoxBytes, &p.up, col, k, C::kBlockN / kBox);
+      ring.advance();
+    }
+  }
+
+  __device__ void gradient(const Item& item) {
+    const Gradient& g = item.work == Work::kGradientA ? p.dA : p.dB;
+    constexpr int kBigBoxes = C::kGradientCols / kBox;
+    const int col = (item.col * kCluster + rank) * C::kGradientCols;
+    const int end = min(p.M, (item.group + 1) * kGroupRows);
+    for (int row = item.group * kGroupRows; row < end; row += kBox) {
+      if (g.needs_low && row % kBlockM == 0) wait_for_low(row);
+      const uint32_t stage = begin_step(C::kGradientBoxes * kBoxBytes);
+      load<true>(stage, &g.big, row, col, kBigBoxes);
+      load_for_both<true>(stage + kBigBoxes * kBoxBytes, &g.low, row, 0, boxes_of(C::kBlockR));
+      ring.advance();
+    }
+    release_item();
+  }
+};
+
+}  // namespace fused_lora::sm90
