@@ -59,4 +59,11 @@ __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&
                : "memory");
 }
 
+// The same with each matrix transposed.
+__device__ __forceinline__ void stmatrix_transposed(uint32_t row_address, const uint32_t (&pairs)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(pairs[0]),
+               "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
+}
+
 }  // namespace fused_lora::ptx

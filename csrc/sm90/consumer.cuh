@@ -23,10 +23,16 @@ struct Consumer {
   const int warpgroup;  // 0 or 1
   Ring<C::kStages> ring{};
 
-  // The tile before, rounded, on its way out while the next one is multiplied: pending[part * 16 ...] of 64 columns each.
-  static constexpr int kParts = C::kBlockN / kBox;
-  uint32_t pending[kParts * 16];
-  int pending_row, pending_col, parts_stored = kParts;
+  // A result, rounded, on its way out while the next item is multiplied, a part a step: boxes of 64 x 64 in 16 registers each,
+  // and where somebody waits for the result, a step in which its bytes arrive, and then its flag.
+  static constexpr int kMostBoxes = C::kBlockN / kBox;
+  static constexpr int kFlagParts = 2;
+  uint32_t pending[kMostBoxes][16];
+  const CUtensorMap* pending_map;
+  int pending_row, pending_col;
+  bool pending_across;  // registers hold the transpose
+  int* pending_flag;
+  int next_part = 0, pending_boxes = 0, parts = 0;  // parts: boxes, and kFlagParts with a flag
 
   __device__ int thread() const { return threadIdx.x % kWarpgroup; }
   __device__ int lane() const { return threadIdx.x % 32; }
@@ -61,11 +67,11 @@ struct Consumer {
       const uint32_t stage = await_stage();
       ptx::wgmma_fence();
       multiply(stage, step);
-      if (parts_stored < kParts) store_part();
       if (step > 0) {
         ptx::wgmma_wait<1>();
         release(previous);
       }
+      if (next_part < parts) store_part();
       previous = ring.stage;
       ring.advance();
     }
@@ -89,8 +95,7 @@ struct Consumer {
   // ---- low = scale lhs down ----------------------------------------------------------------------------------------------
 
   __device__ void shrink(const Item& item) {
-    const int end = min(p.schedule.row_pairs, (item.row_pair / kGroupPairs + 1) * kGroupPairs);
-    for (int pair = item.row_pair; pair < end; pair += item.group) {
+    for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
       float acc[C::kBlockR / 2] = {};
       consume((p.K + C::kShrinkHalves * kBox - 1) / (C::kShrinkHalves * kBox), [&](uint32_t stage, int) {
 #pragma unroll
@@ -103,7 +108,10 @@ struct Consumer {
         ptx::wgmma_commit();
       });
       scale_by(acc, *p.scale);
-      store_low(acc, pair * kPairRows + rank * kBlockM);
+      const int tile_row = pair * kPairRows + rank * kBlockM;
+      keep(acc, &p.low, tile_row + warpgroup * kBox, 0);
+      hold(boxes_of(C::kBlockR), p.ready + tile_row / kBlockM);
+      while (next_part < pending_boxes) store_part();  // somebody may wait already
     }
   }
 
@@ -113,36 +121,11 @@ struct Consumer {
     for (float& value : acc) value *= scale;
   }
 
-  // Its 64 of the 128 rows, then the flag.
-  template <int kCount>
-  __device__ void store_low(const float (&acc)[kCount], int tile_row) {
-    T* low = static_cast<T*>(p.low_data);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = tile_row + warpgroup * kBox + row() + 8 * half;
-      if (at >= p.M) continue;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        const int c = 8 * j + col();
-        const float a = acc[4 * j + 2 * half], b = acc[4 * j + 2 * half + 1];
-        if (c + 1 < p.r) {
-          *reinterpret_cast<uint32_t*>(low + at * p.low_stride + c) = pack<T>(a, b);
-        } else if (c < p.r) {
-          low[at * p.low_stride + c] = Round<T>::one(a);
-        }
-      }
-    }
-    if (!p.schedule.low_is_awaited()) return;
-    // Copies of other blocks read what ordinary writes wrote.
-    ptx::fence_async_global();
-    __threadfence();
-    sync();
-    if (thread() == 0) ptx::flag_add_release(p.ready + tile_row / kBlockM, 1);
-  }
-
   // ---- out = lhs weight + low up + bias ------------------------------------------------------------------------------------
 
   __device__ void tile(const Item& item) {
+    // Its last steps may wait for what is pending here: that must be out before them.
+    if (boxes_of(p.K) <= kMostBoxes + kFlagParts) store_parts();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
     if (C::kCanRide && p.schedule.rides && item.col == 0) {
@@ -150,9 +133,9 @@ struct Consumer {
     } else {
       multiply_tile(acc);
     }
-    while (parts_stored < kParts) store_part();
     if (p.bias != nullptr) add_bias(acc, item.col * C::kBlockN);
-    keep(acc, tile_row + warpgroup * kBox, item.col * C::kBlockN);
+    keep(acc, &p.out, tile_row + warpgroup * kBox, item.col * C::kBlockN);
+    hold(kMostBoxes, nullptr);
   }
 
   __device__ __forceinline__ void multiply_tile(float (&acc)[C::kBlockN / 2]) {
@@ -182,10 +165,21 @@ struct Consumer {
     ptx::wgmma_fence();
     ptx::wgmma<T, kBackward>(acc, rounded, up);
     ptx::wgmma_commit();
-    store_low(low, tile_row);
+    store_riding_low(rounded, tile_row);
     ptx::wgmma_wait<0>();
     release(ring.stage);
     ring.advance();
+  }
+
+  __device__ void store_riding_low(const uint32_t (&rounded)[4], int tile_row) {
+    T* low = static_cast<T*>(p.low_data);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = tile_row + warpgroup * kBox + row() + i % 2 * 8;
+      const int c = i / 2 * 8 + col();
+      if (at < p.M && c < p.low_stride) *reinterpret_cast<uint32_t*>(low + at * p.low_stride + c) = rounded[i];
+    }
+    if (p.schedule.low_is_awaited()) raise(p.ready + tile_row / kBlockM, false);
   }
 
   __device__ void add_bias(float (&acc)[C::kBlockN / 2], int first_col) {
@@ -201,47 +195,116 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void keep(const float (&acc)[C::kBlockN / 2], int first_row, int first_col) {
+  // ---- results on their way out ----------------------------------------------------------------------------------------------
+
+  // A 64 x 2 kCount result as boxes from `first_box` on, to lie at (row, col) of the map's matrix.
+  template <int kCount>
+  __device__ __forceinline__ void keep(const float (&acc)[kCount], const CUtensorMap* map, int row, int col) {
+    store_parts();
+    pack_boxes<0>(acc);
+    pending_map = map;
+    pending_row = row;
+    pending_col = col;
+    pending_across = false;
+  }
+
+  template <int kFirstBox, int kCount>
+  __device__ __forceinline__ void pack_boxes(const float (&acc)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kParts * 16; ++i) pending[i] = pack<T>(acc[2 * i], acc[2 * i + 1]);
-    pending_row = first_row;
-    pending_col = first_col;
-    parts_stored = 0;
+    for (int i = 0; i < kCount / 2; ++i) pending[kFirstBox + i / 16][i % 16] = pack<T>(acc[2 * i], acc[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ void hold(int boxes, int* flag) {
+    next_part = 0;
+    pending_boxes = boxes;
+    pending_flag = flag;
+    parts = boxes + (flag == nullptr ? 0 : kFlagParts);
+  }
+
+  __device__ __forceinline__ void store_parts() {
+    while (next_part < parts) store_part();
   }
 
   __device__ __forceinline__ void store_part() {
-    switch (parts_stored) {
-      case 0: store_columns<0>(); break;
-      case 1: store_columns<1>(); break;
-      case 2: store_columns<2 % kParts>(); break;
-      default: store_columns<3 % kParts>(); break;
+    if (next_part < pending_boxes) {
+      const uint32_t buffer = ptx::shared_address(shared.out[warpgroup]);
+      if (thread() == 0) ptx::tma_store_wait_read<0>();
+      sync();
+      switch (next_part) {
+        case 0: write_box<0>(buffer); break;
+        case 1: write_box<1 % kMostBoxes>(buffer); break;
+        case 2: write_box<2 % kMostBoxes>(buffer); break;
+        default: write_box<3 % kMostBoxes>(buffer);
+      }
+      ptx::fence_async_shared();
+      sync();
+      if (thread() == 0) copy_out(buffer, next_part);
+    } else if (next_part + 1 == parts) {
+      raise(pending_flag, pending_boxes > 0);
     }
-    ++parts_stored;
+    ++next_part;
   }
 
-  template <int kPart>
-  __device__ __forceinline__ void store_columns() {
-    const uint32_t buffer = ptx::shared_address(shared.out[warpgroup]);
-    const int matrix_row = thread() / 32 * 16 + lane() % 16;
-    if (thread() == 0) ptx::tma_store_wait_read<0>();
-    sync();
+  // A box to shared memory, its 16-byte chunks where the 128-byte swizzle has them.
+  template <int kBoxIndex>
+  __device__ __forceinline__ void write_box(uint32_t buffer) {
+    const int warp = thread() / 32, low_bit = lane() / 8 % 2, high_bit = lane() / 16;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int chunk = 2 * j + lane() / 16;
-      const uint32_t* v = pending + kPart * 16 + j * 4;
-      ptx::stmatrix(buffer + matrix_row * 128 + ((chunk ^ matrix_row % 8) << 4), {v[0], v[1], v[2], v[3]});
-    }
-    ptx::fence_async_shared();
-    sync();
-    if (thread() == 0) {
-      ptx::tma_store(&p.out, pending_row, pending_col + kPart * kBox, buffer);
-      ptx::tma_store_commit();
+      const uint32_t(&v)[16] = pending[kBoxIndex];
+      const uint32_t pairs[4] = {v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]};
+      if (pending_across) {
+        const int row = 16 * j + 8 * high_bit + lane() % 8, chunk = 2 * warp + low_bit;
+        ptx::stmatrix_transposed(buffer + row * 128 + ((chunk ^ row % 8) << 4), pairs);
+      } else {
+        const int row = 16 * warp + 8 * low_bit + lane() % 8, chunk = 2 * j + high_bit;
+        ptx::stmatrix(buffer + row * 128 + ((chunk ^ row % 8) << 4), pairs);
+      }
     }
   }
 
+  // Boxes lie side by side, but for those of a gradient, boxes_of(r) for each 64 of its columns.
+  __device__ __forceinline__ void copy_out(uint32_t buffer, int box) {
+    const int ranks = boxes_of(C::kBlockR), across = box / ranks * kBox, along = box % ranks * kBox;
+    const bool gradient = pending_map != &p.out && pending_map != &p.low;
+    const int row = pending_row + (!gradient ? 0 : pending_across ? along : across);
+    const int col = pending_col + (!gradient ? box * kBox : pending_across ? across : along);
+    ptx::tma_store(pending_map, row, col, buffer);
+    ptx::tma_store_commit();
+  }
+
+  // Tells readers in other blocks that what this warpgroup wrote is there: by copies, which are one thread's, or by everybody.
+  __device__ void raise(int* flag, bool copied) {
+    if (!copied) {
+      __threadfence();
+      sync();
+    }
+    if (thread() == 0) {
+      ptx::tma_store_wait();
+      ptx::fence_async_global();
+      ptx::flag_add_release(flag, 1);
+    }
+  }
+
+  // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    while (parts_stored < kParts) store_part();
+    if (next_part == 0 && pending_boxes == kMostBoxes && pending_map == &p.out) {
+      ptx::named_barrier(3, kConsumers * kWarpgroup);
+      const uint32_t buffers = ptx::shared_address(shared.stages[warpgroup]);
+      write_boxes<0>(buffers);
+      ptx::fence_async_shared();
+      sync();
+      if (thread() < parts) copy_out(buffers + thread() * kBoxBytes, thread());
+    } else {
+      store_parts();
+    }
     ptx::tma_store_wait_read<0>();
+  }
+
+  template <int kFirst>
+  __device__ __forceinline__ void write_boxes(uint32_t buffers) {
+    write_box<kFirst>(buffers + kFirst * kBoxBytes);
+    if constexpr (kFirst + 1 < kMostBoxes) write_boxes<kFirst + 1>(buffers);
   }
 
   // ---- dA = dxa^T x, dB = dy^T xa --------------------------------------------------------------------------------------------
@@ -249,7 +312,9 @@ struct Consumer {
   __device__ void gradient(const Item& item) {
     constexpr int kBlocks = C::kGradientBlocks;
     const Gradient& g = item.work == Work::kGradientA ? p.dA : p.dB;
-    const int tokens = min(p.M - item.group * kGroupRows, kGroupRows);
+    const int slice = item.row_pair / p.schedule.slice_pairs;
+    const int tokens = min(p.M - item.row_pair * kPairRows, p.schedule.slice_pairs * kPairRows);
+    store_parts();  // the first step may wait for it
     float acc[kBlocks][C::kBlockR / 2] = {};
     consume(boxes_of(tokens), [&](uint32_t stage, int) {
       const uint64_t low = descriptor<true>(stage + C::kGradientCols / kBox * kBoxBytes);
@@ -262,11 +327,11 @@ struct Consumer {
       ptx::wgmma_commit();
     });
     const int part = (item.col * kCluster + rank) * kConsumers + warpgroup;
-    const bool first = item.group == 0, last = item.group + 1 == p.schedule.groups;
+    const bool first = slice == 0, last = slice + 1 == p.schedule.slices();
     int* chain = g.chain + part;
     if (!first) {
       if (thread() == 0) {
-        ptx::flag_wait(chain, item.group);
+        ptx::flag_wait(chain, slice);
         if (last) *chain = 0;  // as the next launch needs it
       }
       sync();
@@ -274,18 +339,32 @@ struct Consumer {
     float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{part} * kBlocks * kBox * C::kBlockR) + thread();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b, partial += C::kBlockR / 8 * kWarpgroup) {
-      if (last) {
-        if (!first) add_partial(acc[b], partial);
-        store_gradient(acc[b], g, (part * kBlocks + b) * kBox);
-      } else {
+      if (!last) {
         store_partial(acc[b], partial, first);
+      } else if (!first) {
+        add_partial(acc[b], partial);
       }
     }
-    if (!last) {
-      __threadfence();
-      sync();
-      if (thread() == 0) ptx::flag_add_release(chain, 1);
+    if (!last) return hold(0, chain);
+    const int first_col = part * kBlocks * kBox;
+    if (g.copied) {
+      keep_gradient(acc, g, first_col);
+    } else {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) store_gradient(acc[b], g, first_col + b * kBox);
     }
+  }
+
+  template <int kBlocks>
+  __device__ __forceinline__ void keep_gradient(const float (&acc)[kBlocks][C::kBlockR / 2], const Gradient& g, int first_col) {
+    const bool of_A = g.stride_col == 1;
+    pack_boxes<0>(acc[0]);
+    if constexpr (kBlocks == 2) pack_boxes<boxes_of(C::kBlockR)>(acc[1]);
+    pending_map = &g.result;
+    pending_row = of_A ? 0 : first_col;
+    pending_col = of_A ? first_col : 0;
+    pending_across = of_A;
+    hold(kBlocks * boxes_of(C::kBlockR), nullptr);
   }
 
   __device__ void add_partial(float (&acc)[C::kBlockR / 2], const float4* partial) {
@@ -312,7 +391,7 @@ struct Consumer {
     }
   }
 
-  // The two gradients differ in which index is contiguous: scalar stores, once per launch.
+  // Where the copy engine cannot write it: float32, or rows that are no multiple of 16 bytes.
   __device__ void store_gradient(const float (&acc)[C::kBlockR / 2], const Gradient& g, int first_col) {
     const int c = first_col + row();
     int64_t at = c * g.stride_col + col() * g.stride_rank;

@@ -17,8 +17,17 @@ cudaError_t launch(const KernelParams& p, int items, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
+#ifdef PDL
+  cudaLaunchConfig_t config{dim3(kCluster * min(sms / kCluster, items)), dim3(kThreads), kSharedBytes, stream};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute; config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, p);
+#else
   kernel<<<kCluster * min(sms / kCluster, items), kThreads, kSharedBytes, stream>>>(p);
   return cudaGetLastError();
+#endif
 }
 
 }  // namespace fused_lora::sm90

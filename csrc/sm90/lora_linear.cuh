@@ -13,7 +13,7 @@ __device__ void take_items(Shared<C>& shared, const KernelParams& p, int index) 
   Cursor cursor(p.schedule);
   for (uint32_t phase = 0;; phase ^= 1) {
     const Item item = cursor.item(p.schedule, index);
-    const int4 words = make_int4(static_cast<int>(item.work), item.row_pair, item.col, item.group);
+    const int4 words = make_int4(static_cast<int>(item.work), item.row_pair, item.col, item.stride);
     for (int rank = 0; rank < kCluster; ++rank) ptx::publish_at(&shared.item, &shared.item_full, rank, words);
     if (item.work == Work::kEnd) return;
     ptx::mbarrier_wait(&shared.item_empty, phase);
@@ -25,7 +25,7 @@ template <typename C>
 __device__ Item await_item(Shared<C>& shared, uint32_t phase) {
   ptx::mbarrier_wait_published(&shared.item_full, phase);
   const int4 words = *reinterpret_cast<const int4*>(&shared.item);
-  return {static_cast<Work>(words.x), words.y, words.z, words.w};
+  return {static_cast<Work>(words.x), words.y, {words.z}, words.w};
 }
 
 // The last block whose producer has seen the list's end sets the flags back to zero for the next launch: nobody waits for
@@ -41,6 +41,14 @@ __device__ inline void leave(const KernelParams& p) {
   }
 }
 
+template <bool kBackward>
+__device__ void prefetch_maps(const KernelParams& p) {
+  for (const CUtensorMap* map : {&p.lhs, &p.weight, &p.down, &p.low, &p.up, &p.out}) ptx::tma_prefetch(map);
+  if constexpr (kBackward) {
+    for (const CUtensorMap* map : {&p.dA.big, &p.dB.low}) ptx::tma_prefetch(map);
+  }
+}
+
 template <typename C, typename T, bool kBackward>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     lora_linear_kernel(const __grid_constant__ KernelParams p) {
@@ -50,9 +58,12 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);  // which tells the compiler that it is a warp's
   if (threadIdx.x == 0) {
     init_barriers(shared);
-    ptx::tma_prefetch(&p.lhs);
-    ptx::tma_prefetch(&p.weight);
   }
+  if (threadIdx.x == kWarpgroup - 1) prefetch_maps<kBackward>(p);
+#ifdef PDL
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   const bool takes_items = rank == 0 && threadIdx.x == 32;
   const int first_item = takes_items ? atomicAdd(p.next_item, 1) : 0;  // on its way while the barriers are made
   ptx::cluster_arrive();

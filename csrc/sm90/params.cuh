@@ -17,8 +17,9 @@ namespace fused_lora::sm90 {
 
 // A factor's gradient: sums over tokens of big (M, cols) times low (M, r), in slices of a group of rows, chained in order.
 struct Gradient {
-  CUtensorMap big, low;
-  void* out;  // element (col, rank) at col * stride_col + rank * stride_rank
+  CUtensorMap big, low, result;
+  bool copied;  // result is valid: 16 bits, rows a multiple of 16 bytes
+  void* out;    // element (col, rank) at col * stride_col + rank * stride_rank
   int64_t stride_col, stride_rank;
   int cols;
   float* partial;

@@ -6,7 +6,7 @@
 
 namespace fused_lora::sm90 {
 
-constexpr int kLookahead = 8;  // steps before the end of a tile at which the next item may be taken
+constexpr int kLookahead = 8;  // steps before the end of an item at which the next one may be taken
 
 template <typename C, bool kBackward>
 struct Producer {
@@ -59,10 +59,11 @@ struct Producer {
   }
 
   __device__ void shrink(const Item& item) {
-    const int end = min(p.schedule.row_pairs, (item.row_pair / kGroupPairs + 1) * kGroupPairs);
-    for (int pair = item.row_pair; pair < end; pair += item.group) {
+    constexpr int kWidth = C::kShrinkHalves * kBox;
+    const int release_at = lookahead(p.K, kWidth);
+    for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
       const int row = pair * kPairRows + rank * kBlockM;
-      for (int k = 0; k < p.K; k += C::kShrinkHalves * kBox) {
+      for (int k = 0; k < p.K; k += kWidth) {
         const uint32_t stage = begin_step(C::kShrinkBoxes * kBoxBytes);
         for (int half = 0; half < C::kShrinkHalves; ++half) {
           load<false>(stage + 2 * half * kBoxBytes, &p.lhs, row, k + half * kBox, 2);
@@ -70,15 +71,18 @@ struct Producer {
                      boxes_of(C::kBlockR));
         }
         ring.advance();
+        if (i + 1 == item.count && k == release_at) release_item();
       }
     }
-    release_item();
   }
+
+  // The first element of the step, of `width` out of `size`, after which the next item may be taken.
+  __device__ static int lookahead(int size, int width) { return max(0, size - kLookahead * width) / width * width; }
 
   __device__ void tile(const Item& item) {
     const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kBlockN;
     const bool rides = C::kCanRide && p.schedule.rides && item.col == 0;
-    const int release_at = max(0, p.K - kLookahead * kBox) / kBox * kBox;
+    const int release_at = lookahead(p.K, kBox);
     for (int k = 0; k < p.K; k += kBox) {
       const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (rides ? C::kRideBytes : 0));
       load<false>(stage, &p.lhs, row, k, 2);
@@ -100,15 +104,17 @@ struct Producer {
     const Gradient& g = item.work == Work::kGradientA ? p.dA : p.dB;
     constexpr int kBigBoxes = C::kGradientCols / kBox;
     const int col = (item.col * kCluster + rank) * C::kGradientCols;
-    const int end = min(p.M, (item.group + 1) * kGroupRows);
-    for (int row = item.group * kGroupRows; row < end; row += kBox) {
+    const int first = item.row_pair * kPairRows, tokens = min(p.M - first, p.schedule.slice_pairs * kPairRows);
+    const int release_at = lookahead(tokens, kBox);
+    for (int i = 0; i < tokens; i += kBox) {
+      const int row = first + i;
       if (g.needs_low && row % kBlockM == 0) wait_for_low(row);
       const uint32_t stage = begin_step(C::kGradientBoxes * kBoxBytes);
       load<true>(stage, &g.big, row, col, kBigBoxes);
       load_for_both<true>(stage + kBigBoxes * kBoxBytes, &g.low, row, 0, boxes_of(C::kBlockR));
       ring.advance();
+      if (i == release_at) release_item();
     }
-    release_item();
   }
 };
 

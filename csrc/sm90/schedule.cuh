@@ -2,65 +2,80 @@
 // whoever is running can always finish.
 //
 // Rows come in groups whose tiles run together, so that weight and activations stay in L2. The list goes through the groups;
-// beside a group's tiles stand the shrink items of a later one and, before its last quarter, the gradient items of one near it:
-// memory is asked evenly, and the last items are tiles and small.
+// before a group's tiles stand the shrink items of a later one, after most of them the gradient items of one near it: memory
+// is asked evenly.
 #pragma once
 
 namespace fused_lora::sm90 {
 
 constexpr int kBlockM = 128;  // rows of a block's tile; a cluster of two takes twice as many
 constexpr int kPairRows = 2 * kBlockM;
-constexpr int kGroupPairs = 8;
-constexpr int kGroupRows = kGroupPairs * kPairRows;
 
 enum class Work : int { kShrink, kTile, kGradientA, kGradientB, kEnd };
 
 struct alignas(16) Item {
   Work work;
-  int row_pair;  // of a tile; the first of a shrink item
-  int col;       // in tiles; in pairs of tiles for a gradient
-  int group;     // of a gradient; the stride between the row pairs of a shrink item
+  int row_pair;  // of a tile; the first of a shrink item or of a gradient's slice
+  union {
+    int col;    // of a tile, in tiles; of a gradient, in pairs of tiles
+    int count;  // of a shrink item's row pairs, `stride` apart
+  };
+  int stride;
 };
 
 struct Schedule {
-  int row_pairs, groups;
-  int tile_cols;       // of out; 0 where it is not wanted
-  bool rides;          // low comes from the first column of tiles instead of shrink items
-  int shrink_batch;    // row pairs of a shrink item; 0 without them
-  int shrink_lead;     // groups between shrink items and the tiles beside them
-  int gradient_lead;   // the same of gradient items; negative where they come later than their tiles
+  int row_pairs, group_pairs, groups;
+  int tile_cols;      // of out; 0 where it is not wanted
+  bool rides;         // low comes from the first column of tiles instead of shrink items
+  int shrink_batch;   // row pairs of a shrink item; 0 without them
+  int shrink_lead;    // groups between shrink items and the tiles beside them
+  int gradient_lead;  // the same of gradient items; negative where they come later than their tiles
+  int tail;           // a step's gradient items come before this share of its tiles: the last 1 / tail, or none if 0
   int dA_pairs, dB_pairs;
+  int slice_pairs;  // row pairs of a gradient item; divides group_pairs
+
+  __host__ __device__ static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
   // Whether some item waits for low's flags. Flags that nobody waits for must not be raised: the launch may be over by then.
   __host__ __device__ bool low_is_awaited() const { return !rides || tile_cols > 1 || dA_pairs > 0; }
 
+  __host__ __device__ int slices() const { return ceil_div(row_pairs, slice_pairs); }
   __host__ __device__ int pairs(int group) const {
-    return group < 0 || group >= groups ? 0 : min(kGroupPairs, row_pairs - group * kGroupPairs);
+    return group < 0 || group >= groups ? 0 : min(group_pairs, row_pairs - group * group_pairs);
   }
-  __host__ __device__ int shrinks(int group) const {
-    return shrink_batch == 0 ? 0 : (pairs(group) + shrink_batch - 1) / shrink_batch;
-  }
+  __host__ __device__ int shrinks(int group) const { return shrink_batch == 0 ? 0 : ceil_div(pairs(group), shrink_batch); }
   __host__ __device__ int tiles(int group) const { return pairs(group) * tile_cols; }
-  __host__ __device__ int gradients(int group) const { return pairs(group) > 0 ? dA_pairs + dB_pairs : 0; }
+  __host__ __device__ int gradients(int group) const { return ceil_div(pairs(group), slice_pairs) * (dA_pairs + dB_pairs); }
+
+  __host__ __device__ int first_step() const { return -max(shrink_lead, gradient_lead); }
+  __host__ __device__ int last_step() const { return groups + max(0, -gradient_lead); }
   __host__ __device__ int size(int step) const {
     return shrinks(step + shrink_lead) + tiles(step) + gradients(step + gradient_lead);
   }
-  __host__ __device__ int first_step() const { return -max(shrink_lead, gradient_lead); }
-  __host__ __device__ int last_step() const { return groups + max(0, -gradient_lead); }
 
   __device__ Item item(int step, int i) const {
-    const int shrink_items = shrinks(step + shrink_lead);
-    if (i < shrink_items) return {Work::kShrink, (step + shrink_lead) * kGroupPairs + i, 0, shrink_items};
+    const int shrink_items = shrinks(step + shrink_lead), gradient_items = gradients(step + gradient_lead);
+    if (i < shrink_items) return shrink(step + shrink_lead, i, shrink_items);
     i -= shrink_items;
-    const int before = tiles(step) - tiles(step) / 4, gradient = i - before;
-    if (gradient < 0) return tile(step, i);
-    if (gradient >= gradients(step + gradient_lead)) return tile(step, i - gradients(step + gradient_lead));
-    if (gradient < dB_pairs) return {Work::kGradientB, 0, gradient, step + gradient_lead};
-    return {Work::kGradientA, 0, gradient - dB_pairs, step + gradient_lead};
+    const int before = tiles(step) - (tail == 0 ? 0 : tiles(step) / tail);
+    if (i < before) return tile(step, i);
+    if (i < before + gradient_items) return gradient(step + gradient_lead, i - before);
+    return tile(step, i - gradient_items);
+  }
+
+  // The group's row pairs dealt to its items in turn: the first of each come first.
+  __device__ Item shrink(int group, int i, int items) const {
+    return {Work::kShrink, group * group_pairs + i, {ceil_div(pairs(group) - i, items)}, items};
   }
 
   __device__ Item tile(int group, int i) const {
-    return {Work::kTile, group * kGroupPairs + i % pairs(group), i / pairs(group), group};
+    return {Work::kTile, group * group_pairs + i % pairs(group), {i / pairs(group)}, 0};
+  }
+
+  __device__ Item gradient(int group, int i) const {
+    const int slice = i / (dA_pairs + dB_pairs), col = i % (dA_pairs + dB_pairs);
+    const int first = group * group_pairs + slice * slice_pairs;
+    return col < dB_pairs ? Item{Work::kGradientB, first, {col}, 0} : Item{Work::kGradientA, first, {col - dB_pairs}, 0};
   }
 };
 
@@ -76,7 +91,7 @@ struct Cursor {
       if (index < begin + size) return schedule.item(step, index - begin);
       begin += size;
     }
-    return {Work::kEnd, 0, 0, 0};
+    return {Work::kEnd, 0, {0}, 0};
   }
 };
 
