@@ -5,6 +5,7 @@ Everything else about the package is in pyproject.toml. pip builds in isolation,
 """
 
 import os
+from pathlib import Path
 
 from setuptools import setup
 
@@ -30,11 +31,16 @@ def extension_arguments() -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+    # csrc/sm90 is empty but for sm_90a, whose instructions no other target has; the PTX is for cards to come.
+    targets = [("80", "sm_80"), ("86", "sm_86"), ("89", "sm_89"), ("90a", "sm_90a"), ("90", "compute_90")]
     extension = CUDAExtension(
         "fused_lora._C",
-        ["csrc/bindings.cpp", "csrc/merge.cu"],
-        extra_compile_args={"cxx": ["-O2"], "nvcc": ["-O3"]},
+        sorted(str(path) for pattern in ("*.cpp", "*.cu", "sm90/*.cu") for path in Path("csrc").glob(pattern)),
+        depends=sorted(str(path) for path in Path("csrc").glob("**/*.*h")),
+        extra_compile_args={
+            "cxx": ["-O2"],
+            "nvcc": ["-O3", *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets)],
+        },
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -1,25 +1,12 @@
-// The only file that includes torch: op schemas and checks. No maths.
-
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+// The only files that include torch: op schemas, checks, autograd and workspaces. No maths. This one: registration and the merge.
 
 #include <pybind11/pybind11.h>
 
 #include "merge.h"
+#include "tensors.h"
 
+namespace fused_lora {
 namespace {
-
-fused_lora::DType dtype_of(const char* name, const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return fused_lora::DType::kFloat32;
-    case at::kHalf: return fused_lora::DType::kFloat16;
-    case at::kBFloat16: return fused_lora::DType::kBFloat16;
-    default: TORCH_CHECK(false, name, " must be float32, float16 or bfloat16, got ", tensor.scalar_type());
-  }
-}
 
 void check_rows(const char* name, const at::Tensor& tensor, const at::Tensor& weight) {
   TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
@@ -37,21 +24,37 @@ void merge_(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, 
               "scale must be one float32 on the device");
   const auto weight_dtype = dtype_of("weight", weight), factor_dtype = dtype_of("A", A);
   TORCH_CHECK(B.scalar_type() == A.scalar_type(), "B must have A's dtype, got ", B.scalar_type());
-  TORCH_CHECK(factor_dtype == weight_dtype || factor_dtype == fused_lora::DType::kFloat32,
+  TORCH_CHECK(factor_dtype == weight_dtype || factor_dtype == DType::kFloat32,
               "A must have weight's dtype or float32, got ", A.scalar_type());
   const c10::cuda::CUDAGuard guard(weight.device());
-  const fused_lora::MergeParams params{
-      weight.data_ptr(), A.data_ptr(),     B.data_ptr(),     scale.data_ptr<float>(), weight.size(0),
-      weight.size(1),    static_cast<int>(A.size(0)), weight.stride(0), A.stride(0), B.stride(0)};
-  C10_CUDA_CHECK(fused_lora::launch_merge(params, weight_dtype, factor_dtype, c10::cuda::getCurrentCUDAStream()));
+  const MergeParams params{weight.data_ptr(), A.data_ptr(),     B.data_ptr(),     scale.data_ptr<float>(), weight.size(0),
+                           weight.size(1),    static_cast<int>(A.size(0)), weight.stride(0), A.stride(0), B.stride(0)};
+  C10_CUDA_CHECK(launch_merge(params, weight_dtype, factor_dtype, c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace
+}  // namespace fused_lora
 
 TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
   m.def("cuda_merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()");
+  m.def("cuda_lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale) -> Tensor?");
+  m.def(
+      "cuda_lora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale) -> (Tensor, Tensor)");
+  m.def(
+      "cuda_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor xa, Tensor scale, bool need_dx,"
+      " bool need_dA, bool need_dB) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) { m.impl("cuda_merge_", &merge_); }
+TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
+  m.impl("cuda_merge_", &fused_lora::merge_);
+  m.impl("cuda_lora_linear_forward", &fused_lora::lora_linear_forward);
+  m.impl("cuda_lora_linear_backward", &fused_lora::lora_linear_backward);
+}
 
-PYBIND11_MODULE(_C, m) { m.attr("cuda_version") = CUDART_VERSION; }
+TORCH_LIBRARY_IMPL(fused_lora, CompositeImplicitAutograd, m) { m.impl("cuda_lora_linear", &fused_lora::lora_linear); }
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("cuda_version") = CUDART_VERSION;
+  m.def("lora_linear_obstacle", &fused_lora::lora_linear_obstacle,
+        "Why the kernels of lora_linear do not take a shape, in words; empty where they do.");
+}

@@ -9,8 +9,9 @@ from functools import cache
 
 import torch
 
-BACKENDS = ("triton", "reference")
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BACKENDS = ("cuda", "triton", "reference")
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+TRITON_DTYPES = (*CUDA_DTYPES, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Choice:
 
 
 def forced_backend() -> str | None:
-    """FUSED_LORA_BACKEND, one of auto (or unset), triton, reference."""
+    """FUSED_LORA_BACKEND, one of auto (or unset), cuda, triton, reference."""
     value = os.environ.get("FUSED_LORA_BACKEND", "auto")
     if value not in ("auto", *BACKENDS):
         raise ValueError(f"FUSED_LORA_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {value!r}")
@@ -43,9 +44,20 @@ def has_triton() -> bool:
 
 
 @cache
+def extension_obstacle() -> str | None:
+    """Why the optional CUDA extension cannot be used, or None."""
+    if importlib.util.find_spec("fused_lora._C") is None:
+        return "the CUDA extension is not built (make build)"
+    try:
+        from . import _C  # noqa: F401  registers its ops
+    except ImportError as error:  # torch was replaced since
+        return f"the CUDA extension does not load, build it again: {error}"
+    return None
+
+
 def has_extension() -> bool:
-    """Whether the optional CUDA extension was built."""
-    return importlib.util.find_spec("fused_lora._C") is not None
+    """Whether the optional CUDA extension is built and loads."""
+    return extension_obstacle() is None
 
 
 @cache
@@ -111,12 +123,29 @@ def precision(dtype: torch.dtype) -> str:
 def _choose(device: torch.device, dtype: torch.dtype, forced: str | None) -> Choice:
     if forced == "reference":
         return Choice("reference", "FUSED_LORA_BACKEND=reference")
-    obstacle = _triton_obstacle(device, dtype)
-    if obstacle is None:
-        return Choice("triton", "FUSED_LORA_BACKEND=triton" if forced else f"{device.type} tensor of {dtype}")
-    if forced == "triton":
-        raise NotImplementedError(f"FUSED_LORA_BACKEND=triton cannot run this call: {obstacle}")
-    return Choice("reference", obstacle)
+    obstacles = {}
+    for name, find_obstacle in (("cuda", _cuda_obstacle), ("triton", _triton_obstacle)):
+        if forced not in (None, name):
+            continue
+        obstacles[name] = find_obstacle(device, dtype)
+        if obstacles[name] is None:
+            return Choice(name, f"FUSED_LORA_BACKEND={forced}" if forced else f"{device.type} tensor of {dtype}")
+    if forced:
+        raise NotImplementedError(f"FUSED_LORA_BACKEND={forced} cannot run this call: {obstacles[forced]}")
+    return Choice("reference", obstacles["triton"])
+
+
+def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return f"no kernel for device {device.type}"
+    if dtype not in CUDA_DTYPES:
+        return f"no kernel for {dtype}"
+    if extension_obstacle() is not None:
+        return extension_obstacle()
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) != (9, 0):
+        return f"compute capability {properties.major}.{properties.minor} is not 9.0"
+    return None
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -140,13 +169,38 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     return _choose(device, dtype, forced_backend())
 
 
+@cache
+def _choose_lora_linear(
+    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float, forced: str | None
+) -> Choice:
+    choice = _choose(device, dtype, forced)
+    if choice.name != "cuda":
+        return choice
+    from . import _C
+
+    obstacle = _C.lora_linear_obstacle(K, N, r, p)
+    if not obstacle:
+        return choice
+    if forced:
+        raise NotImplementedError(f"FUSED_LORA_BACKEND=cuda cannot run this call: {obstacle}")
+    return Choice(_choose(device, dtype, "triton").name, f"csrc's kernels do not take it: {obstacle}")
+
+
+def choose_lora_linear(device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float) -> Choice:
+    """The backend of a LoRA linear K -> N of rank r with dropout p, activations of `dtype`."""
+    return _choose_lora_linear(device, dtype, K, N, r, p, forced_backend())
+
+
 def choose_merge(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The backend of an in-place merge: as choose, but where Triton cannot run, the CUDA extension if it was built.
+    """The backend of an in-place merge: Triton, and only where it cannot run the CUDA extension, if that was built.
 
     The extension is the second choice: (4096, 4096) bf16 on an H100, Triton takes 35 us at r = 16 and 46 at 128.
     """
-    choice = choose(device, dtype)
+    forced = forced_backend()
+    if forced is not None:
+        return choose(device, dtype)
+    obstacle = _triton_obstacle(device, dtype)
+    if obstacle is None:
+        return Choice("triton", f"{device.type} tensor of {dtype}")
     can_extend = device.type == "cuda" and dtype in TRITON_DTYPES and has_extension()
-    if choice.name == "reference" and can_extend and forced_backend() is None:
-        return Choice("extension", choice.reason)
-    return choice
+    return Choice("cuda" if can_extend else "reference", obstacle)

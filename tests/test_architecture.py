@@ -19,8 +19,8 @@ ROOMS = {
     "reference": set(),
     "kernels": {"checks", "reference"},
     "_C": set(),  # csrc, built
-    "backends": {"kernels"},
-    "ops": {"backends", "kernels", "_C", "checks", "reference"},
+    "backends": {"kernels", "_C"},
+    "ops": {"backends", "kernels", "checks", "reference"},
     "modules": {"ops", "checks", "reference"},
     "relora": {"modules", "ops", "checks", "reference"},
     "integrations": {"relora", "modules", "ops", "checks", "reference"},

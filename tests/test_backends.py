@@ -3,10 +3,12 @@
 import itertools
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
+import fused_lora
 from fused_lora import backends, lora_linear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -18,9 +20,25 @@ def _plain(monkeypatch):
     for name in ("FUSED_LORA_BACKEND", "FUSED_LORA_AUTOTUNE", "FUSED_LORA_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(backends, "interpreting", lambda: False)
-    backends._choose.cache_clear()
+    monkeypatch.setattr(backends, "extension_obstacle", lambda: "not built")
+    forget()
     yield
+    forget()
+
+
+def forget():
     backends._choose.cache_clear()
+    backends._choose_lora_linear.cache_clear()
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """A CUDA extension whose kernels take ranks up to 256 and no dropout."""
+    built = types.ModuleType("fused_lora._C")
+    built.lora_linear_obstacle = lambda K, N, r, p: "dropout" if p else "r is above 256" if r > 256 else ""
+    monkeypatch.setitem(sys.modules, "fused_lora._C", built)
+    monkeypatch.setattr(fused_lora, "_C", built, raising=False)
+    monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
 
 
 class Card:
@@ -50,12 +68,12 @@ def card(monkeypatch):
 
 def test_forcing(monkeypatch):
     assert backends.forced_backend() is None
-    for value, forced in (("auto", None), ("triton", "triton"), ("reference", "reference")):
+    for value, forced in (("auto", None), ("cuda", "cuda"), ("triton", "triton"), ("reference", "reference")):
         monkeypatch.setenv("FUSED_LORA_BACKEND", value)
         assert backends.forced_backend() == forced
 
 
-@pytest.mark.parametrize("value", ["", "Triton", "cuda", "0"])
+@pytest.mark.parametrize("value", ["", "Triton", "csrc", "0"])
 def test_a_wrong_backend_is_refused_with_the_right_ones(value, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_BACKEND", value)
     with pytest.raises(ValueError, match=f"FUSED_LORA_BACKEND must be one of auto, .*triton, reference, got '{value}'"):
@@ -95,6 +113,48 @@ def test_a_gpu_runs_triton(capability, dtype, card):
     assert backends.choose(CUDA, dtype) == backends.Choice("triton", f"cuda tensor of {dtype}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
+    card(90)
+    assert backends.choose(CUDA, dtype) == backends.Choice("cuda", f"cuda tensor of {dtype}")
+    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8, 0.0).name == "cuda"
+    for r, p, reason in ((300, 0.0, "r is above 256"), (8, 0.1, "dropout")):
+        choice = backends.choose_lora_linear(CUDA, dtype, 64, 64, r, p)
+        assert choice == backends.Choice("triton", f"csrc's kernels do not take it: {reason}")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(90, torch.float32), (80, torch.float16), (100, torch.float16)])
+def test_csrc_is_for_hopper_and_16_bits(capability, dtype, card, extension):
+    card(capability)
+    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8, 0.0).name == "triton"
+
+
+def test_forcing_csrc_where_it_cannot_run_raises_the_reason(card, extension, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_BACKEND", "cuda")
+    card(90)
+    assert backends.choose_lora_linear(CUDA, torch.bfloat16, 64, 64, 8, 0.0).name == "cuda"
+    for arguments, reason in (
+        ((CUDA, torch.bfloat16, 64, 64, 300, 0.0), "r is above 256"),
+        ((CUDA, torch.float32, 64, 64, 8, 0.0), "no kernel for torch.float32"),
+        ((CPU, torch.bfloat16, 64, 64, 8, 0.0), "no kernel for device cpu"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"=cuda cannot run this call: {reason}"):
+            backends.choose_lora_linear(*arguments)
+    monkeypatch.setattr(backends, "extension_obstacle", lambda: "not built")
+    forget()
+    with pytest.raises(NotImplementedError, match="not built"):
+        backends.choose(CUDA, torch.bfloat16)
+
+
+def test_an_extension_that_does_not_load_is_named(monkeypatch):
+    monkeypatch.undo()
+    backends.extension_obstacle.cache_clear()
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "fused_lora._C", None)
+    assert "does not load" in backends.extension_obstacle()
+    backends.extension_obstacle.cache_clear()
+
+
 @pytest.mark.parametrize("capability", [70, 75])
 def test_an_old_gpu_runs_the_reference(capability, card):
     card(capability)
@@ -129,7 +189,7 @@ def test_forcing_triton_where_it_cannot_run_raises_the_reason(monkeypatch, card)
     with pytest.raises(NotImplementedError, match=r"compute capability 7\.5"):
         backends.choose(CUDA, torch.float16)
     card(80)
-    backends._choose.cache_clear()
+    forget()
     assert backends.choose(CUDA, torch.float16) == backends.Choice("triton", "FUSED_LORA_BACKEND=triton")
 
 

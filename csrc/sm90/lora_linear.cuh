@@ -52,6 +52,7 @@ __device__ void prefetch_maps(const KernelParams& p) {
 template <typename C, typename T, bool kBackward>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     lora_linear_kernel(const __grid_constant__ KernelParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // built for others too, empty
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   const int rank = ptx::cluster_rank();
@@ -60,10 +61,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     init_barriers(shared);
   }
   if (threadIdx.x == kWarpgroup - 1) prefetch_maps<kBackward>(p);
-#ifdef PDL
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
   const bool takes_items = rank == 0 && threadIdx.x == 32;
   const int first_item = takes_items ? atomicAdd(p.next_item, 1) : 0;  // on its way while the barriers are made
   ptx::cluster_arrive();
@@ -83,6 +80,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     }
     __syncwarp();
     if (threadIdx.x < 32) leave(p);
+    ptx::cluster_arrive();
   } else {
     ptx::take_registers<232>();
     Consumer<C, T, kBackward> consumer{shared, p, rank, warpgroup - 1};
@@ -93,11 +91,11 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_at(&shared.item_empty, 0);
       consumer.run(item);
     }
+    ptx::cluster_arrive();
     consumer.finish();
   }
-  // A block must not leave while its neighbour may still write to it.
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
+  ptx::cluster_wait();  // a block must not leave while its neighbour may still write to it
+#endif
 }
 
 }  // namespace fused_lora::sm90

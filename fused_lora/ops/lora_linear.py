@@ -12,9 +12,19 @@ from .library import define, on_device_of
 ops = torch.ops.fused_lora
 
 
-def _use_triton(x: Tensor, *others: Tensor) -> bool:
-    # Empty products have no tiles; the reference gets them right for free.
-    return backends.choose(x.device, x.dtype).name == "triton" and all(t.numel() > 0 for t in (x, *others))
+def _backend(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, p: float) -> str:
+    if x.numel() == 0 or weight.numel() == 0:
+        return "reference"  # empty products have no tiles; the reference gets them right for free
+    name = backends.choose_lora_linear(x.device, x.dtype, *reversed(weight.shape), A.shape[0], p).name
+    if name == "cuda" and not _copy_engine_reads(x, weight, A, B):
+        return "triton"
+    return name
+
+
+def _copy_engine_reads(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """What csrc's kernels ask of a frozen weight and of factors; anything else is copied for them."""
+    rows_aligned = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] and weight.stride(0) % 8 == 0
+    return rows_aligned and weight.data_ptr() % 16 == 0 and A.dtype == B.dtype and A.dtype in (x.dtype, torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -23,8 +33,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward(x, weight, A, B, bias, scale, seed, p):
-    flat = _rows(x)
-    if _use_triton(flat, weight):
+    flat, backend = _rows(x), _backend(x, weight, A, B, p)
+    if backend == "cuda":
+        y, xa = ops.cuda_lora_linear_forward(flat, weight, A, B, bias, scale)
+        xa = xa.contiguous()
+    elif backend == "triton":
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_forward
 
@@ -44,8 +57,11 @@ def _forward_fake(x, weight, A, B, bias, scale, seed, p):
 
 def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB):
     needs = (need_dx, need_dA, need_dB)
-    flat, flat_dy = _rows(x), _rows(dy)
-    if _use_triton(flat, weight):
+    flat, flat_dy, backend = _rows(x), _rows(dy), _backend(x, weight, A, B, p)
+    if backend == "cuda":
+        grads = ops.cuda_lora_linear_backward(flat_dy, flat, weight, A, B, xa, scale, *needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    elif backend == "triton":
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_backward
 
@@ -119,6 +135,10 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
     return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 
 
+def _runs_eagerly_in_csrc(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and backends.choose(x.device, x.dtype).name == "cuda"
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -146,6 +166,10 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and _autocasts(x):
         x, weight, bias = _autocast(x, weight, bias)
+    if p == 0 and isinstance(x, Tensor) and isinstance(scale, Tensor) and _runs_eagerly_in_csrc(x):
+        y = ops.cuda_lora_linear(x, weight, A, B, bias, scale)
+        if y is not None:  # else something is wrong, or for another backend
+            return y
     checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=x.device)

@@ -22,8 +22,6 @@ def _merge(weight, A, B, scale):
         with on_device_of(weight):
             merge_kernel_(weight, A, B, scale, backends.gpu(weight.device))
     else:
-        from .. import _C  # noqa: F401  registers the op
-
         ops.cuda_merge_(weight, A.contiguous(), B.contiguous(), scale)
     # torch did not see the kernel write: a backward that saved the weight must find out.
     torch.autograd.graph.increment_version(weight)

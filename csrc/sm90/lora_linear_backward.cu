@@ -1,0 +1,73 @@
+// dxa = scale dy B, dx = dy W + dxa A, dA = dxa^T x, dB = dy^T xa.
+#include "launch.cuh"
+
+namespace fused_lora {
+
+using namespace sm90;
+
+namespace {
+
+// A warpgroup's part of a gradient is at least 64 columns, and a cluster has four of them.
+constexpr int kMostColsOfPair = kCluster * Config<256, 16>::kGradientCols;
+int64_t chain_flags(int64_t cols) { return kCluster * kConsumers * ceil_div(cols, kCluster * Config<128, 16>::kGradientCols); }
+
+}  // namespace
+
+int64_t backward_flags(int64_t M, int64_t K, int64_t N) { return 2 + 2 * ceil_div(M, kPairRows) + chain_flags(K) + chain_flags(N); }
+
+int64_t backward_partials(int64_t K, int64_t N, int64_t r) {
+  const int64_t block_r = r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256;
+  return (ceil_div(K, kMostColsOfPair) + ceil_div(N, kMostColsOfPair)) * kMostColsOfPair * block_r;
+}
+
+cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t stream) {
+  MapMaker map{b.dtype};
+  KernelParams p{};
+  p.lhs = map(b.dy);
+  p.weight = map(b.weight);
+  p.down = map(b.B);
+  p.down_riding = p.down;  // nothing rides backward
+  p.low = map(b.dxa);
+  p.up = map(b.A);
+  if (b.needs_dx) p.out = map(b.dx);
+  p.M = static_cast<int>(b.dy.rows);
+  p.N = static_cast<int>(b.weight.cols);
+  p.K = static_cast<int>(b.dy.cols);
+  p.r = static_cast<int>(b.A.rows);
+  const bool copied = b.factor_dtype == b.dtype;
+  if (b.needs_dA) {
+    p.dA.big = map(b.x);
+    p.dA.low = p.low;
+    p.dA.needs_low = true;
+    p.dA.out = b.dA;
+    p.dA.stride_col = 1;
+    p.dA.stride_rank = b.x.cols;
+    p.dA.cols = p.N;
+    p.dA.copied = copied;
+    if (copied) p.dA.result = map({b.dA, p.r, b.x.cols, b.x.cols});
+  }
+  if (b.needs_dB) {
+    p.dB.big = p.lhs;
+    p.dB.low = map(b.xa);
+    p.dB.out = b.dB;
+    p.dB.stride_col = p.r;
+    p.dB.stride_rank = 1;
+    p.dB.cols = p.K;
+    p.dB.copied = copied && p.r % 8 == 0;
+    if (p.dB.copied) p.dB.result = map({b.dB, b.dy.cols, p.r, p.r});
+  }
+  if (map.error != cudaSuccess) return map.error;
+  p.dA.partial = b.partial;
+  p.low_data = b.dxa.data;
+  p.low_stride = b.dxa.stride;
+  p.scale = b.scale;
+  p.factor_dtype = b.factor_dtype;
+  p.next_item = b.flags;
+  p.exited = b.flags + 1;
+  p.ready = b.flags + 2;
+  const bool needs_low = b.needs_dx || b.needs_dA;
+  if (b.dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, true>(p, b.needs_dx, needs_low, stream);
+  return launch_tiles<__half, true>(p, b.needs_dx, needs_low, stream);
+}
+
+}  // namespace fused_lora

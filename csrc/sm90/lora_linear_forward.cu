@@ -1,0 +1,37 @@
+// xa = scale x A^T, y = x W^T + xa B^T + bias.
+#include "launch.cuh"
+
+namespace fused_lora {
+
+using namespace sm90;
+
+int64_t forward_flags(int64_t M) { return 2 + 2 * ceil_div(M, kPairRows); }
+
+cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
+  MapMaker map{f.dtype};
+  KernelParams p{};
+  p.lhs = map(f.x);
+  p.weight = map(f.weight);
+  p.down = map(f.A);
+  p.down_riding = map(f.A, {.rows = 16});
+  p.low = map(f.xa);
+  p.up = map(f.B);
+  p.out = map(f.y);
+  if (map.error != cudaSuccess) return map.error;
+  p.M = static_cast<int>(f.x.rows);
+  p.N = static_cast<int>(f.weight.rows);
+  p.K = static_cast<int>(f.x.cols);
+  p.r = static_cast<int>(f.A.rows);
+  p.low_data = f.xa.data;
+  p.low_stride = f.xa.stride;
+  p.scale = f.scale;
+  p.bias = f.bias;
+  p.bias_dtype = f.bias_dtype;
+  p.next_item = f.flags;
+  p.exited = f.flags + 1;
+  p.ready = f.flags + 2;
+  if (f.dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, false>(p, true, true, stream);
+  return launch_tiles<__half, false>(p, true, true, stream);
+}
+
+}  // namespace fused_lora

@@ -1,0 +1,40 @@
+// Between torch's tensors and the launchers' parameters.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "dtype.h"
+
+namespace fused_lora {
+
+inline DType dtype_of(const char* name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBFloat16: return DType::kBFloat16;
+    default: TORCH_CHECK(false, name, " must be float32, float16 or bfloat16, got ", tensor.scalar_type());
+  }
+}
+
+// The ops of lora_linear.cpp; equations as in reference.py.
+std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int64_t r, double p);
+std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A,
+                                                       const at::Tensor& B, const std::optional<at::Tensor>& bias,
+                                                       const at::Tensor& scale);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(const at::Tensor& dy, const at::Tensor& x,
+                                                                    const at::Tensor& weight, const at::Tensor& A,
+                                                                    const at::Tensor& B, const at::Tensor& xa,
+                                                                    const at::Tensor& scale, bool need_dx, bool need_dA,
+                                                                    bool need_dB);
+std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
+                                      const std::optional<at::Tensor>& bias, const at::Tensor& scale);
+
+}  // namespace fused_lora
