@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "lora_linear.h"
 #include "merge.h"
 #include "tensors.h"
 
@@ -57,4 +58,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("lora_linear_obstacle", &fused_lora::lora_linear_obstacle,
         "Why the kernels of lora_linear do not take a shape, in words; empty where they do.");
+  m.def("tile_width", &fused_lora::tile_width, "Columns of the tiles of an (M, N) result.");
 }

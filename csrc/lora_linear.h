@@ -38,6 +38,9 @@ struct BackwardParams {
   float* partial;  // backward_partials()
 };
 
+// Columns of the tiles, 128 rows each, that a pass with M x N results is cut into on the current device.
+int tile_width(int64_t M, int64_t N, int64_t r);
+
 int64_t forward_flags(int64_t M);
 int64_t backward_flags(int64_t M, int64_t K, int64_t N);
 int64_t backward_partials(int64_t K, int64_t N, int64_t r);

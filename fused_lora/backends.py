@@ -191,6 +191,14 @@ def choose_lora_linear(device: torch.device, dtype: torch.dtype, K: int, N: int,
     return _choose_lora_linear(device, dtype, K, N, r, p, forced_backend())
 
 
+def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:
+    """The tile of csrc's kernel for an (M, N) result."""
+    from . import _C
+
+    with torch.cuda.device(device):
+        return {"BLOCK_M": 128, "BLOCK_N": _C.tile_width(M, N, r), "BLOCK_K": 64}
+
+
 def choose_merge(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend of an in-place merge: Triton, and only where it cannot run the CUDA extension, if that was built.
 

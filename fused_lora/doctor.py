@@ -22,7 +22,7 @@ def _software() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none: a CPU build'}"),
         ("triton", _installed("triton")),
         ("C compiler", backends.host_compiler() or "none"),
-        ("extension", "built" if backends.has_extension() else "not built (optional: make build)"),
+        ("extension", backends.extension_obstacle() or "built"),
     ]
 
 

@@ -14,7 +14,7 @@ _PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
 
 @dataclass(frozen=True)
 class Explanation:
-    """backend and reason; for Triton the launches of forward and backward, each (kernel, programs, parameters)."""
+    """backend and reason; for kernels the launches of forward and backward, each (kernel, programs, parameters)."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
@@ -73,8 +73,26 @@ def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: tor
             'float32 multiplies in IEEE, off the tensor cores; torch.set_float32_matmul_precision("high") is TF32'
         )
     if factor_dtype != dtype:
-        notes.append(f"A and B are {factor_dtype}: copied to {dtype} in each pass, r (K + N) elements")
+        notes.append(_copied_factors(dtype, factor_dtype))
     return tuple(notes)
+
+
+def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, reason: str) -> Explanation:
+    M, K, N, r = shape
+    launches = [
+        ((f"lora_linear_kernel ({name})", backends.gpu(device).sm_count, backends.csrc_tile(device, M, columns, r)),)
+        for name, columns in (("forward", N), ("backward", K))
+    ]
+    notes = ["x or dy whose rows do not start at multiples of 16 bytes is copied first"]
+    if factor_dtype != dtype:
+        notes.append(_copied_factors(dtype, factor_dtype))
+    elif r % 8:
+        notes.append(f"r={r} is not a multiple of 8: B is copied to padded rows in each pass, N r elements")
+    return Explanation(shape, dtype, str(device), "cuda", reason, *launches, tuple(notes))
+
+
+def _copied_factors(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:
+    return f"A and B are {factor_dtype}: copied to {dtype} in each pass, r (K + N) elements"
 
 
 def explain(
@@ -112,8 +130,10 @@ def explain(
     shape = (tokens, in_features, out_features, r)
     factor_dtype = lora_dtype or dtype
     if gpu is None:
-        choice = backends.choose(device, dtype)
-        if choice.name != "triton":
+        choice = backends.choose_lora_linear(device, dtype, in_features, out_features, r, p)
+        if choice.name == "cuda":
+            return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
+        if choice.name == "reference":
             return Explanation(shape, dtype, str(device), choice.name, choice.reason)
         target, reason = backends.gpu(device), choice.reason
     else:

@@ -64,9 +64,7 @@ struct Consumer {
     int previous = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const uint32_t stage = await_stage();
-      ptx::wgmma_fence();
-      multiply(stage, step);
+      multiply(await_stage(), step);
       if (step > 0) {
         ptx::wgmma_wait<1>();
         release(previous);
@@ -84,6 +82,7 @@ struct Consumer {
   template <int kMost, int kCount>
   __device__ __forceinline__ void multiply_slices(float (&acc)[kCount], uint64_t lhs, uint64_t rhs, int left) {
     if (kMost == 1 || left > (kMost - 1) * 16) {
+      ptx::wgmma_fence();
 #pragma unroll
       for (int s = 0; s < kMost; ++s) ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
       ptx::wgmma_commit();
@@ -98,6 +97,7 @@ struct Consumer {
     for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
       float acc[C::kBlockR / 2] = {};
       consume((p.K + C::kShrinkHalves * kBox - 1) / (C::kShrinkHalves * kBox), [&](uint32_t stage, int) {
+        ptx::wgmma_fence();
 #pragma unroll
         for (int half = 0; half < C::kShrinkHalves; ++half) {
           const uint64_t lhs = descriptor<false>(stage + (2 * half + warpgroup) * kBoxBytes);
@@ -152,6 +152,7 @@ struct Consumer {
     consume(boxes_of(p.K), [&](uint32_t stage, int) {
       const uint64_t lhs = descriptor<false>(stage + warpgroup * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
       const uint64_t down = riding_descriptor<kBackward>(stage + C::kTileBoxes * kBoxBytes);
+      ptx::wgmma_fence();
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
         ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
@@ -318,6 +319,7 @@ struct Consumer {
     float acc[kBlocks][C::kBlockR / 2] = {};
     consume(boxes_of(tokens), [&](uint32_t stage, int) {
       const uint64_t low = descriptor<true>(stage + C::kGradientCols / kBox * kBoxBytes);
+      ptx::wgmma_fence();
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         const uint64_t big = descriptor<true>(stage + (warpgroup * kBlocks + b) * kBoxBytes);

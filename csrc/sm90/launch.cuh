@@ -19,10 +19,11 @@ inline int clusters_at_once() {
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Tiles of 128 columns take 0.56 of the time of those of 256 and fill a wave where there are few.
-inline bool wants_narrow_tiles(const KernelParams& p, int clusters) {
-  const int row_pairs = ceil_div(p.M, kPairRows);
-  const int wide_waves = ceil_div(row_pairs * ceil_div(p.N, 256), clusters), narrow_waves = ceil_div(row_pairs * ceil_div(p.N, 128), clusters);
-  return p.r <= 128 && 0.56 * narrow_waves < wide_waves;
+inline bool wants_narrow_tiles(int64_t M, int64_t N, int64_t r, int clusters) {
+  const int64_t row_pairs = ceil_div(M, kPairRows);
+  const int wide_waves = ceil_div(row_pairs * ceil_div(N, 256), clusters);
+  const int narrow_waves = ceil_div(row_pairs * ceil_div(N, 128), clusters);
+  return r <= 128 && 0.56 * narrow_waves < wide_waves;
 }
 
 // The list's order was chosen by measurement (docs/hopper.md). A shrink item costs about half a tile: where tiles are long, two
@@ -77,7 +78,7 @@ template <typename T, bool kBackward>
 cudaError_t launch_tiles(const KernelParams& p, bool wants_out, bool needs_low, cudaStream_t stream) {
   const int clusters = clusters_at_once();
   if (clusters == 0) return cudaErrorInvalidDevice;
-  const bool narrow = wants_narrow_tiles(p, clusters);
+  const bool narrow = wants_narrow_tiles(p.M, p.N, p.r, clusters);
   if (p.r <= 16 && narrow) return launch<Config<128, 16>, T, kBackward>(p, wants_out, needs_low, clusters, stream);
   if (p.r <= 16) return launch<Config<256, 16>, T, kBackward>(p, wants_out, needs_low, clusters, stream);
   if (p.r <= 64 && narrow) return launch<Config<128, 64>, T, kBackward>(p, wants_out, needs_low, clusters, stream);

@@ -49,10 +49,16 @@ __device__ void prefetch_maps(const KernelParams& p) {
   }
 }
 
+// The extension is compiled for other targets too, for which there are no clusters and the kernel is empty.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FUSED_LORA_CLUSTER __cluster_dims__(kCluster)
+#else
+#define FUSED_LORA_CLUSTER
+#endif
+
 template <typename C, typename T, bool kBackward>
-__global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
-    lora_linear_kernel(const __grid_constant__ KernelParams p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // built for others too, empty
+__global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_constant__ KernelParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   const int rank = ptx::cluster_rank();

@@ -1,9 +1,15 @@
 // xa = scale x A^T, y = x W^T + xa B^T + bias.
+#include <algorithm>
+
 #include "launch.cuh"
 
 namespace fused_lora {
 
 using namespace sm90;
+
+int tile_width(int64_t M, int64_t N, int64_t r) {
+  return wants_narrow_tiles(M, N, r, std::max(1, clusters_at_once())) ? 128 : 256;
+}
 
 int64_t forward_flags(int64_t M) { return 2 + 2 * ceil_div(M, kPairRows); }
 

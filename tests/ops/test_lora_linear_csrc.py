@@ -1,0 +1,131 @@
+"""csrc's kernels for Hopper: every tile, every order of work, every part of the results, the same bits each time."""
+
+import pytest
+import torch
+
+from fused_lora import backends, lora_linear
+from tests.ops.problem import SCALE, make_dy, make_inputs, run, solve
+from tests.ops.test_lora_linear_cuda import assert_same, capture
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper():
+    reason = backends._cuda_obstacle(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def solve_in_csrc(M, K, N, r, dtype=torch.bfloat16, **options):
+    inputs = make_inputs(M, K, N, r, "cuda", dtype, **options)
+    assert backends.choose_lora_linear(inputs["x"].device, dtype, K, N, r, 0.0).name == "cuda"
+    return solve(inputs, make_dy(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", [1, 5, 8, 16, 17, 40, 64, 65, 100, 128, 130, 256])
+def test_ranks(r, dtype):
+    solve_in_csrc(333, 264, 392, r, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 8, 8), (127, 72, 136), (129, 1032, 264), (256, 64, 2048), (2049, 520, 1000)], ids=str
+)
+def test_sizes(size, dtype):
+    solve_in_csrc(*size, 24, dtype)
+
+
+# Several groups of rows, so that sums over tokens are chained; r = 16 into few columns rides.
+@pytest.mark.parametrize(("M", "K", "N", "r"), [
+    (9000, 320, 136, 16), (9000, 136, 320, 16), (20000, 264, 1024, 9), (6000, 512, 256, 64), (5000, 512, 1024, 200),
+    (4100, 3080, 520, 128), (4096, 1024, 4096, 16),
+])  # fmt: skip
+def test_many_rows(M, K, N, r):
+    solve_in_csrc(M, K, N, r)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", [3, 16, 96])
+def test_float32_factors(r, dtype):
+    got = solve_in_csrc(2500, 264, 392, r, dtype, lora_dtype=torch.float32)
+    assert got["dA"].dtype == got["dB"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("r", [8, 128])
+@pytest.mark.parametrize("needed", [("x",), ("A",), ("B",), ("A", "B"), ("x", "B"), ("x", "A"), ("bias",)], ids=str)
+def test_any_part_of_the_gradients(needed, r):
+    inputs = make_inputs(2500, 264, 392, r, "cuda", torch.bfloat16)
+    for name in ("x", "A", "B", "bias"):
+        inputs[name] = inputs[name].detach().requires_grad_(name in needed)
+    got = solve(inputs, make_dy(inputs))
+    assert set(got) == {"y", *(f"d{name}" for name in needed)}
+
+
+def test_what_the_copy_engine_cannot_read_is_copied():
+    """Rows of x and dy that do not start at 16 bytes, and factors that do not."""
+    inputs = make_inputs(300, 264, 136, 12, "cuda", torch.bfloat16)
+    dy = make_dy(inputs)
+    want = run(lora_linear, inputs, dy, scale=SCALE)
+    wide = torch.full((300, 267), float("nan"), device="cuda", dtype=torch.bfloat16)
+    wide[:, 1:265] = inputs["x"].detach()
+    odd = inputs | {"x": wide[:, 1:265].requires_grad_()}
+    odd["A"] = torch.cat([inputs["A"].detach()[:, :1], inputs["A"].detach()], 1)[:, 1:].requires_grad_()
+    assert_same(run(lora_linear, odd, dy.T.contiguous().T, scale=SCALE), want)
+
+
+@pytest.mark.parametrize("load", [False, True], ids=["idle", "loaded"])
+@pytest.mark.parametrize(("M", "K", "N", "r"), [(4096, 1024, 1024, 128), (5000, 264, 520, 16), (700, 2048, 512, 5)])
+def test_the_same_bits_200_times(M, K, N, r, load):
+    inputs = make_inputs(M, K, N, r, "cuda", torch.bfloat16)
+    scale, dy = torch.tensor(SCALE, device="cuda"), make_dy(inputs)
+    first = run(lora_linear, inputs, dy, scale=scale)
+    beside, work = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    for _ in range(200):
+        if load:
+            with torch.cuda.stream(beside):
+                work @ work
+        got = run(lora_linear, inputs, dy, scale=scale)
+        assert all(torch.equal(got[name], value) for name, value in first.items())
+
+
+def test_graphs_replayed_beside_each_other():
+    """Each captured launch has flags of its own."""
+    scale = torch.tensor(SCALE, device="cuda")
+    problems = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        inputs = make_inputs(3000, 264, 520, 16, "cuda", torch.bfloat16)
+        dy = make_dy(inputs)
+        want = run(lora_linear, inputs, dy, scale=scale)
+        problems.append((*capture(lambda inputs=inputs, dy=dy: run(lora_linear, inputs, dy, scale=scale)), want))
+    streams = [torch.cuda.Stream() for _ in problems]
+    for _ in range(20):
+        torch.cuda.synchronize()
+        for stream, (graph, results, _) in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                for result in results.values():
+                    result.fill_(float("nan"))
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, results, want in problems:
+            assert_same(results, want)
+
+
+def test_a_second_derivative_raises():
+    inputs = make_inputs(64, 64, 64, 8, "cuda", torch.bfloat16)
+    y = lora_linear(**inputs, scale=torch.tensor(SCALE, device="cuda"))
+    (dx,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dx.sum().backward()
+
+
+def test_a_merge_between_forward_and_backward_raises():
+    inputs = make_inputs(64, 64, 64, 8, "cuda", torch.bfloat16)
+    y = lora_linear(**inputs, scale=torch.tensor(SCALE, device="cuda"))
+    torch.autograd.graph.increment_version(inputs["weight"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
