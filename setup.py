@@ -38,7 +38,7 @@ def extension_arguments() -> dict:
         sorted(str(path) for pattern in ("*.cpp", "*.cu", "sm90/*.cu") for path in Path("csrc").glob(pattern)),
         depends=sorted(str(path) for path in Path("csrc").glob("**/*.*h")),
         extra_compile_args={
-            "cxx": ["-O2"],
+            "cxx": ["-O2", "-g0"],
             "nvcc": ["-O3", *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets)],
         },
     )

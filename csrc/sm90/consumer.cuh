@@ -31,7 +31,7 @@ struct Consumer {
   const CUtensorMap* pending_map;
   int pending_row, pending_col;
   bool pending_across;  // registers hold the transpose
-  int* pending_flag;
+  int* pending_flag = nullptr;
   int next_part = 0, pending_boxes = 0, parts = 0;  // parts: boxes, and kFlagParts with a flag
 
   __device__ int thread() const { return threadIdx.x % kWarpgroup; }
@@ -124,8 +124,7 @@ struct Consumer {
   // ---- out = lhs weight + low up + bias ------------------------------------------------------------------------------------
 
   __device__ void tile(const Item& item) {
-    // Its last steps may wait for what is pending here: that must be out before them.
-    if (boxes_of(p.K) <= kMostBoxes + kFlagParts) store_parts();
+    if (boxes_of(p.K) <= kMostBoxes + kFlagParts) raise_pending();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
     if (C::kCanRide && p.schedule.rides && item.col == 0) {
@@ -226,6 +225,11 @@ struct Consumer {
     while (next_part < parts) store_part();
   }
 
+  // Before steps that may wait for a flag which is still pending here.
+  __device__ __forceinline__ void raise_pending() {
+    if (pending_flag != nullptr) store_parts();
+  }
+
   __device__ __forceinline__ void store_part() {
     if (next_part < pending_boxes) {
       const uint32_t buffer = ptx::shared_address(shared.out[warpgroup]);
@@ -315,7 +319,7 @@ struct Consumer {
     const Gradient& g = item.work == Work::kGradientA ? p.dA : p.dB;
     const int slice = item.row_pair / p.schedule.slice_pairs;
     const int tokens = min(p.M - item.row_pair * kPairRows, p.schedule.slice_pairs * kPairRows);
-    store_parts();  // the first step may wait for it
+    raise_pending();
     float acc[kBlocks][C::kBlockR / 2] = {};
     consume(boxes_of(tokens), [&](uint32_t stage, int) {
       const uint64_t low = descriptor<true>(stage + C::kGradientCols / kBox * kBoxBytes);
@@ -328,6 +332,7 @@ struct Consumer {
       }
       ptx::wgmma_commit();
     });
+    store_parts();
     const int part = (item.col * kCluster + rank) * kConsumers + warpgroup;
     const bool first = slice == 0, last = slice + 1 == p.schedule.slices();
     int* chain = g.chain + part;

@@ -101,17 +101,18 @@ def test_graphs_replayed_beside_each_other():
         inputs = make_inputs(3000, 264, 520, 16, "cuda", torch.bfloat16)
         dy = make_dy(inputs)
         want = run(lora_linear, inputs, dy, scale=scale)
-        problems.append((*capture(lambda inputs=inputs, dy=dy: run(lora_linear, inputs, dy, scale=scale)), want))
+        graph, results = capture(lambda inputs=inputs, dy=dy: run(lora_linear, inputs, dy, scale=scale))
+        problems.append((graph, results, want, inputs, dy))  # a graph reads its inputs' memory and does not keep it
     streams = [torch.cuda.Stream() for _ in problems]
     for _ in range(20):
         torch.cuda.synchronize()
-        for stream, (graph, results, _) in zip(streams, problems, strict=True):
+        for stream, (graph, results, *_) in zip(streams, problems, strict=True):
             with torch.cuda.stream(stream):
                 for result in results.values():
                     result.fill_(float("nan"))
                 graph.replay()
         torch.cuda.synchronize()
-        for _, results, want in problems:
+        for _, results, want, *_ in problems:
             assert_same(results, want)
 
 
