@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         measurements = Measurements(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
         shapes = tuple(options.shapes or shapes_for(measurements.device.type, options.quick))
         progress = Progress(len(shapes) * len(PASSES) * len(modes(measurements.device.type)))
-        results = collect(measurements, shapes, progress)
-        progress("done")
         folder = options.out or RESULTS / (slug(measurements) + ("-quick" if options.quick else ""))
+        # After every shape, so that a benchmark that is stopped keeps what it has measured.
+        results = collect(measurements, shapes, progress, lambda results: write(results, folder))
+        progress("done")
     print(markdown(results))
     print("\n".join(f"wrote {path}" for path in write(results, folder)))
     return 0 if is_sound(results["shapes"], PACKAGE) else 1

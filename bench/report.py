@@ -10,14 +10,16 @@ from .measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from .plot import draw
 from .record import environment, shape_record, skipped_record
 from .shapes import FORWARD, FORWARD_BACKWARD, PASSES, Shape
-from .timing import EAGER, GRAPH, modes
-from .variants import FLOOR
+from .timing import EAGER, GRAPH, HOST, modes
+from .variants import FLOOR, PACKAGE
 
 TITLES = {
     (GRAPH, FORWARD_BACKWARD): "Forward + backward, kernel time (CUDA graph)",
     (GRAPH, FORWARD): "Forward, kernel time (CUDA graph)",
     (EAGER, FORWARD_BACKWARD): "Forward + backward, whole call (eager, host time included)",
     (EAGER, FORWARD): "Forward, whole call (eager, host time included)",
+    (HOST, FORWARD_BACKWARD): "Forward + backward, host time alone",
+    (HOST, FORWARD): "Forward, host time alone",
 }
 
 
@@ -33,14 +35,23 @@ def _collect_shape(measurements: Measurements, shape: Shape, on_progress: Callab
     return skipped_record(shape, obstacle) if obstacle else shape_record(measurements, shape)
 
 
-def collect(measurements: Measurements, shapes: tuple[Shape, ...], on_progress: Callable[[str], None]) -> dict:
-    """Measures every shape; on_progress hears of each (pass, mode) before it starts. One dict, ready for JSON."""
-    records = [_collect_shape(measurements, shape, on_progress) for shape in shapes]
-    return {
+def collect(
+    measurements: Measurements,
+    shapes: tuple[Shape, ...],
+    on_progress: Callable[[str], None],
+    on_shape: Callable[[dict], object] = lambda results: None,
+) -> dict:
+    """Measures every shape; on_progress hears of each (pass, mode) before it starts, on_shape gets what there is after
+    each shape. One dict, ready for JSON."""
+    results = {
         "environment": environment(measurements),
         "variants": {name: kind.label for name, kind in measurements.variants.items()},
-        "shapes": records,
+        "shapes": [],
     }
+    for shape in shapes:
+        results["shapes"].append(_collect_shape(measurements, shape, on_progress))
+        on_shape(results)
+    return results
 
 
 def _rows(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -87,6 +98,38 @@ def memory_table(results: dict) -> list[str]:
     return _rows(["M, K, N, r", *map(_title, records)], rows)
 
 
+def _account_row(record: dict, pass_name: str, us: float, frozen_us: float) -> list[str]:
+    outcome = record["times"][GRAPH][pass_name][PACKAGE]
+    flops, moved = outcome["flops"], outcome["bytes"]
+    if pass_name == FORWARD_BACKWARD:  # the backward alone
+        forward = record["times"][GRAPH][FORWARD][PACKAGE]
+        flops, moved = flops - forward["flops"], moved - forward["bytes"]
+    floor = flops / record["frozen_flops"]
+    name = "backward" if pass_name == FORWARD_BACKWARD else "forward"
+    over = us / (floor * frozen_us)
+    return [_title(record), name, f"{us:.0f}", f"{flops / us * 1e-6:.0f}", f"{over:.3f}", f"{moved / us * 1e-6:.2f}"]
+
+
+def account_table(results: dict) -> list[str]:
+    """Lines of Markdown: each pass of this package against what its FLOPs would take at the frozen linear's rate, and
+    the rate at which it moves the bytes that any implementation must. The backward is the difference of two medians."""
+    rows = []
+    for record in _measured_shapes(results):
+        passes = record["times"][GRAPH]
+        times = {
+            name: [passes[pass_name][name].get("median_us") for pass_name in (FORWARD, FORWARD_BACKWARD)]
+            for name in (PACKAGE, FLOOR)
+        }
+        if None in times[PACKAGE] + times[FLOOR]:
+            continue
+        record = record | {"frozen_flops": passes[FORWARD][FLOOR]["flops"]}
+        forward, both = times[PACKAGE]
+        frozen_forward, frozen_both = times[FLOOR]
+        rows.append(_account_row(record, FORWARD, forward, frozen_forward))
+        rows.append(_account_row(record, FORWARD_BACKWARD, both - forward, frozen_both - frozen_forward))
+    return _rows(["M, K, N, r", "pass", "us", "TFLOP/s", "over its FLOP floor", "least bytes, TB/s"], rows)
+
+
 def reasons(results: dict) -> list[str]:
     """Lines of Markdown: why a shape or a variant has no number, each reason once."""
     found = {}
@@ -120,6 +163,8 @@ def markdown(results: dict) -> str:
     for (mode, pass_name), title in TITLES.items():
         if records and mode in records[0]["times"]:
             lines += [f"### {title}", "", *ratio_table(results, mode, pass_name), ""]
+    if records and GRAPH in records[0]["times"]:
+        lines += ["### Account of fused_lora's kernels", "", *account_table(results), ""]
     if any(record["memory"] for record in records):
         title = "Peak memory of forward + backward above the frozen floor's, MB (units of M r elements)"
         lines += [f"### {title}", "", *memory_table(results), ""]

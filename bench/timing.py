@@ -1,8 +1,9 @@
 """Timers. Seconds, variants interleaved: every round times each variant once, from a cold L2.
 
-Two modes on a GPU, never mixed:
+Three modes on a GPU, never mixed:
     graph   kernel time: CUDA events around the replay of a graph of the whole step
     eager   the whole call: CUDA events around the step on an idle GPU, so that time spent on the host counts
+    host    the host alone: what it takes to issue a step, in bursts of steps that nothing waits for
 A CPU has one, eager, by time.perf_counter, with whatever the caches hold; on a busy one, threads that wait for each
 other are most of what is measured (OMP_NUM_THREADS=1 steadies it).
 """
@@ -14,10 +15,12 @@ from contextlib import contextmanager
 
 import torch
 
-GRAPH, EAGER = "graph", "eager"
+GRAPH, EAGER, HOST = "graph", "eager", "host"
 ROUNDS = 24
 # Rounds that are timed and thrown away: clocks, allocator and lazily loaded kernels settle.
 WARM_UP_ROUNDS = 3
+# Few enough that the queue to the GPU, which holds about a thousand launches, is never full.
+BURST = 8
 # More than any L2; zeroing it evicts what the last step left there.
 FLUSH_BYTES = 256 * 2**20
 
@@ -27,7 +30,7 @@ Samples = dict[str, list[float]]
 
 def modes(device_type: str) -> tuple[str, ...]:
     """The modes that a device has."""
-    return (GRAPH, EAGER) if device_type == "cuda" else (EAGER,)
+    return (GRAPH, EAGER, HOST) if device_type == "cuda" else (EAGER,)
 
 
 @contextmanager
@@ -137,6 +140,19 @@ def _time_eager_cpu(calls: Calls, rounds: int) -> Samples:
 def time_eager(calls: Calls, rounds: int, device_type: str) -> Samples:
     """Mode eager: from an idle device to the end of the step's last kernel."""
     return (_time_eager_cuda if device_type == "cuda" else _time_eager_cpu)(calls, rounds)
+
+
+def time_host(calls: Calls, rounds: int) -> Samples:
+    """Mode host."""
+
+    def time_once(call):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(BURST):
+            call()
+        return (time.perf_counter() - start) / BURST
+
+    return interleave(calls, rounds, time_once)
 
 
 def peak_memory(call: Callable[[], object]) -> int:

@@ -3,7 +3,9 @@
 The unfused formula is a baseline here and no reference: check.py holds every variant to fused_lora.reference.
 """
 
+import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fused_lora import LoRALinear
+from fused_lora import LoRALinear, backends
 
 from .shapes import Shape
 
@@ -59,10 +61,14 @@ def make_problem(shape: Shape, device, dtype: torch.dtype, seed: int = 0) -> Pro
 
 @dataclass
 class Variant:
-    """step(x) -> y, and what it trains: parameters by name ("A" and "B", or "weight", or nothing)."""
+    """step(x) -> y, and what it trains: parameters by name ("A" and "B", or "weight", or nothing).
+
+    backend: this package's, instead of the one that it chooses.
+    """
 
     step: Callable[[Tensor], Tensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    backend: str | None = None
 
 
 def frozen(problem: Problem) -> Variant:
@@ -190,6 +196,14 @@ def fused_lora(problem: Problem) -> Variant:
     return Variant(layer, {"A": layer.lora_A, "B": layer.lora_B})
 
 
+def fused_lora_triton(problem: Problem) -> Variant:
+    """The same module on its Triton kernels, where it would choose csrc's."""
+    if backends.choose(problem.x.device, problem.x.dtype).name != "cuda":
+        raise ImportError("csrc's kernels do not run here, so this is fused_lora itself or not to be had")
+    variant = fused_lora(problem)
+    return Variant(variant.step, variant.parameters, backend="triton")
+
+
 @dataclass(frozen=True)
 class Kind:
     """A factory, its name in tables, and the work (see shapes.py) that its FLOPs and results are those of."""
@@ -203,6 +217,7 @@ FLOOR, PACKAGE = "frozen", "fused_lora"
 VARIANTS = {
     FLOOR: Kind(frozen, "frozen linear, no adapter (the floor)", "frozen"),
     PACKAGE: Kind(fused_lora, "**fused_lora**"),
+    "fused_lora_triton": Kind(fused_lora_triton, "fused_lora, Triton backend"),
     "addmm": Kind(addmm, "unfused, addmm_"),
     "merged_weight": Kind(merged_weight, "W' = W + sBA, one GEMM"),
     "compiled": Kind(compiled, "unfused, torch.compile"),
@@ -213,11 +228,28 @@ VARIANTS = {
 }
 
 
+@contextmanager
+def _forced(backend: str):
+    before = os.environ.get("FUSED_LORA_BACKEND", "auto")
+    os.environ["FUSED_LORA_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        os.environ["FUSED_LORA_BACKEND"] = before
+
+
 def run(variant: Variant, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
     """One step: (y,), or (y, dx, a gradient for each parameter). Gradients are returned, so no .grad needs clearing.
 
     The forward alone keeps what its backward would need: it is training's forward.
     """
+    if variant.backend is None:
+        return _step(variant, problem, backward)
+    with _forced(variant.backend):
+        return _step(variant, problem, backward)
+
+
+def _step(variant: Variant, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
     y = variant.step(problem.x)
     if not backward:
         return (y,)

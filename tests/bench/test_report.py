@@ -9,8 +9,8 @@ from bench.__main__ import main
 from bench.measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from bench.record import slug
 from bench.report import collect, markdown, write
-from bench.shapes import FORWARD_BACKWARD, GPU_SHAPES, PASSES, Shape, flop_floor
-from bench.timing import EAGER, GRAPH
+from bench.shapes import FORWARD, FORWARD_BACKWARD, GPU_SHAPES, PASSES, Shape, flop_floor
+from bench.timing import EAGER, GRAPH, HOST
 from bench.variants import FLOOR, PACKAGE, VARIANTS
 
 FILES = ["forward_backward.png", "results.json", "table.md"]
@@ -18,11 +18,19 @@ FILES = ["forward_backward.png", "results.json", "table.md"]
 
 def made_up_results() -> dict:
     """What an H100 might give: the peers' measured ratios, one missing library, one wrong result, one skipped shape."""
-    ratios = {FLOOR: 1, PACKAGE: 1.08, "addmm": 1.35, "merged_weight": 1.45, "compiled": 1.37, "unfused": 1.5,
+    ratios = {FLOOR: 1, PACKAGE: 1.08, "fused_lora_triton": 1.18, "addmm": 1.35, "merged_weight": 1.45, "compiled": 1.37,
+              "unfused": 1.5,
               "peft": 1.54, "peft_fp32": 3.93, "full_rank": 1.47}  # fmt: skip
-    outcomes = {name: {"status": MEASURED, "ratio": ratio, "median_us": 700 * ratio} for name, ratio in ratios.items()}
+    outcomes = {
+        name: {"status": MEASURED, "ratio": ratio, "median_us": 700 * ratio, "flops": 5e11, "bytes": 2e8}
+        for name, ratio in ratios.items()
+    }
     outcomes["compiled"] = {"status": UNAVAILABLE, "reason": "no compiler"}
     outcomes["unfused"] = {"status": WRONG, "reason": "wrong result, no speed reported"}
+    both = {
+        name: {key: value if key in ("status", "ratio", "reason") else 2 * value for key, value in outcome.items()}
+        for name, outcome in outcomes.items()
+    }
     records = [
         {
             "shape": vars(shape),
@@ -30,7 +38,7 @@ def made_up_results() -> dict:
             "skipped": None,
             "floors": {pass_name: {"flops": flop_floor(shape, pass_name)} for pass_name in PASSES},
             "memory": {name: {"MB": 12.0, "Mr": 2.5} for name in outcomes},
-            "times": {mode: dict.fromkeys(PASSES, outcomes) for mode in (GRAPH, EAGER)},
+            "times": {mode: {FORWARD: outcomes, FORWARD_BACKWARD: both} for mode in (GRAPH, EAGER, HOST)},
         }
         for shape in GPU_SHAPES[:6]
     ]
@@ -46,12 +54,13 @@ def made_up_results() -> dict:
 
 def test_markdown_shows_every_mode_and_hides_nothing():
     text = markdown(made_up_results())
-    assert text.count("| M, K, N, r | 8192, 4096, 4096, 16 |") == 5
+    assert text.count("| M, K, N, r | 8192, 4096, 4096, 16 |") == 7
     assert text.index("Forward + backward, kernel time") < text.index("Forward, kernel time") < text.index("whole call")
     assert "| **fused_lora** | 1.08 |" in text
     assert "| unfused, eager | wrong |" in text
     assert "| unfused, torch.compile | - |" in text
     assert f"| {VARIANTS[FLOOR].label} | 1 (700 us) |" in text
+    assert "| 8192, 4096, 4096, 16 | backward | 756 | 661 | 1.080 | 0.26 |" in text
     assert "* compiled: no compiler" in text
     assert "* too little memory" in text
     assert "12 (2.5)" in text
@@ -77,7 +86,10 @@ def test_redraw_reads_results_back(tmp_path, capsys):
 def test_measured_results_go_to_files(tmp_path):
     variants = {name: VARIANTS[name] for name in (FLOOR, PACKAGE, "addmm")}
     measurements, seen = Measurements("cpu", torch.float32, rounds=2, variants=variants), []
-    results = collect(measurements, (Shape(37, 29, 43, 5), Shape(16, 8, 8, 2)), seen.append)
+    counts = []
+    shapes = (Shape(37, 29, 43, 5), Shape(16, 8, 8, 2))
+    results = collect(measurements, shapes, seen.append, lambda partial: counts.append(len(partial["shapes"])))
+    assert counts == [1, 2]
     assert seen[:2] == ["37x29x43-r5 forward eager", "37x29x43-r5 forward_backward eager"]
     assert len(seen) == 4
     write(results, tmp_path)

@@ -10,7 +10,7 @@ from bench.shapes import Shape
 from bench.variants import VARIANTS, Variant, make_problem, run, unfused
 
 ODD = Shape(M=37, K=29, N=43, r=5)
-EAGER = [name for name in VARIANTS if name not in ("compiled", "peft", "peft_fp32")]
+EAGER = [name for name in VARIANTS if name not in ("fused_lora_triton", "compiled", "peft", "peft_fp32")]
 
 
 def check(name: str, dtype: torch.dtype, shape: Shape = ODD) -> dict[str, float]:

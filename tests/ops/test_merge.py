@@ -134,7 +134,7 @@ def test_backward_after_a_merge_that_torch_does_not_see_raises(monkeypatch):
 
     def use_it():
         monkeypatch.setattr(kernel, "merge_", through_the_pointer)
-        monkeypatch.setattr(backends, "choose", lambda device, dtype: backends.Choice("triton", "for the test"))
+        monkeypatch.setattr(backends, "choose_merge", lambda device, dtype: backends.Choice("triton", "for the test"))
         monkeypatch.setattr(backends, "gpu", lambda device: None)
 
     assert_backward_after_merge_raises("cpu", use_it)
