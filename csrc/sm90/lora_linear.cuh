@@ -89,7 +89,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
     ptx::cluster_arrive();
   } else {
     ptx::take_registers<232>();
-    Consumer<C, T, kBackward> consumer{shared, p, rank, warpgroup - 1};
+    Consumer<C, T, kBackward> consumer{shared, p, rank, {warpgroup - 1}};
     for (uint32_t phase = 0;; phase ^= 1) {
       const Item item = await_item(shared, phase);
       if (item.work == Work::kEnd) break;
@@ -98,7 +98,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
       consumer.run(item);
     }
     ptx::cluster_arrive();
-    consumer.finish();
+    consumer.outbox.finish();
   }
   ptx::cluster_wait();  // a block must not leave while its neighbour may still write to it
 #endif

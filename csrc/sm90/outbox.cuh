@@ -1,0 +1,178 @@
+// Results on their way out of a warpgroup while it multiplies the next item: one part after each step, so that neither the
+// tensor cores nor the stages wait for a tile's 64 kB to be stored.
+#pragma once
+
+#include "fragments.cuh"
+#include "params.cuh"
+#include "pipeline.cuh"
+
+namespace fused_lora::sm90 {
+
+// One of the consumers, and where this thread's part of its results lies.
+struct Warpgroup {
+  const int index;  // 0 or 1: which 64 of a tile's 128 rows
+
+  __device__ int thread() const { return threadIdx.x % kWarpgroup; }
+  __device__ int lane() const { return threadIdx.x % 32; }
+  // In each 64 rows and 8 columns of an accumulator: col() and the next, of rows row() and row() + 8.
+  __device__ int row() const { return thread() / 32 * 16 + lane() / 4; }
+  __device__ int col() const { return lane() % 4 * 2; }
+  __device__ void sync() const { ptx::named_barrier(1 + index, kWarpgroup); }
+};
+
+template <typename C, typename T>
+struct Outbox {
+  static constexpr int kMostBoxes = C::kBlockN / kBox;
+  static constexpr int kFlagParts = 2;
+
+  Shared<C>& shared;
+  const KernelParams& p;
+  const Warpgroup self;
+
+  // Parts: boxes of 64 x 64 in 16 registers each; where somebody waits for the result, a step in which its bytes arrive, and
+  // its flag.
+  uint32_t boxes[kMostBoxes][16];
+  const CUtensorMap* map;
+  int first_row, first_col;  // in the map's matrix
+  bool transposed;           // what the registers hold
+  int* flag = nullptr;
+  int next_part = 0, box_count = 0, parts = 0;
+
+  // A 64 x 2 kCount result for (row, col) of the map's matrix. What was pending goes out before.
+  template <int kCount>
+  __device__ __forceinline__ void keep(const float (&acc)[kCount], const CUtensorMap* of, int row, int col, int* raise_when_out) {
+    send_all();
+    pack_boxes<0>(acc);
+    address(of, row, col, false);
+    hold(boxes_of(2 * kCount), raise_when_out);
+  }
+
+  // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
+  template <int kBlocks>
+  __device__ __forceinline__ void keep_gradient(const float (&acc)[kBlocks][C::kBlockR / 2], const Gradient& g, int col) {
+    const bool of_A = g.stride_col == 1;
+    pack_boxes<0>(acc[0]);
+    if constexpr (kBlocks == 2) pack_boxes<boxes_of(C::kBlockR)>(acc[1]);
+    address(&g.result, of_A ? 0 : col, of_A ? col : 0, of_A);
+    hold(kBlocks * boxes_of(C::kBlockR), nullptr);
+  }
+
+  template <int kFirstBox, int kCount>
+  __device__ __forceinline__ void pack_boxes(const float (&acc)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) boxes[kFirstBox + i / 16][i % 16] = pack<T>(acc[2 * i], acc[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ void address(const CUtensorMap* of, int row, int col, bool is_transposed) {
+    map = of;
+    first_row = row;
+    first_col = col;
+    transposed = is_transposed;
+  }
+
+  __device__ __forceinline__ void hold(int count, int* raise_when_out) {
+    next_part = 0;
+    box_count = count;
+    flag = raise_when_out;
+    parts = count + (flag == nullptr ? 0 : kFlagParts);
+  }
+
+  __device__ __forceinline__ bool pending() const { return next_part < parts; }
+
+  __device__ __forceinline__ void send_all() {
+    while (pending()) send_part();
+  }
+
+  __device__ __forceinline__ void send_boxes() {
+    while (next_part < box_count) send_part();
+  }
+
+  // Before steps that may wait for a flag which is still pending here.
+  __device__ __forceinline__ void send_flag() {
+    if (flag != nullptr) send_all();
+  }
+
+  __device__ __forceinline__ void send_part() {
+    if (next_part < box_count) {
+      const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
+      if (self.thread() == 0) ptx::tma_store_wait_read<0>();
+      self.sync();
+      switch (next_part) {
+        case 0: write_box<0>(buffer); break;
+        case 1: write_box<1 % kMostBoxes>(buffer); break;
+        case 2: write_box<2 % kMostBoxes>(buffer); break;
+        default: write_box<3 % kMostBoxes>(buffer);
+      }
+      ptx::fence_async_shared();
+      self.sync();
+      if (self.thread() == 0) copy_out(buffer, next_part);
+    } else if (next_part + 1 == parts) {
+      raise(flag, box_count > 0);
+    }
+    ++next_part;
+  }
+
+  // A box to shared memory, its 16-byte chunks where the 128-byte swizzle has them.
+  template <int kBoxIndex>
+  __device__ __forceinline__ void write_box(uint32_t buffer) {
+    const int warp = self.thread() / 32, low_bit = self.lane() / 8 % 2, high_bit = self.lane() / 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t(&v)[16] = boxes[kBoxIndex];
+      const uint32_t pairs[4] = {v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]};
+      if (transposed) {
+        const int row = 16 * j + 8 * high_bit + self.lane() % 8, chunk = 2 * warp + low_bit;
+        ptx::stmatrix_transposed(buffer + row * 128 + ((chunk ^ row % 8) << 4), pairs);
+      } else {
+        const int row = 16 * warp + 8 * low_bit + self.lane() % 8, chunk = 2 * j + high_bit;
+        ptx::stmatrix(buffer + row * 128 + ((chunk ^ row % 8) << 4), pairs);
+      }
+    }
+  }
+
+  // Boxes lie side by side, but for those of a gradient: boxes_of(r) for each 64 of its columns.
+  __device__ __forceinline__ void copy_out(uint32_t buffer, int box) {
+    const int ranks = boxes_of(C::kBlockR), across = box / ranks * kBox, along = box % ranks * kBox;
+    const bool gradient = map != &p.out && map != &p.low;
+    const int row = first_row + (!gradient ? 0 : transposed ? along : across);
+    const int col = first_col + (!gradient ? box * kBox : transposed ? across : along);
+    ptx::tma_store(map, row, col, buffer);
+    ptx::tma_store_commit();
+  }
+
+  // Tells readers in other blocks that what this warpgroup wrote is there: by copies, which are one thread's, or by everybody.
+  __device__ void raise(int* raised, bool copied) {
+    if (!copied) {
+      __threadfence();
+      self.sync();
+    }
+    if (self.thread() == 0) {
+      ptx::tma_store_wait();
+      ptx::fence_async_global();
+      ptx::flag_add_release(raised, 1);
+    }
+  }
+
+  // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
+  __device__ void finish() {
+    if (next_part == 0 && box_count == kMostBoxes && map == &p.out) {
+      ptx::named_barrier(3, kConsumers * kWarpgroup);
+      const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
+      write_boxes<0>(buffers);
+      ptx::fence_async_shared();
+      self.sync();
+      if (self.thread() < parts) copy_out(buffers + self.thread() * kBoxBytes, self.thread());
+    } else {
+      send_all();
+    }
+    ptx::tma_store_wait_read<0>();
+  }
+
+  template <int kFirst>
+  __device__ __forceinline__ void write_boxes(uint32_t buffers) {
+    write_box<kFirst>(buffers + kFirst * kBoxBytes);
+    if constexpr (kFirst + 1 < kMostBoxes) write_boxes<kFirst + 1>(buffers);
+  }
+};
+
+}  // namespace fused_lora::sm90
