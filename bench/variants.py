@@ -71,9 +71,16 @@ class Variant:
     backend: str | None = None
 
 
+def _frozen_linear(problem: Problem) -> nn.Linear:
+    N, K = problem.weight.shape
+    linear = nn.Linear(K, N, bias=False, device="meta")
+    linear.weight = nn.Parameter(problem.weight, requires_grad=False)
+    return linear
+
+
 def frozen(problem: Problem) -> Variant:
-    """y = x W^T, dx = dy W: no adapter at all."""
-    return Variant(lambda x: F.linear(x, problem.weight))
+    """y = x W^T, dx = dy W: an nn.Linear with no adapter at all."""
+    return Variant(_frozen_linear(problem))
 
 
 def full_rank(problem: Problem) -> Variant:
@@ -153,13 +160,6 @@ def merged_weight(problem: Problem) -> Variant:
     """MergedWeightLoRA: one GEMM on W + scale B A."""
     weight, A, B, scale = problem.weight, problem.A, problem.B, problem.scale
     return Variant(lambda x: MergedWeightLoRA.apply(x, weight, A, B, scale), {"A": A, "B": B})
-
-
-def _frozen_linear(problem: Problem) -> nn.Linear:
-    N, K = problem.weight.shape
-    linear = nn.Linear(K, N, bias=False, device="meta")
-    linear.weight = nn.Parameter(problem.weight, requires_grad=False)
-    return linear
 
 
 def _peft(problem: Problem, autocast_adapter_dtype: bool) -> Variant:

@@ -148,6 +148,7 @@ def test_forcing_csrc_where_it_cannot_run_raises_the_reason(card, extension, mon
 
 def test_an_extension_that_does_not_load_is_named(monkeypatch):
     monkeypatch.undo()
+    monkeypatch.delattr(fused_lora, "_C", raising=False)  # where one is built
     backends.extension_obstacle.cache_clear()
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "fused_lora._C", None)

@@ -1,4 +1,4 @@
-"""Every .cu compiles by plain nvcc without torch and without a GPU: nothing spilled, nothing serialised, tensor cores used."""
+"""Every .cu compiles by plain nvcc, with no torch and no GPU: nothing spilled or serialised, tensor cores used."""
 
 import re
 import shutil

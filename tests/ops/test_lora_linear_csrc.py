@@ -39,10 +39,11 @@ def test_sizes(size, dtype):
     solve_in_csrc(*size, 24, dtype)
 
 
-# Several groups of rows, so that sums over tokens are chained; r = 16 into few columns rides.
+# Several groups or slices of rows, so that sums over tokens are chained; r = 16 into few columns rides; few tiles are
+# narrow.
 @pytest.mark.parametrize(("M", "K", "N", "r"), [
     (9000, 320, 136, 16), (9000, 136, 320, 16), (20000, 264, 1024, 9), (6000, 512, 256, 64), (5000, 512, 1024, 200),
-    (4100, 3080, 520, 128), (4096, 1024, 4096, 16),
+    (4100, 3080, 520, 128), (4096, 1024, 4096, 16), (1000, 520, 264, 24), (2048, 264, 512, 128),
 ])  # fmt: skip
 def test_many_rows(M, K, N, r):
     solve_in_csrc(M, K, N, r)
