@@ -1,6 +1,7 @@
 # make demo   the main job: a LLaMA trained with fused LoRA beside its unfused twin, merged, compared, plotted
 # make test   everything that can be checked on this machine
 # make bench  time every variant on this machine and write bench/results/<gpu>/
+# make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
 # make lint   ruff; make build: the optional CUDA extension, in place
 #
 # The first call sets up .venv. PYTHON=python3 uses an environment that you already have instead.
@@ -13,7 +14,7 @@ PACKAGES ?= $(if $(GPU),torch>=2.10,torch==2.13.0 triton==3.7.1)
 WORKERS ?= $(if $(GPU),8,auto)
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test bench lint build
+.PHONY: demo test bench profile lint build
 
 demo: $(READY)
 	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
@@ -24,6 +25,15 @@ test: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m bench
+
+RANGES := --nvtx $(foreach pass,forward backward,--nvtx-include "fused_lora@$(pass)/")
+SECTIONS := $(foreach section,SpeedOfLight SpeedOfLight_RooflineChart MemoryWorkloadAnalysis WarpStateStats LaunchStats,--section $(section))
+
+profile: $(READY)
+	mkdir -p profile_output
+	ncu $(RANGES) $(SECTIONS) --clock-control none --import-source yes --force-overwrite --export profile_output/step \
+		$(PYTHON) -m bench.profile $(SHAPE)
+	ncu --import profile_output/step.ncu-rep --page details | tee profile_output/step.txt
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include "flags.h"
+#include "nvtx_range.h"
 #include "tensors.h"
 
 namespace fused_lora {
@@ -150,6 +151,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
       .dtype = dtype_of("x", x),
       .flags = launch_flags(forward_flags(rows.size(0))),
   };
+  const NvtxRange range("forward");
   C10_CUDA_CHECK(launch_lora_linear_forward(params, c10::cuda::getCurrentCUDAStream()));
   return {y, xa};
 }
@@ -186,6 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
       .flags = launch_flags(backward_flags(M, K, N)),
       .partial = partial.data_ptr<float>(),
   };
+  const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
   C10_CUDA_CHECK(launch_lora_linear_backward(params, c10::cuda::getCurrentCUDAStream()));
   return {dx, dA, dB};
 }

@@ -104,6 +104,7 @@ struct Consumer {
   // ---- out = lhs weight + low up + bias ------------------------------------------------------------------------------------
 
   __device__ void tile(const Item& item) {
+    // With few steps, those over r come while a flag is pending here, and may wait for it.
     if (boxes_of(p.K) <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
@@ -181,7 +182,7 @@ struct Consumer {
     const Gradient& g = item.work == Work::kGradientA ? p.dA : p.dB;
     const int slice = item.row_pair / p.schedule.slice_pairs;
     const int tokens = min(p.M - item.row_pair * kPairRows, p.schedule.slice_pairs * kPairRows);
-    outbox.send_flag();
+    outbox.send_flag();  // the first step may wait for it
     float acc[kBlocks][C::kBlockR / 2] = {};
     consume(boxes_of(tokens), [&](uint32_t stage, int) {
       const uint64_t low = descriptor<true>(stage + C::kGradientCols / kBox * kBoxBytes);
