@@ -5,20 +5,11 @@ namespace fused_lora {
 
 using namespace sm90;
 
-namespace {
-
-// A warpgroup's part of a gradient is at least 64 columns, and a cluster has four of them.
-constexpr int kMostColsOfPair = kCluster * Config<256, 16>::kGradientCols;
-int64_t chain_flags(int64_t cols) { return kCluster * kConsumers * ceil_div(cols, kCluster * Config<128, 16>::kGradientCols); }
-
-}  // namespace
-
-int64_t backward_flags(int64_t M, int64_t K, int64_t N) { return 2 + 2 * ceil_div(M, kPairRows) + chain_flags(K) + chain_flags(N); }
-
-int64_t backward_partials(int64_t K, int64_t N, int64_t r) {
-  const int64_t block_r = r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256;
-  return (ceil_div(K, kMostColsOfPair) + ceil_div(N, kMostColsOfPair)) * kMostColsOfPair * block_r;
+int64_t backward_flags(int64_t M, int64_t K, int64_t N) {
+  return 2 + ready_flags(M) + most_chain_flags(K) + most_chain_flags(N);
 }
+
+int64_t backward_partials(int64_t K, int64_t N, int64_t r) { return most_partial_floats(K, r) + most_partial_floats(N, r); }
 
 cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t stream) {
   MapMaker map{b.dtype};
@@ -65,9 +56,8 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
   p.next_item = b.flags;
   p.exited = b.flags + 1;
   p.ready = b.flags + 2;
-  const bool needs_low = b.needs_dx || b.needs_dA;
-  if (b.dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, true>(p, b.needs_dx, needs_low, stream);
-  return launch_tiles<__half, true>(p, b.needs_dx, needs_low, stream);
+  const Pass pass{b.dy.rows, b.weight.cols, b.dy.cols, b.A.rows, true, b.needs_dx, b.needs_dA, b.needs_dB};
+  return launch_pass<true>(p, pass, b.dtype, stream);
 }
 
 }  // namespace fused_lora

@@ -1,6 +1,4 @@
 // xa = scale x A^T, y = x W^T + xa B^T + bias.
-#include <algorithm>
-
 #include "launch.cuh"
 
 namespace fused_lora {
@@ -11,7 +9,7 @@ int tile_width(int64_t M, int64_t N, int64_t r) {
   return wants_narrow_tiles(M, N, r, std::max(1, clusters_at_once())) ? 128 : 256;
 }
 
-int64_t forward_flags(int64_t M) { return 2 + 2 * ceil_div(M, kPairRows); }
+int64_t forward_flags(int64_t M) { return 2 + ready_flags(M); }
 
 cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
   MapMaker map{f.dtype};
@@ -36,8 +34,8 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   p.next_item = f.flags;
   p.exited = f.flags + 1;
   p.ready = f.flags + 2;
-  if (f.dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, false>(p, true, true, stream);
-  return launch_tiles<__half, false>(p, true, true, stream);
+  const Pass pass{f.x.rows, f.weight.rows, f.x.cols, f.A.rows, false, true, false, false};
+  return launch_pass<false>(p, pass, f.dtype, stream);
 }
 
 }  // namespace fused_lora

@@ -53,7 +53,7 @@ struct Schedule {
     return shrinks(step + shrink_lead) + tiles(step) + gradients(step + gradient_lead);
   }
 
-  __device__ Item item(int step, int i) const {
+  __host__ __device__ Item item(int step, int i) const {
     const int shrink_items = shrinks(step + shrink_lead), gradient_items = gradients(step + gradient_lead);
     if (i < shrink_items) return shrink(step + shrink_lead, i, shrink_items);
     i -= shrink_items;
@@ -64,15 +64,15 @@ struct Schedule {
   }
 
   // The group's row pairs dealt to its items in turn: the first of each come first.
-  __device__ Item shrink(int group, int i, int items) const {
+  __host__ __device__ Item shrink(int group, int i, int items) const {
     return {Work::kShrink, group * group_pairs + i, {ceil_div(pairs(group) - i, items)}, items};
   }
 
-  __device__ Item tile(int group, int i) const {
+  __host__ __device__ Item tile(int group, int i) const {
     return {Work::kTile, group * group_pairs + i % pairs(group), {i / pairs(group)}, 0};
   }
 
-  __device__ Item gradient(int group, int i) const {
+  __host__ __device__ Item gradient(int group, int i) const {
     const int slice = i / (dA_pairs + dB_pairs), col = i % (dA_pairs + dB_pairs);
     const int first = group * group_pairs + slice * slice_pairs;
     return col < dB_pairs ? Item{Work::kGradientB, first, {col}, 0} : Item{Work::kGradientA, first, {col - dB_pairs}, 0};
@@ -83,9 +83,9 @@ struct Schedule {
 struct Cursor {
   int step, begin;
 
-  __device__ explicit Cursor(const Schedule& schedule) : step(schedule.first_step()), begin(0) {}
+  __host__ __device__ explicit Cursor(const Schedule& schedule) : step(schedule.first_step()), begin(0) {}
 
-  __device__ Item item(const Schedule& schedule, int index) {
+  __host__ __device__ Item item(const Schedule& schedule, int index) {
     for (; step < schedule.last_step(); ++step) {
       const int size = schedule.size(step);
       if (index < begin + size) return schedule.item(step, index - begin);
