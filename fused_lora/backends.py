@@ -169,9 +169,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     return _choose(device, dtype, forced_backend())
 
 
+def copy_engine_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
+    """Whether csrc's kernels can be given them: a frozen weight as it lies, factors in its dtype or both in float32."""
+    rows_aligned = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] and weight.stride(0) % 8 == 0
+    return (
+        rows_aligned and weight.data_ptr() % 16 == 0 and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
+    )
+
+
 @cache
 def _choose_lora_linear(
-    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float, forced: str | None
+    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float, readable: bool, forced: str | None
 ) -> Choice:
     choice = _choose(device, dtype, forced)
     if choice.name != "cuda":
@@ -179,6 +187,8 @@ def _choose_lora_linear(
     from . import _C
 
     obstacle = _C.lora_linear_obstacle(K, N, r, p)
+    if not (obstacle or readable):
+        obstacle = "weight's rows do not start at multiples of 16 bytes, or A and B have dtypes of their own"
     if not obstacle:
         return choice
     if forced:
@@ -186,9 +196,12 @@ def _choose_lora_linear(
     return Choice(_choose(device, dtype, "triton").name, f"csrc's kernels do not take it: {obstacle}")
 
 
-def choose_lora_linear(device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float) -> Choice:
-    """The backend of a LoRA linear K -> N of rank r with dropout p, activations of `dtype`."""
-    return _choose_lora_linear(device, dtype, K, N, r, p, forced_backend())
+def choose_lora_linear(
+    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float, readable: bool = True
+) -> Choice:
+    """The backend of a LoRA linear K -> N of rank r with dropout p, activations of `dtype`; readable as by
+    copy_engine_reads."""
+    return _choose_lora_linear(device, dtype, K, N, r, p, readable, forced_backend())
 
 
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:

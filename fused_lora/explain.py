@@ -114,10 +114,12 @@ def explain(
     explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100"); without it, `device`, which is by default the
     layer's, or this machine's GPU.
     """
+    readable = True
     if layer is not None:
         in_features, out_features, r = layer.in_features, layer.out_features, layer.r
         dtype, lora_dtype, p = layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout
         device = layer.weight.device
+        readable = backends.copy_engine_reads(layer.weight, layer.lora_A, layer.lora_B)
     elif device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -130,7 +132,7 @@ def explain(
     shape = (tokens, in_features, out_features, r)
     factor_dtype = lora_dtype or dtype
     if gpu is None:
-        choice = backends.choose_lora_linear(device, dtype, in_features, out_features, r, p)
+        choice = backends.choose_lora_linear(device, dtype, in_features, out_features, r, p, readable)
         if choice.name == "cuda":
             return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
         if choice.name == "reference":

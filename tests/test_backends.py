@@ -118,9 +118,31 @@ def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     card(90)
     assert backends.choose(CUDA, dtype) == backends.Choice("cuda", f"cuda tensor of {dtype}")
     assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8, 0.0).name == "cuda"
-    for r, p, reason in ((300, 0.0, "r is above 256"), (8, 0.1, "dropout")):
-        choice = backends.choose_lora_linear(CUDA, dtype, 64, 64, r, p)
+    for r, p, readable, reason in (
+        (300, 0.0, True, "r is above 256"),
+        (8, 0.1, True, "dropout"),
+        (
+            8, 0.0, False, "weight's rows do not start at multiples of 16 bytes, or A and B have dtypes of their own",
+        ),
+    ):  # fmt: skip
+        choice = backends.choose_lora_linear(CUDA, dtype, 64, 64, r, p, readable)
         assert choice == backends.Choice("triton", f"csrc's kernels do not take it: {reason}")
+
+
+def test_what_the_copy_engine_reads():
+    def reads(weight, A_dtype=torch.float16, B_dtype=torch.float16):
+        return backends.copy_engine_reads(weight, torch.empty(2, 16, dtype=A_dtype), torch.empty(8, 2, dtype=B_dtype))
+
+    weight = torch.empty(8, 24, dtype=torch.float16)
+    assert reads(weight)
+    assert reads(weight[:, :16])
+    assert reads(weight, torch.float32, torch.float32)
+    assert not reads(weight[:, 1:17])
+    assert not reads(weight.T)
+    assert not reads(torch.empty(8, 20, dtype=torch.float16))
+    assert not reads(weight[:1].expand(8, 24))
+    assert not reads(weight, torch.float32)
+    assert not reads(weight, torch.bfloat16, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(90, torch.float32), (80, torch.float16), (100, torch.float16)])

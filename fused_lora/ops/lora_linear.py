@@ -15,16 +15,8 @@ ops = torch.ops.fused_lora
 def _backend(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, p: float) -> str:
     if x.numel() == 0 or weight.numel() == 0:
         return "reference"  # empty products have no tiles; the reference gets them right for free
-    name = backends.choose_lora_linear(x.device, x.dtype, *reversed(weight.shape), A.shape[0], p).name
-    if name == "cuda" and not _copy_engine_reads(x, weight, A, B):
-        return "triton"
-    return name
-
-
-def _copy_engine_reads(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
-    """What csrc's kernels ask of a frozen weight and of factors; anything else is copied for them."""
-    rows_aligned = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] and weight.stride(0) % 8 == 0
-    return rows_aligned and weight.data_ptr() % 16 == 0 and A.dtype == B.dtype and A.dtype in (x.dtype, torch.float32)
+    readable = backends.copy_engine_reads(weight, A, B)
+    return backends.choose_lora_linear(x.device, x.dtype, *reversed(weight.shape), A.shape[0], p, readable).name
 
 
 def _rows(x: Tensor) -> Tensor:
