@@ -4,6 +4,8 @@ import argparse
 
 import torch
 
+from fused_lora import backends
+
 from .shapes import GPU_SHAPES, Shape
 from .variants import PACKAGE, VARIANTS, make_problem, run
 
@@ -14,6 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = parser.parse_args(arguments).sizes
     if sizes and len(sizes) != 4:
         parser.error("a shape is M K N r")
+    choice = backends.choose(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+    if choice.name != "cuda":
+        parser.exit(1, f"only the CUDA kernels open the ranges that are profiled, and they do not run: {choice}\n")
     problem = make_problem(Shape(*sizes) if sizes else GPU_SHAPES[0], "cuda", torch.bfloat16)
     variant = VARIANTS[PACKAGE].factory(problem)
     for _ in range(2):

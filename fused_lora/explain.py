@@ -148,6 +148,8 @@ def explain(
         if dtype not in backends.TRITON_DTYPES:
             return Explanation(shape, dtype, gpu, "reference", f"no kernel for {dtype}")
         target, reason, device = KNOWN_GPUS[gpu], f"explained for {gpu}", gpu
+        if target.has_tma and dtype in backends.CUDA_DTYPES:
+            reason += " without the CUDA extension"
     x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
     A = torch.empty(r, in_features, dtype=factor_dtype, device="meta")
