@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -12,6 +13,41 @@ namespace fused_lora {
 namespace {
 
 constexpr int64_t kBlockInts = 1 << 20, kStreamInts = 1 << 14;
+
+// What is done in its scope is never captured, and allowed during a capture.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+bool capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+// cudaMalloc and not torch's allocator: during a capture that would give memory of the graph's pool, and the launch that zeroes it
+// would be captured. What torch's allocator keeps unused is given up for it, as for its own allocations.
+int* zeroed_ints(int64_t count) {
+  const RelaxedCapture relaxed;
+  void* memory = nullptr;
+  cudaError_t error = cudaMalloc(&memory, count * sizeof(int));
+  if (error == cudaErrorMemoryAllocation && !capturing()) {
+    cudaGetLastError();
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    error = cudaMalloc(&memory, count * sizeof(int));
+  }
+  C10_CUDA_CHECK(error);
+  cudaStream_t stream;  // of its own: one of torch's pool may be the one that is capturing
+  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  error = cudaMemsetAsync(memory, 0, count * sizeof(int), stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  C10_CUDA_CHECK(cudaStreamDestroy(stream));
+  C10_CUDA_CHECK(error);
+  return static_cast<int*>(memory);
+}
 
 // Zeroed memory of one device, given out and never taken back.
 class Arena {
@@ -24,19 +60,10 @@ class Arena {
   }
 
  private:
-  // cudaMalloc and not torch's allocator: during a capture that would give memory of the graph's pool, and a launch that
-  // zeroes it would be captured.
   void grow(int64_t count) {
-    size_ = std::max(count, kBlockInts);
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
-    cudaStream_t stream;
-    C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    C10_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&memory_), size_ * sizeof(int)));
-    C10_CUDA_CHECK(cudaMemsetAsync(memory_, 0, size_ * sizeof(int), stream));
-    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
-    C10_CUDA_CHECK(cudaStreamDestroy(stream));
-    C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+    const int64_t size = std::max(count, kBlockInts);
+    memory_ = zeroed_ints(size);
+    size_ = size;
     used_ = 0;
   }
 
@@ -66,7 +93,7 @@ int* launch_flags(int64_t count) {
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   Device& device = current_device();
   const std::lock_guard<std::mutex> lock(device.mutex);
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return device.arena.take(count);
+  if (capturing()) return device.arena.take(count);
   StreamFlags& own = device.streams[stream];
   if (own.size < count) own = {device.arena.take(std::max(count, kStreamInts)), std::max(count, kStreamInts)};
   return own.flags;

@@ -55,6 +55,7 @@ bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor&
   if (!x.is_cuda() || !is_plain(x, x) || !is_16_bit(x) || x.dim() == 0 || x.numel() == 0) return false;
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
+  if (N == 0 || r == 0) return false;
   if (x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;
   if (weight.scalar_type() != x.scalar_type() || !is_factor_dtype(A, x) || B.scalar_type() != A.scalar_type()) return false;
   for (const Tensor* tensor : {&weight, &A, &B, &scale}) {
@@ -133,6 +134,7 @@ std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int6
 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                                                const std::optional<Tensor>& bias, const Tensor& scale) {
+  TORCH_CHECK(!bias || bias->is_contiguous(), "bias must be contiguous, got strides ", bias->strides());
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor rows = rows_of(x), factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
   auto shape = x.sizes().vec();

@@ -193,7 +193,10 @@ def _choose_lora_linear(
         return choice
     if forced:
         raise NotImplementedError(f"FUSED_LORA_BACKEND=cuda cannot run this call: {obstacle}")
-    return Choice(_choose(device, dtype, "triton").name, f"csrc's kernels do not take it: {obstacle}")
+    for_triton = _triton_obstacle(device, dtype)
+    if for_triton is None:
+        return Choice("triton", f"csrc's kernels do not take it: {obstacle}")
+    return Choice("reference", f"csrc's kernels do not take it: {obstacle}; nor does Triton: {for_triton}")
 
 
 def choose_lora_linear(
@@ -218,10 +221,12 @@ def choose_merge(device: torch.device, dtype: torch.dtype) -> Choice:
     The extension is the second choice: (4096, 4096) bf16 on an H100, Triton takes 35 us at r = 16 and 46 at 128.
     """
     forced = forced_backend()
-    if forced is not None:
+    if forced in ("triton", "reference"):
         return choose(device, dtype)
+    can_extend = device.type == "cuda" and dtype in TRITON_DTYPES and has_extension()
+    if forced == "cuda":
+        return Choice("cuda", "FUSED_LORA_BACKEND=cuda") if can_extend else choose(device, dtype)
     obstacle = _triton_obstacle(device, dtype)
     if obstacle is None:
         return Choice("triton", f"{device.type} tensor of {dtype}")
-    can_extend = device.type == "cuda" and dtype in TRITON_DTYPES and has_extension()
     return Choice("cuda" if can_extend else "reference", obstacle)

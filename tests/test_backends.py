@@ -145,6 +145,26 @@ def test_what_the_copy_engine_reads():
     assert not reads(weight, torch.bfloat16, torch.bfloat16)
 
 
+def test_what_neither_csrc_nor_triton_takes_runs_the_reference(card, extension, monkeypatch):
+    card(90)
+    monkeypatch.setattr(backends, "host_compiler", lambda: None)
+    choice = backends.choose_lora_linear(CUDA, torch.float16, 64, 64, 8, 0.1)
+    assert choice.name == "reference"
+    assert "dropout" in choice.reason
+    assert "no C compiler" in choice.reason
+
+
+@pytest.mark.parametrize(("forced", "compiler", "name"), [
+    ("auto", "/usr/bin/cc", "triton"), ("auto", None, "cuda"), ("cuda", "/usr/bin/cc", "cuda"),
+    ("triton", "/usr/bin/cc", "triton"), ("reference", "/usr/bin/cc", "reference"),
+])  # fmt: skip
+def test_merges(forced, compiler, name, card, extension, monkeypatch):
+    card(90)
+    monkeypatch.setattr(backends, "host_compiler", lambda: compiler)
+    monkeypatch.setenv("FUSED_LORA_BACKEND", forced)
+    assert backends.choose_merge(CUDA, torch.float32).name == name
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [(90, torch.float32), (80, torch.float16), (100, torch.float16)])
 def test_csrc_is_for_hopper_and_16_bits(capability, dtype, card, extension):
     card(capability)

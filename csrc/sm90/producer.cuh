@@ -108,7 +108,10 @@ struct Producer {
     const int release_at = lookahead(tokens, kBox);
     for (int i = 0; i < tokens; i += kBox) {
       const int row = first + i;
-      if (g.needs_low && row % kBlockM == 0) wait_for_low(row);
+      if (g.needs_low && row % kPairRows == 0) {
+        wait_for_low(row);
+        wait_for_low(row + kBlockM);  // of rows beyond M too: a flag that is raised must be waited for before the launch ends
+      }
       const uint32_t stage = begin_step(C::kGradientBoxes * kBoxBytes);
       load<true>(stage, &g.big, row, col, kBigBoxes);
       load_for_both<true>(stage + kBigBoxes * kBoxBytes, &g.low, row, 0, boxes_of(C::kBlockR));

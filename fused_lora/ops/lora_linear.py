@@ -24,10 +24,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _kernel_bias(bias: Tensor | None) -> Tensor | None:
+    """Dense, as kernels read it, and of a dtype that they know."""
+    return bias if bias is None else (bias.float() if bias.dtype is torch.float64 else bias).contiguous()
+
+
 def _forward(x, weight, A, B, bias, scale, seed, p):
     flat, backend = _rows(x), _backend(x, weight, A, B, p)
     if backend == "cuda":
-        y, xa = ops.cuda_lora_linear_forward(flat, weight, A, B, bias, scale)
+        y, xa = ops.cuda_lora_linear_forward(flat, weight, A, B, _kernel_bias(bias), scale)
         xa = xa.contiguous()
     elif backend == "triton":
         from ..kernels.dropout import Dropout
@@ -35,7 +40,8 @@ def _forward(x, weight, A, B, bias, scale, seed, p):
 
         with on_device_of(x):
             gpu, precision = backends.gpu(x.device), backends.precision(x.dtype)
-            y, xa = lora_linear_forward(flat, weight, A, B, bias, scale, Dropout(p, seed), gpu, precision)
+            dropout = Dropout(p, seed)
+            y, xa = lora_linear_forward(flat, weight, A, B, _kernel_bias(bias), scale, dropout, gpu, precision)
     else:
         with torch.autocast(x.device.type, enabled=False):
             y, xa = reference.lora_linear_forward_ref(flat, weight, A, B, bias, scale, seed, p)
@@ -127,8 +133,20 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
     return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 
 
-def _runs_eagerly_in_csrc(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and backends.choose(x.device, x.dtype).name == "cuda"
+def _runs_eagerly_in_csrc(x, weight, A, B, bias, scale) -> bool:
+    """Plain tensors on a GPU for csrc, outside torch.compile and torch.func, which have to see through it."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_cuda
+        and isinstance(weight, Tensor)
+        and isinstance(A, Tensor)
+        and isinstance(B, Tensor)
+        and isinstance(scale, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and backends.choose(x.device, x.dtype).name == "cuda"
+    )
 
 
 def lora_linear(
@@ -158,7 +176,7 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and _autocasts(x):
         x, weight, bias = _autocast(x, weight, bias)
-    if p == 0 and isinstance(x, Tensor) and isinstance(scale, Tensor) and _runs_eagerly_in_csrc(x):
+    if p == 0 and _runs_eagerly_in_csrc(x, weight, A, B, bias, scale):
         y = ops.cuda_lora_linear(x, weight, A, B, bias, scale)
         if y is not None:  # else something is wrong, or for another backend
             return y

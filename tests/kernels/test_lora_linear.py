@@ -6,6 +6,8 @@ import torch
 from fused_lora.kernels.tiles import Gpu
 from tests.accuracy import assert_accurate
 from tests.kernels.problem import DEVICE, RESULTS, Problem, gpus
+from tests.ops.layouts import BIAS_LAYOUTS
+from tests.ops.problem import make_dy, make_inputs, solve
 
 pytestmark = pytest.mark.interpreter
 
@@ -151,3 +153,11 @@ def test_poisoned_outputs(dtype, gpu, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_like)
     for shape in [(77, 101, 75, 5), (257, 136, 264, 16)]:
         check(Problem.random(*shape, dtype), gpu)
+
+
+@pytest.mark.parametrize("layout", list(BIAS_LAYOUTS))
+def test_a_bias_that_is_no_dense_vector(layout):
+    """Through the op, which prepares it for the kernel."""
+    inputs = make_inputs(26, 40, 32, 4, DEVICE)
+    inputs["bias"] = BIAS_LAYOUTS[layout](inputs["bias"].detach())
+    solve(inputs, make_dy(inputs))

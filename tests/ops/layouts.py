@@ -56,3 +56,11 @@ LAYOUTS = (
     expanded_rows,
     expanded_all,
 )
+
+# What a bias may be besides a dense vector.
+BIAS_LAYOUTS = {
+    "every other": lambda bias: bias.repeat_interleave(2)[::2],
+    "one for all": lambda bias: bias[:1].expand(bias.shape),
+    "a column": lambda bias: torch.stack([bias, -bias], 1)[:, 0],
+    "float64": torch.Tensor.double,
+}

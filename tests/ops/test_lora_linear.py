@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_lora import lora_linear
-from tests.ops.layouts import LAYOUTS, contiguous
+from tests.ops.layouts import BIAS_LAYOUTS, LAYOUTS, contiguous
 from tests.ops.problem import DEVICES, PLACES, SCALE, make_dy, make_inputs, run, seed_on, solve
 
 places = pytest.mark.parametrize(("device", "dtype"), PLACES)
@@ -119,6 +119,19 @@ def test_layouts(x_layout, dy_layout, device, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_in_three_dimensions(layout, device, dtype):
     check_layouts((2, 12), layout, layout, device, dtype)
+
+
+@places
+@pytest.mark.parametrize("layout", list(BIAS_LAYOUTS))
+def test_layouts_of_the_bias(layout, device, dtype):
+    """Through a number and a tensor as the scale, which take different ways to a kernel."""
+    inputs = make_inputs(26, 40, 32, 4, device, dtype)
+    inputs["bias"] = BIAS_LAYOUTS[layout](inputs["bias"].detach())
+    dy = make_dy(inputs)
+    by_number = solve(inputs, dy)
+    by_tensor = run(lora_linear, inputs, dy, scale=torch.tensor(SCALE, device=device))
+    for name, value in by_number.items():
+        assert torch.equal(value, by_tensor[name]), name
 
 
 @places

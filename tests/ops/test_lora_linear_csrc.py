@@ -56,10 +56,11 @@ def test_float32_factors(r, dtype):
     assert got["dA"].dtype == got["dB"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("r", [8, 128])
+# M = 300 ends in the first half of its last 256 rows.
+@pytest.mark.parametrize(("M", "r"), [(2500, 8), (2500, 128), (300, 16)])
 @pytest.mark.parametrize("needed", [("x",), ("A",), ("B",), ("A", "B"), ("x", "B"), ("x", "A"), ("bias",)], ids=str)
-def test_any_part_of_the_gradients(needed, r):
-    inputs = make_inputs(2500, 264, 392, r, "cuda", torch.bfloat16)
+def test_any_part_of_the_gradients(needed, M, r):
+    inputs = make_inputs(M, 264, 392, r, "cuda", torch.bfloat16)
     for name in ("x", "A", "B", "bias"):
         inputs[name] = inputs[name].detach().requires_grad_(name in needed)
     got = solve(inputs, make_dy(inputs))
@@ -76,6 +77,15 @@ def test_what_the_copy_engine_cannot_read_is_copied():
     odd = inputs | {"x": wide[:, 1:265].requires_grad_()}
     odd["A"] = torch.cat([inputs["A"].detach()[:, :1], inputs["A"].detach()], 1)[:, 1:].requires_grad_()
     assert_same(run(lora_linear, odd, dy.T.contiguous().T, scale=SCALE), want)
+
+
+def test_empty_results():
+    scale = torch.tensor(SCALE, device="cuda")
+    inputs = {name: t.detach() for name, t in make_inputs(20, 64, 0, 8, "cuda", torch.bfloat16).items()}
+    assert lora_linear(**inputs, scale=scale).shape == (20, 0)
+    inputs = {name: t.detach() for name, t in make_inputs(20, 64, 64, 8, "cuda", torch.bfloat16).items()}
+    with pytest.raises(ValueError, match="r must be between"):
+        lora_linear(**inputs | {"A": inputs["A"][:0], "B": inputs["B"][:, :0]}, scale=scale)
 
 
 @pytest.mark.parametrize("load", [False, True], ids=["idle", "loaded"])
