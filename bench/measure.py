@@ -110,8 +110,11 @@ class Measurements:
         key = (shape, pass_name, mode)
         if key not in self._outcomes:
             prepared = self.prepared(shape)
-            measure = _measure_graphs if mode == timing.GRAPH else _measure_calls(mode)
-            measured = measure(prepared, pass_name == FORWARD_BACKWARD, self.rounds, self.variants)
+            backward = pass_name == FORWARD_BACKWARD
+            if mode == timing.GRAPH:
+                measured = _measure_graphs(prepared, backward, self.rounds, self.variants)
+            else:
+                measured = _measure_calls(prepared, backward, self.rounds, mode)
             self._outcomes[key] = {name: (prepared.refused | measured)[name] for name in self.variants}
         return self._outcomes[key]
 
@@ -129,15 +132,12 @@ def _measured(samples: timing.Samples) -> dict[str, Outcome]:
     return {name: Outcome(MEASURED, tuple(times)) for name, times in samples.items()}
 
 
-def _measure_calls(mode: str):
-    def measure(prepared: Prepared, backward: bool, rounds: int, variants: dict[str, Kind]) -> dict[str, Outcome]:
-        problem, ready = prepared.problem, prepared.ready
-        calls = {name: lambda variant=variant: run(variant, problem, backward) for name, variant in ready.items()}
-        if mode == timing.HOST:
-            return _measured(timing.time_host(calls, rounds))
-        return _measured(timing.time_eager(calls, rounds, problem.x.device.type))
-
-    return measure
+def _measure_calls(prepared: Prepared, backward: bool, rounds: int, mode: str) -> dict[str, Outcome]:
+    problem = prepared.problem
+    calls = {name: lambda variant=variant: run(variant, problem, backward) for name, variant in prepared.ready.items()}
+    if mode == timing.HOST:
+        return _measured(timing.time_host(calls, rounds))
+    return _measured(timing.time_eager(calls, rounds, problem.x.device.type))
 
 
 def _measure_graphs(prepared: Prepared, backward: bool, rounds: int, variants: dict[str, Kind]) -> dict[str, Outcome]:

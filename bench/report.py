@@ -98,16 +98,13 @@ def memory_table(results: dict) -> list[str]:
     return _rows(["M, K, N, r", *map(_title, records)], rows)
 
 
-def _account_row(record: dict, pass_name: str, us: float, frozen_us: float) -> list[str]:
-    outcome = record["times"][GRAPH][pass_name][PACKAGE]
-    flops, moved = outcome["flops"], outcome["bytes"]
-    if pass_name == FORWARD_BACKWARD:  # the backward alone
-        forward = record["times"][GRAPH][FORWARD][PACKAGE]
-        flops, moved = flops - forward["flops"], moved - forward["bytes"]
-    floor = flops / record["frozen_flops"]
-    name = "backward" if pass_name == FORWARD_BACKWARD else "forward"
-    over = us / (floor * frozen_us)
-    return [_title(record), name, f"{us:.0f}", f"{flops / us * 1e-6:.0f}", f"{over:.3f}", f"{moved / us * 1e-6:.2f}"]
+def _spent(passes: dict, name: str) -> dict[str, tuple[float, int, int]] | None:
+    """(us, FLOPs, bytes) of a variant's forward and, by difference, of its backward; None where one has no time."""
+    keys = ("median_us", "flops", "bytes")
+    forward, both = ([passes[pass_name][name].get(key) for key in keys] for pass_name in PASSES)
+    if None in forward + both:
+        return None
+    return {"forward": tuple(forward), "backward": tuple(b - f for f, b in zip(forward, both, strict=True))}
 
 
 def account_table(results: dict) -> list[str]:
@@ -115,18 +112,12 @@ def account_table(results: dict) -> list[str]:
     the rate at which it moves the bytes that any implementation must. The backward is the difference of two medians."""
     rows = []
     for record in _measured_shapes(results):
-        passes = record["times"][GRAPH]
-        times = {
-            name: [passes[pass_name][name].get("median_us") for pass_name in (FORWARD, FORWARD_BACKWARD)]
-            for name in (PACKAGE, FLOOR)
-        }
-        if None in times[PACKAGE] + times[FLOOR]:
-            continue
-        record = record | {"frozen_flops": passes[FORWARD][FLOOR]["flops"]}
-        forward, both = times[PACKAGE]
-        frozen_forward, frozen_both = times[FLOOR]
-        rows.append(_account_row(record, FORWARD, forward, frozen_forward))
-        rows.append(_account_row(record, FORWARD_BACKWARD, both - forward, frozen_both - frozen_forward))
+        own, frozen = (_spent(record["times"][GRAPH], name) for name in (PACKAGE, FLOOR))
+        for name in own if own and frozen else ():
+            (us, flops, moved), (frozen_us, frozen_flops, _) = own[name], frozen[name]
+            over = us / (frozen_us * flops / frozen_flops)
+            rates = f"{flops / us * 1e-6:.0f}", f"{over:.3f}", f"{moved / us * 1e-6:.2f}"
+            rows.append([_title(record), name, f"{us:.0f}", *rates])
     return _rows(["M, K, N, r", "pass", "us", "TFLOP/s", "over its FLOP floor", "least bytes, TB/s"], rows)
 
 

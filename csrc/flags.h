@@ -1,7 +1,7 @@
 // Flags that kernels raise and wait for: zeros that every launch leaves zero.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <cstdint>
 
 namespace fused_lora {
 

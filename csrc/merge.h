@@ -9,8 +9,6 @@
 
 namespace fused_lora {
 
-
-
 // weight (N, K) += scale * B (N, r) @ A (r, K). Rows are contiguous; strides are in elements; scale is one float on the device.
 struct MergeParams {
   void* weight;

@@ -77,7 +77,7 @@ struct Consumer {
   __device__ void shrink(const Item& item) {
     for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
       float acc[C::kBlockR / 2] = {};
-      consume((p.K + C::kShrinkHalves * kBox - 1) / (C::kShrinkHalves * kBox), [&](uint32_t stage, int) {
+      consume(ceil_div(p.K, C::kShrinkHalves * kBox), [&](uint32_t stage, int) {
         ptx::wgmma_fence();
 #pragma unroll
         for (int half = 0; half < C::kShrinkHalves; ++half) {
@@ -108,8 +108,8 @@ struct Consumer {
     if (boxes_of(p.K) <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
-    if (C::kCanRide && p.schedule.rides && item.col == 0) {
-      multiply_riding(acc, tile_row);
+    if (rides<C, kBackward>(p.schedule, item)) {
+      if constexpr (C::kCanRide && !kBackward) multiply_riding(acc, tile_row);
     } else {
       multiply_tile(acc);
     }
@@ -129,21 +129,21 @@ struct Consumer {
   __device__ __forceinline__ void multiply_riding(float (&acc)[C::kBlockN / 2], int tile_row) {
     float low[8] = {};
     consume(boxes_of(p.K), [&](uint32_t stage, int) {
-      const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
-      const uint64_t down = riding_descriptor<kBackward>(stage + C::kTileBoxes * kBoxBytes);
+      const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<false>(stage + 2 * kBoxBytes);
+      const uint64_t down = descriptor<false>(stage + C::kTileBoxes * kBoxBytes);
       ptx::wgmma_fence();
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
-        ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
-        ptx::wgmma<T, false, kBackward>(low, lhs + s * kSlice<false>, down + s * kRidingSlice<kBackward>);
+        ptx::wgmma<T, false, false>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<false>);
+        ptx::wgmma<T, false, false>(low, lhs + s * kSlice<false>, down + s * kSlice<false>);
       }
       ptx::wgmma_commit();
     });
     scale_by(low, *p.scale);
     const uint32_t rounded[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(low[4], low[5]), pack<T>(low[6], low[7])};
-    const uint64_t up = descriptor<kBackward>(await_stage() + 2 * kBoxBytes);
+    const uint64_t up = descriptor<false>(await_stage() + 2 * kBoxBytes);
     ptx::wgmma_fence();
-    ptx::wgmma<T, kBackward>(acc, rounded, up);
+    ptx::wgmma<T, false>(acc, rounded, up);
     ptx::wgmma_commit();
     store_riding_low(rounded, tile_row);
     ptx::wgmma_wait<0>();

@@ -18,15 +18,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
 template <bool kMN>
 constexpr uint64_t kSlice = (kMN ? 16 * 128 : 16 * 2) >> 4;
 
-// The riding factor's box: 16 rows of 128 bytes like any K-major operand, or 64 rows of 32 bytes with the 32-byte swizzle.
-template <bool kMN>
-__device__ __forceinline__ uint64_t riding_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle32 = 3, kEightRows = 8 * 32;
-  return kMN ? kSwizzle32 << 62 | (kEightRows >> 4) << 32 | uint64_t{1} << 16 | (address & 0x3FFFF) >> 4 : descriptor<false>(address);
-}
-template <bool kMN>
-constexpr uint64_t kRidingSlice = (kMN ? 16 * 32 : 16 * 2) >> 4;
-
 template <typename T>
 struct Round;
 template <>

@@ -60,14 +60,30 @@ cudaError_t launch_pass(const KernelParams& p, const Pass& pass, DType dtype, cu
   return launch_tiles<__half, kBackward>(p, pass, stream);
 }
 
+// Parameters that both passes have: sizes, low, and the flags, in the order in which KernelParams says they lie.
+inline KernelParams params_of(const Pass& pass, const Matrix& low, const float* scale, int* flags) {
+  KernelParams p{};
+  p.M = static_cast<int>(pass.M);
+  p.N = static_cast<int>(pass.N);
+  p.K = static_cast<int>(pass.K);
+  p.r = static_cast<int>(pass.r);
+  p.low_data = low.data;
+  p.low_stride = low.stride;
+  p.scale = scale;
+  p.next_item = flags;
+  p.exited = flags + 1;
+  p.ready = flags + 2;
+  return p;
+}
+
 // Tensor maps of one dtype, and the first error among them.
 struct MapMaker {
   DType dtype;
   cudaError_t error = cudaSuccess;
 
-  CUtensorMap operator()(const Matrix& matrix, Box box = {}) {
+  CUtensorMap operator()(const Matrix& matrix, int box_rows = kBox) {
     CUtensorMap map{};
-    if (error == cudaSuccess) error = make_tensor_map(matrix, dtype, &map, box);
+    if (error == cudaSuccess) error = make_tensor_map(matrix, dtype, &map, box_rows);
     return map;
   }
 };

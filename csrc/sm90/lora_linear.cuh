@@ -63,9 +63,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   const int rank = ptx::cluster_rank();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);  // which tells the compiler that it is a warp's
-  if (threadIdx.x == 0) {
-    init_barriers(shared);
-  }
+  if (threadIdx.x == 0) init_barriers(shared);
   if (threadIdx.x == kWarpgroup - 1) prefetch_maps<kBackward>(p);
   const bool takes_items = rank == 0 && threadIdx.x == 32;
   const int first_item = takes_items ? atomicAdd(p.next_item, 1) : 0;  // on its way while the barriers are made

@@ -12,19 +12,15 @@ int64_t backward_flags(int64_t M, int64_t K, int64_t N) {
 int64_t backward_partials(int64_t K, int64_t N, int64_t r) { return most_partial_floats(K, r) + most_partial_floats(N, r); }
 
 cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t stream) {
+  const Pass pass{b.dy.rows, b.weight.cols, b.dy.cols, b.A.rows, true, b.needs_dx, b.needs_dA, b.needs_dB};
+  KernelParams p = params_of(pass, b.dxa, b.scale, b.flags);
   MapMaker map{b.dtype};
-  KernelParams p{};
   p.lhs = map(b.dy);
   p.weight = map(b.weight);
   p.down = map(b.B);
-  p.down_riding = p.down;  // nothing rides backward
   p.low = map(b.dxa);
   p.up = map(b.A);
   if (b.needs_dx) p.out = map(b.dx);
-  p.M = static_cast<int>(b.dy.rows);
-  p.N = static_cast<int>(b.weight.cols);
-  p.K = static_cast<int>(b.dy.cols);
-  p.r = static_cast<int>(b.A.rows);
   const bool copied = b.factor_dtype == b.dtype;
   if (b.needs_dA) {
     p.dA.big = map(b.x);
@@ -49,14 +45,7 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
   }
   if (map.error != cudaSuccess) return map.error;
   p.dA.partial = b.partial;
-  p.low_data = b.dxa.data;
-  p.low_stride = b.dxa.stride;
-  p.scale = b.scale;
   p.factor_dtype = b.factor_dtype;
-  p.next_item = b.flags;
-  p.exited = b.flags + 1;
-  p.ready = b.flags + 2;
-  const Pass pass{b.dy.rows, b.weight.cols, b.dy.cols, b.A.rows, true, b.needs_dx, b.needs_dA, b.needs_dB};
   return launch_pass<true>(p, pass, b.dtype, stream);
 }
 

@@ -12,29 +12,19 @@ int tile_width(int64_t M, int64_t N, int64_t r) {
 int64_t forward_flags(int64_t M) { return 2 + ready_flags(M); }
 
 cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
+  const Pass pass{f.x.rows, f.weight.rows, f.x.cols, f.A.rows, false, true, false, false};
+  KernelParams p = params_of(pass, f.xa, f.scale, f.flags);
   MapMaker map{f.dtype};
-  KernelParams p{};
   p.lhs = map(f.x);
   p.weight = map(f.weight);
   p.down = map(f.A);
-  p.down_riding = map(f.A, {.rows = 16});
+  p.down_riding = map(f.A, 16);
   p.low = map(f.xa);
   p.up = map(f.B);
   p.out = map(f.y);
   if (map.error != cudaSuccess) return map.error;
-  p.M = static_cast<int>(f.x.rows);
-  p.N = static_cast<int>(f.weight.rows);
-  p.K = static_cast<int>(f.x.cols);
-  p.r = static_cast<int>(f.A.rows);
-  p.low_data = f.xa.data;
-  p.low_stride = f.xa.stride;
-  p.scale = f.scale;
   p.bias = f.bias;
   p.bias_dtype = f.bias_dtype;
-  p.next_item = f.flags;
-  p.exited = f.flags + 1;
-  p.ready = f.flags + 2;
-  const Pass pass{f.x.rows, f.weight.rows, f.x.cols, f.A.rows, false, true, false, false};
   return launch_pass<false>(p, pass, f.dtype, stream);
 }
 

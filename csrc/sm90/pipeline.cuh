@@ -16,7 +16,7 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 
-__host__ __device__ constexpr int boxes_of(int size) { return (size + kBox - 1) / kBox; }
+__host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBox); }
 
 // What a kernel of tiles 128 x kBlockN and ranks up to kBlockR brings into a stage.
 template <int kBlockN_, int kBlockR_>
@@ -40,6 +40,12 @@ struct Config {
   static constexpr int kStages = kBlockN == 256 ? 4 : 6;
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
 };
+
+// Whether a tile brings low forth on its way. Nothing rides backward, so there is no code for it there.
+template <typename C, bool kBackward>
+__device__ __forceinline__ bool rides(const Schedule& schedule, const Item& item) {
+  return C::kCanRide && !kBackward && schedule.rides && item.col == 0;
+}
 
 template <typename C>
 struct Shared {

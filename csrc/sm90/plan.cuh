@@ -9,8 +9,6 @@
 
 namespace fused_lora::sm90 {
 
-inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 // The sizes of one pass: out (M, N) sums over K.
 struct Pass {
   int64_t M, N, K, r;

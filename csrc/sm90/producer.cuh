@@ -81,20 +81,20 @@ struct Producer {
 
   __device__ void tile(const Item& item) {
     const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kBlockN;
-    const bool rides = C::kCanRide && p.schedule.rides && item.col == 0;
+    const bool riding = rides<C, kBackward>(p.schedule, item);
     const int release_at = lookahead(p.K, kBox);
     for (int k = 0; k < p.K; k += kBox) {
-      const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (rides ? C::kRideBytes : 0));
+      const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (riding ? C::kRideBytes : 0));
       load<false>(stage, &p.lhs, row, k, 2);
       load_right(stage + 2 * kBoxBytes, &p.weight, col, k, C::kBlockN / kBox);
-      if (rides) load_right(stage + C::kTileBoxes * kBoxBytes, &p.down_riding, 0, k, 1);
+      if (riding) load_right(stage + C::kTileBoxes * kBoxBytes, &p.down_riding, 0, k, 1);
       ring.advance();
       if (k == release_at) release_item();
     }
-    if (!rides) wait_for_low(row);
+    if (!riding) wait_for_low(row);
     for (int k = 0; k < p.r; k += kBox) {
-      const uint32_t stage = begin_step((C::kTileBoxes - (rides ? 2 : 0)) * kBoxBytes);
-      if (!rides) load<false>(stage, &p.low, row, k, 2);
+      const uint32_t stage = begin_step((C::kTileBoxes - (riding ? 2 : 0)) * kBoxBytes);
+      if (!riding) load<false>(stage, &p.low, row, k, 2);
       load_right(stage + 2 * kBoxBytes, &p.up, col, k, C::kBlockN / kBox);
       ring.advance();
     }

@@ -8,6 +8,11 @@
 
 namespace fused_lora::sm90 {
 
+template <typename Int>
+__host__ __device__ constexpr int ceil_div(Int a, int b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
 constexpr int kBlockM = 128;  // rows of a block's tile; a cluster of two takes twice as many
 constexpr int kPairRows = 2 * kBlockM;
 
@@ -33,8 +38,6 @@ struct Schedule {
   int tail;           // a step's gradient items come before this share of its tiles: the last 1 / tail, or none if 0
   int dA_pairs, dB_pairs;
   int slice_pairs;  // row pairs of a gradient item; divides group_pairs
-
-  __host__ __device__ static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
   // Whether some item waits for low's flags. Flags that nobody waits for must not be raised: the launch may be over by then.
   __host__ __device__ bool low_is_awaited() const { return !rides || tile_cols > 1 || dA_pairs > 0; }

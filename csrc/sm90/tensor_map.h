@@ -11,11 +11,7 @@ namespace fused_lora::sm90 {
 constexpr int kBox = 64;
 constexpr int kBoxBytes = kBox * kBox * 2;
 
-struct Box {
-  int rows = kBox, cols = kBox;  // cols 64, or 16 with the 32-byte swizzle
-};
-
-// A map of the matrix in such boxes. Outside the matrix it reads zeros and writes nothing.
-cudaError_t make_tensor_map(const Matrix& matrix, DType dtype, CUtensorMap* map, Box box = {});
+// A map of the matrix in such boxes, or in ones of fewer rows. Outside the matrix it reads zeros and writes nothing.
+cudaError_t make_tensor_map(const Matrix& matrix, DType dtype, CUtensorMap* map, int box_rows);
 
 }  // namespace fused_lora::sm90
