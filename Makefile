@@ -2,6 +2,7 @@
 # make test   everything that can be checked on this machine
 # make bench  time every variant on this machine and write bench/results/<gpu>/
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
+# make sanitize  csrc's kernels under compute-sanitizer's four tools
 # make lint   ruff; make build: the optional CUDA extension, in place
 #
 # The first call sets up .venv. PYTHON=python3 uses an environment that you already have instead.
@@ -14,7 +15,7 @@ PACKAGES ?= $(if $(GPU),torch>=2.10,torch==2.13.0 triton==3.7.1)
 WORKERS ?= $(if $(GPU),8,auto)
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test bench profile lint build
+.PHONY: demo test bench profile sanitize lint build
 
 demo: $(READY)
 	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
@@ -34,6 +35,12 @@ profile: $(READY)
 	ncu $(RANGES) $(SECTIONS) --clock-control none --import-source yes --force-overwrite --export profile_output/step \
 		$(PYTHON) -m bench.profile $(SHAPE)
 	ncu --import profile_output/step.ncu-rep --page details | tee profile_output/step.txt
+
+# Without torch's memory pool every tensor is an allocation of its own, whose bounds the tools know.
+TOOLS := memcheck racecheck initcheck synccheck
+sanitize: $(READY)
+	$(foreach tool,$(TOOLS),PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(tool) --error-exitcode 1 \
+		$(PYTHON) -m tests.csrc.small_passes &&) true
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

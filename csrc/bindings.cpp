@@ -38,12 +38,15 @@ void merge_(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, 
 
 TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
   m.def("cuda_merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()");
-  m.def("cuda_lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale) -> Tensor?");
   m.def(
-      "cuda_lora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale) -> (Tensor, Tensor)");
+      "cuda_lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale, Tensor? seed, float p)"
+      " -> Tensor?");
   m.def(
-      "cuda_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor xa, Tensor scale, bool need_dx,"
-      " bool need_dA, bool need_dB) -> (Tensor, Tensor, Tensor)");
+      "cuda_lora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale, Tensor? seed, float p)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "cuda_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor xa, Tensor scale, Tensor? seed,"
+      " float p, bool need_dx, bool need_dA, bool need_dB, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {

@@ -4,6 +4,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "flags.h"
 #include "nvtx_range.h"
 #include "tensors.h"
@@ -33,7 +36,11 @@ Tensor rows_of(const Tensor& tensor) {
   return addressed(tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)}), tensor.scalar_type());
 }
 
-Tensor low_like(const Tensor& x, int64_t M, int64_t r) { return at::empty_strided({M, r}, {padded(r), 1}, x.options()); }
+// (M, r) with rows padded to 16 bytes, the last one too: kernels write pairs of columns.
+Tensor low_like(const Tensor& x, int64_t M, int64_t r) {
+  const Tensor low = at::empty({M, padded(r)}, x.options());
+  return r == padded(r) ? low : low.narrow(1, 0, r);
+}
 
 Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
 
@@ -51,7 +58,7 @@ bool is_plain(const Tensor& tensor, const Tensor& x) {
 // Whether the arguments are right beyond doubt and the kernels take them. Where not, the caller goes the long way, which finds
 // the words for what is wrong, or another backend.
 bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias,
-           const Tensor& scale) {
+           const Tensor& scale, const std::optional<Tensor>& seed, double p) {
   if (!x.is_cuda() || !is_plain(x, x) || !is_16_bit(x) || x.dim() == 0 || x.numel() == 0) return false;
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
@@ -64,21 +71,31 @@ bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor&
   if (scale.scalar_type() != at::kFloat || scale.numel() != 1 || scale.requires_grad()) return false;
   if (bias && (bias->dim() != 1 || bias->size(0) != N || !is_plain(*bias, x) || bias->stride(0) != 1)) return false;
   if (bias && !is_16_bit(*bias) && bias->scalar_type() != at::kFloat) return false;
+  if (!(p >= 0 && p <= 1)) return false;
+  if (seed && (!is_plain(*seed, x) || seed->scalar_type() != at::kLong || seed->dim() != 0)) return false;
   if (weight.requires_grad() && at::GradMode::is_enabled()) return false;
-  return lora_linear_obstacle(K, N, r, 0).empty() && addressable(weight) && x.numel() / K < (int64_t{1} << 31) - 256;
+  return lora_linear_obstacle(K, N, r).empty() && addressable(weight) && x.numel() / K < (int64_t{1} << 31) - 256;
+}
+
+Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+  if (!seed) return {nullptr, 0, 1.0f};
+  TORCH_CHECK(seed->scalar_type() == at::kLong && seed->is_cuda(), "seed must be an int64 on the device");
+  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
+  return {seed->data_ptr<int64_t>(), static_cast<uint32_t>(threshold), p == 1 ? 0.0f : static_cast<float>(1 / (1 - p))};
 }
 
 class LoRALinear : public torch::autograd::Function<LoRALinear> {
  public:
   // bias comes last: an absent one has no edge, and needs_input_grad counts edges.
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-                        const Tensor& scale, const std::optional<Tensor>& bias) {
+                        const Tensor& scale, const std::optional<Tensor>& seed, double p, const std::optional<Tensor>& bias) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fused_lora::cuda_lora_linear_forward", "")
                                .typed<decltype(lora_linear_forward)>();
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, xa] = op.call(x, weight, A, B, bias, scale);
-    context->save_for_backward({x, weight, A, B, xa, scale});
+    auto [y, xa] = op.call(x, weight, A, B, bias, scale, seed, p);
+    context->save_for_backward({x, weight, A, B, xa, scale, seed.value_or(Tensor())});
+    if (seed) context->saved_data["p"] = p;
     if (bias) context->saved_data["bias_dtype"] = static_cast<int64_t>(bias->scalar_type());
     return y;
   }
@@ -88,23 +105,24 @@ class LoRALinear : public torch::autograd::Function<LoRALinear> {
                                .findSchemaOrThrow("fused_lora::cuda_lora_linear_backward", "")
                                .typed<decltype(lora_linear_backward)>();
     const auto saved = context->get_saved_variables();
-    const Tensor& dy = grads[0];
+    const auto of_bias = context->saved_data.find("bias_dtype");
     const bool need_dx = context->needs_input_grad(0), need_dA = context->needs_input_grad(2),
                need_dB = context->needs_input_grad(3);
-    variable_list result(6);
-    {
+    // Edges are those of tensors: x, weight, A, B, scale, then seed and bias where they are.
+    const bool has_seed = saved[6].defined(), has_bias = of_bias != context->saved_data.end();
+    const bool need_dbias = has_bias && context->needs_input_grad(has_seed ? 6 : 5);
+    variable_list result(8);
+    if (need_dx || need_dA || need_dB || need_dbias) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      if (need_dx || need_dA || need_dB) {
-        auto [dx, dA, dB] = op.call(dy, saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], need_dx, need_dA, need_dB);
-        if (need_dx) result[0] = dx;
-        if (need_dA) result[2] = dA;
-        if (need_dB) result[3] = dB;
-      }
-      const auto bias_dtype = context->saved_data.find("bias_dtype");
-      if (bias_dtype != context->saved_data.end() && context->needs_input_grad(5)) {
-        const auto dtype = static_cast<at::ScalarType>(bias_dtype->second.toInt());
-        result[5] = at::sum(dy.reshape({-1, dy.size(-1)}), {0}, false, at::kFloat).to(dtype);
-      }
+      const auto seed = has_seed ? std::optional<Tensor>(saved[6]) : std::nullopt;
+      const double p = has_seed ? context->saved_data["p"].toDouble() : 0;
+      const auto bias_dtype = need_dbias ? std::optional(static_cast<at::ScalarType>(of_bias->second.toInt())) : std::nullopt;
+      auto [dx, dA, dB, dbias] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], seed, p, need_dx,
+                                         need_dA, need_dB, bias_dtype);
+      if (need_dx) result[0] = dx;
+      if (need_dA) result[2] = dA;
+      if (need_dB) result[3] = dB;
+      if (need_dbias) result[7] = dbias;
     }
     return at::GradMode::is_enabled() ? once_differentiable(result) : result;
   }
@@ -124,16 +142,16 @@ class LoRALinear : public torch::autograd::Function<LoRALinear> {
 
 }  // namespace
 
-std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int64_t r, double p) {
+std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int64_t r) {
   if (in_features % 8 != 0) return "in_features=" + std::to_string(in_features) + " is not a multiple of 8";
   if (out_features % 8 != 0) return "out_features=" + std::to_string(out_features) + " is not a multiple of 8";
   if (r > kMaxRank) return "r=" + std::to_string(r) + " is above " + std::to_string(kMaxRank);
-  if (p != 0) return "dropout";
   return "";
 }
 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-                                               const std::optional<Tensor>& bias, const Tensor& scale) {
+                                               const std::optional<Tensor>& bias, const Tensor& scale,
+                                               const std::optional<Tensor>& seed, double p) {
   TORCH_CHECK(!bias || bias->is_contiguous(), "bias must be contiguous, got strides ", bias->strides());
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor rows = rows_of(x), factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
@@ -151,6 +169,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
       .bias = bias ? bias->data_ptr() : nullptr,
       .bias_dtype = bias ? dtype_of("bias", *bias) : DType::kFloat32,
       .dtype = dtype_of("x", x),
+      .dropout = dropout_of(seed, p),
       .flags = launch_flags(forward_flags(rows.size(0))),
   };
   const NvtxRange range("forward");
@@ -158,9 +177,11 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   return {y, xa};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A,
-                                                        const Tensor& B, const Tensor& xa, const Tensor& scale, bool need_dx,
-                                                        bool need_dA, bool need_dB) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                                const Tensor& A, const Tensor& B, const Tensor& xa,
+                                                                const Tensor& scale, const std::optional<Tensor>& seed, double p,
+                                                                bool need_dx, bool need_dA, bool need_dB,
+                                                                std::optional<at::ScalarType> dbias_dtype) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor rows = rows_of(x), dy_rows = rows_of(dy), low = rows_of(xa);
   const Tensor factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
@@ -168,6 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const Tensor dA = at::empty(need_dA ? A.sizes() : at::IntArrayRef{0}, A.options());
   const Tensor dB = at::empty(need_dB ? B.sizes() : at::IntArrayRef{0}, B.options());
+  const Tensor dbias = at::empty({dbias_dtype ? N : 0}, x.options().dtype(dbias_dtype.value_or(x.scalar_type())));
   const Tensor dxa = low_like(x, M, r);
   const Tensor partial = at::empty({backward_partials(K, N, r)}, x.options().dtype(at::kFloat));
   const BackwardParams params{
@@ -181,24 +203,31 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const 
       .dx = {dx.data_ptr(), M, K, K},
       .dA = dA.data_ptr(),
       .dB = dB.data_ptr(),
+      .dbias = dbias.data_ptr(),
       .needs_dx = need_dx,
       .needs_dA = need_dA,
       .needs_dB = need_dB,
+      .needs_dbias = dbias_dtype.has_value(),
       .factor_dtype = dtype_of("A", A),
+      .bias_dtype = dtype_of("bias", dbias),
       .dtype = dtype_of("x", x),
       .scale = scale.data_ptr<float>(),
+      .dropout = dropout_of(seed, p),
       .flags = launch_flags(backward_flags(M, K, N)),
       .partial = partial.data_ptr<float>(),
   };
   const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
   C10_CUDA_CHECK(launch_lora_linear_backward(params, c10::cuda::getCurrentCUDAStream()));
-  return {dx, dA, dB};
+  return {dx, dA, dB, dbias};
 }
 
 std::optional<Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-                                  const std::optional<Tensor>& bias, const Tensor& scale) {
-  if (!takes(x, weight, A, B, bias, scale)) return std::nullopt;
-  return LoRALinear::apply(x, weight, A, B, scale, bias);
+                                  const std::optional<Tensor>& bias, const Tensor& scale, const std::optional<Tensor>& seed,
+                                  double p) {
+  if (!takes(x, weight, A, B, bias, scale, seed, p)) return std::nullopt;
+  if (p == 0) return LoRALinear::apply(x, weight, A, B, scale, std::nullopt, 0.0, bias);
+  const auto drawn = seed ? *seed : at::randint(int64_t{1} << 62, {}, x.options().dtype(at::kLong));
+  return LoRALinear::apply(x, weight, A, B, scale, std::optional<Tensor>(drawn), p, bias);
 }
 
 }  // namespace fused_lora

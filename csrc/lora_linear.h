@@ -1,7 +1,9 @@
 // Parameters and launchers of the LoRA linear on Hopper. Knows memory and streams, nothing of torch.
 //
 //   forward    xa  = scale x A^T      y  = x W^T + xa B^T + bias
-//   backward   dxa = scale dy B       dx = dy W + dxa A       dA = dxa^T x       dB = dy^T xa
+//   backward   dxa = scale dy B       dx = dy W + dxa A       dA = dxa^T x       dB = dy^T xa       dbias = sum of dy
+//
+// With dropout, x is masked in xa and dA, and dxa A in dx; what is kept counts 1 / (1 - p) times.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,20 +22,30 @@ struct Matrix {
   int64_t rows, cols, stride;
 };
 
+// Of x on its way to A. sm90/mask.cuh has the hash.
+struct Dropout {
+  const int64_t* seed;  // on the device; null where nothing is dropped
+  uint32_t threshold;   // an entry is kept where its hash is at or above this
+  float keep_scale;     // 1 / (1 - p); 1 where nothing is dropped
+};
+
 struct ForwardParams {
   Matrix x, weight, A, B, xa, y;
   const float* scale;  // on the device
   const void* bias;    // (N,) or null
   DType bias_dtype, dtype;  // dtype: of all matrices, float16 or bfloat16
-  int* flags;          // forward_flags() zeros, which the kernel leaves zero
+  Dropout dropout;
+  int* flags;  // forward_flags() zeros, which the kernel leaves zero
 };
 
 struct BackwardParams {
   Matrix dy, x, weight, A, B, xa, dxa, dx;
   void *dA, *dB;  // (r, K) and (N, r), contiguous, factor_dtype
-  bool needs_dx, needs_dA, needs_dB;
-  DType factor_dtype, dtype;  // factor_dtype: dtype or float32
+  void* dbias;    // (N,), bias_dtype
+  bool needs_dx, needs_dA, needs_dB, needs_dbias;
+  DType factor_dtype, bias_dtype, dtype;  // factor_dtype: dtype or float32
   const float* scale;
+  Dropout dropout;
   int* flags;      // backward_flags() zeros, which the kernel leaves zero
   float* partial;  // backward_partials()
 };

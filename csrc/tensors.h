@@ -24,17 +24,18 @@ inline DType dtype_of(const char* name, const at::Tensor& tensor) {
   }
 }
 
-// The ops of lora_linear.cpp; equations as in reference.py.
-std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int64_t r, double p);
+// The ops of lora_linear.cpp; equations as in reference.py. Without a seed nothing is dropped; without dbias_dtype there is no
+// dbias.
+std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int64_t r);
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A,
                                                        const at::Tensor& B, const std::optional<at::Tensor>& bias,
-                                                       const at::Tensor& scale);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(const at::Tensor& dy, const at::Tensor& x,
-                                                                    const at::Tensor& weight, const at::Tensor& A,
-                                                                    const at::Tensor& B, const at::Tensor& xa,
-                                                                    const at::Tensor& scale, bool need_dx, bool need_dA,
-                                                                    bool need_dB);
+                                                       const at::Tensor& scale, const std::optional<at::Tensor>& seed, double p);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& xa, const at::Tensor& scale, const std::optional<at::Tensor>& seed, double p, bool need_dx, bool need_dA,
+    bool need_dB, std::optional<at::ScalarType> dbias_dtype);
 std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
-                                      const std::optional<at::Tensor>& bias, const at::Tensor& scale);
+                                      const std::optional<at::Tensor>& bias, const at::Tensor& scale,
+                                      const std::optional<at::Tensor>& seed, double p);
 
 }  // namespace fused_lora

@@ -179,14 +179,14 @@ def copy_engine_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) ->
 
 @cache
 def _choose_lora_linear(
-    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float, readable: bool, forced: str | None
+    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, readable: bool, forced: str | None
 ) -> Choice:
     choice = _choose(device, dtype, forced)
     if choice.name != "cuda":
         return choice
     from . import _C
 
-    obstacle = _C.lora_linear_obstacle(K, N, r, p)
+    obstacle = _C.lora_linear_obstacle(K, N, r)
     if not (obstacle or readable):
         obstacle = "weight's rows do not start at multiples of 16 bytes, or A and B have dtypes of their own"
     if not obstacle:
@@ -200,11 +200,10 @@ def _choose_lora_linear(
 
 
 def choose_lora_linear(
-    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, p: float, readable: bool = True
+    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, readable: bool = True
 ) -> Choice:
-    """The backend of a LoRA linear K -> N of rank r with dropout p, activations of `dtype`; readable as by
-    copy_engine_reads."""
-    return _choose_lora_linear(device, dtype, K, N, r, p, readable, forced_backend())
+    """The backend of a LoRA linear K -> N of rank r, activations of `dtype`; readable as by copy_engine_reads."""
+    return _choose_lora_linear(device, dtype, K, N, r, readable, forced_backend())
 
 
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:

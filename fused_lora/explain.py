@@ -132,7 +132,7 @@ def explain(
     shape = (tokens, in_features, out_features, r)
     factor_dtype = lora_dtype or dtype
     if gpu is None:
-        choice = backends.choose_lora_linear(device, dtype, in_features, out_features, r, p, readable)
+        choice = backends.choose_lora_linear(device, dtype, in_features, out_features, r, readable)
         if choice.name == "cuda":
             return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
         if choice.name == "reference":

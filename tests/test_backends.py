@@ -33,9 +33,9 @@ def forget():
 
 @pytest.fixture
 def extension(monkeypatch):
-    """A CUDA extension whose kernels take ranks up to 256 and no dropout."""
+    """A CUDA extension whose kernels take ranks up to 256."""
     built = types.ModuleType("fused_lora._C")
-    built.lora_linear_obstacle = lambda K, N, r, p: "dropout" if p else "r is above 256" if r > 256 else ""
+    built.lora_linear_obstacle = lambda K, N, r: "r is above 256" if r > 256 else ""
     monkeypatch.setitem(sys.modules, "fused_lora._C", built)
     monkeypatch.setattr(fused_lora, "_C", built, raising=False)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
@@ -117,15 +117,12 @@ def test_a_gpu_runs_triton(capability, dtype, card):
 def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     card(90)
     assert backends.choose(CUDA, dtype) == backends.Choice("cuda", f"cuda tensor of {dtype}")
-    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8, 0.0).name == "cuda"
-    for r, p, readable, reason in (
-        (300, 0.0, True, "r is above 256"),
-        (8, 0.1, True, "dropout"),
-        (
-            8, 0.0, False, "weight's rows do not start at multiples of 16 bytes, or A and B have dtypes of their own",
-        ),
-    ):  # fmt: skip
-        choice = backends.choose_lora_linear(CUDA, dtype, 64, 64, r, p, readable)
+    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8).name == "cuda"
+    for r, readable, reason in (
+        (300, True, "r is above 256"),
+        (8, False, "weight's rows do not start at multiples of 16 bytes, or A and B have dtypes of their own"),
+    ):
+        choice = backends.choose_lora_linear(CUDA, dtype, 64, 64, r, readable)
         assert choice == backends.Choice("triton", f"csrc's kernels do not take it: {reason}")
 
 
@@ -148,9 +145,9 @@ def test_what_the_copy_engine_reads():
 def test_what_neither_csrc_nor_triton_takes_runs_the_reference(card, extension, monkeypatch):
     card(90)
     monkeypatch.setattr(backends, "host_compiler", lambda: None)
-    choice = backends.choose_lora_linear(CUDA, torch.float16, 64, 64, 8, 0.1)
+    choice = backends.choose_lora_linear(CUDA, torch.float16, 64, 64, 300)
     assert choice.name == "reference"
-    assert "dropout" in choice.reason
+    assert "r is above 256" in choice.reason
     assert "no C compiler" in choice.reason
 
 
@@ -168,17 +165,17 @@ def test_merges(forced, compiler, name, card, extension, monkeypatch):
 @pytest.mark.parametrize(("capability", "dtype"), [(90, torch.float32), (80, torch.float16), (100, torch.float16)])
 def test_csrc_is_for_hopper_and_16_bits(capability, dtype, card, extension):
     card(capability)
-    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8, 0.0).name == "triton"
+    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8).name == "triton"
 
 
 def test_forcing_csrc_where_it_cannot_run_raises_the_reason(card, extension, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_BACKEND", "cuda")
     card(90)
-    assert backends.choose_lora_linear(CUDA, torch.bfloat16, 64, 64, 8, 0.0).name == "cuda"
+    assert backends.choose_lora_linear(CUDA, torch.bfloat16, 64, 64, 8).name == "cuda"
     for arguments, reason in (
-        ((CUDA, torch.bfloat16, 64, 64, 300, 0.0), "r is above 256"),
-        ((CUDA, torch.float32, 64, 64, 8, 0.0), "no kernel for torch.float32"),
-        ((CPU, torch.bfloat16, 64, 64, 8, 0.0), "no kernel for device cpu"),
+        ((CUDA, torch.bfloat16, 64, 64, 300), "r is above 256"),
+        ((CUDA, torch.float32, 64, 64, 8), "no kernel for torch.float32"),
+        ((CPU, torch.bfloat16, 64, 64, 8), "no kernel for device cpu"),
     ):
         with pytest.raises(NotImplementedError, match=f"=cuda cannot run this call: {reason}"):
             backends.choose_lora_linear(*arguments)

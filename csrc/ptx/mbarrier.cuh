@@ -44,26 +44,17 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
-// Stores to the 16 bytes that lie where `target` does in block `rank` of the cluster, then arrives at its barrier, for a
-// reader that waits with mbarrier_wait_published.
+// Stores to the 16 bytes that lie where `target` does in block `rank` of the cluster; their arrival there completes the phase
+// of its barrier, which expects one arrival.
 __device__ __forceinline__ void publish_at(void* target, uint64_t* barrier, uint32_t rank, int4 value) {
   asm volatile(
-      "{\n.reg .b32 remote;\n"
+      "{\n.reg .b32 remote, at;\n"
       "mapa.shared::cluster.u32 remote, %0, %2;\n"
-      "st.shared::cluster.v4.u32 [remote], {%3, %4, %5, %6};\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(target)),
+      "mapa.shared::cluster.u32 at, %1, %2;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [at], 16;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [at];\n}" ::"r"(
+          shared_address(target)),
       "r"(shared_address(barrier)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
-      : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_wait_published(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
       : "memory");
 }
 

@@ -1,6 +1,8 @@
 // A warpgroup that multiplies: 64 of the 128 rows of a block's tile, and what becomes of the results.
 #pragma once
 
+#include "column_sums.cuh"
+#include "mask.cuh"
 #include "outbox.cuh"
 
 namespace fused_lora::sm90 {
@@ -13,7 +15,15 @@ __device__ __forceinline__ float load_as_float(const void* data, DType dtype, in
   }
 }
 
-template <typename C, typename T, bool kBackward>
+__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, float value) {
+  switch (dtype) {
+    case DType::kFloat32: static_cast<float*>(data)[i] = value; break;
+    case DType::kFloat16: static_cast<__half*>(data)[i] = __float2half_rn(value); break;
+    default: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
+  }
+}
+
+template <typename C, typename T, bool kBackward, bool kDrops>
 struct Consumer {
   Shared<C>& shared;
   const KernelParams& p;
@@ -22,7 +32,7 @@ struct Consumer {
   Outbox<C, T> outbox{shared, p, self};
   Ring<C::kStages> ring{};
 
-  __device__ void run(const Item& item) {
+  __device__ __forceinline__ void run(const Item& item) {
     if (item.work == Work::kShrink) return shrink(item);
     if (item.work == Work::kTile) return tile(item);
     if constexpr (kBackward) gradient(item);
@@ -72,27 +82,57 @@ struct Consumer {
     }
   }
 
+  // What this warpgroup wrote to shared memory is seen by its products.
+  __device__ void publish_shared() const {
+    ptx::fence_async_shared();
+    self.sync();
+  }
+
   // ---- low = scale lhs down ----------------------------------------------------------------------------------------------
 
-  __device__ void shrink(const Item& item) {
+  __device__ __forceinline__ void shrink(const Item& item) {
     for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
+      const int tile_row = pair * kPairRows + rank * kBlockM, row = tile_row + self.index * kBox;
       float acc[C::kBlockR / 2] = {};
-      consume(ceil_div(p.K, C::kShrinkHalves * kBox), [&](uint32_t stage, int) {
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int half = 0; half < C::kShrinkHalves; ++half) {
-          const uint64_t lhs = descriptor<false>(stage + (2 * half + self.index) * kBoxBytes);
-          const uint64_t rhs = descriptor<kBackward>(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes);
-#pragma unroll
-          for (int s = 0; s < kSlices; ++s) ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
-        }
-        ptx::wgmma_commit();
-      });
-      scale_by(acc, *p.scale);
-      const int tile_row = pair * kPairRows + rank * kBlockM;
-      outbox.keep(acc, &p.low, tile_row + self.index * kBox, 0, p.ready + tile_row / kBlockM);
+      if constexpr (kDrops && !kBackward) {
+        multiply_masked(acc, row);
+      } else {
+        consume(shrink_steps(), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
+      }
+      scale_by(acc, *p.scale * p.dropout.keep_scale);
+      outbox.keep(acc, &p.low, row, 0, p.ready + tile_row / kBlockM);
       outbox.send_boxes();  // somebody may wait already
     }
+  }
+
+  __device__ int shrink_steps() const { return ceil_div(p.K, C::kShrinkHalves * kBox); }
+  __device__ uint32_t shrink_box(uint32_t stage, int half) const { return stage + (2 * half + self.index) * kBoxBytes; }
+
+  __device__ __forceinline__ void multiply_shrink(float (&acc)[C::kBlockR / 2], uint32_t stage) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int half = 0; half < C::kShrinkHalves; ++half) {
+      const uint64_t lhs = descriptor<false>(shrink_box(stage, half));
+      const uint64_t rhs = descriptor<kBackward>(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes);
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Forward with dropout: the boxes of x that this warpgroup multiplies are its own, and are masked where they lie.
+  __device__ __forceinline__ void multiply_masked(float (&acc)[C::kBlockR / 2], int row) {
+    outbox.empty();
+    BoxMask mask(Mask(p.dropout), self);
+    mask.set_rows(row);
+    consume(shrink_steps(), [&](uint32_t stage, int step) {
+#pragma unroll
+      for (int half = 0; half < C::kShrinkHalves; ++half) {
+        mask.apply(shrink_box(stage, half), (step * C::kShrinkHalves + half) * kBox);
+      }
+      publish_shared();
+      multiply_shrink(acc, stage);
+    });
   }
 
   template <int kCount>
@@ -103,26 +143,41 @@ struct Consumer {
 
   // ---- out = lhs weight + low up + bias ------------------------------------------------------------------------------------
 
-  __device__ void tile(const Item& item) {
-    // With few steps, those over r come while a flag is pending here, and may wait for it.
-    if (boxes_of(p.K) <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
+  __device__ __forceinline__ void tile(const Item& item) {
+    constexpr bool kMasked = kBackward && kDrops;
+    // Steps over r that come while a flag is pending here may wait for it: with few steps over K, or if they come first.
+    if (kMasked || boxes_of(p.K) <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
-    if (rides<C, kBackward>(p.schedule, item)) {
-      if constexpr (C::kCanRide && !kBackward) multiply_riding(acc, tile_row);
+    if constexpr (kMasked) {
+      multiply_steps(acc, 0, p.r);
+      mask_out(acc, tile_row + self.index * kBox, item.col * C::kBlockN);
+      multiply_steps(acc, p.K, 0);
+    } else if (rides<C, kBackward, kDrops>(p.schedule, item)) {
+      if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, tile_row);
     } else {
-      multiply_tile(acc);
+      multiply_steps(acc, p.K, p.r);
     }
     if (p.bias != nullptr) add_bias(acc, item.col * C::kBlockN);
     outbox.keep(acc, &p.out, tile_row + self.index * kBox, item.col * C::kBlockN, nullptr);
   }
 
-  __device__ __forceinline__ void multiply_tile(float (&acc)[C::kBlockN / 2]) {
-    const int steps = boxes_of(p.K);
-    consume(steps + boxes_of(p.r), [&](uint32_t stage, int step) {
+  // Steps over `k` of K, then over `r` ranks.
+  __device__ __forceinline__ void multiply_steps(float (&acc)[C::kBlockN / 2], int k, int r) {
+    const int steps = boxes_of(k);
+    consume(steps + boxes_of(r), [&](uint32_t stage, int step) {
       const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
-      multiply_slices<kSlices>(acc, lhs, rhs, step < steps ? kBox : p.r - (step - steps) * kBox);
+      multiply_slices<kSlices>(acc, lhs, rhs, step < steps ? kBox : r - (step - steps) * kBox);
     });
+  }
+
+  __device__ __forceinline__ void mask_out(float (&acc)[C::kBlockN / 2], int row, int col) {
+    const Mask mask(p.dropout);
+    const Mask::RowKey keys[2] = {mask.row_key(row + self.row()), mask.row_key(row + self.row() + 8)};
+#pragma unroll
+    for (int i = 0; i < C::kBlockN / 2; ++i) {
+      if (!mask.keeps(keys[i / 2 % 2], col + i / 4 * 8 + self.col() + i % 2)) acc[i] = 0;
+    }
   }
 
   // With 16 more columns, which are low; it is multiplied from registers, and stored for the other tiles of these rows.
@@ -177,26 +232,40 @@ struct Consumer {
 
   // ---- dA = dxa^T x, dB = dy^T xa --------------------------------------------------------------------------------------------
 
-  __device__ void gradient(const Item& item) {
+  __device__ __forceinline__ void gradient(const Item& item) {
     constexpr int kBlocks = C::kGradientBlocks;
-    const Gradient& g = item.work == Work::kGradientA ? p.dA : p.dB;
+    const bool of_A = item.work == Work::kGradientA;
+    const Gradient& g = of_A ? p.dA : p.dB;
     const int slice = item.row_pair / p.schedule.slice_pairs;
-    const int tokens = min(p.M - item.row_pair * kPairRows, p.schedule.slice_pairs * kPairRows);
+    const int row = item.row_pair * kPairRows, tokens = min(p.M - row, p.schedule.slice_pairs * kPairRows);
+    const int part = (item.col * kCluster + rank) * kConsumers + self.index;
+    const int first_col = part * kBlocks * kBox;
     outbox.send_flag();  // the first step may wait for it
     float acc[kBlocks][C::kBlockR / 2] = {};
-    consume(boxes_of(tokens), [&](uint32_t stage, int) {
-      const uint64_t low = descriptor<true>(stage + C::kGradientCols / kBox * kBoxBytes);
-      ptx::wgmma_fence();
+    float sum = 0;
+    const int steps = boxes_of(tokens);
+    if (kDrops && of_A) {
+      outbox.empty();
+      BoxMask mask(Mask(p.dropout), self);
+      consume(steps, [&](uint32_t stage, int step) {
+        mask.set_rows(row + step * kBox);
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const uint64_t big = descriptor<true>(stage + (self.index * kBlocks + b) * kBoxBytes);
-#pragma unroll
-        for (int s = 0; s < kSlices; ++s) ptx::wgmma<T, true, true>(acc[b], big + s * kSlice<true>, low + s * kSlice<true>);
-      }
-      ptx::wgmma_commit();
-    });
-    outbox.send_all();
-    const int part = (item.col * kCluster + rank) * kConsumers + self.index;
+        for (int b = 0; b < kBlocks; ++b) mask.apply(own_boxes(stage) + b * kBoxBytes, first_col + b * kBox);
+        publish_shared();
+        multiply_gradient(acc, stage);
+      });
+    } else if (g.sums != nullptr) {
+      outbox.empty();
+      ColumnSums<C, T> columns(self);
+      consume(steps, [&](uint32_t stage, int) {
+        multiply_gradient(acc, stage);
+        columns.add(own_boxes(stage));
+      });
+      sum = columns.sum();
+    } else {
+      consume(steps, [&](uint32_t stage, int) { multiply_gradient(acc, stage); });
+    }
+    outbox.empty();
     const bool first = slice == 0, last = slice + 1 == p.schedule.slices();
     int* chain = g.chain + part;
     if (!first) {
@@ -206,6 +275,7 @@ struct Consumer {
       }
       self.sync();
     }
+    if (g.sums != nullptr) store_sum(sum, g, first_col, first, last);
     float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{part} * kBlocks * kBox * C::kBlockR) + self.thread();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b, partial += C::kBlockR / 8 * kWarpgroup) {
@@ -216,12 +286,40 @@ struct Consumer {
       }
     }
     if (!last) return outbox.hold(0, chain);
-    const int first_col = part * kBlocks * kBox;
+    if (g.out == nullptr) return;
     if (g.copied) {
       outbox.keep_gradient(acc, g, first_col);
     } else {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) store_gradient(acc[b], g, first_col + b * kBox);
+    }
+  }
+
+  __device__ uint32_t own_boxes(uint32_t stage) const { return stage + self.index * C::kGradientBlocks * kBoxBytes; }
+
+  __device__ __forceinline__ void multiply_gradient(float (&acc)[C::kGradientBlocks][C::kBlockR / 2], uint32_t stage) {
+    const uint64_t low = descriptor<true>(stage + C::kGradientCols / kBox * kBoxBytes);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int b = 0; b < C::kGradientBlocks; ++b) {
+      const uint64_t big = descriptor<true>(own_boxes(stage) + b * kBoxBytes);
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) ptx::wgmma<T, true, true>(acc[b], big + s * kSlice<true>, low + s * kSlice<true>);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ void store_sum(float sum, const Gradient& g, int first_col, bool first, bool last) {
+    const ColumnSums<C, T> columns(self);
+    if (!columns.holds()) return;
+    const int col = first_col + columns.col();
+    if (last) {
+      if (!first) sum += __ldcg(g.sums_partial + col);
+      if (col < g.cols) store_as(g.sums, p.bias_dtype, col, sum);
+    } else if (first) {
+      __stcg(g.sums_partial + col, sum);
+    } else {
+      ptx::add_float(g.sums_partial + col, sum);
     }
   }
 
@@ -258,16 +356,8 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (c + i / 2 * 8 >= g.cols || 8 * j + self.col() + i % 2 >= p.r) continue;
-        store_factor(g.out, at + i / 2 * 8 * g.stride_col + i % 2 * g.stride_rank, acc[4 * j + i]);
+        store_as(g.out, p.factor_dtype, at + i / 2 * 8 * g.stride_col + i % 2 * g.stride_rank, acc[4 * j + i]);
       }
-    }
-  }
-
-  __device__ void store_factor(void* out, int64_t at, float value) {
-    if (p.factor_dtype == DType::kFloat32) {
-      static_cast<float*>(out)[at] = value;
-    } else {
-      static_cast<T*>(out)[at] = Round<T>::one(value);
     }
   }
 };

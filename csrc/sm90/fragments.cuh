@@ -23,18 +23,23 @@ struct Round;
 template <>
 struct Round<__nv_bfloat16> {
   static __device__ __nv_bfloat162 pair(float a, float b) { return __floats2bfloat162_rn(a, b); }
-  static __device__ __nv_bfloat16 one(float a) { return __float2bfloat16_rn(a); }
+  static __device__ float2 wide(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
 };
 template <>
 struct Round<__half> {
   static __device__ __half2 pair(float a, float b) { return __floats2half2_rn(a, b); }
-  static __device__ __half one(float a) { return __float2half_rn(a); }
+  static __device__ float2 wide(__half2 pair) { return __half22float2(pair); }
 };
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float a, float b) {
   const auto pair = Round<T>::pair(a, b);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  return Round<T>::wide(reinterpret_cast<const decltype(Round<T>::pair(0, 0))&>(pair));
 }
 
 }  // namespace fused_lora::sm90

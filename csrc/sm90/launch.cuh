@@ -1,6 +1,8 @@
 // From a pass's parameters to its kernel: which tile, which grid.
 #pragma once
 
+#include <atomic>
+
 #include "../lora_linear.h"
 #include "lora_linear.cuh"
 #include "plan.cuh"
@@ -15,7 +17,20 @@ inline int clusters_at_once() {
   return sms / kCluster;
 }
 
-template <typename C, typename T, bool kBackward>
+// Allows the kernel its shared memory on the current device: once, since that takes as long as half a launch.
+template <typename C, typename T, bool kBackward, bool kDrops>
+cudaError_t allow_shared_memory(int bytes) {
+  constexpr int kDevices = 64;
+  static std::atomic<bool> allowed[kDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || (device < kDevices && allowed[device].load())) return error;
+  error = cudaFuncSetAttribute(lora_linear_kernel<C, T, kBackward, kDrops>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && device < kDevices) allowed[device].store(true);
+  return error;
+}
+
+template <typename C, typename T, bool kBackward, bool kDrops>
 cudaError_t launch(KernelParams p, const Pass& pass, int clusters, cudaStream_t stream) {
   p.schedule = make_schedule<C>(pass, clusters);
   p.flags = static_cast<int>(2 + ready_flags(pass.M));
@@ -23,45 +38,53 @@ cudaError_t launch(KernelParams p, const Pass& pass, int clusters, cudaStream_t 
     p.dA.chain = p.ready + ready_flags(pass.M);
     p.dB.chain = p.dA.chain + (pass.wants_dA ? chain_flags<C>(pass.N) : 0);
     p.dB.partial = p.dA.partial + (pass.wants_dA ? partial_floats<C>(pass.N) : 0);
+    p.dB.sums_partial = p.dB.partial + (pass.wants_dB ? partial_floats<C>(pass.K) : 0);
   }
   int items = 0;
   for (int step = p.schedule.first_step(); step < p.schedule.last_step(); ++step) items += p.schedule.size(step);
 
-  const auto kernel = lora_linear_kernel<C, T, kBackward>;
   constexpr int kSharedBytes = sizeof(Shared<C>);
   static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const cudaError_t error = allow_shared_memory<C, T, kBackward, kDrops>(kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<kCluster * std::min(clusters, items), kThreads, kSharedBytes, stream>>>(p);
+  lora_linear_kernel<C, T, kBackward, kDrops><<<kCluster * std::min(clusters, items), kThreads, kSharedBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
-template <typename T, bool kBackward, int kBlockN>
+template <typename T, bool kBackward, bool kDrops, int kBlockN>
 cudaError_t launch_rank(const KernelParams& p, const Pass& pass, int clusters, cudaStream_t stream) {
   switch (block_rank(pass.r)) {
-    case 16: return launch<Config<kBlockN, 16>, T, kBackward>(p, pass, clusters, stream);
-    case 64: return launch<Config<kBlockN, 64>, T, kBackward>(p, pass, clusters, stream);
-    case 128: return launch<Config<kBlockN, 128>, T, kBackward>(p, pass, clusters, stream);
-    default: return launch<Config<256, 256>, T, kBackward>(p, pass, clusters, stream);  // which is never narrow
+    case 16: return launch<Config<kBlockN, 16>, T, kBackward, kDrops>(p, pass, clusters, stream);
+    case 64: return launch<Config<kBlockN, 64>, T, kBackward, kDrops>(p, pass, clusters, stream);
+    case 128: return launch<Config<kBlockN, 128>, T, kBackward, kDrops>(p, pass, clusters, stream);
+    default: return launch<Config<256, 256>, T, kBackward, kDrops>(p, pass, clusters, stream);  // which is never narrow
   }
 }
 
-template <typename T, bool kBackward>
+template <typename T, bool kBackward, bool kDrops>
 cudaError_t launch_tiles(const KernelParams& p, const Pass& pass, cudaStream_t stream) {
   const int clusters = clusters_at_once();
   if (clusters == 0) return cudaErrorInvalidDevice;
-  if (wants_narrow_tiles(pass.M, pass.N, pass.r, clusters)) return launch_rank<T, kBackward, 128>(p, pass, clusters, stream);
-  return launch_rank<T, kBackward, 256>(p, pass, clusters, stream);
+  if (wants_narrow_tiles(pass.M, pass.N, pass.r, clusters)) return launch_rank<T, kBackward, kDrops, 128>(p, pass, clusters, stream);
+  return launch_rank<T, kBackward, kDrops, 256>(p, pass, clusters, stream);
 }
 
-template <bool kBackward>
+template <bool kBackward, bool kDrops>
 cudaError_t launch_pass(const KernelParams& p, const Pass& pass, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward>(p, pass, stream);
-  return launch_tiles<__half, kBackward>(p, pass, stream);
+  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops>(p, pass, stream);
+  return launch_tiles<__half, kBackward, kDrops>(p, pass, stream);
 }
+
+// Each instantiated in a file of its own, so that they compile beside each other.
+#define FUSED_LORA_LAUNCH_PASS(backward, drops) \
+  template cudaError_t launch_pass<backward, drops>(const KernelParams&, const Pass&, DType, cudaStream_t)
+extern FUSED_LORA_LAUNCH_PASS(false, false);
+extern FUSED_LORA_LAUNCH_PASS(false, true);
+extern FUSED_LORA_LAUNCH_PASS(true, false);
+extern FUSED_LORA_LAUNCH_PASS(true, true);
 
 // Parameters that both passes have: sizes, low, and the flags, in the order in which KernelParams says they lie.
-inline KernelParams params_of(const Pass& pass, const Matrix& low, const float* scale, int* flags) {
+inline KernelParams params_of(const Pass& pass, const Matrix& low, const float* scale, const Dropout& dropout, int* flags) {
   KernelParams p{};
   p.M = static_cast<int>(pass.M);
   p.N = static_cast<int>(pass.N);
@@ -70,6 +93,7 @@ inline KernelParams params_of(const Pass& pass, const Matrix& low, const float* 
   p.low_data = low.data;
   p.low_stride = low.stride;
   p.scale = scale;
+  p.dropout = dropout;
   p.next_item = flags;
   p.exited = flags + 1;
   p.ready = flags + 2;

@@ -23,7 +23,7 @@ __device__ void take_items(Shared<C>& shared, const KernelParams& p, int index) 
 
 template <typename C>
 __device__ Item await_item(Shared<C>& shared, uint32_t phase) {
-  ptx::mbarrier_wait_published(&shared.item_full, phase);
+  ptx::mbarrier_wait(&shared.item_full, phase);
   const int4 words = *reinterpret_cast<const int4*>(&shared.item);
   return {static_cast<Work>(words.x), words.y, {words.z}, words.w};
 }
@@ -56,7 +56,7 @@ __device__ void prefetch_maps(const KernelParams& p) {
 #define FUSED_LORA_CLUSTER
 #endif
 
-template <typename C, typename T, bool kBackward>
+template <typename C, typename T, bool kBackward, bool kDrops>
 __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_constant__ KernelParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -73,7 +73,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   if (warpgroup == 0) {
     ptx::give_registers<40>();
     if (threadIdx.x == 0) {
-      Producer<C, kBackward> producer{shared, p, rank};
+      Producer<C, kBackward, kDrops> producer{shared, p, rank};
       for (uint32_t phase = 0;; phase ^= 1) {
         const Item item = await_item(shared, phase);
         if (item.work == Work::kEnd) break;
@@ -87,7 +87,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
     ptx::cluster_arrive();
   } else {
     ptx::take_registers<232>();
-    Consumer<C, T, kBackward> consumer{shared, p, rank, {warpgroup - 1}};
+    Consumer<C, T, kBackward, kDrops> consumer{shared, p, rank, {warpgroup - 1}};
     for (uint32_t phase = 0;; phase ^= 1) {
       const Item item = await_item(shared, phase);
       if (item.work == Work::kEnd) break;

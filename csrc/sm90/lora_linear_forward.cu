@@ -2,6 +2,11 @@
 #include "launch.cuh"
 
 namespace fused_lora {
+namespace sm90 {
+
+FUSED_LORA_LAUNCH_PASS(false, false);
+
+}  // namespace sm90
 
 using namespace sm90;
 
@@ -12,8 +17,8 @@ int tile_width(int64_t M, int64_t N, int64_t r) {
 int64_t forward_flags(int64_t M) { return 2 + ready_flags(M); }
 
 cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
-  const Pass pass{f.x.rows, f.weight.rows, f.x.cols, f.A.rows, false, true, false, false};
-  KernelParams p = params_of(pass, f.xa, f.scale, f.flags);
+  const Pass pass{f.x.rows, f.weight.rows, f.x.cols, f.A.rows, false, f.dropout.seed != nullptr, true, false, false};
+  KernelParams p = params_of(pass, f.xa, f.scale, f.dropout, f.flags);
   MapMaker map{f.dtype};
   p.lhs = map(f.x);
   p.weight = map(f.weight);
@@ -25,7 +30,8 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   if (map.error != cudaSuccess) return map.error;
   p.bias = f.bias;
   p.bias_dtype = f.bias_dtype;
-  return launch_pass<false>(p, pass, f.dtype, stream);
+  const auto launch = pass.drops ? launch_pass<false, true> : launch_pass<false, false>;
+  return launch(p, pass, f.dtype, stream);
 }
 
 }  // namespace fused_lora

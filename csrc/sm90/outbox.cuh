@@ -5,20 +5,9 @@
 #include "fragments.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
+#include "warpgroup.cuh"
 
 namespace fused_lora::sm90 {
-
-// One of the consumers, and where this thread's part of its results lies.
-struct Warpgroup {
-  const int index;  // 0 or 1: which 64 of a tile's 128 rows
-
-  __device__ int thread() const { return threadIdx.x % kWarpgroup; }
-  __device__ int lane() const { return threadIdx.x % 32; }
-  // In each 64 rows and 8 columns of an accumulator: col() and the next, of rows row() and row() + 8.
-  __device__ int row() const { return thread() / 32 * 16 + lane() / 4; }
-  __device__ int col() const { return lane() % 4 * 2; }
-  __device__ void sync() const { ptx::named_barrier(1 + index, kWarpgroup); }
-};
 
 template <typename C, typename T>
 struct Outbox {
@@ -81,6 +70,16 @@ struct Outbox {
 
   __device__ __forceinline__ void send_all() {
     while (pending()) send_part();
+  }
+
+  // The same, and tells the compiler that the registers are free.
+  __device__ __forceinline__ void empty() {
+    send_all();
+#pragma unroll
+    for (auto& box : boxes) {
+#pragma unroll
+      for (uint32_t& pair : box) pair = 0;
+    }
   }
 
   __device__ __forceinline__ void send_boxes() {

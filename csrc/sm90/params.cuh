@@ -4,13 +4,14 @@
 //   forward        x     W        A      xa    B    y       out = lhs W^T + low up^T + bias     the right operands K-major
 //   backward       dy    W        B      dxa   A    dx      out = lhs W + low up                the right operands MN-major
 //                                                           low = scale lhs down^T | down
+// With dropout: forward, low is of the masked x; backward, low up and dA's x are masked.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../lora_linear.h"
 #include "schedule.cuh"
 
 namespace fused_lora::sm90 {
@@ -19,12 +20,14 @@ namespace fused_lora::sm90 {
 struct Gradient {
   CUtensorMap big, low, result;
   bool copied;  // result is valid: 16 bits, rows a multiple of 16 bytes
-  void* out;    // element (col, rank) at col * stride_col + rank * stride_rank
+  void* out;    // element (col, rank) at col * stride_col + rank * stride_rank; null where only sums are wanted
   int64_t stride_col, stride_rank;
   int cols;
   float* partial;
   int* chain;      // for each warpgroup's part of the columns: slices added so far
   bool needs_low;  // low is made by this launch
+  void* sums;      // of big over tokens, (cols,), or null
+  float* sums_partial;
 };
 
 struct KernelParams {
@@ -36,7 +39,8 @@ struct KernelParams {
   int64_t low_stride;
   const float* scale;
   const void* bias;
-  DType bias_dtype, factor_dtype;
+  DType bias_dtype, factor_dtype;  // of bias or its gradient; of A's and B's
+  Dropout dropout;
   // Zeros before and after a launch: next_item, exited, ready follow one another, flags in all.
   int* next_item;
   int* exited;

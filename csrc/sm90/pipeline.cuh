@@ -41,10 +41,13 @@ struct Config {
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
 };
 
-// Whether a tile brings low forth on its way. Nothing rides backward, so there is no code for it there.
-template <typename C, bool kBackward>
+// Whether a tile brings low forth on its way. Nothing rides backward or where x is masked, so there is no code for it there.
+template <typename C, bool kBackward, bool kDrops>
+constexpr bool can_ride = C::kCanRide && !kBackward && !kDrops;
+
+template <typename C, bool kBackward, bool kDrops>
 __device__ __forceinline__ bool rides(const Schedule& schedule, const Item& item) {
-  return C::kCanRide && !kBackward && schedule.rides && item.col == 0;
+  return can_ride<C, kBackward, kDrops> && schedule.rides && item.col == 0;
 }
 
 template <typename C>

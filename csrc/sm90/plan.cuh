@@ -12,8 +12,8 @@ namespace fused_lora::sm90 {
 // The sizes of one pass: out (M, N) sums over K.
 struct Pass {
   int64_t M, N, K, r;
-  bool backward;
-  bool wants_out, wants_dA, wants_dB;  // forward: the first
+  bool backward, drops;
+  bool wants_out, wants_dA, wants_dB;  // forward: the first; sums of dy come with dB
 
   bool needs_low() const { return wants_out || wants_dA; }
 };
@@ -37,19 +37,20 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   Schedule s{};
   s.row_pairs = ceil_div(pass.M, kPairRows);
   s.tile_cols = pass.wants_out ? ceil_div(pass.N, C::kBlockN) : 0;
-  const bool long_tiles = pass.K >= 3072;
+  const bool long_tiles = pass.K >= 3072, masks_shrink = pass.drops && !pass.backward;
   // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
-  s.rides = C::kCanRide && !pass.backward && pass.wants_out && s.tile_cols <= 4;
+  s.rides = C::kCanRide && !pass.backward && !pass.drops && s.tile_cols <= 4;
   s.group_pairs = s.rides ? 32 : 8;
   s.groups = ceil_div(s.row_pairs, s.group_pairs);
   const bool small_groups = s.group_pairs * s.tile_cols < clusters / 2;
   if (pass.needs_low() && !s.rides) {
-    s.shrink_batch = long_tiles && C::kBlockN == 256 && C::kBlockR <= 128 ? 2 : 1;
+    s.shrink_batch = long_tiles && C::kBlockN == 256 && C::kBlockR <= 128 && !masks_shrink ? 2 : 1;
     s.shrink_lead = pass.backward && small_groups ? 4 : 1;
   }
   s.gradient_lead = pass.backward && small_groups ? std::min(2, std::max(0, s.shrink_lead - 1)) : 0;
   s.tail = long_tiles ? 0 : 4;
-  s.slice_pairs = s.groups == 1 ? 2 : s.group_pairs;
+  const bool masks_dA = pass.drops && pass.K >= 2048;
+  s.slice_pairs = s.groups == 1 || masks_dA ? 4 : s.group_pairs;
   if (pass.wants_dA) s.dA_pairs = ceil_div(pass.N, kCluster * C::kGradientCols);
   if (pass.wants_dB) s.dB_pairs = ceil_div(pass.K, kCluster * C::kGradientCols);
   return s;
@@ -58,21 +59,24 @@ Schedule make_schedule(const Pass& pass, int clusters) {
 // Flags of low: two warpgroups for each 128 rows write it, into one flag.
 inline int64_t ready_flags(int64_t M) { return kPairRows / kBlockM * ceil_div(M, kPairRows); }
 
-// Of a gradient with `cols` columns: flags of its chained sums, one for each warpgroup's part, and their fp32 values.
+// Of a gradient with `cols` columns: flags of its chained sums, one for each warpgroup's part; their fp32 values, and those of
+// the columns' own sums.
 template <typename C>
 int64_t chain_flags(int64_t cols) {
   return kCluster * kConsumers * ceil_div(cols, kCluster * C::kGradientCols);
 }
 template <typename C>
+int64_t partial_cols(int64_t cols) {
+  return int64_t{kCluster} * C::kGradientCols * ceil_div(cols, kCluster * C::kGradientCols);
+}
+template <typename C>
 int64_t partial_floats(int64_t cols) {
-  return int64_t{kCluster} * C::kGradientCols * C::kBlockR * ceil_div(cols, kCluster * C::kGradientCols);
+  return partial_cols<C>(cols) * C::kBlockR;
 }
 
-// Enough of both for whichever tile is chosen.
+// Enough of them for whichever tile is chosen.
 inline int64_t most_chain_flags(int64_t cols) { return chain_flags<Config<128, 16>>(cols); }
-inline int64_t most_partial_floats(int64_t cols, int64_t r) {
-  constexpr int kMostCols = kCluster * Config<256, 16>::kGradientCols;
-  return int64_t{ceil_div(cols, kMostCols)} * kMostCols * block_rank(r);
-}
+inline int64_t most_partial_cols(int64_t cols) { return partial_cols<Config<256, 16>>(cols); }
+inline int64_t most_partial_floats(int64_t cols, int64_t r) { return most_partial_cols(cols) * block_rank(r); }
 
 }  // namespace fused_lora::sm90

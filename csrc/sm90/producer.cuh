@@ -8,7 +8,7 @@ namespace fused_lora::sm90 {
 
 constexpr int kLookahead = 8;  // steps before the end of an item at which the next one may be taken
 
-template <typename C, bool kBackward>
+template <typename C, bool kBackward, bool kDrops>
 struct Producer {
   Shared<C>& shared;
   const KernelParams& p;
@@ -81,7 +81,8 @@ struct Producer {
 
   __device__ void tile(const Item& item) {
     const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kBlockN;
-    const bool riding = rides<C, kBackward>(p.schedule, item);
+    const bool riding = rides<C, kBackward, kDrops>(p.schedule, item);
+    if (kBackward && kDrops) tile_ranks(row, col, false);  // which are masked before the rest is added
     const int release_at = lookahead(p.K, kBox);
     for (int k = 0; k < p.K; k += kBox) {
       const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (riding ? C::kRideBytes : 0));
@@ -91,6 +92,10 @@ struct Producer {
       ring.advance();
       if (k == release_at) release_item();
     }
+    if (!(kBackward && kDrops)) tile_ranks(row, col, riding);
+  }
+
+  __device__ void tile_ranks(int row, int col, bool riding) {
     if (!riding) wait_for_low(row);
     for (int k = 0; k < p.r; k += kBox) {
       const uint32_t stage = begin_step((C::kTileBoxes - (riding ? 2 : 0)) * kBoxBytes);

@@ -12,11 +12,11 @@ from .library import define, on_device_of
 ops = torch.ops.fused_lora
 
 
-def _backend(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, p: float) -> str:
+def _backend(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> str:
     if x.numel() == 0 or weight.numel() == 0:
         return "reference"  # empty products have no tiles; the reference gets them right for free
     readable = backends.copy_engine_reads(weight, A, B)
-    return backends.choose_lora_linear(x.device, x.dtype, *reversed(weight.shape), A.shape[0], p, readable).name
+    return backends.choose_lora_linear(x.device, x.dtype, *reversed(weight.shape), A.shape[0], readable).name
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -24,15 +24,20 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _kernel_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Of a bias: kernels know three dtypes."""
+    return torch.float32 if dtype is torch.float64 else dtype
+
+
 def _kernel_bias(bias: Tensor | None) -> Tensor | None:
     """Dense, as kernels read it, and of a dtype that they know."""
-    return bias if bias is None else (bias.float() if bias.dtype is torch.float64 else bias).contiguous()
+    return bias if bias is None else bias.to(_kernel_dtype(bias.dtype)).contiguous()
 
 
 def _forward(x, weight, A, B, bias, scale, seed, p):
-    flat, backend = _rows(x), _backend(x, weight, A, B, p)
+    flat, backend = _rows(x), _backend(x, weight, A, B)
     if backend == "cuda":
-        y, xa = ops.cuda_lora_linear_forward(flat, weight, A, B, _kernel_bias(bias), scale)
+        y, xa = ops.cuda_lora_linear_forward(flat, weight, A, B, _kernel_bias(bias), scale, seed, p)
         xa = xa.contiguous()
     elif backend == "triton":
         from ..kernels.dropout import Dropout
@@ -53,12 +58,16 @@ def _forward_fake(x, weight, A, B, bias, scale, seed, p):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), xa
 
 
-def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB):
+def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB, dbias_dtype):
     needs = (need_dx, need_dA, need_dB)
-    flat, flat_dy, backend = _rows(x), _rows(dy), _backend(x, weight, A, B, p)
+    flat, flat_dy, backend = _rows(x), _rows(dy), _backend(x, weight, A, B)
+    dbias = None
     if backend == "cuda":
-        grads = ops.cuda_lora_linear_backward(flat_dy, flat, weight, A, B, xa, scale, *needs)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        *grads, dbias = ops.cuda_lora_linear_backward(
+            flat_dy, flat, weight, A, B, xa, scale, seed, p, *needs, _kernel_dtype(dbias_dtype)
+        )
+    elif not any(needs):
+        grads = needs
     elif backend == "triton":
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_backward
@@ -71,15 +80,22 @@ def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB
     else:
         with torch.autocast(x.device.type, enabled=False):
             grads = reference.lora_linear_backward_ref(flat_dy, flat, weight, A, B, xa, scale, seed, p, needs)
-    dx, dA, dB = (x.new_empty(0) if grad is None else grad for grad in grads)
-    return dx.view(x.shape) if need_dx else dx, dA, dB
+    dx, dA, dB = (grad if need else x.new_empty(0) for grad, need in zip(grads, needs, strict=True))
+    if dbias_dtype is None:
+        dbias = x.new_empty(0)
+    else:
+        if dbias is None:
+            dbias = flat_dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        dbias = dbias.to(dbias_dtype)
+    return dx.view(x.shape) if need_dx else dx, dA, dB, dbias
 
 
-def _backward_fake(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB):
+def _backward_fake(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB, dbias_dtype):
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dA = A.new_empty(A.shape) if need_dA else x.new_empty(0)
     dB = B.new_empty(B.shape) if need_dB else x.new_empty(0)
-    return dx, dA, dB
+    dbias = x.new_empty(0) if dbias_dtype is None else x.new_empty(weight.shape[0], dtype=dbias_dtype)
+    return dx, dA, dB, dbias
 
 
 define(
@@ -90,7 +106,8 @@ define(
 )
 define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor xa, Tensor scale,"
-    " Tensor? seed, float p, bool need_dx, bool need_dA, bool need_dB) -> (Tensor, Tensor, Tensor)",
+    " Tensor? seed, float p, bool need_dx, bool need_dA, bool need_dB, ScalarType? dbias_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -112,14 +129,14 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, A, B, xa, scale, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
-        dx = dA = dB = dbias = None
-        if need_dx or need_dA or need_dB:
-            dx, dA, dB = ops.lora_linear_backward(
-                dy, x, weight, A, B, xa, scale, seed, ctx.p, need_dx, need_dA, need_dB
-            )
-        if need_dbias:
-            dbias = _rows(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx if need_dx else None, None, dA if need_dA else None, dB if need_dB else None, dbias, None, None, None
+        needs = (need_dx, need_dA, need_dB, need_dbias)
+        if not any(needs):
+            return (None,) * 8
+        grads = ops.lora_linear_backward(
+            dy, x, weight, A, B, xa, scale, seed, ctx.p, *needs[:3], ctx.bias_dtype if need_dbias else None
+        )
+        dx, dA, dB, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return dx, None, dA, dB, dbias, None, None, None
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -133,7 +150,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
     return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 
 
-def _runs_eagerly_in_csrc(x, weight, A, B, bias, scale) -> bool:
+def _runs_eagerly_in_csrc(x, weight, A, B, bias, scale, seed, p) -> bool:
     """Plain tensors on a GPU for csrc, outside torch.compile and torch.func, which have to see through it."""
     return (
         isinstance(x, Tensor)
@@ -143,6 +160,8 @@ def _runs_eagerly_in_csrc(x, weight, A, B, bias, scale) -> bool:
         and isinstance(B, Tensor)
         and isinstance(scale, Tensor)
         and (bias is None or isinstance(bias, Tensor))
+        and (seed is None or isinstance(seed, Tensor))
+        and isinstance(p, int | float)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and backends.choose(x.device, x.dtype).name == "cuda"
@@ -176,8 +195,8 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and _autocasts(x):
         x, weight, bias = _autocast(x, weight, bias)
-    if p == 0 and _runs_eagerly_in_csrc(x, weight, A, B, bias, scale):
-        y = ops.cuda_lora_linear(x, weight, A, B, bias, scale)
+    if _runs_eagerly_in_csrc(x, weight, A, B, bias, scale, seed, p):
+        y = ops.cuda_lora_linear(x, weight, A, B, bias, scale, seed, p)
         if y is not None:  # else something is wrong, or for another backend
             return y
     checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)

@@ -1,4 +1,4 @@
-// Reads passes from standard input, "M N K r backward wants_out wants_dA wants_dB block_n clusters" a line, and writes for each one line:
+// Reads passes from standard input, "M N K r backward drops wants_out wants_dA wants_dB block_n clusters" a line, and writes for each one line:
 // of sizes, then of work items, four numbers each, in the order of the list.
 #include <cstdio>
 
@@ -37,9 +37,9 @@ void list_rank(const Pass& pass, int clusters) {
 
 int main() {
   long long M, N, K, r;
-  int backward, out, dA, dB, block_n, clusters;
-  while (std::scanf("%lld %lld %lld %lld %d %d %d %d %d %d", &M, &N, &K, &r, &backward, &out, &dA, &dB, &block_n, &clusters) == 10) {
-    const Pass pass{M, N, K, r, backward != 0, out != 0, dA != 0, dB != 0};
+  int backward, drops, out, dA, dB, block_n, clusters;
+  while (std::scanf("%lld %lld %lld %lld %d %d %d %d %d %d %d", &M, &N, &K, &r, &backward, &drops, &out, &dA, &dB, &block_n, &clusters) == 11) {
+    const Pass pass{M, N, K, r, backward != 0, drops != 0, out != 0, dA != 0, dB != 0};
     block_n == 256 ? list_rank<256>(pass, clusters) : list_rank<128>(pass, clusters);
   }
 }

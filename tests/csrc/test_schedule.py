@@ -33,7 +33,7 @@ def list_work(tmp_path_factory):
 
 
 def some_passes(count):
-    """M, N, K, r, backward, wants_out, wants_dA, wants_dB, block_n, clusters."""
+    """M, N, K, r, backward, drops, wants_out, wants_dA, wants_dB, block_n, clusters."""
     rng = random.Random(0)
     for _ in range(count):
         M = rng.choice([1, 255, 256, 257, 2048, 2049, rng.randint(1, 40000)])
@@ -43,7 +43,7 @@ def some_passes(count):
         wants = wants if any(wants) else [True, True, True]
         r = rng.choice([1, 16, 17, 64, 100, 128, 129, 256])
         block_n = 256 if r > 128 else rng.choice([128, 256])
-        yield (M, N, K, r, int(backward), *map(int, wants), block_n, rng.choice([1, 5, 57, 66]))
+        yield (M, N, K, r, int(backward), rng.randint(0, 1), *map(int, wants), block_n, rng.choice([1, 5, 57, 66]))
 
 
 def places(items, pairs_of):
@@ -62,7 +62,7 @@ def shrunk(item):
 
 
 def check(each, sizes, items):
-    M, N, _, _, _, wants_out, wants_dA, wants_dB, block_n, _ = each
+    M, N, _, _, _, _, wants_out, wants_dA, wants_dB, block_n, _ = each
     row_pairs, tile_cols, dA_pairs, dB_pairs, slice_pairs, rides, ready, chains, most_chains, floats, most_floats = (
         sizes
     )
@@ -105,7 +105,7 @@ def test_all_work_once_and_in_an_order_that_can_finish(list_work):
 
 
 def test_the_check_can_fail(list_work):
-    each = (6000, 512, 512, 16, 1, 1, 1, 1, 256, 66)
+    each = (6000, 512, 512, 16, 1, 0, 1, 1, 1, 256, 66)
     ((sizes, items),) = list_work([each])
     check(each, sizes, items)
     first_tile = next(number for number, item in enumerate(items) if item[0] == TILE)

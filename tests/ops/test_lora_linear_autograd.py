@@ -66,7 +66,7 @@ def spy_on_backward(monkeypatch):
 
         @staticmethod
         def lora_linear_backward(*args):
-            calls.append((args[-3:], real(*args)))
+            calls.append((args[-4:-1], real(*args)))
             return calls[-1][1]
 
     monkeypatch.setattr(op_module, "ops", Spy)
@@ -84,12 +84,9 @@ def test_only_the_gradients_needed(needs, device, dtype, monkeypatch):
         inputs[name] = inputs[name].detach().requires_grad_(needed)
     lora_linear(**inputs, scale=SCALE).backward(dy)
     torch.testing.assert_close(inputs["bias"].grad, want["dbias"])
-    if not any(needs):
-        assert calls == []
-        return
     ((flags, results),) = calls
     assert flags == needs
-    for name, needed, result in zip(TRAINED, needs, results, strict=True):
+    for name, needed, result in zip(TRAINED, needs, results[:3], strict=True):
         assert result.numel() == (inputs[name].numel() if needed else 0)
         assert (inputs[name].grad is not None) == needed
         if needed:

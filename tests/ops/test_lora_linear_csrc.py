@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_lora import backends, lora_linear
-from tests.ops.problem import SCALE, make_dy, make_inputs, run, solve
+from tests.ops.problem import SCALE, make_dy, make_inputs, run, seed_on, solve
 from tests.ops.test_lora_linear_cuda import assert_same, capture
 
 
@@ -21,7 +21,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 def solve_in_csrc(M, K, N, r, dtype=torch.bfloat16, **options):
     inputs = make_inputs(M, K, N, r, "cuda", dtype, **options)
-    assert backends.choose_lora_linear(inputs["x"].device, dtype, K, N, r, 0.0).name == "cuda"
+    assert backends.choose_lora_linear(inputs["x"].device, dtype, K, N, r).name == "cuda"
     return solve(inputs, make_dy(inputs))
 
 
@@ -49,11 +49,56 @@ def test_many_rows(M, K, N, r):
     solve_in_csrc(M, K, N, r)
 
 
+# Narrow and wide tiles, every rank's kernel, several groups and slices, one that would ride without dropout.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize(("M", "K", "N", "r"), [
+    (333, 264, 392, 5), (333, 264, 392, 65), (5000, 2056, 1032, 16), (9000, 320, 136, 16), (4100, 1032, 520, 128),
+    (4100, 520, 1032, 40), (2500, 264, 392, 200),
+])  # fmt: skip
+def test_dropout(M, K, N, r, p, dtype):
+    inputs = make_inputs(M, K, N, r, "cuda", dtype)
+    solve(inputs, make_dy(inputs), p=p, seed=seed_on("cuda"))
+
+
+def test_dropout_draws_a_seed_as_other_backends_do():
+    inputs = make_inputs(300, 264, 136, 12, "cuda", torch.bfloat16)
+    scale = torch.tensor(SCALE, device="cuda")
+    torch.manual_seed(5)
+    y = lora_linear(**inputs, scale=scale, p=0.5)
+    torch.manual_seed(5)
+    seed = torch.randint(2**62, (), dtype=torch.int64, device="cuda")
+    assert torch.equal(y, lora_linear(**inputs, scale=scale, p=0.5, seed=seed))
+    assert not torch.equal(y, lora_linear(**inputs, scale=scale, p=0.5))
+
+
+@pytest.mark.parametrize(("p", "seed", "error"), [
+    (1.5, None, "p must be"), (-0.1, None, "p must be"), (0.5, torch.tensor(1), "seed"), (0.5, torch.ones(()), "seed"),
+])  # fmt: skip
+def test_a_wrong_dropout_is_named(p, seed, error):
+    inputs = make_inputs(20, 64, 64, 8, "cuda", torch.bfloat16)
+    with pytest.raises((ValueError, TypeError), match=error):
+        lora_linear(**inputs, scale=torch.tensor(SCALE, device="cuda"), p=p, seed=seed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("r", [3, 16, 96])
 def test_float32_factors(r, dtype):
     got = solve_in_csrc(2500, 264, 392, r, dtype, lora_dtype=torch.float32)
     assert got["dA"].dtype == got["dB"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("M", "r"), [(300, 16), (9000, 128)])
+def test_the_gradient_of_a_bias_is_summed_in_float32(M, r, bias_dtype):
+    inputs = make_inputs(M, 136, 392, r, "cuda", torch.bfloat16)
+    inputs["bias"] = inputs["bias"].detach().to(bias_dtype).requires_grad_()
+    dy = make_dy(inputs)
+    got = run(lora_linear, inputs, dy, scale=torch.tensor(SCALE, device="cuda"))["dbias"]
+    exact = dy.double().sum(0)
+    assert got.dtype is bias_dtype
+    bound = 2**-8 if bias_dtype is torch.bfloat16 else 1e-5
+    assert (got.double() - exact).abs().max() < bound * exact.abs().max()
 
 
 # M = 300 ends in the first half of its last 256 rows.
@@ -89,17 +134,19 @@ def test_empty_results():
 
 
 @pytest.mark.parametrize("load", [False, True], ids=["idle", "loaded"])
-@pytest.mark.parametrize(("M", "K", "N", "r"), [(4096, 1024, 1024, 128), (5000, 264, 520, 16), (700, 2048, 512, 5)])
-def test_the_same_bits_200_times(M, K, N, r, load):
+@pytest.mark.parametrize(("M", "K", "N", "r", "p"), [
+    (4096, 1024, 1024, 128, 0.0), (5000, 264, 520, 16, 0.0), (700, 2048, 512, 5, 0.0), (5000, 264, 520, 16, 0.5),
+])  # fmt: skip
+def test_the_same_bits_200_times(M, K, N, r, p, load):
     inputs = make_inputs(M, K, N, r, "cuda", torch.bfloat16)
-    scale, dy = torch.tensor(SCALE, device="cuda"), make_dy(inputs)
-    first = run(lora_linear, inputs, dy, scale=scale)
+    dy, options = make_dy(inputs), {"scale": torch.tensor(SCALE, device="cuda"), "p": p, "seed": seed_on("cuda")}
+    first = run(lora_linear, inputs, dy, **options)
     beside, work = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     for _ in range(200):
         if load:
             with torch.cuda.stream(beside):
                 work @ work
-        got = run(lora_linear, inputs, dy, scale=scale)
+        got = run(lora_linear, inputs, dy, **options)
         assert all(torch.equal(got[name], value) for name, value in first.items())
 
 
