@@ -27,7 +27,8 @@ test: $(READY)
 bench: $(READY)
 	$(PYTHON) -m bench
 
-RANGES := --nvtx $(foreach pass,forward backward,--nvtx-include "fused_lora@$(pass)/")
+# The CUDA kernels' ranges are in a domain of their own, those of Triton's launches in the default one.
+RANGES := --nvtx $(foreach pass,forward backward,--nvtx-include "fused_lora@$(pass)/" --nvtx-include "fused_lora.$(pass)/")
 SECTIONS := $(foreach section,SpeedOfLight SpeedOfLight_RooflineChart MemoryWorkloadAnalysis WarpStateStats LaunchStats,--section $(section))
 
 profile: $(READY)

@@ -1,27 +1,11 @@
 // A warpgroup that multiplies: 64 of the 128 rows of a block's tile, and what becomes of the results.
 #pragma once
 
-#include "column_sums.cuh"
+#include "chain.cuh"
 #include "mask.cuh"
 #include "outbox.cuh"
 
 namespace fused_lora::sm90 {
-
-__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int i) {
-  switch (dtype) {
-    case DType::kFloat32: return static_cast<const float*>(data)[i];
-    case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);
-    default: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-  }
-}
-
-__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, float value) {
-  switch (dtype) {
-    case DType::kFloat32: static_cast<float*>(data)[i] = value; break;
-    case DType::kFloat16: static_cast<__half*>(data)[i] = __float2half_rn(value); break;
-    default: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
-  }
-}
 
 template <typename C, typename T, bool kBackward, bool kDrops>
 struct Consumer {
@@ -230,7 +214,7 @@ struct Consumer {
     }
   }
 
-  // ---- dA = dxa^T x, dB = dy^T xa --------------------------------------------------------------------------------------------
+  // ---- dA = dxa^T x, dB = dy^T xa, dbias = sum of dy -------------------------------------------------------------------------
 
   __device__ __forceinline__ void gradient(const Item& item) {
     constexpr int kBlocks = C::kGradientBlocks;
@@ -266,32 +250,16 @@ struct Consumer {
       consume(steps, [&](uint32_t stage, int) { multiply_gradient(acc, stage); });
     }
     outbox.empty();
-    const bool first = slice == 0, last = slice + 1 == p.schedule.slices();
-    int* chain = g.chain + part;
-    if (!first) {
-      if (self.thread() == 0) {
-        ptx::flag_wait(chain, slice);
-        if (last) *chain = 0;  // as the next launch needs it
-      }
-      self.sync();
-    }
-    if (g.sums != nullptr) store_sum(sum, g, first_col, first, last);
-    float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{part} * kBlocks * kBox * C::kBlockR) + self.thread();
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b, partial += C::kBlockR / 8 * kWarpgroup) {
-      if (!last) {
-        store_partial(acc[b], partial, first);
-      } else if (!first) {
-        add_partial(acc[b], partial);
-      }
-    }
-    if (!last) return outbox.hold(0, chain);
+    const Chain<C, T> chain{p, self, g, part, slice, p.schedule.slices()};
+    chain.await_turn();
+    if (g.sums != nullptr) chain.add_sum(sum);
+    chain.add(acc);
+    if (!chain.last()) return outbox.hold(0, chain.flag());
     if (g.out == nullptr) return;
     if (g.copied) {
       outbox.keep_gradient(acc, g, first_col);
     } else {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) store_gradient(acc[b], g, first_col + b * kBox);
+      chain.store(acc);
     }
   }
 
@@ -307,58 +275,6 @@ struct Consumer {
       for (int s = 0; s < kSlices; ++s) ptx::wgmma<T, true, true>(acc[b], big + s * kSlice<true>, low + s * kSlice<true>);
     }
     ptx::wgmma_commit();
-  }
-
-  __device__ void store_sum(float sum, const Gradient& g, int first_col, bool first, bool last) {
-    const ColumnSums<C, T> columns(self);
-    if (!columns.holds()) return;
-    const int col = first_col + columns.col();
-    if (last) {
-      if (!first) sum += __ldcg(g.sums_partial + col);
-      if (col < g.cols) store_as(g.sums, p.bias_dtype, col, sum);
-    } else if (first) {
-      __stcg(g.sums_partial + col, sum);
-    } else {
-      ptx::add_float(g.sums_partial + col, sum);
-    }
-  }
-
-  __device__ void add_partial(float (&acc)[C::kBlockR / 2], const float4* partial) {
-#pragma unroll
-    for (int i = 0; i < C::kBlockR / 8; ++i) {
-      const float4 v = __ldcg(partial + i * kWarpgroup);
-      acc[4 * i] += v.x;
-      acc[4 * i + 1] += v.y;
-      acc[4 * i + 2] += v.z;
-      acc[4 * i + 3] += v.w;
-    }
-  }
-
-  // The chain makes the order of the additions, so they need no answer: L2 adds.
-  __device__ void store_partial(const float (&acc)[C::kBlockR / 2], float4* partial, bool first) {
-#pragma unroll
-    for (int i = 0; i < C::kBlockR / 8; ++i) {
-      const float4 v = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
-      if (first) {
-        __stcg(partial + i * kWarpgroup, v);
-      } else {
-        ptx::add_float4(partial + i * kWarpgroup, v);
-      }
-    }
-  }
-
-  // Where the copy engine cannot write it: float32, or rows that are no multiple of 16 bytes.
-  __device__ void store_gradient(const float (&acc)[C::kBlockR / 2], const Gradient& g, int first_col) {
-    const int c = first_col + self.row();
-    int64_t at = c * g.stride_col + self.col() * g.stride_rank;
-#pragma unroll
-    for (int j = 0; j < C::kBlockR / 8; ++j, at += 8 * g.stride_rank) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (c + i / 2 * 8 >= g.cols || 8 * j + self.col() + i % 2 >= p.r) continue;
-        store_as(g.out, p.factor_dtype, at + i / 2 * 8 * g.stride_col + i % 2 * g.stride_rank, acc[4 * j + i]);
-      }
-    }
   }
 };
 

@@ -1,6 +1,6 @@
 """The torch.library namespace `fused_lora`. Its ops are private: they have no autograd of their own."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -16,8 +16,15 @@ def define(schema: str, implementation, fake) -> None:
     torch.library.register_fake(f"fused_lora::{name}", fake, lib=LIBRARY)
 
 
-def on_device_of(tensor):
-    """Kernels launch on the current device: make it the tensor's."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
+@contextmanager
+def launching(name: str, tensor: torch.Tensor):
+    """Around launches from Python: the tensor's device is current, and Nsight shows a range fused_lora.<name>."""
+    if not tensor.is_cuda:
+        yield
+        return
+    torch.cuda.nvtx.range_push(f"fused_lora.{name}")
+    try:
+        with torch.cuda.device(tensor.device):
+            yield
+    finally:
+        torch.cuda.nvtx.range_pop()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends, checks, reference
-from .library import define, on_device_of
+from .library import define, launching
 
 ops = torch.ops.fused_lora
 
@@ -43,7 +43,7 @@ def _forward(x, weight, A, B, bias, scale, seed, p):
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_forward
 
-        with on_device_of(x):
+        with launching("forward", x):
             gpu, precision = backends.gpu(x.device), backends.precision(x.dtype)
             dropout = Dropout(p, seed)
             y, xa = lora_linear_forward(flat, weight, A, B, _kernel_bias(bias), scale, dropout, gpu, precision)
@@ -72,7 +72,7 @@ def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_backward
 
-        with on_device_of(x):
+        with launching("backward", x):
             gpu, precision = backends.gpu(x.device), backends.precision(x.dtype)
             grads = lora_linear_backward(
                 flat_dy, flat, weight, A, B, xa, scale, Dropout(p, seed), gpu, precision, needs

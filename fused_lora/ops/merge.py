@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, reference
-from .library import define, on_device_of
+from .library import define, launching
 
 ops = torch.ops.fused_lora
 
@@ -19,7 +19,7 @@ def _merge(weight, A, B, scale):
     if backend == "triton":
         from ..kernels.merge import merge_ as merge_kernel_
 
-        with on_device_of(weight):
+        with launching("merge", weight):
             merge_kernel_(weight, A, B, scale, backends.gpu(weight.device))
     else:
         ops.cuda_merge_(weight, A.contiguous(), B.contiguous(), scale)

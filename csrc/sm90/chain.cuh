@@ -1,0 +1,105 @@
+// Sums over tokens whose slices are different items: each adds to what the one before left, in order, so that the bits are
+// always the same. A warpgroup's part is kGradientBlocks x 64 columns of a factor's gradient, and of the columns' own sums.
+#pragma once
+
+#include "column_sums.cuh"
+#include "convert.cuh"
+#include "params.cuh"
+
+namespace fused_lora::sm90 {
+
+template <typename C, typename T>
+struct Chain {
+  static constexpr int kBlocks = C::kGradientBlocks;
+  using Acc = float[kBlocks][C::kBlockR / 2];
+
+  const KernelParams& p;
+  const Warpgroup& self;
+  const Gradient& g;
+  const int part, slice, slices;
+
+  __device__ bool first() const { return slice == 0; }
+  __device__ bool last() const { return slice + 1 == slices; }
+  __device__ int* flag() const { return g.chain + part; }
+  __device__ int first_col() const { return part * kBlocks * kBox; }
+
+  __device__ __forceinline__ void await_turn() const {
+    if (first()) return;
+    if (self.thread() == 0) {
+      ptx::flag_wait(flag(), slice);
+      if (last()) *flag() = 0;  // as the next launch needs it
+    }
+    self.sync();
+  }
+
+  // Leaves the sum so far in memory, or after the last slice the whole sum in acc.
+  __device__ __forceinline__ void add(Acc& acc) const {
+    float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{part} * kBlocks * kBox * C::kBlockR) + self.thread();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b, partial += C::kBlockR / 8 * kWarpgroup) {
+      if (!last()) {
+        store_partial(acc[b], partial);
+      } else if (!first()) {
+        add_partial(acc[b], partial);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_sum(float sum) const {
+    const ColumnSums<C, T> columns(self);
+    if (!columns.holds()) return;
+    const int col = first_col() + columns.col();
+    if (last()) {
+      if (!first()) sum += __ldcg(g.sums_partial + col);
+      if (col < g.cols) store_as(g.sums, p.bias_dtype, col, sum);
+    } else if (first()) {
+      __stcg(g.sums_partial + col, sum);
+    } else {
+      ptx::add_float(g.sums_partial + col, sum);
+    }
+  }
+
+  // Where the copy engine cannot write it: float32, or rows that are no multiple of 16 bytes.
+  __device__ __forceinline__ void store(const Acc& acc) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int c = first_col() + b * kBox + self.row();
+      int64_t at = c * g.stride_col + self.col() * g.stride_rank;
+#pragma unroll
+      for (int j = 0; j < C::kBlockR / 8; ++j, at += 8 * g.stride_rank) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (c + i / 2 * 8 >= g.cols || 8 * j + self.col() + i % 2 >= p.r) continue;
+          store_as(g.out, p.factor_dtype, at + i / 2 * 8 * g.stride_col + i % 2 * g.stride_rank, acc[b][4 * j + i]);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void add_partial(float (&acc)[C::kBlockR / 2], const float4* partial) const {
+#pragma unroll
+    for (int i = 0; i < C::kBlockR / 8; ++i) {
+      const float4 v = __ldcg(partial + i * kWarpgroup);
+      acc[4 * i] += v.x;
+      acc[4 * i + 1] += v.y;
+      acc[4 * i + 2] += v.z;
+      acc[4 * i + 3] += v.w;
+    }
+  }
+
+  // The order is the chain's, so the additions need no answer: L2 adds.
+  __device__ __forceinline__ void store_partial(const float (&acc)[C::kBlockR / 2], float4* partial) const {
+#pragma unroll
+    for (int i = 0; i < C::kBlockR / 8; ++i) {
+      const float4 v = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+      if (first()) {
+        __stcg(partial + i * kWarpgroup, v);
+      } else {
+        ptx::add_float4(partial + i * kWarpgroup, v);
+      }
+    }
+  }
+};
+
+}  // namespace fused_lora::sm90
