@@ -20,6 +20,8 @@ using torch::autograd::variable_list;
 
 int64_t padded(int64_t cols) { return (cols + 7) / 8 * 8; }
 
+constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;  // the kernels count them in an int
+
 bool addressable(const Tensor& matrix) {
   return matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1) &&
          reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
@@ -74,7 +76,7 @@ bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor&
   if (!(p >= 0 && p <= 1)) return false;
   if (seed && (!is_plain(*seed, x) || seed->scalar_type() != at::kLong || seed->dim() != 0)) return false;
   if (weight.requires_grad() && at::GradMode::is_enabled()) return false;
-  return lora_linear_obstacle(K, N, r).empty() && addressable(weight) && x.numel() / K < (int64_t{1} << 31) - 256;
+  return lora_linear_obstacle(K, N, r).empty() && addressable(weight) && x.numel() / K < kMostRows;
 }
 
 Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
@@ -86,7 +88,7 @@ Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
 
 class LoRALinear : public torch::autograd::Function<LoRALinear> {
  public:
-  // bias comes last: an absent one has no edge, and needs_input_grad counts edges.
+  // What may be absent comes last: it has no edge then, and needs_input_grad counts edges.
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                         const Tensor& scale, const std::optional<Tensor>& seed, double p, const std::optional<Tensor>& bias) {
     static const auto op = c10::Dispatcher::singleton()
@@ -153,6 +155,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
                                                const std::optional<Tensor>& bias, const Tensor& scale,
                                                const std::optional<Tensor>& seed, double p) {
   TORCH_CHECK(!bias || bias->is_contiguous(), "bias must be contiguous, got strides ", bias->strides());
+  TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor rows = rows_of(x), factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
   auto shape = x.sizes().vec();

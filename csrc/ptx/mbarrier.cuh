@@ -45,7 +45,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 }
 
 // Stores to the 16 bytes that lie where `target` does in block `rank` of the cluster; their arrival there completes the phase
-// of its barrier, which expects one arrival.
+// of its barrier, which expects one arrival. Whoever waits for it reads its own block's memory, and gives the place back only
+// after what it read was used.
 __device__ __forceinline__ void publish_at(void* target, uint64_t* barrier, uint32_t rank, int4 value) {
   asm volatile(
       "{\n.reg .b32 remote, at;\n"

@@ -1,4 +1,4 @@
-// Registers, barriers and flags: what threads, warpgroups, clusters and the grid agree by.
+// Registers, barriers and flags, by which threads, warpgroups, clusters and the grid agree; and single accesses to memory.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +52,10 @@ __device__ __forceinline__ void add_float4(float4* target, float4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ void add_float(float* target, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
@@ -60,11 +64,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-// Adds at the L2 cache, without an answer.
-__device__ __forceinline__ void add_float(float* target, float value) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit pairs to shared memory; lane i names row i % 8 of matrix i / 8.

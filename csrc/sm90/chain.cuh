@@ -46,9 +46,8 @@ struct Chain {
   }
 
   __device__ __forceinline__ void add_sum(float sum) const {
-    const ColumnSums<C, T> columns(self);
-    if (!columns.holds()) return;
-    const int col = first_col() + columns.col();
+    if (!ColumnSums<C, T>::holds(self)) return;
+    const int col = first_col() + ColumnSums<C, T>::col(self);
     if (last()) {
       if (!first()) sum += __ldcg(g.sums_partial + col);
       if (col < g.cols) store_as(g.sums, p.bias_dtype, col, sum);

@@ -1,4 +1,4 @@
-// Sums over tokens of the columns of a gradient item, dbias of dy's: by ordinary additions while the tensor cores multiply.
+// Sums over tokens of a gradient item's columns, which for dy are dbias: by ordinary additions while the tensor cores multiply.
 #pragma once
 
 #include "../ptx/sync.cuh"
@@ -14,16 +14,16 @@ class ColumnSums {
 
   __device__ explicit ColumnSums(const Warpgroup& self) : chunk_(self.thread() / kRowGroups), row_(self.thread() % kRowGroups) {}
 
-  // Column of the warpgroup's whose sum this thread holds in the end, if it holds one.
-  __device__ bool holds() const { return row_ < kChunk; }
-  __device__ int col() const { return chunk_ * kChunk + row_; }
+  // Column of the warpgroup's whose sum a thread holds in the end, if it holds one.
+  static __device__ bool holds(const Warpgroup& self) { return self.thread() % kRowGroups < kChunk; }
+  static __device__ int col(const Warpgroup& self) { return self.thread() / kRowGroups * kChunk + self.thread() % kRowGroups; }
 
   // Adds a step's tokens, in boxes side by side.
   __device__ void add(uint32_t boxes) {
 #pragma unroll
     for (int i = 0; i < kBox / kRowGroups; ++i) {
       const int row = row_ + i * kRowGroups;
-      const uint4 v = ptx::load_shared(boxes + chunk_ / 8 * kBoxBytes + row * 128 + ((chunk_ % 8 ^ row % 8) << 4));
+      const uint4 v = ptx::load_shared(boxes + chunk_ / 8 * kBoxBytes + swizzled(row, chunk_ % 8));
       const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

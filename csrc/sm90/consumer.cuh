@@ -72,7 +72,7 @@ struct Consumer {
     self.sync();
   }
 
-  // ---- low = scale lhs down ----------------------------------------------------------------------------------------------
+  // ---- low = scale keep_scale lhs down ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void shrink(const Item& item) {
     for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
@@ -129,7 +129,7 @@ struct Consumer {
 
   __device__ __forceinline__ void tile(const Item& item) {
     constexpr bool kMasked = kBackward && kDrops;
-    // Steps over r that come while a flag is pending here may wait for it: with few steps over K, or if they come first.
+    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps over K, or first.
     if (kMasked || boxes_of(p.K) <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
@@ -198,7 +198,7 @@ struct Consumer {
       const int c = i / 2 * 8 + self.col();
       if (at < p.M && c < p.low_stride) *reinterpret_cast<uint32_t*>(low + at * p.low_stride + c) = rounded[i];
     }
-    if (p.schedule.low_is_awaited()) outbox.raise(p.ready + tile_row / kBlockM, false);
+    if (p.schedule.riding_low_is_awaited()) outbox.raise(p.ready + tile_row / kBlockM, false);
   }
 
   __device__ void add_bias(float (&acc)[C::kBlockN / 2], int first_col) {

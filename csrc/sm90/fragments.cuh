@@ -8,6 +8,9 @@ namespace fused_lora::sm90 {
 
 constexpr int kSlices = kBox / 16;  // of the summed index, in a box
 
+// Where the 128-byte swizzle has the 16-byte chunk `chunk` of a box's row.
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ row % 8) << 4); }
+
 // An operand in boxes: K-major ones are stacked along M or N, MN-major ones lie side by side along it.
 template <bool kMN>
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {

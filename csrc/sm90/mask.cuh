@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../ptx/sync.cuh"
+#include "fragments.cuh"
 #include "params.cuh"
-#include "tensor_map.h"
 #include "warpgroup.cuh"
 
 namespace fused_lora::sm90 {
@@ -61,7 +61,7 @@ class BoxMask {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = row_ + i * kStride;
-      const uint32_t address = box + row * 128 + ((chunk_ ^ row % 8) << 4);
+      const uint32_t address = box + swizzled(row, chunk_);
       uint4 v = ptx::load_shared(address);
       const uint32_t first = col + chunk_ * 8;
       v.x &= mask_.kept_bits(keys_[i], first);

@@ -121,10 +121,10 @@ struct Outbox {
       const uint32_t pairs[4] = {v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]};
       if (transposed) {
         const int row = 16 * j + 8 * high_bit + self.lane() % 8, chunk = 2 * warp + low_bit;
-        ptx::stmatrix_transposed(buffer + row * 128 + ((chunk ^ row % 8) << 4), pairs);
+        ptx::stmatrix_transposed(buffer + swizzled(row, chunk), pairs);
       } else {
         const int row = 16 * warp + 8 * low_bit + self.lane() % 8, chunk = 2 * j + high_bit;
-        ptx::stmatrix(buffer + row * 128 + ((chunk ^ row % 8) << 4), pairs);
+        ptx::stmatrix(buffer + swizzled(row, chunk), pairs);
       }
     }
   }

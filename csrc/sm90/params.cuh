@@ -4,7 +4,8 @@
 //   forward        x     W        A      xa    B    y       out = lhs W^T + low up^T + bias     the right operands K-major
 //   backward       dy    W        B      dxa   A    dx      out = lhs W + low up                the right operands MN-major
 //                                                           low = scale lhs down^T | down
-// With dropout: forward, low is of the masked x; backward, low up and dA's x are masked.
+// With dropout: forward, low is of the masked x; backward, low up and dA's x are masked. In both passes low counts 1 / (1 - p)
+// times, and nothing else does.
 #pragma once
 
 #include <cuda.h>
@@ -16,7 +17,7 @@
 
 namespace fused_lora::sm90 {
 
-// A factor's gradient: sums over tokens of big (M, cols) times low (M, r), in slices of a group of rows, chained in order.
+// A factor's gradient: sums over tokens of big (M, cols) times low (M, r), in slices of tokens, chained in order.
 struct Gradient {
   CUtensorMap big, low, result;
   bool copied;  // result is valid: 16 bits, rows a multiple of 16 bytes

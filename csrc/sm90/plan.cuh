@@ -37,7 +37,7 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   Schedule s{};
   s.row_pairs = ceil_div(pass.M, kPairRows);
   s.tile_cols = pass.wants_out ? ceil_div(pass.N, C::kBlockN) : 0;
-  const bool long_tiles = pass.K >= 3072, masks_shrink = pass.drops && !pass.backward;
+  const bool long_tiles = pass.K >= 3072, masks_shrink = pass.drops && !pass.backward;  // which makes its items long
   // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
   s.rides = C::kCanRide && !pass.backward && !pass.drops && s.tile_cols <= 4;
   s.group_pairs = s.rides ? 32 : 8;
@@ -49,8 +49,9 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   }
   s.gradient_lead = pass.backward && small_groups ? std::min(2, std::max(0, s.shrink_lead - 1)) : 0;
   s.tail = long_tiles ? 0 : 4;
-  const bool masks_dA = pass.drops && pass.K >= 2048;
-  s.slice_pairs = s.groups == 1 || masks_dA ? 4 : s.group_pairs;
+  // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
+  const bool halves_slices = s.groups == 1 || (pass.drops && pass.K >= 2048);
+  s.slice_pairs = halves_slices ? 4 : s.group_pairs;
   if (pass.wants_dA) s.dA_pairs = ceil_div(pass.N, kCluster * C::kGradientCols);
   if (pass.wants_dB) s.dB_pairs = ceil_div(pass.K, kCluster * C::kGradientCols);
   return s;

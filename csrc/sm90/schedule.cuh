@@ -39,8 +39,9 @@ struct Schedule {
   int dA_pairs, dB_pairs;
   int slice_pairs;  // row pairs of a gradient item; divides group_pairs
 
-  // Whether some item waits for low's flags. Flags that nobody waits for must not be raised: the launch may be over by then.
-  __host__ __device__ bool low_is_awaited() const { return !rides || tile_cols > 1 || dA_pairs > 0; }
+  // Whether another tile waits for what one brings forth. A flag that nobody waits for must not be raised: the launch may be
+  // over by then.
+  __host__ __device__ bool riding_low_is_awaited() const { return tile_cols > 1; }
 
   __host__ __device__ int slices() const { return ceil_div(row_pairs, slice_pairs); }
   __host__ __device__ int pairs(int group) const {

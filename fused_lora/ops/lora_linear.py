@@ -62,12 +62,12 @@ def _backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB
     needs = (need_dx, need_dA, need_dB)
     flat, flat_dy, backend = _rows(x), _rows(dy), _backend(x, weight, A, B)
     dbias = None
-    if backend == "cuda":
+    if not any(needs) and (backend != "cuda" or dbias_dtype is None):
+        grads = (None,) * 3
+    elif backend == "cuda":
         *grads, dbias = ops.cuda_lora_linear_backward(
             flat_dy, flat, weight, A, B, xa, scale, seed, p, *needs, _kernel_dtype(dbias_dtype)
         )
-    elif not any(needs):
-        grads = needs
     elif backend == "triton":
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_backward
@@ -161,7 +161,7 @@ def _runs_eagerly_in_csrc(x, weight, A, B, bias, scale, seed, p) -> bool:
         and isinstance(scale, Tensor)
         and (bias is None or isinstance(bias, Tensor))
         and (seed is None or isinstance(seed, Tensor))
-        and isinstance(p, int | float)
+        and (type(p) is float or (type(p) is int and 0 <= p <= 1))
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and backends.choose(x.device, x.dtype).name == "cuda"

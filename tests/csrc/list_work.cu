@@ -11,11 +11,11 @@ void list(const Pass& pass, int clusters) {
   const Schedule s = make_schedule<C>(pass, clusters);
   const bool dA = pass.wants_dA, dB = pass.wants_dB;
   const long long flags = (dA ? chain_flags<C>(pass.N) : 0) + (dB ? chain_flags<C>(pass.K) : 0);
-  const long long floats = (dA ? partial_floats<C>(pass.N) : 0) + (dB ? partial_floats<C>(pass.K) : 0);
+  const long long floats = (dA ? partial_floats<C>(pass.N) : 0) + (dB ? partial_floats<C>(pass.K) + partial_cols<C>(pass.K) : 0);
   std::printf("%d %d %d %d %d %d %lld %lld %lld %lld %lld ;", s.row_pairs, s.tile_cols, s.dA_pairs, s.dB_pairs, s.slice_pairs, s.rides,
               static_cast<long long>(ready_flags(pass.M)), flags,
               static_cast<long long>(most_chain_flags(pass.K) + most_chain_flags(pass.N)), floats,
-              static_cast<long long>(most_partial_floats(pass.K, pass.r) + most_partial_floats(pass.N, pass.r)));
+              static_cast<long long>(most_partial_floats(pass.K, pass.r) + most_partial_floats(pass.N, pass.r) + most_partial_cols(pass.K)));
   Cursor cursor(s);
   for (int index = 0;; ++index) {
     const Item item = cursor.item(s, index);

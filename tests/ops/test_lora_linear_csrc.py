@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from fused_lora import backends, lora_linear
-from tests.ops.problem import SCALE, make_dy, make_inputs, run, seed_on, solve
+from fused_lora.reference import keep_mask
+from tests.ops.problem import SCALE, SEED, make_dy, make_inputs, run, seed_on, solve
 from tests.ops.test_lora_linear_cuda import assert_same, capture
 
 
@@ -54,11 +56,30 @@ def test_many_rows(M, K, N, r):
 @pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize(("M", "K", "N", "r"), [
     (333, 264, 392, 5), (333, 264, 392, 65), (5000, 2056, 1032, 16), (9000, 320, 136, 16), (4100, 1032, 520, 128),
-    (4100, 520, 1032, 40), (2500, 264, 392, 200),
+    (4100, 520, 1032, 40), (2500, 264, 392, 200), (9000, 136, 320, 128), (9000, 320, 136, 40),
 ])  # fmt: skip
 def test_dropout(M, K, N, r, p, dtype):
     inputs = make_inputs(M, K, N, r, "cuda", dtype)
     solve(inputs, make_dy(inputs), p=p, seed=seed_on("cuda"))
+
+
+@pytest.mark.parametrize("p", [1e-12, 0.5])
+@pytest.mark.parametrize("seed", [7, -3, SEED])
+def test_the_mask_bit_for_bit(seed, p):
+    """With W = 0, A the identity and ones in B, dx is the mask where one entry of dy is 1."""
+    M, K = 70000, 128
+    zeros = {"device": "cuda", "dtype": torch.bfloat16}
+    inputs = {
+        "x": torch.ones(M, K, **zeros).requires_grad_(), "weight": torch.zeros(8, K, **zeros),
+        "A": torch.eye(K, **zeros), "B": torch.ones(8, K, **zeros),
+    }  # fmt: skip
+    dy = torch.zeros(M, 8, **zeros)
+    dy[:, 3] = 1
+    seed = seed_on("cuda", seed)
+    got = run(lora_linear, inputs, dy, scale=torch.tensor(1.0, device="cuda"), p=p, seed=seed)
+    kept = keep_mask(M, K, p, seed)
+    assert torch.equal(got["dx"] != 0, kept)
+    assert torch.equal(got["y"][:, 0], (kept.sum(1) / (1 - p)).bfloat16())
 
 
 def test_dropout_draws_a_seed_as_other_backends_do():
@@ -73,7 +94,8 @@ def test_dropout_draws_a_seed_as_other_backends_do():
 
 
 @pytest.mark.parametrize(("p", "seed", "error"), [
-    (1.5, None, "p must be"), (-0.1, None, "p must be"), (0.5, torch.tensor(1), "seed"), (0.5, torch.ones(()), "seed"),
+    (1.5, None, "p must be"), (-0.1, None, "p must be"), (True, None, "p must be"), (10**400, None, "p must be"),
+    (0.5, torch.tensor(1), "seed"), (0.5, torch.ones(()), "seed"),
 ])  # fmt: skip
 def test_a_wrong_dropout_is_named(p, seed, error):
     inputs = make_inputs(20, 64, 64, 8, "cuda", torch.bfloat16)
@@ -110,6 +132,63 @@ def test_any_part_of_the_gradients(needed, M, r):
         inputs[name] = inputs[name].detach().requires_grad_(name in needed)
     got = solve(inputs, make_dy(inputs))
     assert set(got) == {"y", *(f"d{name}" for name in needed)}
+
+
+@pytest.mark.parametrize("needed", [("bias",), ("x", "A", "B"), ("B", "bias")], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_part_of_the_gradients_with_dropout(needed, bias):
+    inputs = make_inputs(9000, 136, 320, 16, "cuda", torch.bfloat16, torch.float32, bias=bias)
+    for name in inputs.keys() - {"weight"}:
+        inputs[name] = inputs[name].detach().requires_grad_(name in needed)
+    if any(t.requires_grad for t in inputs.values()):
+        got = solve(inputs, make_dy(inputs), p=0.25, seed=seed_on("cuda"))
+        assert set(got) == {"y", *(f"d{name}" for name in needed if name in inputs)}
+
+
+@pytest.mark.parametrize("dbias_dtype", [None, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("r", [5, 16])
+def test_opcheck(r, p, dbias_dtype):
+    ops = torch.ops.fused_lora
+    inputs = {name: t.detach() for name, t in make_inputs((3, 11), 72, 136, r, "cuda", torch.bfloat16).items()}
+    x, weight, A, B, bias = inputs.values()
+    scale, seed = torch.tensor(SCALE, device="cuda"), seed_on("cuda") if p else None
+    torch.library.opcheck(ops.lora_linear_forward.default, (x, weight, A, B, bias, scale, seed, p))
+    xa = ops.lora_linear_forward(x, weight, A, B, bias, scale, seed, p)[1]
+    for needs in ((True, True, True), (False, False, False)):
+        arguments = (make_dy(inputs), x, weight, A, B, xa, scale, seed, p, *needs, dbias_dtype)
+        torch.library.opcheck(ops.lora_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_compiled_and_checkpointed_as_eager(p):
+    inputs = make_inputs(300, 72, 136, 12, "cuda", torch.bfloat16)
+    dy, options = make_dy(inputs), {"scale": torch.tensor(SCALE, device="cuda"), "p": p, "seed": seed_on("cuda")}
+    want = run(lora_linear, inputs, dy, **options)
+    assert_same(run(torch.compile(lora_linear, fullgraph=True), inputs, dy, **options), want)
+
+    def checkpointed(**arguments):
+        return torch.utils.checkpoint.checkpoint(lora_linear, use_reentrant=False, **arguments)
+
+    assert_same(run(checkpointed, inputs, dy, **options), want)
+    with torch.no_grad():
+        assert torch.equal(lora_linear(**inputs, **options), want["y"])
+    with torch.inference_mode():
+        assert torch.equal(lora_linear(**inputs, **options), want["y"])
+
+
+def test_a_drawn_mask_is_drawn_again_by_a_checkpoint():
+    inputs = make_inputs(300, 128, 136, 12, "cuda", torch.bfloat16)
+    dy, scale = make_dy(inputs), torch.tensor(SCALE, device="cuda")
+
+    def checkpointed(**arguments):
+        return torch.utils.checkpoint.checkpoint(lora_linear, use_reentrant=False, **arguments)
+
+    results = []
+    for function in (lora_linear, checkpointed):
+        torch.manual_seed(3)
+        results.append(run(function, inputs, dy, scale=scale, p=0.5))
+    assert_same(*results)
 
 
 def test_what_the_copy_engine_cannot_read_is_copied():
