@@ -160,16 +160,17 @@ def test_opcheck(r, p, dbias_dtype):
         torch.library.opcheck(ops.lora_linear_backward.default, arguments)
 
 
+def checkpointed(x, **arguments):  # whose generators are kept for the devices of what is passed by position
+    return torch.utils.checkpoint.checkpoint(lambda x: lora_linear(x, **arguments), x, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_compiled_and_checkpointed_as_eager(p):
     inputs = make_inputs(300, 72, 136, 12, "cuda", torch.bfloat16)
     dy, options = make_dy(inputs), {"scale": torch.tensor(SCALE, device="cuda"), "p": p, "seed": seed_on("cuda")}
     want = run(lora_linear, inputs, dy, **options)
     assert_same(run(torch.compile(lora_linear, fullgraph=True), inputs, dy, **options), want)
-
-    def checkpointed(**arguments):
-        return torch.utils.checkpoint.checkpoint(lora_linear, use_reentrant=False, **arguments)
-
     assert_same(run(checkpointed, inputs, dy, **options), want)
     with torch.no_grad():
         assert torch.equal(lora_linear(**inputs, **options), want["y"])
@@ -180,10 +181,6 @@ def test_compiled_and_checkpointed_as_eager(p):
 def test_a_drawn_mask_is_drawn_again_by_a_checkpoint():
     inputs = make_inputs(300, 128, 136, 12, "cuda", torch.bfloat16)
     dy, scale = make_dy(inputs), torch.tensor(SCALE, device="cuda")
-
-    def checkpointed(**arguments):
-        return torch.utils.checkpoint.checkpoint(lora_linear, use_reentrant=False, **arguments)
-
     results = []
     for function in (lora_linear, checkpointed):
         torch.manual_seed(3)
