@@ -1,10 +1,14 @@
 // The only files that include torch: op schemas, checks, autograd and workspaces. No maths. This one: registration and the merge.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "lora_linear.h"
 #include "merge.h"
 #include "tensors.h"
+
+namespace py = pybind11;
 
 namespace fused_lora {
 namespace {
@@ -39,9 +43,6 @@ void merge_(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, 
 TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
   m.def("cuda_merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()");
   m.def(
-      "cuda_lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale, Tensor? seed, float p)"
-      " -> Tensor?");
-  m.def(
       "cuda_lora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale, Tensor? seed, float p)"
       " -> (Tensor, Tensor)");
   m.def(
@@ -55,11 +56,11 @@ TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
   m.impl("cuda_lora_linear_backward", &fused_lora::lora_linear_backward);
 }
 
-TORCH_LIBRARY_IMPL(fused_lora, CompositeImplicitAutograd, m) { m.impl("cuda_lora_linear", &fused_lora::lora_linear); }
-
 PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("lora_linear_obstacle", &fused_lora::lora_linear_obstacle,
         "Why the kernels of lora_linear do not take a shape, in words; empty where they do.");
+  m.def("lora_linear", &fused_lora::lora_linear, py::call_guard<py::gil_scoped_release>(),
+        "lora_linear with autograd, or None where it is for others. Plain tensors on a GPU; p is a float.");
   m.def("tile_width", &fused_lora::tile_width, "Columns of the tiles of an (M, N) result.");
 }

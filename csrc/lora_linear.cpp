@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 #include "flags.h"
 #include "nvtx_range.h"
@@ -57,11 +59,25 @@ bool is_plain(const Tensor& tensor, const Tensor& x) {
   return tensor.layout() == at::kStrided && tensor.device() == x.device() && !tensor.key_set().has(c10::DispatchKey::Python);
 }
 
+// Whether the card and FUSED_LORA_BACKEND leave a call to these kernels: the rule is backends.py's, the question every call's.
+bool chosen(const Tensor& x) {
+  const char* forced = std::getenv("FUSED_LORA_BACKEND");
+  if (forced != nullptr && std::strcmp(forced, "auto") != 0 && std::strcmp(forced, "cuda") != 0) return false;
+  int major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device()));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device()));
+  return major == 9 && minor == 0;
+}
+
+// torch.func's transformations have to see through what is called.
+bool transformed() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode); }
+
 // Whether the arguments are right beyond doubt and the kernels take them. Where not, the caller goes the long way, which finds
 // the words for what is wrong, or another backend.
 bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias,
            const Tensor& scale, const std::optional<Tensor>& seed, double p) {
   if (!x.is_cuda() || !is_plain(x, x) || !is_16_bit(x) || x.dim() == 0 || x.numel() == 0) return false;
+  if (!chosen(x) || transformed()) return false;
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
   if (N == 0 || r == 0) return false;

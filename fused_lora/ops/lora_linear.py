@@ -150,22 +150,21 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
     return x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 
 
-def _runs_eagerly_in_csrc(x, weight, A, B, bias, scale, seed, p) -> bool:
-    """Plain tensors on a GPU for csrc, outside torch.compile and torch.func, which have to see through it."""
-    return (
-        isinstance(x, Tensor)
-        and x.is_cuda
-        and isinstance(weight, Tensor)
-        and isinstance(A, Tensor)
-        and isinstance(B, Tensor)
-        and isinstance(scale, Tensor)
-        and (bias is None or isinstance(bias, Tensor))
-        and (seed is None or isinstance(seed, Tensor))
-        and (type(p) is float or (type(p) is int and 0 <= p <= 1))
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and backends.choose(x.device, x.dtype).name == "cuda"
-    )
+def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
+    """y by csrc's autograd, if the call is one of plain tensors, outside torch.compile, that csrc's kernels take."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda or not backends.has_extension():
+        return None
+    for tensor in (weight, A, B, scale):
+        if not isinstance(tensor, Tensor):
+            return None
+    for tensor in (bias, seed):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            return None
+    if type(p) is not float and not (type(p) is int and 0 <= p <= 1):
+        return None
+    from .. import _C
+
+    return _C.lora_linear(x, weight, A, B, bias, scale, seed, p)
 
 
 def lora_linear(
@@ -195,10 +194,9 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and _autocasts(x):
         x, weight, bias = _autocast(x, weight, bias)
-    if _runs_eagerly_in_csrc(x, weight, A, B, bias, scale, seed, p):
-        y = ops.cuda_lora_linear(x, weight, A, B, bias, scale, seed, p)
-        if y is not None:  # else something is wrong, or for another backend
-            return y
+    y = _in_csrc(x, weight, A, B, bias, scale, seed, p)
+    if y is not None:  # else something is wrong, or for another backend
+        return y
     checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=x.device)
