@@ -61,6 +61,16 @@ def has_extension() -> bool:
 
 
 @cache
+def eager_lora_linear():
+    """csrc's lora_linear with autograd in C++, which gives None for calls that are not for it; None without it."""
+    if extension_obstacle() is not None:
+        return None
+    from . import _C
+
+    return _C.lora_linear
+
+
+@cache
 def interpreting() -> bool:
     """Whether Triton runs its kernels on the CPU (its own TRITON_INTERPRET)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

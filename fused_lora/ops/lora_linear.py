@@ -152,7 +152,10 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
 
 def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
     """y by csrc's autograd, if the call is one of plain tensors, outside torch.compile, that csrc's kernels take."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda or not backends.has_extension():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda:
+        return None
+    eager = backends.eager_lora_linear()
+    if eager is None:
         return None
     for tensor in (weight, A, B, scale):
         if not isinstance(tensor, Tensor):
@@ -162,9 +165,7 @@ def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
             return None
     if type(p) is not float and not (type(p) is int and 0 <= p <= 1):
         return None
-    from .. import _C
-
-    return _C.lora_linear(x, weight, A, B, bias, scale, seed, p)
+    return eager(x, weight, A, B, bias, scale, seed, p)
 
 
 def lora_linear(
