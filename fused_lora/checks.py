@@ -50,6 +50,13 @@ def _check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
+def check_count(name: str, count: int, least: int = 0) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+
+
 def check_probability(name: str, p: float) -> None:
     _check_number(name, p)
     if not 0.0 <= p <= 1.0:

@@ -1,0 +1,161 @@
+"""The reset of Adam's moments: as much as asked, of whom it was asked, and of nobody else."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from fused_lora.relora import optimizer_reset
+from fused_lora.relora.optimizer_reset import MOMENTS
+
+OPTIMIZERS = {
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+    "foreach": (torch.optim.AdamW, {"foreach": True}),
+    "fused": (torch.optim.AdamW, {"fused": True}),
+    "amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
+    "capturable": (torch.optim.AdamW, {"capturable": True, "foreach": False}),
+}
+
+
+def trained(name="adamw", dtype=torch.float32, device="cpu", steps=3):
+    """(optimizer, factors, others) after a few steps."""
+    torch.manual_seed(0)
+    shapes = [(8, 40), (50, 8), (7,), (20, 30)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(parameters, lr=1e-3, **options)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return optimizer, parameters[:2], parameters[2:]
+
+
+PLACES = [
+    *(pytest.param("cpu", name, id=f"cpu-{name}") for name in OPTIMIZERS if name != "capturable"),
+    *(pytest.param("cuda", name, id=f"cuda-{name}", marks=pytest.mark.gpu) for name in OPTIMIZERS),
+]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("mode", ["magnitude", "random"])
+@pytest.mark.parametrize(("device", "name"), PLACES)
+def test_the_share_that_was_asked(device, name, mode, ratio):
+    optimizer, factors, others = trained(name, device=device)
+    before = {p: copy.deepcopy(optimizer.state[p]) for p in (*factors, *others)}
+    pointers = [t.data_ptr() for p in factors for t in optimizer.state[p].values()]
+    shares = optimizer_reset(optimizer, factors, mode, ratio)
+    sizes = [p.numel() for p in factors]
+    expected = sum(round(ratio * size) for size in sizes) / sum(sizes)
+    assert shares == dict.fromkeys(MOMENTS, expected)
+    assert pointers == [t.data_ptr() for p in factors for t in optimizer.state[p].values()]
+    for p in others:
+        assert all(torch.equal(value, before[p][key]) for key, value in optimizer.state[p].items())
+    for p in factors:
+        state = optimizer.state[p]
+        kept = state["exp_avg"] != 0
+        assert int(kept.sum()) == p.numel() - round(ratio * p.numel())
+        for key in state.keys() - {"step"}:
+            assert torch.equal(state[key] != 0, kept), "one mask for all moments"
+            assert torch.equal(state[key][kept], before[p][key][kept])
+        assert state["step"] == 0
+        if mode == "magnitude" and 0 < int(kept.sum()) < p.numel():
+            old = before[p]["exp_avg"].abs()
+            assert old[kept].min() >= old[~kept].max()
+
+
+def test_zero_keeps_nothing_whatever_the_ratio():
+    optimizer, factors, _ = trained()
+    assert optimizer_reset(optimizer, factors, "zero", 0.0) == dict.fromkeys(MOMENTS, 1.0)
+    assert all(not optimizer.state[p][name].any() for p in factors for name in MOMENTS)
+
+
+def test_ties_neither_empty_nor_fill_a_tensor():
+    optimizer, factors, _ = trained()
+    for p in factors:
+        optimizer.state[p]["exp_avg"].fill_(0.25)
+    assert optimizer_reset(optimizer, factors, "magnitude", 0.75) == dict.fromkeys(MOMENTS, 0.75)
+    for p in factors:
+        assert int((optimizer.state[p]["exp_avg"] != 0).sum()) == p.numel() // 4
+
+
+def test_what_is_not_finite_is_zeroed_too():
+    optimizer, factors, _ = trained()
+    optimizer.state[factors[0]]["exp_avg_sq"].fill_(math.inf)
+    optimizer_reset(optimizer, factors, "zero")
+    assert not optimizer.state[factors[0]]["exp_avg_sq"].any()
+
+
+def test_random_follows_its_generator():
+    results = []
+    for seed in (1, 1, 2):
+        optimizer, factors, _ = trained()
+        optimizer_reset(optimizer, factors, "random", 0.5, generator=torch.Generator().manual_seed(seed))
+        results.append(optimizer.state[factors[0]]["exp_avg"].clone())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("reset_step", [True, False])
+def test_the_first_update_after_it(reset_step):
+    """Bias correction makes it one learning rate; with the step kept, sqrt(10) times as much, as in the paper's code."""
+    optimizer, factors, _ = trained(steps=5000 if not reset_step else 3)
+    optimizer_reset(optimizer, factors, "zero", reset_step=reset_step)
+    assert (optimizer.state[factors[0]]["step"] == 0) == reset_step
+    before = factors[0].detach().clone()
+    factors[0].grad = torch.ones_like(factors[0])
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    moved = (before - factors[0]).abs().mean().item() / 1e-3
+    assert abs(moved - (1 if reset_step else math.sqrt(10))) < 0.02
+
+
+def test_parameters_without_a_state_have_nothing_to_reset():
+    optimizer, factors, _ = trained(steps=0)
+    assert optimizer_reset(optimizer, factors) == dict.fromkeys(MOMENTS, 0.0)
+    assert not optimizer.state
+
+
+def test_a_parameter_named_twice_is_reset_once():
+    optimizer, factors, _ = trained()
+    assert optimizer_reset(optimizer, [*factors, *factors], "random", 0.5) == dict.fromkeys(MOMENTS, 0.5)
+    assert int((optimizer.state[factors[0]]["exp_avg"] != 0).sum()) == factors[0].numel() // 2
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    ({"mode": "half"}, ValueError, "mode must be one of magnitude, random, zero, got 'half'"),
+    ({"ratio": 1.5}, ValueError, "ratio must be between 0 and 1, got 1.5"),
+    ({"ratio": math.nan}, ValueError, "ratio must be between 0 and 1, got nan"),
+    ({"ratio": "all"}, TypeError, "ratio must be a number, got str"),
+])  # fmt: skip
+def test_wrong_options_change_nothing(options, error, words):
+    optimizer, factors, _ = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=words):
+        optimizer_reset(optimizer, factors, **options)
+    assert_same_state(optimizer, before)
+
+
+def test_a_stranger_among_the_parameters_changes_nothing():
+    optimizer, factors, _ = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    stranger = torch.nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"parameters\[2\], of shape \(2, 3\), is not held by the optimizer"):
+        optimizer_reset(optimizer, [*factors, stranger])
+    assert_same_state(optimizer, before)
+
+
+def test_an_optimizer_that_is_no_adam_is_named():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(ValueError, match="has no exp_avg and no exp_avg_sq: not an Adam"):
+        optimizer_reset(optimizer, [parameter])
+
+
+def assert_same_state(optimizer, before):
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before["state"][index][key]) for key, value in state.items())
