@@ -100,7 +100,7 @@ def test_random_follows_its_generator():
 
 @pytest.mark.parametrize("reset_step", [True, False])
 def test_the_first_update_after_it(reset_step):
-    """Bias correction makes it one learning rate; with the step kept, sqrt(10) times as much, as in the paper's code."""
+    """Bias correction makes it one learning rate; with the step kept it is sqrt(10) of them, as in the paper's code."""
     optimizer, factors, _ = trained(steps=5000 if not reset_step else 3)
     optimizer_reset(optimizer, factors, "zero", reset_step=reset_step)
     assert (optimizer.state[factors[0]]["step"] == 0) == reset_step
