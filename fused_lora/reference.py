@@ -20,8 +20,8 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def keep_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
-    """(M, K) bool, True with probability 1 - p: a hash of (seed, row, column), the same wherever it is computed."""
+def hash_bits(M: int, K: int, seed: Tensor) -> Tensor:
+    """(M, K) int64 in [0, 2^32): a hash of (seed, row, column), the same wherever it is computed."""
     rows = torch.arange(M, device=seed.device, dtype=torch.int64)
     cols = torch.arange(K, device=seed.device, dtype=torch.int64)
     # Two keys a row: with one, rows whose keys lie close together would share shifted masks.
@@ -33,8 +33,18 @@ def keep_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
     h = h ^ (h >> 15)
     h = (h + key_mid[:, None]) & _U32
     h = (h * 0x846CA68B) & _U32
-    h = h ^ (h >> 16)
-    return h >= min(round(p * 2**32), 2**32 - 1)
+    return h ^ (h >> 16)
+
+
+def keep_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """(M, K) bool, True with probability 1 - p."""
+    return hash_bits(M, K, seed) >= min(round(p * 2**32), 2**32 - 1)
+
+
+def uniform(rows: int, cols: int, bound: float, seed: Tensor) -> Tensor:
+    """(rows, cols) float32, uniform in (-bound, bound), symmetric and never zero."""
+    odd = 2 * (hash_bits(rows, cols, seed) >> 8) + 1 - 2**24
+    return odd.float() * (bound / 2**24)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -93,11 +103,70 @@ def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None):
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def merge_ref_(weight, A, B, scale):
+def merge_ref_(weight, A, B, scale, low=None, seed=None):
     """weight += scale * B A in place: product and sum in at least float32, one rounding to weight's dtype.
 
-    Entries to which nothing is added keep their bits. A and B may have any floating dtype.
+    That rounding is to the nearest; with `seed`, to either neighbour, so that its mean is exact; with `low`, the int16
+    remainder of weight (split), nothing of the sum is lost: it goes on in (weight, low). Entries to which nothing is
+    added keep their bits. A and B may have any floating dtype.
     """
     compute = _compute_dtype(weight.dtype)
     delta = scale.to(compute) * (B.to(compute) @ A.to(compute))
-    weight.copy_(torch.where(delta == 0, weight, (weight.to(compute) + delta).to(weight.dtype)))
+    added = (weight.to(compute) if low is None else join(weight, low)) + delta
+    if low is not None:
+        high, new_low = split(added, weight.dtype)
+        low.copy_(torch.where(delta == 0, low, new_low))
+    else:
+        high = added.to(weight.dtype) if seed is None else round_randomly(added, weight.dtype, seed)
+    weight.copy_(torch.where(delta == 0, weight, high))
+
+
+def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of neighbours in a 16-bit dtype around float32 values, as float32."""
+    mantissa, smallest = (7, -126) if dtype is torch.bfloat16 else (10, -14)
+    exponent = torch.where(values == 0, smallest, torch.frexp(values).exponent - 1)
+    return torch.ldexp(torch.ones_like(values), exponent.clamp(min=smallest) - mantissa)
+
+
+def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float32 as (high, low): high its rounding to a 16-bit dtype, ties away from zero, and low the rest as an int16.
+
+    In bfloat16 low is the difference of the bits, and join gives back every float32. In float16 it is the difference of
+    the magnitudes in units of high's ulp / 2^16, and join is exact from 2^-17 on and within 2^-41 below. Where high is
+    not finite, low is 0.
+    """
+    if dtype is torch.bfloat16:
+        bits = values.view(torch.int32).to(torch.int64)
+        high = ((bits + 2**15) >> 16).to(torch.int16).view(dtype)
+        low = bits - high.view(torch.int16).to(torch.int64) * 2**16
+    else:
+        high = values.to(dtype)
+        tie = _rest(values, high) == 2**15  # which went to the even neighbour, here toward zero
+        high = torch.where(tie, (high.view(torch.int16) + 1).view(dtype), high)
+        low = _rest(values, high)
+    high = torch.where(values.isfinite(), high, values.to(dtype))
+    return high, torch.where(high.isfinite(), low, 0).to(torch.int16)
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 that split gave."""
+    if high.dtype is torch.bfloat16:
+        return (high.view(torch.int16).to(torch.int32) * 2**16 + low).view(torch.float32)
+    wide = high.float()
+    magnitude = wide.abs() + low.float() * (_ulp(wide, high.dtype) / 2**16)
+    return torch.where(wide.isfinite(), torch.copysign(magnitude, wide), wide)
+
+
+def _rest(values: Tensor, high: Tensor) -> Tensor:
+    wide = high.float()
+    return ((values.abs() - wide.abs()) / _ulp(wide, high.dtype) * 2**16).round()
+
+
+def round_randomly(values: Tensor, dtype: torch.dtype, seed: Tensor) -> Tensor:
+    """float32 (N, K) to one of its two neighbours in a 16-bit dtype, each as likely as it is near: unbiased."""
+    ulp = _ulp(values, dtype)
+    steps = values.abs() / ulp
+    below = steps.floor()
+    chance = (hash_bits(*values.shape, seed) >> 8).float() / 2**24
+    rounded = torch.copysign((below + (chance < steps - below)) * ulp, values)
+    return torch.where(values.isfinite(), rounded, values).to(dtype)

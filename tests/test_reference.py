@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fused_lora import reference
 from tests.accuracy import assert_accurate
@@ -206,3 +208,113 @@ def test_the_tolerance_can_fail():
     for name, got in wrong.items():
         with pytest.raises(AssertionError, match=name):
             assert_accurate(name, got, exact, by_torch)
+
+
+FLOAT_BITS = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40)
+DTYPES_16 = [torch.bfloat16, torch.float16]
+
+
+def floats(bits):
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+def hard_cases(dtype):
+    """Values of a 16-bit dtype, their midpoints, and the float32 beside those."""
+    high = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    high = high[high.isfinite()]
+    above = (high.to(dtype).view(torch.int16) + 1).view(dtype).float()
+    midpoints = ((high.double() + above.double()) / 2).float()
+    near = [torch.nextafter(midpoints, torch.tensor(end)) for end in (-float("inf"), float("inf"))]
+    return torch.cat([high, midpoints, *near])
+
+
+@pytest.mark.parametrize("dtype", DTYPES_16, ids=str)
+def test_halves_of_a_float32_at_every_midpoint(dtype):
+    check_halves(hard_cases(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES_16, ids=str)
+@given(FLOAT_BITS)
+def test_halves_of_any_float32(dtype, bits):
+    check_halves(floats(bits), dtype)
+
+
+def check_halves(values, dtype):
+    high, low = reference.split(values, dtype)
+    assert high.dtype is dtype
+    assert low.dtype is torch.int16
+    joined = reference.join(high, low)
+    whole = high.isfinite()
+    assert not low[~whole].any()
+    assert torch.equal(joined[~whole].isnan(), values[~whole].isnan())
+    exact = whole if dtype is torch.bfloat16 else whole & (values.abs() >= 2**-17)
+    assert torch.equal(joined[exact].view(torch.int32), values[exact].view(torch.int32))
+    assert ((joined - values)[whole].abs() <= 2**-41).all()
+    nearest = values.to(dtype).float()
+    slack = 0 if dtype is torch.bfloat16 else 2**-40  # a low that rounds to 2^15 goes to the other neighbour
+    assert ((high.float() - values)[whole].abs() <= (nearest - values)[whole].abs() + slack).all(), "high is a nearest"
+
+
+def test_the_halves_of_bfloat16_are_those_of_the_bits():
+    values = torch.cat([hard_cases(torch.bfloat16), torch.randn(1000)])
+    values = values[values.abs() < 3.38e38]
+    high, low = reference.split(values, torch.bfloat16)
+    bits = high.view(torch.int16).int() * 2**16 + low.int()
+    assert torch.equal(bits, values.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES_16, ids=str)
+def test_random_rounding_is_unbiased_and_to_a_neighbour(dtype):
+    torch.manual_seed(0)
+    values = (torch.randn(64, 1) * 10.0 ** torch.randint(-6, 4, (64, 1))).expand(64, 20_000).contiguous()
+    rounded = reference.round_randomly(values, dtype, SEED).float()
+    ulp = reference._ulp(values, dtype)
+    assert ((rounded - values).abs() < ulp).all()
+    assert ((rounded - values).mean(1) / ulp[:, 0]).abs().max() < 4 * 0.5 / 20_000**0.5
+    exact = values.to(dtype).float()
+    assert torch.equal(reference.round_randomly(exact, dtype, SEED).float(), exact)
+    special = torch.tensor([[0.0, -0.0, float("inf"), -float("inf"), float("nan")]])
+    assert torch.equal(
+        reference.round_randomly(special, dtype, SEED).view(torch.int16), special.to(dtype).view(torch.int16)
+    )
+
+
+def test_uniform_numbers():
+    values = reference.uniform(300, 400, 0.25, SEED)
+    assert values.abs().max() < 0.25
+    assert (values != 0).all()
+    assert values.mean().abs() < 4 * 0.25 / (3 * values.numel()) ** 0.5
+    assert abs(values.std() / (0.25 / 3**0.5) - 1) < 0.01
+    assert torch.equal(values[:7, :9], reference.uniform(7, 9, 0.25, SEED)), "an entry is its place's, not its tensor's"
+    assert (values == reference.uniform(300, 400, 0.25, SEED + 1)).float().mean() < 0.001
+
+
+# The share of the updates' norm that 20 merges lose, W ~ N(0, 0.02).
+@pytest.mark.parametrize("dtype", DTYPES_16, ids=str)
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_what_twenty_merges_lose(size, dtype):
+    torch.manual_seed(0)
+    first = (torch.randn(200, 300) * 0.02).to(dtype)
+    factors = [(torch.randn(4, 300), torch.randn(200, 4) * (0.02 * size / 2)) for _ in range(20)]
+    exact = first.double() + sum(B.double() @ A.double() for A, B in factors)
+
+    def lost(**options):
+        weight, low = first.clone(), options.get("low")
+        for cycle, (A, B) in enumerate(factors):
+            seed = SEED + cycle if "seed" in options else None
+            reference.merge_ref_(weight, A, B, torch.tensor(1.0), low, seed)
+        reached = (weight if low is None else reference.join(weight, low)).double()
+        return ((reached - exact).norm() / (exact - first.double()).norm()).item()
+
+    assert lost(low=torch.zeros(200, 300, dtype=torch.int16)) < 1e-3
+    nearest, randomly = lost(), lost(seed=True)
+    assert nearest > 1e-3
+    assert randomly > 1e-3
+
+
+def test_nothing_added_keeps_both_halves():
+    weight, low = torch.randn(5, 6).bfloat16(), torch.randint(-(2**15), 2**15, (5, 6)).to(torch.int16)
+    before = weight.clone(), low.clone()
+    reference.merge_ref_(weight, torch.randn(2, 6), torch.zeros(5, 2), torch.tensor(SCALE), low)
+    assert torch.equal(weight.view(torch.int16), before[0].view(torch.int16))
+    assert torch.equal(low, before[1])
