@@ -146,3 +146,43 @@ def check_writable(name: str, tensor: Tensor) -> None:
         if size > 1 and stride < reach:
             raise ValueError(f"{name} must be writable, got entries that share memory: strides {tensor.stride()}")
         reach = max(reach, stride * (size - 1) + 1)
+
+
+def check_restart(weights, As, Bs, scales, seeds, lows, rounding) -> None:
+    """All of merge_and_reinit_'s arguments."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
+    for name, entries in (("As", As), ("Bs", Bs), ("scales", scales), ("seeds", seeds), ("lows", lows)):
+        if len(entries) != len(weights):
+            raise ValueError(f"{name} must have an entry for each of the {len(weights)} weights, got {len(entries)}")
+    owners = {}
+    for i, (weight, A, B, scale, seed, low) in enumerate(zip(weights, As, Bs, scales, seeds, lows, strict=True)):
+        try:
+            _check_restart_of(weight, A, B, scale, seed, low)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {i}: {error}") from None
+        for name, tensor in (("weight", weight), ("A", A), ("B", B), ("low", low)):
+            if tensor is not None and tensor.numel() > 0:
+                owner = owners.setdefault((tensor.device, tensor.data_ptr()), f"layer {i}'s {name}")
+                if owner != f"layer {i}'s {name}":
+                    raise ValueError(f"layer {i}: {name} must be a tensor of its own, got {owner}")
+
+
+def _check_restart_of(weight, A, B, scale, seed, low) -> None:
+    check_factors(weight, A, B)
+    check_scale_on("scale", scale, weight)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63 - 1:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    if low is not None:
+        _check_dense("low", low)
+        if low.dtype is not torch.int16 or weight.dtype.itemsize != 2:
+            raise TypeError(f"low must be int16 beside a 16-bit weight, got {low.dtype} beside {weight.dtype}")
+        if low.shape != weight.shape or low.device != weight.device:
+            raise ValueError(
+                f"low must have weight's shape {_shape(weight)} on {weight.device}, got {_shape(low)} on {low.device}"
+            )
+    for name, tensor in (("weight", weight), ("A", A), ("B", B), ("low", low)):
+        if tensor is not None:
+            check_writable(name, tensor)

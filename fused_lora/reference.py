@@ -103,22 +103,39 @@ def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None):
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def merge_ref_(weight, A, B, scale, low=None, seed=None):
+def merge_ref_(weight, A, B, scale):
     """weight += scale * B A in place: product and sum in at least float32, one rounding to weight's dtype.
 
-    That rounding is to the nearest; with `seed`, to either neighbour, so that its mean is exact; with `low`, the int16
-    remainder of weight (split), nothing of the sum is lost: it goes on in (weight, low). Entries to which nothing is
-    added keep their bits. A and B may have any floating dtype.
+    Entries to which nothing is added keep their bits. A and B may have any floating dtype.
     """
+    weight.copy_(_merged(weight, A, B, scale, None, None)[0])
+
+
+def merge_and_reinit_ref_(weight, A, B, scale, seed, low=None, stochastic=False):
+    """weight += scale * B A in place as merge_ref_ does, then A uniform in (-1, 1) / sqrt(K) from `seed`, and B = 0.
+
+    The sum's rounding is to the nearest; stochastic, to either neighbour, so that its mean is exact (from seed + 1);
+    with `low`, the int16 remainder of weight (split), nothing is lost: the sum goes on in (weight, low).
+    """
+    new_weight, new_low = _merged(weight, A, B, scale, low, seed + 1 if stochastic else None)
+    new_A = uniform(*A.shape, A.shape[1] ** -0.5, seed).to(A.dtype)
+    # Nothing below allocates: a layer restarts wholly or not at all.
+    weight.copy_(new_weight)
+    if low is not None:
+        low.copy_(new_low)
+    A.copy_(new_A)
+    B.zero_()
+
+
+def _merged(weight, A, B, scale, low, seed):
     compute = _compute_dtype(weight.dtype)
     delta = scale.to(compute) * (B.to(compute) @ A.to(compute))
     added = (weight.to(compute) if low is None else join(weight, low)) + delta
     if low is not None:
-        high, new_low = split(added, weight.dtype)
-        low.copy_(torch.where(delta == 0, low, new_low))
-    else:
-        high = added.to(weight.dtype) if seed is None else round_randomly(added, weight.dtype, seed)
-    weight.copy_(torch.where(delta == 0, weight, high))
+        high, rest = split(added, weight.dtype)
+        return torch.where(delta == 0, weight, high), torch.where(delta == 0, low, rest)
+    high = added.to(weight.dtype) if seed is None else round_randomly(added, weight.dtype, seed)
+    return torch.where(delta == 0, weight, high), None
 
 
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

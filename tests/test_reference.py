@@ -301,20 +301,20 @@ def test_what_twenty_merges_lose(size, dtype):
     def lost(**options):
         weight, low = first.clone(), options.get("low")
         for cycle, (A, B) in enumerate(factors):
-            seed = SEED + cycle if "seed" in options else None
-            reference.merge_ref_(weight, A, B, torch.tensor(1.0), low, seed)
+            reference.merge_and_reinit_ref_(
+                weight, A.clone(), B.clone(), torch.tensor(1.0), SEED + cycle, low, options.get("stochastic", False)
+            )
         reached = (weight if low is None else reference.join(weight, low)).double()
         return ((reached - exact).norm() / (exact - first.double()).norm()).item()
 
     assert lost(low=torch.zeros(200, 300, dtype=torch.int16)) < 1e-3
-    nearest, randomly = lost(), lost(seed=True)
-    assert nearest > 1e-3
-    assert randomly > 1e-3
+    assert lost() > 1e-2
+    assert lost(stochastic=True) > 1e-2
 
 
 def test_nothing_added_keeps_both_halves():
     weight, low = torch.randn(5, 6).bfloat16(), torch.randint(-(2**15), 2**15, (5, 6)).to(torch.int16)
     before = weight.clone(), low.clone()
-    reference.merge_ref_(weight, torch.randn(2, 6), torch.zeros(5, 2), torch.tensor(SCALE), low)
+    reference.merge_and_reinit_ref_(weight, torch.randn(2, 6), torch.zeros(5, 2), torch.tensor(SCALE), SEED, low)
     assert torch.equal(weight.view(torch.int16), before[0].view(torch.int16))
     assert torch.equal(low, before[1])

@@ -2,5 +2,6 @@
 
 from .lora_linear import lora_linear
 from .merge import merge_
+from .merge_and_reinit import merge_and_reinit_
 
-__all__ = ["lora_linear", "merge_"]
+__all__ = ["lora_linear", "merge_", "merge_and_reinit_"]
