@@ -41,7 +41,7 @@ def optimizer_reset(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     checks.check_probability("ratio", ratio)
-    states = _states(optimizer, parameters)
+    states = states_of(optimizer, parameters)
     zeroed, total = dict.fromkeys(MOMENTS, 0), 0
     for state in states:
         moments = {name: _local(state[name]) for name in (*MOMENTS, "max_exp_avg_sq") if name in state}
@@ -56,8 +56,8 @@ def optimizer_reset(
     return {name: count / max(total, 1) for name, count in zeroed.items()}
 
 
-def _states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[dict]:
-    """The states to reset, each once, all of them checked."""
+def states_of(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[dict]:
+    """The states that a reset would change, each once, all of them checked."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     states = {}
     for i, parameter in enumerate(parameters):

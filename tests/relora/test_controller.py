@@ -1,0 +1,295 @@
+"""The controller: when it wraps and restarts, what it keeps, what it forgets, and that a killed run loses nothing."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lora import LoRALinear
+from fused_lora.reference import join
+from fused_lora.relora import ReLoRA, jagged_cosine_schedule
+from fused_lora.relora.controller import mix
+from tests.ops.problem import DEVICES
+
+OPTIONS = {"reset_every": 6, "warm_start_steps": 4, "r": 3, "lora_alpha": 5.0, "exclude_modules": ["head"]}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Linear(12, 20)
+        self.mlp = nn.Linear(20, 12, bias=False)
+        self.head = nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.head(x + self.mlp(torch.tanh(self.attn(x))))
+
+
+class Run:
+    """A training of a small net on random numbers that depend on the step alone."""
+
+    def __init__(self, device="cpu", dtype=torch.float32, total=28, schedule=True, **options):
+        torch.manual_seed(1)
+        self.net = Net().to(device, dtype)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.01)
+        options = OPTIONS | options
+        self.scheduler = None
+        if schedule:
+            self.scheduler = jagged_cosine_schedule(
+                self.optimizer, total, 2, 2, options["reset_every"], warm_start_steps=options["warm_start_steps"]
+            )
+        self.relora = ReLoRA(self.net, self.optimizer, self.scheduler, **options)
+        self.device, self.dtype = device, dtype
+
+    def batch(self, step):
+        generator = torch.Generator().manual_seed(step)
+        return (torch.randn(16, size, generator=generator).to(self.device, self.dtype) for size in (12, 7))
+
+    def train(self, steps):
+        """The reset shares of each step."""
+        results = []
+        for _ in range(steps):
+            x, y = self.batch(self.relora.steps)
+            (self.net(x) - y).float().square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            results.append(self.relora.step())
+        return results
+
+    def save(self):
+        file = io.BytesIO()
+        parts = {name: part.state_dict() for name, part in self.parts()}
+        torch.save(parts, file)
+        file.seek(0)
+        return file
+
+    def load(self, file):
+        state = torch.load(file)
+        for name, part in self.parts():
+            part.load_state_dict(state[name])
+
+    def parts(self):
+        parts = {"relora": self.relora, "net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return [(name, part) for name, part in parts.items() if part is not None]
+
+    def weights(self):
+        return {name: value.clone() for name, value in self.net.state_dict().items()}
+
+
+def test_when_things_happen():
+    run = Run()
+    results = run.train(28)
+    assert [step + 1 for step, result in enumerate(results) if result is not None] == [10, 16, 22, 28]
+    assert run.relora.report.replaced == ["attn", "mlp"]
+    assert run.relora.cycle == 4
+    assert not run.net.attn.lora_B.any(), "the last cycle is merged"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wrapping_and_restarting_keep_the_function(dtype, device):
+    run = Run(device, dtype)
+    x, _ = run.batch(99)
+    bound = 1e-5 if dtype is torch.float32 else 2e-2
+    for step in range(1, 29):
+        before = None
+
+        def remember(*_, run=run):
+            nonlocal before
+            before = run.net(x).detach()
+
+        handle = run.optimizer.register_step_post_hook(remember)
+        run.train(1)
+        handle.remove()
+        after = run.net(x)
+        if step == 4:
+            assert torch.equal(after, before), "B is zero"
+        assert (after - before).norm() < bound * before.norm()
+        if step >= 4 and (step - 4) % 6 == 0:
+            after.float().square().sum().backward()
+            for layer in run.relora.layers.values():
+                assert not layer.lora_B.any()
+                assert layer.lora_B.grad.any()
+                assert layer.lora_A.any()
+            run.net.zero_grad()
+
+
+def test_what_the_optimizer_holds():
+    run = Run()
+    run.train(3)
+    assert len(run.optimizer.state) == 5
+    run.train(1)
+    assert not run.optimizer.state, "a new optimizer begins"
+    held = {id(p) for p in run.optimizer.param_groups[0]["params"]}
+    assert held == {id(p) for p in run.net.parameters() if p.requires_grad}
+    assert all(isinstance(getattr(run.net, name), LoRALinear) for name in ("attn", "mlp"))
+    run.train(5)
+    head = copy.deepcopy(run.optimizer.state[run.net.head.weight])
+    shares = run.train(1)[0]
+    assert set(shares) == {"exp_avg", "exp_avg_sq"}
+    assert 0.9 < shares["exp_avg"] <= 1
+    assert run.optimizer.state[run.net.head.weight]["step"] == head["step"] + 1 == 6
+    assert run.optimizer.state[run.net.attn.lora_A]["step"] == 0
+
+
+def test_it_steps_the_scheduler():
+    run = Run()
+    rates = []
+    for _ in range(28):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.train(1)
+    for restart in (4, 10, 16, 22):
+        assert rates[restart] < 0.5 * rates[restart - 1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "precision"), [
+    (torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "nearest"),
+])  # fmt: skip
+@pytest.mark.parametrize("killed_at", [2, 4, 7, 10, 17])
+def test_a_killed_run_resumes_to_the_same_bits(killed_at, dtype, precision, device):
+    whole = Run(device, dtype, precision=precision, reset_mode="random", reset_ratio=0.5)
+    whole.train(22)
+    first = Run(device, dtype, precision=precision, reset_mode="random", reset_ratio=0.5)
+    first.train(killed_at)
+    saved = first.save()
+    torch.manual_seed(12345)
+    second = Run(device, dtype, precision=precision, reset_mode="random", reset_ratio=0.5)
+    second.load(saved)
+    second.train(22 - killed_at)
+    for name, value in whole.weights().items():
+        assert torch.equal(value, second.weights()[name]), name
+    for name, low in whole.relora.lows.items():
+        assert torch.equal(low, second.relora.lows[name])
+
+
+@pytest.mark.parametrize(("dtype", "precision", "lows"), [
+    (torch.float32, "auto", 0), (torch.bfloat16, "auto", 2), (torch.bfloat16, "residual", 2),
+    (torch.bfloat16, "nearest", 0), (torch.bfloat16, "stochastic", 0),
+])  # fmt: skip
+def test_residuals_where_they_help(dtype, precision, lows):
+    run = Run(dtype=dtype, precision=precision)
+    run.train(16)
+    assert len(run.relora.lows) == lows
+    for name, low in run.relora.lows.items():
+        weight = run.relora.layers[name].weight
+        assert low.any()
+        assert torch.equal(join(weight, low).to(dtype), weight)
+
+
+def test_plain_lora_never_restarts():
+    run = Run(reset_every=None, schedule=False)
+    assert run.train(28) == [None] * 28
+    assert run.net.attn.lora_B.any()
+
+
+@pytest.mark.parametrize(("base", "reset_every"), [("zero", 6), ("absent", None)])
+def test_the_other_bases(base, reset_every):
+    run = Run(base=base, reset_every=reset_every, warm_start_steps=0, schedule=False)
+    layer = run.net.attn
+    assert not layer.weight.any()
+    assert layer.lora_A.any()
+    assert layer.lora_B.any()
+    run.train(12)
+    assert layer.weight.any() == (base == "zero")
+
+
+def test_ranks_begin_with_the_same_factors():
+    """Whatever torch's own generator has drawn."""
+    factors = []
+    for drawn in (0, 7):
+        run = Run()
+        torch.manual_seed(drawn)
+        run.train(4)
+        factors.append([run.net.attn.lora_A.detach().clone()])
+        run.train(6)
+        factors[-1].append(run.net.attn.lora_A.detach().clone())
+    assert all(torch.equal(a, b) for a, b in zip(*factors, strict=True))
+    assert not torch.equal(factors[0][0], factors[0][1])
+    assert not torch.equal(run.net.attn.lora_A[:, :12], run.net.mlp.lora_A[:, :12])
+
+
+def test_seeds_differ():
+    seeds = {mix(seed, cycle, layer) for seed in range(5) for cycle in range(20) for layer in range(50)}
+    assert len(seeds) == 5000
+    assert all(0 <= seed < 2**62 for seed in seeds)
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    ({"reset_every": 0}, ValueError, "reset_every must be at least 1"),
+    ({"precision": "exact"}, ValueError, "precision must be one of auto, residual, stochastic, nearest"),
+    ({"base": "none"}, ValueError, "base must be one of trained, zero, absent"),
+    ({"base": "zero"}, ValueError, "a warm start would be for nothing"),
+    ({"base": "absent", "warm_start_steps": 0}, ValueError, "reset_every must be None"),
+    ({"reset_mode": "half"}, ValueError, "reset_mode must be one of"),
+    ({"reset_ratio": 2}, ValueError, "reset_ratio must be between 0 and 1"),
+    ({"seed": -1}, ValueError, "seed must be at least 0"),
+    ({"warm_start_steps": 0, "target_modules": ["nothing"]}, ValueError, "matches no nn.Linear"),
+])  # fmt: skip
+def test_wrong_options(options, error, words):
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.AdamW(net.parameters())
+    with pytest.raises(error, match=words):
+        ReLoRA(net, optimizer, **OPTIONS | options)
+    assert type(net.attn) is nn.Linear
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_an_optimizer_that_does_not_hold_the_parameters():
+    net = Net()
+    with pytest.raises(ValueError, match=r"optimizer must hold every parameter that is trained, it lacks attn\.weight"):
+        ReLoRA(net, torch.optim.AdamW(net.head.parameters()), **OPTIONS)
+
+
+def test_a_schedule_of_other_restarts():
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    scheduler = jagged_cosine_schedule(optimizer, 28, 2, 2, 8, warm_start_steps=4)
+    with pytest.raises(ValueError, match=r"must be the scheduler's.* got \(6, 4\) and \(8, 4\)"):
+        ReLoRA(net, optimizer, scheduler, **OPTIONS)
+
+
+def test_checkpoints_of_something_else_change_nothing():
+    run = Run()
+    run.train(12)
+    state = run.relora.state_dict()
+    other = Run()
+    with pytest.raises(ValueError, match="the checkpoint has r=4, this run 3"):
+        other.relora.load_state_dict(state | {"options": state["options"] | {"r": 4}})
+    with pytest.raises(ValueError, match=r"a linear of \(20, 13\) at attn, this model one of \(20, 12\)"):
+        other.relora.load_state_dict(state | {"shapes": {"attn": (20, 13)}})
+    with pytest.raises(ValueError, match=r"a linear of \(2, 2\) at layer, this model nothing"):
+        other.relora.load_state_dict(state | {"shapes": {"layer": (2, 2)}})
+    assert type(other.net.attn) is nn.Linear
+    with pytest.raises(ValueError, match="of the warm start, which this run has behind it"):
+        run.relora.load_state_dict(Run().relora.state_dict())
+    assert run.relora.steps == 12
+
+
+def test_an_optimizer_without_moments_is_refused_before_the_merge():
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    relora = ReLoRA(net, optimizer, **OPTIONS | {"warm_start_steps": 0})
+    net(torch.randn(4, 12)).sum().backward()
+    optimizer.step()
+    before = net.attn.lora_A.detach().clone()
+    with pytest.raises(ValueError, match="not an Adam"):
+        relora.restart()
+    assert torch.equal(net.attn.lora_A, before)
+    assert relora.cycle == 0
+
+
+def test_restarting_by_hand():
+    run = Run()
+    with pytest.raises(RuntimeError, match="the warm start is not over"):
+        run.relora.restart()
+    run.train(5)
+    run.net.attn.merge_()
+    with pytest.raises(RuntimeError, match="attn is merged"):
+        run.relora.restart()
+    run.net.attn.unmerge_()
+    run.relora.restart()
+    assert not run.net.mlp.lora_B.any()
