@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .random import hash_bits
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -32,30 +34,7 @@ class Dropout:
 
 
 @triton.jit
-def _mix(h):
-    h ^= h >> 16
-    h *= 0x7FEB352D
-    h ^= h >> 15
-    h *= 0x846CA68B
-    h ^= h >> 16
-    return h
-
-
-@triton.jit
 def keep_mask(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Which entries of the tile at (row, col) are kept; reference.keep_mask is the same function in torch."""
-    offs_row = (row + tl.arange(0, BLOCK_ROWS)).to(tl.uint32)
-    offs_col = (col + tl.arange(0, BLOCK_COLS)).to(tl.uint32)
-    seed_lo = seed.to(tl.uint32)
-    seed_hi = (seed >> 32).to(tl.uint32)
-    # Two keys a row: with one, rows whose keys lie close together would share shifted masks.
-    key_in = _mix(_mix(offs_row ^ seed_lo) + seed_hi)
-    key_mid = _mix(key_in + 0x9E3779B9)
-    h = key_in[:, None] ^ (offs_col * 0x9E3779B9)[None, :]
-    h ^= h >> 16
-    h *= 0x7FEB352D
-    h ^= h >> 15
-    h += key_mid[:, None]
-    h *= 0x846CA68B
-    h ^= h >> 16
+    h = hash_bits(seed, row, col, BLOCK_ROWS, BLOCK_COLS)
     return (h ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold

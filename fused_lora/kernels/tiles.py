@@ -159,6 +159,14 @@ def merge_tile(r: int, gpu: Gpu, itemsize: int) -> Tile:
     return _fit(Tile(side, side, rank_block(r, 32), 8, 2), gpu, itemsize, tma=False)
 
 
+@cache
+def restart_tile(r: int, gpu: Gpu, itemsize: int, dense: bool) -> Tile:
+    """As merge_tile's; smaller, since two halves of the weight and their sum are in registers, and where rows are not
+    dense the address of every entry too."""
+    side = 64 if itemsize == 4 or not dense else 128
+    return _fit(Tile(64, side, rank_block(r, 32), 8, 2), gpu, itemsize, tma=False)
+
+
 MAX_SLICES = 32
 SLICE_COST = 0.003  # of the uncut reduction: what writing and adding up one more slice takes
 

@@ -11,6 +11,7 @@ from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.launch import record_launches
 from fused_lora.kernels.lora_linear import lora_linear_backward, lora_linear_forward
 from fused_lora.kernels.merge import merge_
+from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
 from fused_lora.kernels.tiles import KNOWN_GPUS, Gpu
 from tests.conftest import INTERPRETING
 from tests.kernels.compiling import compile_launch, compiling_for
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces t
 GPUS = {"sm_80": KNOWN_GPUS["A100"], "sm_86": KNOWN_GPUS["RTX 3090"], "sm_89": KNOWN_GPUS["RTX 4090"]}
 GPUS["sm_90"] = KNOWN_GPUS["H100"]
 RANKS = [16, 32, 64, 128, 512]
-WITHOUT_PRODUCTS = {"reduce_splits_kernel"}
+WITHOUT_PRODUCTS = {"reduce_splits_kernel", "reinit_kernel"}
 
 
 def _empty(*shape, dtype):
@@ -52,6 +53,22 @@ def record_merges(gpu: Gpu):
     return launches
 
 
+def record_restarts(gpu: Gpu):
+    """Rows of 5461 are none that a 16-byte access starts at."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    with record_launches() as launches:
+        for dtype, lora_dtype, K, r, mode in [
+            (bf16, bf16, 2048, 128, "nearest"), (bf16, bf16, 2048, 128, "low"), (bf16, bf16, 5461, 128, "low"),
+            (bf16, bf16, 4096, 16, "stochastic"), (bf16, torch.float32, 2048, 128, "low"),
+            (fp16, fp16, 2048, 64, "low"),
+        ]:  # fmt: skip
+            weight, A, B = (_empty(*s, dtype=lora_dtype) for s in ((2048, K), (r, K), (2048, r)))
+            low = _empty(2048, K, dtype=torch.int16) if mode == "low" else None
+            layer = Layer(weight.to(dtype), A, B, _empty(1, dtype=torch.float32), 5, low)
+            merge_and_reinit_([layer, layer], mode == "stochastic", gpu)
+    return launches
+
+
 def _rows_for_each_expand_tile(gpu: Gpu, tma: bool, precision: str, itemsize: int):
     """One M for each tile that the table can choose at N = K = 512."""
     chosen = {
@@ -64,7 +81,7 @@ def _rows_for_each_expand_tile(gpu: Gpu, tma: bool, precision: str, itemsize: in
 def default_launches(name: str):
     """Every default launch of an architecture, each distinct one once."""
     gpu = GPUS[name]
-    launches = record_merges(gpu)
+    launches = record_merges(gpu) + record_restarts(gpu)
     for M in _rows_for_each_expand_tile(gpu, gpu.has_tma, "ieee", 2):
         for r in (16, 128):
             launches += record(M, 512, 512, r, torch.bfloat16, gpu)
@@ -125,4 +142,4 @@ def test_a_new_scale_compiles_nothing():
 def test_every_kernel_file_is_compiled_here():
     files = Path(tiles.__file__).parent.glob("*.py")
     kernels = {f"{file.stem}_kernel" for file in files if f"def {file.stem}_kernel" in file.read_text()}
-    assert kernels == {plan.name for _, plan, _ in CASES}
+    assert kernels | {"reinit_kernel"} == {plan.name for _, plan, _ in CASES}

@@ -1,0 +1,34 @@
+"""Random bits by counter: a hash of (seed, row, column), computed wherever it is needed, never stored."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _mix(h):
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    h ^= h >> 16
+    return h
+
+
+@triton.jit
+def hash_bits(seed, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """32 bits for each entry of the tile at (row, col); reference.hash_bits is the same function in torch."""
+    offs_row = (row + tl.arange(0, BLOCK_ROWS)).to(tl.uint32)
+    offs_col = (col + tl.arange(0, BLOCK_COLS)).to(tl.uint32)
+    seed_lo = seed.to(tl.uint32)
+    seed_hi = (seed >> 32).to(tl.uint32)
+    # Two keys a row: with one, rows whose keys lie close together would share shifted masks.
+    key_in = _mix(_mix(offs_row ^ seed_lo) + seed_hi)
+    key_mid = _mix(key_in + 0x9E3779B9)
+    h = key_in[:, None] ^ (offs_col * 0x9E3779B9)[None, :]
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h += key_mid[:, None]
+    h *= 0x846CA68B
+    h ^= h >> 16
+    return h

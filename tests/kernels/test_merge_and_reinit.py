@@ -1,0 +1,115 @@
+"""The restart's kernels and their rounding: bit for bit the reference's, where both add the same numbers."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fused_lora import reference
+from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
+from fused_lora.kernels.random import hash_bits
+from fused_lora.kernels.rounding import join, round_randomly, split
+from fused_lora.kernels.tiles import KNOWN_GPUS
+from tests.kernels.problem import DEVICE, randn
+from tests.test_reference import hard_cases
+
+pytestmark = pytest.mark.interpreter
+DTYPES_16 = [torch.bfloat16, torch.float16]
+TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+SEED = 0x1234_5678_9ABC
+
+
+@triton.jit
+def round_kernel(values, high, low, back, random, seed_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(values + offs)
+    h, rest = split(v, DTYPE)
+    tl.store(high + offs, h)
+    tl.store(low + offs, rest)
+    tl.store(back + offs, join(h, rest))
+    bits = tl.reshape(hash_bits(tl.load(seed_ptr), 0, tl.program_id(0) * BLOCK, 1, BLOCK), (BLOCK,))
+    tl.store(random + offs, round_randomly(v, bits, DTYPE))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's NumPy, at infinities
+@pytest.mark.parametrize("dtype", DTYPES_16, ids=str)
+def test_rounding_is_the_reference_bit_for_bit(dtype):
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 3.4e38, -3.4e38])
+    values = torch.cat([hard_cases(dtype), special, torch.randn(5000)])
+    values = values[values.abs() >= 2**-17] if dtype is torch.float16 else values  # below, halves may round apart
+    block = 1024
+    count = -(-values.numel() // block) * block
+    values = torch.nn.functional.pad(values, (0, count - values.numel())).to(DEVICE)
+    seed = torch.tensor(SEED, device=DEVICE)
+    high, random = (torch.empty(count, dtype=dtype, device=DEVICE) for _ in range(2))
+    low, back = torch.empty(count, dtype=torch.int16, device=DEVICE), torch.empty(count, device=DEVICE)
+    round_kernel[(count // block,)](values, high, low, back, random, seed, TRITON[dtype], block)
+    want_high, want_low = reference.split(values, dtype)
+    assert torch.equal(high.view(torch.int16), want_high.view(torch.int16))
+    assert torch.equal(low, want_low)
+    assert torch.equal(back, reference.join(want_high, want_low))
+    want = reference.round_randomly(values[None], dtype, seed)[0]
+    assert torch.equal(random.view(torch.int16), want.view(torch.int16))
+
+
+def make_layers(shapes, dtype, lora_dtype, mode):
+    layers = []
+    for i, (N, K, r) in enumerate(shapes):
+        low = torch.randint(-(2**15), 2**15, (N, K), device=DEVICE).to(torch.int16) if mode == "low" else None
+        layers.append(Layer(
+            randn(N, K, dtype=dtype, scale=0.02), randn(r, K, dtype=lora_dtype, scale=K**-0.5),
+            randn(N, r, dtype=lora_dtype, scale=0.02), torch.tensor(0.625, device=DEVICE), 7 - 9 * i, low,
+        ))  # fmt: skip
+    return layers
+
+
+def copy(layer):
+    tensors = (None if t is None else t.clone() for t in (layer.weight, layer.A, layer.B, layer.scale))
+    return Layer(*tensors, layer.seed, None if layer.low is None else layer.low.clone())
+
+
+# Rows that 16-byte accesses can start at and rows that they cannot, several ranks: several launches.
+SHAPES = [(75, 101, 5), (128, 64, 16), (33, 40, 8), (200, 136, 40)]
+
+
+@pytest.mark.parametrize("mode", ["nearest", "stochastic", "low"])
+@pytest.mark.parametrize("lora_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_16, ids=str)
+def test_restarts(dtype, lora_dtype, mode):
+    layers = make_layers(SHAPES, dtype, lora_dtype or dtype, mode)
+    wanted = [copy(layer) for layer in layers]
+    merge_and_reinit_(layers, mode == "stochastic", KNOWN_GPUS["RTX 3090"])
+    for layer, want in zip(layers, wanted, strict=True):
+        exact = want.weight.float() if want.low is None else reference.join(want.weight, want.low)
+        exact = exact.double() + 0.625 * want.B.double() @ want.A.double()
+        seed = torch.tensor(want.seed, device=DEVICE)
+        reference.merge_and_reinit_ref_(want.weight, want.A, want.B, want.scale, seed, want.low, mode == "stochastic")
+        assert torch.equal(layer.A, want.A)
+        assert not layer.B.any()
+        # The products are summed in another order, so that a few sums are rounded to the other neighbour.
+        assert (layer.weight == want.weight).float().mean() > 0.99
+        if mode == "low":
+            assert (reference.join(layer.weight, layer.low) - exact).abs().max() < 1e-7
+        else:
+            ulp = reference._ulp(exact.float(), dtype)
+            assert ((layer.weight.double() - exact).abs() <= ulp * (0.51 if mode == "nearest" else 1)).all()
+
+
+def test_float32_weights():
+    layers = make_layers(SHAPES, torch.float32, torch.float32, "nearest")
+    wanted = [copy(layer) for layer in layers]
+    merge_and_reinit_(layers, True, KNOWN_GPUS["RTX 3090"])
+    for layer, want in zip(layers, wanted, strict=True):
+        reference.merge_and_reinit_ref_(want.weight, want.A, want.B, want.scale, torch.tensor(want.seed, device=DEVICE))
+        assert (layer.weight - want.weight).abs().max() < 1e-7
+        assert torch.equal(layer.A, want.A)
+
+
+def test_nothing_added_keeps_its_bits():
+    (layer,) = make_layers([(40, 72, 8)], torch.bfloat16, torch.bfloat16, "low")
+    layer.B.zero_()
+    layer.weight[3, 5], layer.weight[4] = float("nan"), -0.0
+    before = layer.weight.clone(), layer.low.clone()
+    merge_and_reinit_([layer], False, KNOWN_GPUS["RTX 3090"])
+    assert torch.equal(layer.weight.view(torch.int16), before[0].view(torch.int16))
+    assert torch.equal(layer.low, before[1])
