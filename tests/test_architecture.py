@@ -23,6 +23,7 @@ ROOMS = {
     "ops": {"backends", "kernels", "checks", "reference"},
     "modules": {"ops", "checks", "reference"},
     "relora": {"modules", "ops", "checks", "reference"},
+    "pretrain": {"relora", "modules", "ops", "checks", "reference"},
     "integrations": {"relora", "modules", "ops", "checks", "reference"},
     "explain": {"modules", "ops", "backends", "kernels", "checks"},
     "doctor": {"__init__", "backends"},

@@ -1,0 +1,1 @@
+"""Pretraining on a text file: full-rank, LoRA or ReLoRA."""
