@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .llama import LlamaConfig
+from fused_lora.pretrain.llama import LlamaConfig
+
 from .training import Schedule
 
 

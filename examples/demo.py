@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import fused_lora
+from fused_lora.pretrain.llama import Llama
 
 from . import report, text
 from .config import DemoConfig, cpu_config, gpu_config
-from .llama import Llama
 from .report import DemoResult
 from .training import TrainingRun, held_out_logits, perplexity, sample, train
 from .unfused import unfused_twin

@@ -10,11 +10,11 @@ import torch
 import fused_lora
 from examples import demo, text
 from examples.config import cpu_config, gpu_config
-from examples.llama import Llama, LlamaConfig
 from examples.report import DemoResult
 from examples.training import Schedule, TrainingRun
 from examples.unfused import UnfusedLoRALinear, unfused_twin
 from fused_lora import backends
+from fused_lora.pretrain.llama import Llama, LlamaConfig
 
 TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from examples.llama import Llama, LlamaConfig, apply_rotary, rotary_tables
+from fused_lora.pretrain.llama import Llama, LlamaConfig, apply_rotary, rotary_tables
 
 CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=61)
 

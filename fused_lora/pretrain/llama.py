@@ -9,7 +9,11 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a Llama, under the names that transformers gives them."""
+    """The sizes of a Llama, under the names that transformers gives them.
+
+    initializer_range is the standard deviation of its first weights; None is hidden_size^-0.5, from which small models
+    learn faster than from LLaMA's 0.02.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -18,6 +22,7 @@ class LlamaConfig:
     vocab_size: int = 256
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
+    initializer_range: float | None = None
 
     def __post_init__(self):
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -112,9 +117,8 @@ class Llama(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # LLaMA's constant 0.02 suits a hidden size of some thousands; a small model learns faster from this.
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+            nn.init.normal_(module.weight, std=self.config.initializer_range or self.config.hidden_size**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
