@@ -1,7 +1,7 @@
 """A text file as tokens: byte-level BPE, memory-mapped files of training and held-out documents, and their batches.
 
-A document is what stands between blank lines. Which are held out depends on their text alone, so that no document is in
-both parts, however often it comes.
+A document is what stands between blank lines, or a piece of it if it is long. Which are held out depends on their text
+alone, so that no document is in both parts, however often it comes.
 """
 
 import gzip
@@ -26,22 +26,27 @@ from ..relora.controller import mix
 
 END = "<end>"  # of a document; token 0
 HELD_OUT_OF = 100  # documents, one is held out
+MOST_CHARACTERS = 1 << 14  # of a document: a text whose blank lines are rare is cut up
 DOCUMENTS_AT_ONCE = 2048
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of a text file, plain or packed (.xz, .gz), without the blank lines."""
+    """The documents of a text file, plain or packed (.xz, .gz), without the blank lines; the long ones in pieces."""
     lines: list[str] = []
     with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace") as file:
         for line in file:
+            if not line.strip() or sum(map(len, lines)) + len(line) > MOST_CHARACTERS:
+                yield from _pieces(lines)
+                lines = []
             if line.strip():
                 lines.append(line)
-            elif lines:
-                yield "".join(lines).rstrip("\n")
-                lines = []
-    if lines:
-        yield "".join(lines).rstrip("\n")
+    yield from _pieces(lines)
+
+
+def _pieces(lines: list[str]) -> Iterator[str]:
+    document = "".join(lines).rstrip("\n")
+    return (document[i : i + MOST_CHARACTERS] for i in range(0, len(document), MOST_CHARACTERS))
 
 
 def is_held_out(document: str) -> bool:

@@ -47,6 +47,21 @@ def test_documents(tmp_path):
     assert list(data.documents(path)) == [" one\ntwo  ", "three"]
 
 
+def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MOST_CHARACTERS", 10)
+    path = tmp_path / "text.txt"
+    path.write_text("one\ntwo\nthree\nfour\n\n0123456789abcdefghijkl\nlast\n")
+    assert list(data.documents(path)) == [
+        "one\ntwo",
+        "three",
+        "four",
+        "0123456789",
+        "abcdefghij",
+        "kl",
+        "last",
+    ]
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [(".xz", lzma.compress), (".gz", gzip.compress)])
 def test_packed_texts(text, suffix, pack, tmp_path):
     path = tmp_path / f"text.txt{suffix}"
