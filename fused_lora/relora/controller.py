@@ -33,6 +33,7 @@ class ReLoRA:
     optimizer_reset (reset_mode, reset_ratio, reset_step) forgets their moments. The last step of a run whose length
     reset_every divides ends in a merge, so that the weights are all there is. reset_every=None never restarts: LoRA.
 
+    * lr_factor: the learning rates of all groups after the warm start, in units of those before.
     * precision: how 16-bit weights take an update, "residual" (exact; an int16 beside each weight), "stochastic" or
       "nearest"; "auto" is residual for 16-bit weights, and wider ones need none.
     * base: "trained" keeps the weights. For the rows of the paper's first table, without a warm start: "zero" starts
@@ -57,6 +58,7 @@ class ReLoRA:
         exclude_modules: str | Iterable[str] | None = None,
         lora_dropout: float = 0.0,
         lora_dtype: torch.dtype | None = None,
+        lr_factor: float = 1.0,
         precision: str = "auto",
         base: str = "trained",
         reset_mode: str = "magnitude",
@@ -65,11 +67,12 @@ class ReLoRA:
         seed: int = 0,
     ):
         _check(reset_every, warm_start_steps, precision, base, reset_mode, reset_ratio, seed)
+        checks.check_scale("lr_factor", lr_factor)
         _check_schedule(scheduler, reset_every, warm_start_steps)
         _check_held(model, optimizer)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.reset_every, self.warm_start_steps, self.seed = reset_every, warm_start_steps, seed
-        self.precision, self.base = precision, base
+        self.precision, self.base, self.lr_factor = precision, base, lr_factor
         self._lora = {
             "r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, "exclude_modules": exclude_modules,
             "lora_dropout": lora_dropout, "lora_dtype": lora_dtype,
@@ -157,7 +160,7 @@ class ReLoRA:
             low.copy_(state["lows"][name])
 
     def _options(self) -> dict:
-        names = ("reset_every", "warm_start_steps", "seed", "precision", "base")
+        names = ("reset_every", "warm_start_steps", "seed", "precision", "base", "lr_factor")
         return {name: getattr(self, name) for name in names} | {
             "r": self._lora["r"],
             "lora_alpha": self._lora["lora_alpha"],
@@ -176,6 +179,10 @@ class ReLoRA:
         frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in frozen]
+            for rate in {"lr", "initial_lr"} & group.keys():
+                group[rate] *= self.lr_factor
+        if self.scheduler is not None:
+            self.scheduler.base_lrs = [rate * self.lr_factor for rate in self.scheduler.base_lrs]
         self.optimizer.state.clear()
         for name, layer in self.layers.items():
             self._begin(name, layer)

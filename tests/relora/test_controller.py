@@ -144,6 +144,19 @@ def test_it_steps_the_scheduler():
         assert rates[restart] < 0.5 * rates[restart - 1]
 
 
+def test_a_learning_rate_of_its_own():
+    plain, faster = Run(), Run(lr_factor=2.0)
+    for step in range(28):
+        rates = [run.optimizer.param_groups[0]["lr"] for run in (plain, faster)]
+        assert rates[1] == pytest.approx(rates[0] * (2 if step >= 4 else 1))
+        plain.train(1)
+        faster.train(1)
+    saved, resumed = faster.save(), Run(lr_factor=2.0)
+    resumed.load(saved)
+    assert resumed.optimizer.param_groups[0]["lr"] == faster.optimizer.param_groups[0]["lr"]
+    assert resumed.scheduler.base_lrs == [0.02]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "precision"), [
     (torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "nearest"),
