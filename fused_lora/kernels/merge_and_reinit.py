@@ -18,9 +18,11 @@ from .random import hash_bits
 from .rounding import join, round_randomly, split
 from .tiles import Gpu
 
-# The columns of the table.
-WEIGHT, FACTOR_A, FACTOR_B, LOW, SCALE, N_, K_, R_, SEED, BOUND, FIRST, FIRST_OF_A, STRIDES = range(13)
-FIELDS = STRIDES + 8  # row and column of weight, A, B and low
+# The columns of the table; the strides of a matrix are its row's and its column's.
+WEIGHT, FACTOR_A, FACTOR_B, LOW, SCALE = (tl.constexpr(i) for i in range(5))
+ROWS, COLS, RANKS, SEED, UNIT, FIRST, FIRST_OF_A = (tl.constexpr(i) for i in range(5, 12))
+STRIDE_WEIGHT, STRIDE_A, STRIDE_B, STRIDE_LOW = (tl.constexpr(i) for i in range(12, 20, 2))
+FIELDS = tl.constexpr(20)
 A_BLOCK = (32, 256)
 
 
@@ -29,17 +31,19 @@ def merge_and_reinit_kernel(
     table, layer_of,
     WEIGHT_TYPE: tl.constexpr, FACTOR_TYPE: tl.constexpr, DENSE: tl.constexpr, HAS_LOW: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, FIELDS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The merge: one program per tile of a weight. Entries to which nothing is added keep their bits."""
     entry = table + tl.load(layer_of + tl.program_id(0)) * FIELDS
-    weight = tl.load(entry + 0).to(tl.pointer_type(WEIGHT_TYPE))
-    A = tl.load(entry + 1).to(tl.pointer_type(FACTOR_TYPE))
-    B = tl.load(entry + 2).to(tl.pointer_type(FACTOR_TYPE))
-    scale = tl.load(tl.load(entry + 4).to(tl.pointer_type(tl.float32)))
-    N, K, R = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32), tl.load(entry + 7).to(tl.int32)
-    tile = tl.program_id(0) - tl.load(entry + 10).to(tl.int32)
-    stride_weight, stride_A, stride_B = tl.load(entry + 12), tl.load(entry + 14), tl.load(entry + 16)
+    weight = tl.load(entry + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE))
+    A = tl.load(entry + FACTOR_A).to(tl.pointer_type(FACTOR_TYPE))
+    B = tl.load(entry + FACTOR_B).to(tl.pointer_type(FACTOR_TYPE))
+    scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
+    N, K = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLS).to(tl.int32)
+    R = tl.load(entry + RANKS).to(tl.int32)
+    tile = tl.program_id(0) - tl.load(entry + FIRST).to(tl.int32)
+    stride_weight = tl.load(entry + STRIDE_WEIGHT)
+    stride_A, stride_B = tl.load(entry + STRIDE_A), tl.load(entry + STRIDE_B)
     if DENSE:
         weight, A, B = tl.multiple_of(weight, 16), tl.multiple_of(A, 16), tl.multiple_of(B, 16)
         stride_weight, stride_A, stride_B = (
@@ -48,7 +52,8 @@ def merge_and_reinit_kernel(
         K, R = tl.multiple_of(K, 8), tl.multiple_of(R, 8)
         step_weight, step_A, step_B = 1, 1, 1
     else:
-        step_weight, step_A, step_B = tl.load(entry + 13), tl.load(entry + 15), tl.load(entry + 17)
+        step_weight = tl.load(entry + STRIDE_WEIGHT + 1)
+        step_A, step_B = tl.load(entry + STRIDE_A + 1), tl.load(entry + STRIDE_B + 1)
     blocks_k = tl.cdiv(K, BLOCK_K)
     row, col = tile // blocks_k * BLOCK_N, tile % blocks_k * BLOCK_K
     old = load_tile(weight, row, col, N, K, stride_weight, step_weight, BLOCK_N, BLOCK_K, False)
@@ -59,19 +64,19 @@ def merge_and_reinit_kernel(
     )  # fmt: skip
     delta *= scale
     if HAS_LOW:
-        low = tl.load(entry + 3).to(tl.pointer_type(tl.int16))
-        stride_low = tl.load(entry + 18)
+        low = tl.load(entry + LOW).to(tl.pointer_type(tl.int16))
+        stride_low = tl.load(entry + STRIDE_LOW)
         if DENSE:
             low, stride_low, step_low = tl.multiple_of(low, 16), tl.multiple_of(stride_low, 8), 1
         else:
-            step_low = tl.load(entry + 19)
+            step_low = tl.load(entry + STRIDE_LOW + 1)
         old_low = load_tile(low, row, col, N, K, stride_low, step_low, BLOCK_N, BLOCK_K, False).to(tl.int16)
         new, new_low = split(join(old, old_low) + delta, WEIGHT_TYPE)
         store_tile(
             low, tl.where(delta == 0, old_low, new_low), row, col, N, K, stride_low, step_low, BLOCK_N, BLOCK_K, False
         )
     elif STOCHASTIC:
-        random = hash_bits(tl.load(entry + 8) + 1, row, col, BLOCK_N, BLOCK_K)
+        random = hash_bits(tl.load(entry + SEED) + 1, row, col, BLOCK_N, BLOCK_K)
         new = round_randomly(old.to(tl.float32) + delta, random, WEIGHT_TYPE)
     else:
         new = (old.to(tl.float32) + delta).to(WEIGHT_TYPE)
@@ -81,21 +86,20 @@ def merge_and_reinit_kernel(
 
 
 @triton.jit
-def reinit_kernel(
-    table, layer_of, FACTOR_TYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, FIELDS: tl.constexpr
-):
+def reinit_kernel(table, layer_of, FACTOR_TYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """A uniform in (-1, 1) / sqrt(K): one program per tile of an A."""
     entry = table + tl.load(layer_of + tl.program_id(0)) * FIELDS
-    A = tl.load(entry + 1).to(tl.pointer_type(FACTOR_TYPE))
-    K, R = tl.load(entry + 6).to(tl.int32), tl.load(entry + 7).to(tl.int32)
-    tile = tl.program_id(0) - tl.load(entry + 11).to(tl.int32)
+    A = tl.load(entry + FACTOR_A).to(tl.pointer_type(FACTOR_TYPE))
+    K, R = tl.load(entry + COLS).to(tl.int32), tl.load(entry + RANKS).to(tl.int32)
+    tile = tl.program_id(0) - tl.load(entry + FIRST_OF_A).to(tl.int32)
     blocks_k = tl.cdiv(K, BLOCK_K)
     row, col = tile // blocks_k * BLOCK_R, tile % blocks_k * BLOCK_K
-    odd = 2 * (hash_bits(tl.load(entry + 8), row, col, BLOCK_R, BLOCK_K) >> 8).to(tl.int32) + 1 - 16777216
-    unit = tl.load(entry + 9).to(tl.int32).to(tl.float32, bitcast=True)
+    odd = 2 * (hash_bits(tl.load(entry + SEED), row, col, BLOCK_R, BLOCK_K) >> 8).to(tl.int32) + 1 - 16777216
+    unit = tl.load(entry + UNIT).to(tl.int32).to(tl.float32, bitcast=True)
     store_tile(
-        A, odd.to(tl.float32) * unit, row, col, R, K, tl.load(entry + 14), tl.load(entry + 15), BLOCK_R, BLOCK_K, False
-    )
+        A, odd.to(tl.float32) * unit, row, col, R, K, tl.load(entry + STRIDE_A), tl.load(entry + STRIDE_A + 1),
+        BLOCK_R, BLOCK_K, False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _launches(kind: tuple, layers: list[Layer], stochastic: bool, gpu: Gpu):
     rows = [layer.fields(sum(counts[:i]), sum(counts_of_A[:i])) for i, layer in enumerate(layers)]
     device = layers[0].weight.device
     table = torch.tensor(rows, dtype=torch.int64, device=device)
-    names = {"WEIGHT_TYPE": _triton(weight_dtype), "FACTOR_TYPE": _triton(factor_dtype), "FIELDS": FIELDS}
+    names = {"WEIGHT_TYPE": _triton(weight_dtype), "FACTOR_TYPE": _triton(factor_dtype)}
     merge = dict(
         names, DENSE=dense, HAS_LOW=has_low, STOCHASTIC=stochastic and weight_dtype.itemsize == 2,
         BLOCK_N=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=tile.block_k,

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import checks
-from ..relora.controller import mix
+from ..relora.seeds import mix
 
 END = "<end>"  # of a document; token 0
 HELD_OUT_OF = 100  # documents, one is held out

@@ -12,6 +12,7 @@ from ..modules import LoRALinear, ReplaceReport, replace_linear
 from ..ops import merge_and_reinit_
 from .optimizer_reset import MODES, optimizer_reset, states_of
 from .schedule import JaggedCosine
+from .seeds import mix
 
 BASES = ("trained", "zero", "absent")
 PRECISIONS = ("auto", "residual", "stochastic", "nearest")
@@ -174,11 +175,10 @@ class ReLoRA:
         self.report = replace_linear(self.model, **self._lora)
         self.layers = {name: self.model.get_submodule(name) for name in self.report.replaced}
         factors_of = {id(layer.weight): [layer.lora_A, layer.lora_B] for layer in self.layers.values()}
-        for group in self.optimizer.param_groups:
-            group["params"] = [new for old in group["params"] for new in factors_of.get(id(old), [old])]
         frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
         for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in frozen]
+            params = [new for old in group["params"] for new in factors_of.get(id(old), [old])]
+            group["params"] = [p for p in params if id(p) not in frozen]
             for rate in {"lr", "initial_lr"} & group.keys():
                 group[rate] *= self.lr_factor
         if self.scheduler is not None:
@@ -196,17 +196,6 @@ class ReLoRA:
             layer.lora_B.copy_(reference.uniform(layer.out_features, layer.r, layer.r**-0.5, seed + 1))
         if self.precision in ("auto", "residual") and layer.weight.dtype.itemsize == 2:
             self.lows[name] = torch.zeros(layer.weight.shape, dtype=torch.int16, device=layer.weight.device)
-
-
-def mix(*numbers: int) -> int:
-    """A seed in [0, 2^62) from several numbers: splitmix64's finalizer, chained."""
-    state = 0
-    for number in numbers:
-        state = ((state ^ number) + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return state >> 2
 
 
 def _check(reset_every, warm_start_steps, precision, base, reset_mode, reset_ratio, seed) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from fused_lora import LoRALinear
 from fused_lora.reference import join
 from fused_lora.relora import ReLoRA, jagged_cosine_schedule
-from fused_lora.relora.controller import mix
+from fused_lora.relora.seeds import mix
 from tests.ops.problem import DEVICES
 
 OPTIONS = {"reset_every": 6, "warm_start_steps": 4, "r": 3, "lora_alpha": 5.0, "exclude_modules": ["head"]}
