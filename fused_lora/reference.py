@@ -36,6 +36,12 @@ def hash_bits(M: int, K: int, seed: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
+def half_bits(rows: int, cols: int, seed: Tensor) -> Tensor:
+    """(rows, cols) int64 in [0, 2^16): two neighbours share the halves of one hash."""
+    h = hash_bits(rows, (cols + 1) // 2, seed)
+    return torch.stack((h & 0xFFFF, h >> 16), dim=-1).flatten(-2)[:, :cols]
+
+
 def keep_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
     """(M, K) bool, True with probability 1 - p."""
     return hash_bits(M, K, seed) >= min(round(p * 2**32), 2**32 - 1)
@@ -184,6 +190,6 @@ def round_randomly(values: Tensor, dtype: torch.dtype, seed: Tensor) -> Tensor:
     ulp = _ulp(values, dtype)
     steps = values.abs() / ulp
     below = steps.floor()
-    chance = (hash_bits(*values.shape, seed) >> 8).float() / 2**24
-    rounded = torch.copysign((below + (chance < steps - below)) * ulp, values)
+    up = (steps - below + half_bits(*values.shape, seed).float() / 2**16).floor()
+    rounded = torch.copysign((below + up) * ulp, values)
     return torch.where(values.isfinite(), rounded, values).to(dtype)

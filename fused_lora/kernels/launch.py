@@ -80,6 +80,13 @@ class Plan:
         ]
         return (*operands, *rest, *self.sizes)
 
+    def load(self, matrices: tuple, rest: tuple = ()) -> None:
+        """Compiles the kernel and puts it on the device, so that a run cannot fail for want of either."""
+        if _records.get() is None and self._compiled is None:
+            compiled = self.kernel.warmup(*self.arguments(matrices, rest), grid=self.grid, **self.meta)
+            if compiled is not None:  # as under the interpreter
+                compiled._init_handles()
+
     def run(self, matrices: tuple, rest: tuple = ()) -> None:
         args = self.arguments(matrices, rest)
         records = _records.get()

@@ -32,3 +32,10 @@ def hash_bits(seed, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
     h *= 0x846CA68B
     h ^= h >> 16
     return h
+
+
+@triton.jit
+def half_bits(seed, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """16 bits for each entry of the tile at (row, col), which begins at an even column; as reference.half_bits."""
+    h = hash_bits(seed, row, col // 2, BLOCK_ROWS, BLOCK_COLS // 2)
+    return tl.interleave((h & 0xFFFF).to(tl.int32), (h >> 16).to(tl.int32))

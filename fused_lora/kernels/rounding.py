@@ -35,17 +35,14 @@ def split(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def round_randomly(values, random, DTYPE: tl.constexpr):
-    """To one of the two neighbours in a 16-bit dtype, by 32 random bits each: as likely as it is near."""
+    """To one of the two neighbours in a 16-bit dtype, by 16 random bits each: as likely as it is near."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = values.to(tl.int32, bitcast=True)
-        up = (random >> 16).to(tl.int32) < (bits & 0xFFFF)
-        rounded = ((bits >> 16) + up.to(tl.int32)).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        rounded = ((values.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         exponent = _exponent(values)
         steps = tl.abs(values) * _power(10 - exponent)
         below = tl.floor(steps)
-        chance = (random >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
-        up = (chance < steps - below).to(tl.float32)
+        up = tl.floor(steps - below + random.to(tl.float32) * (1.0 / 65536.0))
         rounded = _with_sign_of((below + up) * _power(exponent - 10), values).to(DTYPE)
     return tl.where(_is_finite(values), rounded, values.to(DTYPE))
 

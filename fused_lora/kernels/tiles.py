@@ -160,11 +160,15 @@ def merge_tile(r: int, gpu: Gpu, itemsize: int) -> Tile:
 
 
 @cache
-def restart_tile(r: int, gpu: Gpu, itemsize: int, dense: bool) -> Tile:
-    """As merge_tile's; smaller, since two halves of the weight and their sum are in registers, and where rows are not
-    dense the address of every entry too."""
-    side = 64 if itemsize == 4 or not dense else 128
-    return _fit(Tile(64, side, rank_block(r, 32), 8, 2), gpu, itemsize, tma=False)
+def restart_tile(rank_block: int, gpu: Gpu, itemsize: int, aligned: bool, plain: bool) -> tuple[Tile, int]:
+    """(tile as merge_tile's, tiles along a row that one program walks over with B held); plain rounds to nearest."""
+    if itemsize == 4:
+        tile = Tile(64, 64 if plain else 32, min(rank_block, 32), 8, 2)
+    elif aligned and plain:
+        tile = Tile(64, 128, min(rank_block, 128), 8, 2)
+    else:
+        tile = Tile(64, 64, min(rank_block, 128), 4 if aligned and rank_block <= 128 else 8, 2)
+    return _fit(tile, gpu, itemsize, tma=False), 8
 
 
 MAX_SLICES = 32

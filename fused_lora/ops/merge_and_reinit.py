@@ -5,23 +5,53 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, reference
-from .library import define
+from .. import backends, checks, reference
+from .library import define, launching
 
 ops = torch.ops.fused_lora
 
 
 def _merge_and_reinit(weights, As, Bs, scales, seeds, lows, stochastic):
-    low_of = iter(lows)
-    for i, (weight, A, B, scale, seed) in enumerate(zip(weights, As, Bs, scales, seeds, strict=True)):
-        low = next(low_of) if lows else None
-        try:
-            reference.merge_and_reinit_ref_(
-                weight, A, B, scale, torch.tensor(seed, device=weight.device), low, stochastic
-            )
-        except Exception as error:
-            done = f"layers 0 to {i - 1} have restarted" if i else "no layer has restarted"
-            raise RuntimeError(f"{done} of {len(weights)}, the others are as they were: {error}") from error
+    lows = lows or [None] * len(weights)
+    layers = list(zip(weights, As, Bs, scales, seeds, lows, strict=True))
+    by_kernel, by_reference = {}, []
+    for i, layer in enumerate(layers):
+        indices = by_kernel.setdefault(layer[0].device, []) if _has_kernel(*layer[:3]) else by_reference
+        indices.append(i)
+    done = []
+    try:
+        for i in by_reference:
+            _by_reference(layers[i], stochastic)
+            done.append(i)
+        for device, indices in by_kernel.items():
+            _by_kernel([layers[i] for i in indices], stochastic, device)
+            done += indices
+    except Exception as error:
+        which = f"only {', '.join(map(str, done))}" if done else "none"
+        message = f"of {len(layers)} layers {which} restarted, the others stay as they were: {error}"
+        raise RuntimeError(message) from error
+
+
+def _has_kernel(weight, A, B) -> bool:
+    """Triton's kernel reads both factors in one dtype, the weight's or float32, and writes A in it."""
+    choice = backends.choose_merge(weight.device, weight.dtype)
+    return choice.name == "triton" and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32) and A.numel() > 0
+
+
+def _by_reference(layer, stochastic) -> None:
+    weight, A, B, scale, seed, low = layer
+    seed = torch.tensor(seed, device=weight.device)
+    reference.merge_and_reinit_ref_(weight, A, B, scale, seed, low, stochastic)
+
+
+def _by_kernel(layers, stochastic, device) -> None:
+    from ..kernels.merge_and_reinit import Layer, merge_and_reinit_
+
+    with launching("merge_and_reinit", layers[0][0]):
+        merge_and_reinit_([Layer(*layer) for layer in layers], stochastic, backends.gpu(device))
+    # torch did not see the kernels write.
+    written = [tensor for weight, A, B, _, _, low in layers for tensor in (weight, A, low) if tensor is not None]
+    torch.autograd.graph.increment_version(written)
 
 
 define(
@@ -55,7 +85,7 @@ def merge_and_reinit_(
 
     A and the rounding come from a counter-based generator: the same seed gives the same numbers on every rank and
     device. Keeps every data_ptr and moves the version counters. If it fails half-way, the error says which layers have
-    restarted; none is half restarted.
+    restarted; none is half restarted. On a GPU all memory is taken and all kernels are loaded before the first change.
     Raises ValueError or TypeError naming the layer and the argument before anything is changed.
     ReLoRA: Lialin et al. 2023, arXiv:2307.05695.
     """
@@ -64,7 +94,7 @@ def merge_and_reinit_(
         return
     with torch.no_grad():
         scales = [
-            scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=weight.device)
+            torch.as_tensor(scale, dtype=torch.float32, device=weight.device)
             for scale, weight in zip(scales, weights, strict=True)
         ]
         weights, As, Bs = ([tensor.detach() for tensor in tensors] for tensors in (weights, As, Bs))

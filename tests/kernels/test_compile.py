@@ -60,7 +60,8 @@ def record_restarts(gpu: Gpu):
         for dtype, lora_dtype, K, r, mode in [
             (bf16, bf16, 2048, 128, "nearest"), (bf16, bf16, 2048, 128, "low"), (bf16, bf16, 5461, 128, "low"),
             (bf16, bf16, 4096, 16, "stochastic"), (bf16, torch.float32, 2048, 128, "low"),
-            (fp16, fp16, 2048, 64, "low"),
+            (fp16, fp16, 2048, 64, "low"), (bf16, bf16, 5461, 128, "stochastic"), (bf16, bf16, 5461, 128, "nearest"),
+            (bf16, bf16, 2048, 256, "low"), (bf16, torch.float32, 2048, 128, "nearest"),
         ]:  # fmt: skip
             weight, A, B = (_empty(*s, dtype=lora_dtype) for s in ((2048, K), (r, K), (2048, r)))
             low = _empty(2048, K, dtype=torch.int16) if mode == "low" else None

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fused_lora import reference
 from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
-from fused_lora.kernels.random import hash_bits
+from fused_lora.kernels.random import half_bits
 from fused_lora.kernels.rounding import join, round_randomly, split
 from fused_lora.kernels.tiles import KNOWN_GPUS
 from tests.kernels.problem import DEVICE, randn
@@ -27,7 +27,7 @@ def round_kernel(values, high, low, back, random, seed_ptr, DTYPE: tl.constexpr,
     tl.store(high + offs, h)
     tl.store(low + offs, rest)
     tl.store(back + offs, join(h, rest))
-    bits = tl.reshape(hash_bits(tl.load(seed_ptr), 0, tl.program_id(0) * BLOCK, 1, BLOCK), (BLOCK,))
+    bits = tl.reshape(half_bits(tl.load(seed_ptr), 0, tl.program_id(0) * BLOCK, 1, BLOCK), (BLOCK,))
     tl.store(random + offs, round_randomly(v, bits, DTYPE))
 
 
@@ -69,7 +69,7 @@ def copy(layer):
 
 
 # Rows that 16-byte accesses can start at and rows that they cannot, several ranks: several launches.
-SHAPES = [(75, 101, 5), (128, 64, 16), (33, 40, 8), (200, 136, 40)]
+SHAPES = [(75, 101, 5), (128, 64, 16), (33, 40, 8), (200, 136, 40), (70, 1200, 8), (66, 80, 264), (65, 607, 131)]
 
 
 @pytest.mark.parametrize("mode", ["nearest", "stochastic", "low"])
@@ -92,7 +92,8 @@ def test_restarts(dtype, lora_dtype, mode):
             assert (reference.join(layer.weight, layer.low) - exact).abs().max() < 1e-7
         else:
             ulp = reference._ulp(exact.float(), dtype)
-            assert ((layer.weight.double() - exact).abs() <= ulp * (0.51 if mode == "nearest" else 1)).all()
+            room = ulp * (0.501 if mode == "nearest" else 1) + 1e-8  # float32 sums of numbers of 1e-2
+            assert ((layer.weight.double() - exact).abs() <= room).all()
 
 
 def test_float32_weights():

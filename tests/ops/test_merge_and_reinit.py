@@ -133,11 +133,28 @@ def test_a_failure_half_way_says_how_far_it_came(monkeypatch):
         return real(rows, *arguments)
 
     monkeypatch.setattr(reference, "uniform", scarce)
-    with pytest.raises(RuntimeError, match="layers 0 to 0 have restarted of 3, the others are as they were: no memory"):
+    with pytest.raises(RuntimeError, match="of 3 layers only 0 restarted, the others stay as they were: no memory"):
         merge_and_reinit_(**layers)
     for name in ("weights", "As", "Bs"):
         assert not torch.equal(layers[name][0], before[name][0])
         assert all(torch.equal(layers[name][i], before[name][i]) for i in (1, 2))
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_cannot_be_made_changes_nothing(monkeypatch):
+    from fused_lora.kernels import merge_and_reinit as kernels
+
+    layers = make_layers("cuda")
+    before = copy.deepcopy(layers)
+
+    def refuse(*arguments, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(kernels.reinit_kernel, "warmup", refuse)
+    with pytest.raises(RuntimeError, match="of 3 layers none restarted, the others stay as they were: no memory"):
+        merge_and_reinit_(**layers)
+    for name in ("weights", "As", "Bs"):
+        assert all(torch.equal(new, old) for new, old in zip(layers[name], before[name], strict=True))
 
 
 def wrong(name, i, value):
