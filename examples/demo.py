@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fused_lora
+from fused_lora.pretrain import python_text
 from fused_lora.pretrain.llama import Llama
 
 from . import report, text
@@ -29,7 +30,7 @@ TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 def load_text(path: Path | None, config: DemoConfig) -> tuple[Tensor, Tensor]:
     """(train, held-out) tokens on the device: of the file, or of the language reference."""
-    content = text.language_reference().encode() if path is None else path.read_bytes()
+    content = python_text.language_reference().encode() if path is None else path.read_bytes()
     tokens, held_out = text.split(text.encode(content).to(config.device))
     if len(held_out) <= config.lora.seq_len:
         raise ValueError(f"the text needs at least {10 * (config.lora.seq_len + 1):,} bytes, got {len(content):,}")
@@ -39,7 +40,7 @@ def load_text(path: Path | None, config: DemoConfig) -> tuple[Tensor, Tensor]:
 def warm_start(config: DemoConfig) -> Llama:
     """A base model trained whole on docstrings, then cast to config.dtype and frozen. While it trains, its weights are
     float32 under autocast: in 16 bits they would lose AdamW's small updates."""
-    tokens = text.encode(text.docstrings().encode()).to(config.device)
+    tokens = text.encode(python_text.docstrings().encode()).to(config.device)
     torch.manual_seed(0)
     model = Llama(config.llama).to(config.device)
     autocast = None if config.dtype is torch.float32 else config.dtype

@@ -10,8 +10,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
+
+from fused_lora.pretrain.llama import next_token_loss
 
 # The first steps compile kernels and fill caches: they count for the loss and not for the speed.
 UNTIMED_STEPS = 5
@@ -48,11 +49,6 @@ class TrainingRun:
     losses: Tensor
     tokens_per_second: float
     peak_memory: int | None
-
-
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, in float32."""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
 
 def batches(tokens: Tensor, schedule: Schedule):

@@ -50,7 +50,7 @@ def _by_kernel(layers, stochastic, device) -> None:
     with launching("merge_and_reinit", layers[0][0]):
         merge_and_reinit_([Layer(*layer) for layer in layers], stochastic, backends.gpu(device))
     # torch did not see the kernels write.
-    written = [tensor for weight, A, B, _, _, low in layers for tensor in (weight, A, low) if tensor is not None]
+    written = [tensor for weight, A, B, _, _, low in layers for tensor in (weight, A, B, low) if tensor is not None]
     torch.autograd.graph.increment_version(written)
 
 

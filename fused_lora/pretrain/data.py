@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .. import checks
 from ..relora.seeds import mix
 
-END = "<end>"  # of a document; token 0
+END = "<end>"  # of a document: token 0
 HELD_OUT_OF = 100  # documents, one is held out
 MOST_CHARACTERS = 1 << 14  # of a document: a text whose blank lines are rare is cut up
 DOCUMENTS_AT_ONCE = 2048
@@ -104,40 +104,57 @@ class Data:
     train: Tokens
     held_out: Tokens
 
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        return (folder / "about.json").exists()
+
     @classmethod
-    def load(cls, folder: Path) -> "Data":
+    def load(cls, folder: Path, vocab_size: int) -> "Data":
+        """Raises ValueError for a folder without tokens, or with those of another vocabulary."""
+        if not cls.exists(folder):
+            raise ValueError(f"{folder} holds no tokens: give the text to make them of")
         about = json.loads((folder / "about.json").read_text())
+        if about["source"]["vocab"] != vocab_size:
+            raise ValueError(f"{folder} holds tokens of a vocabulary of {about['source']['vocab']}, not {vocab_size}")
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         parts = (Tokens(folder / f"{part}.bin", about["dtype"]) for part in ("train", "held_out"))
         return cls(tokenizer, *parts)
 
 
-def prepare(text: Path, folder: Path, vocab_size: int) -> Data:
+def prepare(text: Path, folder: Path, vocab_size: int, tokenizer: Path | None = None) -> Data:
     """The text's tokens in `folder`, made there unless they are of this text and vocabulary already.
 
-    Raises ValueError for a vocabulary below the 257 that bytes and the end need, and for a text that leaves a part
-    empty; the folder is then as it was.
+    By a tokenizer.json with token 0 for the end of a document, or by one that is trained on the text.
+    Raises ValueError for a vocabulary below the 257 that bytes and the end need, for a tokenizer with more tokens than
+    the vocabulary, and for a text that leaves a part empty; the folder is then as it was.
     """
     checks.check_count("vocab_size", vocab_size, least=257)
-    status = text.stat()
-    source = {"text": str(text.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns, "vocab": vocab_size}
+    source = {"text": _stamp(text), "tokenizer": tokenizer and _stamp(tokenizer), "vocab": vocab_size}
     about = folder / "about.json"
-    if about.exists() and json.loads(about.read_text())["source"] == source:
-        return Data.load(folder)
+    if Data.exists(folder) and json.loads(about.read_text())["source"] == source:
+        return Data.load(folder, vocab_size)
+    encoder = Tokenizer.from_file(str(tokenizer)) if tokenizer else train_tokenizer(text, vocab_size)
+    if encoder.get_vocab_size() > vocab_size:
+        raise ValueError(f"{tokenizer} has {encoder.get_vocab_size()} tokens, more than vocab_size={vocab_size}")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(text, vocab_size)
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     with tempfile.TemporaryDirectory(dir=folder) as new:
-        counts = _write_tokens(text, tokenizer, Path(new), dtype)
+        counts = _write_tokens(text, encoder, Path(new), dtype)
         empty = [part for part, count in counts.items() if count == 0]
         if empty:
             raise ValueError(f"{text} has too few documents (blank lines part them): the {empty[0]} part is empty")
-        tokenizer.save(f"{new}/tokenizer.json")
+        encoder.save(f"{new}/tokenizer.json")
         Path(new, "about.json").write_text(json.dumps({"source": source, "dtype": dtype, "tokens": counts}))
         about.unlink(missing_ok=True)  # it comes last, and says that the others are whole
         for name in ("train.bin", "held_out.bin", "tokenizer.json", "about.json"):
             os.replace(f"{new}/{name}", folder / name)
-    return Data.load(folder)
+    return Data.load(folder, vocab_size)
+
+
+def _stamp(file: Path) -> list:
+    """By which a file is known to be the same."""
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def _write_tokens(text: Path, tokenizer: Tokenizer, folder: Path, dtype: str) -> dict[str, int]:
@@ -148,7 +165,7 @@ def _write_tokens(text: Path, tokenizer: Tokenizer, folder: Path, dtype: str) ->
         for group in _groups(tqdm(documents(text), "tokens", unit=" documents")):
             for document, encoding in zip(group, tokenizer.encode_batch(group), strict=True):
                 part = "held_out" if is_held_out(document) else "train"
-                values = np.array([*encoding.ids, tokenizer.token_to_id(END)], dtype=dtype)
+                values = np.array([*encoding.ids, 0], dtype=dtype)
                 files[part].write(values.tobytes())
                 counts[part] += len(values)
     return counts

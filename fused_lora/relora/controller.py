@@ -219,7 +219,7 @@ def _check(reset_every, warm_start_steps, precision, base, reset_mode, reset_rat
 
 def _check_schedule(scheduler, reset_every, warm_start_steps) -> None:
     for factor in getattr(scheduler, "lr_lambdas", ()):
-        if isinstance(factor, JaggedCosine) and reset_every is not None:
+        if isinstance(factor, JaggedCosine) and None not in (reset_every, factor.reset_every):
             ours, theirs = (reset_every, warm_start_steps), (factor.reset_every, factor.warm_start_steps)
             if ours != theirs:
                 raise ValueError(

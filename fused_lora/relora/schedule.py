@@ -17,7 +17,8 @@ class JaggedCosine:
 
     and before it a linear climb: over the first w steps to 1, and over the restart_warmup_steps after each restart to
     the cosine's value at their end. Restarts come every reset_every steps, counted from the end of the warm start,
-    which is one itself (a new optimizer begins there). Without a warm start the first is at reset_every.
+    which is one itself (a new optimizer begins there). Without a warm start the first is at reset_every. With
+    reset_every=None there are none but the end of the warm start.
 
     A climb of n steps goes through 1 / (n + 1), ..., n / (n + 1), so that no step has a rate of zero. With
     published=True it goes through 0, ..., (n - 1) / n, as in the paper's code, and wastes the step at 0.
@@ -29,28 +30,30 @@ class JaggedCosine:
     total_steps: int
     warmup_steps: int
     restart_warmup_steps: int
-    reset_every: int
+    reset_every: int | None
     min_ratio: float = 0.1
     warm_start_steps: int = 0
     published: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "warmup_steps", "restart_warmup_steps", "reset_every", "warm_start_steps"):
-            checks.check_count(name, getattr(self, name), least=1 if name in ("total_steps", "reset_every") else 0)
+        for name in ("total_steps", "warmup_steps", "restart_warmup_steps", "warm_start_steps"):
+            checks.check_count(name, getattr(self, name), least=1 if name == "total_steps" else 0)
         checks.check_probability("min_ratio", self.min_ratio)
         if self.warm_start_steps >= self.total_steps:
             raise ValueError(
                 f"warm_start_steps must be below total_steps={self.total_steps}, got {self.warm_start_steps}"
             )
         steps = self.total_steps - self.warm_start_steps
-        if steps % self.reset_every:
+        if self.reset_every is not None:
+            checks.check_count("reset_every", self.reset_every, least=1)
+            if steps % self.reset_every:
+                raise ValueError(
+                    f"reset_every must divide the {steps} steps after the warm start, or the last cycle is cut short; "
+                    f"got {self.reset_every}"
+                )
+        if self.restart_warmup_steps >= self.cycle_steps:
             raise ValueError(
-                f"reset_every must divide the {steps} steps after the warm start, or the last cycle is cut short; "
-                f"got {self.reset_every}"
-            )
-        if self.restart_warmup_steps >= self.reset_every:
-            raise ValueError(
-                f"restart_warmup_steps must be below reset_every={self.reset_every}, got {self.restart_warmup_steps}"
+                f"restart_warmup_steps must be below reset_every={self.cycle_steps}, got {self.restart_warmup_steps}"
             )
         if self.warmup_steps > self.first_restart:
             raise ValueError(
@@ -58,17 +61,21 @@ class JaggedCosine:
             )
 
     @property
+    def cycle_steps(self) -> int:
+        return self.reset_every or self.total_steps - self.warm_start_steps
+
+    @property
     def first_restart(self) -> int:
-        return self.warm_start_steps or self.reset_every
+        return self.warm_start_steps or self.cycle_steps
 
     def restarts(self) -> range:
         """The steps at which a climb begins; the end of the run is none."""
-        return range(self.first_restart, self.total_steps, self.reset_every)
+        return range(self.first_restart, self.total_steps, self.cycle_steps)
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return self._climb(step, self.warmup_steps)
-        since = (step - self.warm_start_steps) % self.reset_every
+        since = (step - self.warm_start_steps) % self.cycle_steps
         if self.first_restart <= step < self.total_steps and since < self.restart_warmup_steps:
             reached = self._cosine(step - since + self.restart_warmup_steps)
             return self._climb(since, self.restart_warmup_steps) * reached
@@ -89,7 +96,7 @@ def jagged_cosine_schedule(
     total_steps: int,
     warmup_steps: int,
     restart_warmup_steps: int,
-    reset_every: int,
+    reset_every: int | None,
     min_ratio: float = 0.1,
     warm_start_steps: int = 0,
     published: bool = False,

@@ -14,6 +14,14 @@ def test_the_papers_trainable_parameters(name, millions):
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_controls_have_as_many_parameters_as_the_low_rank_phase_trains(name):
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Llama(preset.control).parameters())
+    assert abs(count / trainable_in_relora(preset) - 1) < 0.08
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_schedules(name):
     preset = PRESETS[name]
     JaggedCosine(

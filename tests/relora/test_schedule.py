@@ -33,6 +33,13 @@ def test_no_step_is_wasted_and_climbs_end_where_the_published_ones_do():
     assert math.isclose(ours(5000), ours(5100) / 101)
 
 
+def test_without_restarts_only_the_warm_start_ends_in_a_climb():
+    plain, cosine = JaggedCosine(1000, 20, 10, None), JaggedCosine(1000, 20, 0, 1000)
+    assert not plain.restarts()
+    assert all(plain(step) == cosine(step) for step in range(1001))
+    assert list(JaggedCosine(1000, 20, 10, None, warm_start_steps=400).restarts()) == [400]
+
+
 def test_restarts_count_from_the_end_of_the_warm_start():
     factor = JaggedCosine(1000, 20, 10, 200, warm_start_steps=400)
     assert list(factor.restarts()) == [400, 600, 800]

@@ -1,0 +1,66 @@
+"""The processes that train one model, each with its part of every batch: one, or those of torchrun."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among them, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This rank's rows, of as many as any other's."""
+        if len(batch) % self.world:
+            raise ValueError(f"batch_size must be a multiple of the {self.world} ranks, got {len(batch)}")
+        return batch.chunk(self.world)[self.rank]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """For every rank to be here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def replica(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over the ranks."""
+        return DistributedDataParallel(model) if self.world > 1 else model
+
+    def accumulating(self, replica: nn.Module, last: bool):
+        """Gradients travel with the last micro-batch of a step only."""
+        return nullcontext() if last or self.world == 1 else replica.no_sync()
+
+
+@contextmanager
+def joined(device_type: str) -> Iterator[Ranks]:
+    """The ranks that torchrun's variables speak of, in touch with each other inside."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(device_type, local) if device_type == "cuda" else torch.device(device_type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Ranks(device)
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(device, distributed.get_rank(), world)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,139 @@
+"""What a run did to the weights: singular values of W_T - W_0, projection by projection, as numbers and a picture.
+
+    python -m fused_lora.pretrain.spectra pretrain_output/relora pretrain_output/full
+
+W_0 is a run's begin/ (the end of its warm start), W_T its newest checkpoint with its update merged. An update of rank r
+has r singular values; restarts add up to more (figure 5 of Lialin et al. 2023, arXiv:2307.05695).
+Writes singular_values.csv (every one), ranks.csv (a line for each matrix) and spectra.png.
+"""
+
+import argparse
+import csv
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..reference import join
+from . import checkpoint
+from .run import BEGIN, CHECKPOINTS
+
+PROJECTION = re.compile(r".*\.(self_attn|mlp)\.(?P<projection>\w+)\.weight")
+
+
+def whole_weights(place: Path) -> dict[str, Tensor]:
+    """The projections' weights of a checkpoint in float32, with their low halves and their factors' updates."""
+    tensors, state = checkpoint.load(place)
+    lows = (state["relora"] or {}).get("lows", {})
+    scale = float(state["options"]["lora_alpha"]) / float(state["options"]["r"])
+    weights = {}
+    for name in filter(PROJECTION.fullmatch, tensors):
+        layer = name.removesuffix(".weight")
+        weight = join(tensors[name], lows[layer]) if layer in lows else tensors[name].float()
+        if f"{layer}.lora_B" in tensors:
+            weight = weight + scale * tensors[f"{layer}.lora_B"].float() @ tensors[f"{layer}.lora_A"].float()
+        weights[name] = weight
+    return weights
+
+
+def spectra(begin: Path, end: Path) -> dict[str, Tensor]:
+    """The singular values of each projection's change between two checkpoints of a model, largest first.
+
+    Raises ValueError for checkpoints of different models.
+    """
+    before, after = whole_weights(begin), whole_weights(end)
+    if {name: w.shape for name, w in before.items()} != {name: w.shape for name, w in after.items()}:
+        raise ValueError(f"{begin} and {end} are of different models")
+    return {name: torch.linalg.svdvals(after[name] - before[name]) for name in tqdm(after, "singular values")}
+
+
+def numerical_rank(values: Tensor, longer_side: int) -> int:
+    """How many stand above float32's rounding of the largest, as torch.linalg.matrix_rank counts."""
+    return int((values > values[0] * longer_side * torch.finfo(torch.float32).eps).sum())
+
+
+def write(runs: dict[str, dict[str, Tensor]], longer_side: int, output: Path) -> None:
+    """Both tables of every run's spectra."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (
+        open(output / "singular_values.csv", "w", newline="") as all_values,
+        open(output / "ranks.csv", "w", newline="") as ranks,
+    ):
+        every, summary = csv.writer(all_values), csv.writer(ranks)
+        every.writerow(("run", "matrix", "index", "singular_value"))
+        summary.writerow(("run", "matrix", "size", "numerical_rank", "above_1_percent", "largest"))
+        for run, found in runs.items():
+            for name, values in found.items():
+                every.writerows((run, name, i, f"{value:.6g}") for i, value in enumerate(values.tolist()))
+                above = int((values > 0.01 * values[0]).sum())
+                rank = numerical_rank(values, longer_side)
+                summary.writerow((run, name, len(values), rank, above, f"{values[0].item():.6g}"))
+
+
+def by_projection(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(layers, size) singular values of each kind of projection."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, values in found.items():
+        kinds.setdefault(PROJECTION.fullmatch(name)["projection"], []).append(values)
+    return {kind: torch.stack(values) for kind, values in kinds.items()}
+
+
+def plot(runs: dict[str, dict[str, Tensor]], place: Path) -> None:
+    """A panel for each kind of projection: the layers' mean singular value by its index, in units of the largest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = list(by_projection(next(iter(runs.values()))))
+    figure, axes = plt.subplots(2, (len(kinds) + 1) // 2, figsize=(13, 6), sharey=True, layout="constrained")
+    for run, found in runs.items():
+        for axis, values in zip(axes.flat, by_projection(found).values(), strict=False):
+            mean = values.mean(0) / values.mean(0)[0]
+            axis.semilogy(mean.clamp(min=1e-6), label=run, linewidth=1.2)
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        axis.set(title=kind, ylim=(1e-4, 1.2), xlabel="index")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(kinds) :]:
+        axis.axis("off")
+    axes.flat[0].legend()
+    figure.suptitle("singular values of the change, largest = 1")
+    figure.savefig(place, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--output", type=Path, default=Path("pretrain_output/spectra"))
+    args = parser.parse_args(arguments)
+    try:
+        runs = {run.name: spectra(_newest(run / BEGIN), _newest(run / CHECKPOINTS)) for run in args.runs}
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    longer_side = max(max(weight.shape) for weight in whole_weights(_newest(args.runs[0] / BEGIN)).values())
+    write(runs, longer_side, args.output)
+    plot(runs, args.output / "spectra.png")
+    for run, found in runs.items():
+        ranks = {
+            kind: statistics.fmean(numerical_rank(row, longer_side) for row in values)
+            for kind, values in by_projection(found).items()
+        }
+        print(f"{run}: mean numerical rank " + ", ".join(f"{kind} {rank:.0f}" for kind, rank in ranks.items()))
+    return 0
+
+
+def _newest(folder: Path) -> Path:
+    found = checkpoint.checkpoints(folder)
+    if not found:
+        raise ValueError(f"{folder} has no checkpoint")
+    return found[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
