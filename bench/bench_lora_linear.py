@@ -11,27 +11,12 @@ import pytest
 import torch
 
 from . import record, timing
+from .clock import CLOCK
 from .measure import MEASURED, UNAVAILABLE, Measurements
 from .shapes import PASSES, shapes_for
 from .variants import PACKAGE, VARIANTS
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class SampleClock:
-    """pytest-benchmark's timer here: stands still, except that step() moves it by the next recorded sample."""
-
-    now = 0.0
-    samples = iter(())
-
-    def read(self) -> float:
-        return self.now
-
-    def step(self) -> None:
-        self.now += next(self.samples)
-
-
-CLOCK = SampleClock()
 
 
 @functools.cache

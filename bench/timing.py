@@ -21,6 +21,7 @@ ROUNDS = 24
 WARM_UP_ROUNDS = 3
 # Few enough that the queue to the GPU, which holds about a thousand launches, is never full.
 BURST = 8
+SLEEP_CYCLES = 60_000_000  # 30 ms or more
 # More than any L2; zeroing it evicts what the last step left there.
 FLUSH_BYTES = 256 * 2**20
 
@@ -106,6 +107,24 @@ def time_graphs(graphs: dict, rounds: int) -> Samples:
     events = interleave(graphs, rounds, time_once)
     torch.cuda.synchronize()
     return {name: [start.elapsed_time(end) * 1e-3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def time_device(calls: Calls, rounds: int, prepare: Callable[[], object]) -> Samples:
+    """For calls that cannot be captured: the GPU's own time, since it sleeps while the host issues them. prepare() goes
+    before each."""
+
+    def time_once(call):
+        prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return interleave(calls, rounds, time_once)
 
 
 def _time_eager_cuda(calls: Calls, rounds: int) -> Samples:

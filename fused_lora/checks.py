@@ -179,9 +179,10 @@ def _check_restart_of(weight, A, B, scale, seed, low) -> None:
         _check_dense("low", low)
         if low.dtype is not torch.int16 or weight.dtype.itemsize != 2:
             raise TypeError(f"low must be int16 beside a 16-bit weight, got {low.dtype} beside {weight.dtype}")
-        if low.shape != weight.shape or low.device != weight.device:
+        if low.shape != weight.shape or low.device not in (weight.device, torch.device("cpu")):
             raise ValueError(
-                f"low must have weight's shape {_shape(weight)} on {weight.device}, got {_shape(low)} on {low.device}"
+                f"low must have weight's shape {_shape(weight)} on {weight.device} or in the host's memory, "
+                f"got {_shape(low)} on {low.device}"
             )
     for name, tensor in (("weight", weight), ("A", A), ("B", B), ("low", low)):
         if tensor is not None:

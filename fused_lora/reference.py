@@ -154,19 +154,18 @@ def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 as (high, low): high its rounding to a 16-bit dtype, ties away from zero, and low the rest as an int16.
 
-    In bfloat16 low is the difference of the bits, and join gives back every float32. In float16 it is the difference of
-    the magnitudes in units of high's ulp / 2^16, and join is exact from 2^-17 on and within 2^-41 below. Where high is
-    not finite, low is 0.
+    In bfloat16 low is the difference of the bits, and join gives back every float32 (of a NaN, a NaN). In float16 it is
+    the difference of the magnitudes in units of high's ulp / 2^16, and join is exact from 2^-17 on and within 2^-41
+    below; where high is not finite, low is 0.
     """
     if dtype is torch.bfloat16:
-        bits = values.view(torch.int32).to(torch.int64)
-        high = ((bits + 2**15) >> 16).to(torch.int16).view(dtype)
-        low = bits - high.view(torch.int16).to(torch.int64) * 2**16
-    else:
-        high = values.to(dtype)
-        tie = _rest(values, high) == 2**15  # which went to the even neighbour, here toward zero
-        high = torch.where(tie, (high.view(torch.int16) + 1).view(dtype), high)
-        low = _rest(values, high)
+        bits = torch.where(values.isnan(), torch.nan, values).view(torch.int32).to(torch.int64)
+        high = (bits + 2**15) >> 16
+        return high.to(torch.int16).view(dtype), (bits - high * 2**16).to(torch.int16)
+    high = values.to(dtype)
+    tie = _rest(values, high) == 2**15  # which went to the even neighbour, here toward zero
+    high = torch.where(tie, (high.view(torch.int16) + 1).view(dtype), high)
+    low = _rest(values, high)
     high = torch.where(values.isfinite(), high, values.to(dtype))
     return high, torch.where(high.isfinite(), low, 0).to(torch.int16)
 

@@ -8,8 +8,9 @@ import triton.language as tl
 def join(high, low):
     """The float32 that split gave."""
     if high.dtype == tl.bfloat16:
-        bits = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low.to(tl.int32)
-        return bits.to(tl.float32, bitcast=True)
+        upper = high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        lower = (low.to(tl.uint16, bitcast=True) ^ 0x8000).to(tl.uint32)
+        return ((upper | lower) - 0x8000).to(tl.float32, bitcast=True)
     else:
         wide = high.to(tl.float32)
         magnitude = tl.abs(wide) + low.to(tl.float32) * _power(_exponent(wide) - 26)
@@ -20,31 +21,32 @@ def join(high, low):
 def split(values, DTYPE: tl.constexpr):
     """(high, low): the rounding of float32 to a 16-bit dtype, ties away from zero, and the rest as int16."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = values.to(tl.int32, bitcast=True)
-        upper = (bits + 0x8000) >> 16
-        high = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        low = bits - (upper << 16)
+        # A NaN of all ones would turn into a zero.
+        bits = (tl.minimum(values.to(tl.int32, bitcast=True), 0x7FFF7FFF) + 0x8000).to(tl.uint32, bitcast=True)
+        high = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return high, (bits.to(tl.uint16) ^ 0x8000).to(tl.int16, bitcast=True)
     else:
         high = values.to(DTYPE)
         tie = _rest(values, high) == 32768.0
         high = tl.where(tie, (high.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(DTYPE, bitcast=True), high)
         low = _rest(values, high).to(tl.int32)
-    high = tl.where(_is_finite(values), high, values.to(DTYPE))
-    return high, tl.where(_is_finite(high.to(tl.float32)), low, 0).to(tl.int16)
+        high = tl.where(_is_finite(values), high, values.to(DTYPE))
+        return high, tl.where(_is_finite(high.to(tl.float32)), low, 0).to(tl.int16)
 
 
 @triton.jit
 def round_randomly(values, random, DTYPE: tl.constexpr):
     """To one of the two neighbours in a 16-bit dtype, by 16 random bits each: as likely as it is near."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        rounded = ((values.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        bits = tl.minimum(values.to(tl.int32, bitcast=True), 0x7FFF0000)  # a NaN of all ones would turn into a zero
+        return ((bits + random) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         exponent = _exponent(values)
         steps = tl.abs(values) * _power(10 - exponent)
         below = tl.floor(steps)
         up = tl.floor(steps - below + random.to(tl.float32) * (1.0 / 65536.0))
         rounded = _with_sign_of((below + up) * _power(exponent - 10), values).to(DTYPE)
-    return tl.where(_is_finite(values), rounded, values.to(DTYPE))
+        return tl.where(_is_finite(values), rounded, values.to(DTYPE))
 
 
 @triton.jit

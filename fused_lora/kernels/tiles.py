@@ -160,14 +160,19 @@ def merge_tile(r: int, gpu: Gpu, itemsize: int) -> Tile:
 
 
 @cache
-def restart_tile(rank_block: int, gpu: Gpu, itemsize: int, aligned: bool, plain: bool) -> tuple[Tile, int]:
-    """(tile as merge_tile's, tiles along a row that one program walks over with B held); plain rounds to nearest."""
+def restart_tile(
+    rank_block: int, gpu: Gpu, itemsize: int, aligned: bool, has_low: bool, stochastic: bool
+) -> tuple[Tile, int]:
+    """(tile as merge_tile's, tiles along a row that one program walks over with B held)."""
+    plain = not has_low and not stochastic
     if itemsize == 4:
         tile = Tile(64, 64 if plain else 32, min(rank_block, 32), 8, 2)
     elif aligned and plain:
-        tile = Tile(64, 128, min(rank_block, 128), 8, 2)
+        tile = Tile(64, 128, min(rank_block, 128), 8, 1)
     else:
-        tile = Tile(64, 64, min(rank_block, 128), 4 if aligned and rank_block <= 128 else 8, 2)
+        # Rows that are not aligned take an address an entry. 4 warps are faster where that does not spill.
+        fits = rank_block <= 128 and (aligned or (gpu.has_tma and not has_low))
+        tile = Tile(64, 64, min(rank_block, 128), 4 if fits else 8, 1 if aligned or not has_low else 2)
     return _fit(tile, gpu, itemsize, tma=False), 8
 
 

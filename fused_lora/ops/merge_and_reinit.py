@@ -16,7 +16,7 @@ def _merge_and_reinit(weights, As, Bs, scales, seeds, lows, stochastic):
     layers = list(zip(weights, As, Bs, scales, seeds, lows, strict=True))
     by_kernel, by_reference = {}, []
     for i, layer in enumerate(layers):
-        indices = by_kernel.setdefault(layer[0].device, []) if _has_kernel(*layer[:3]) else by_reference
+        indices = by_kernel.setdefault(layer[0].device, []) if _has_kernel(*layer[:2]) else by_reference
         indices.append(i)
     done = []
     try:
@@ -32,16 +32,18 @@ def _merge_and_reinit(weights, As, Bs, scales, seeds, lows, stochastic):
         raise RuntimeError(message) from error
 
 
-def _has_kernel(weight, A, B) -> bool:
-    """Triton's kernel reads both factors in one dtype, the weight's or float32, and writes A in it."""
-    choice = backends.choose_merge(weight.device, weight.dtype)
-    return choice.name == "triton" and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32) and A.numel() > 0
+def _has_kernel(weight, A) -> bool:
+    has_entries = weight.numel() > 0 and A.numel() > 0
+    return has_entries and backends.choose_merge(weight.device, weight.dtype).name == "triton"
 
 
 def _by_reference(layer, stochastic) -> None:
     weight, A, B, scale, seed, low = layer
     seed = torch.tensor(seed, device=weight.device)
-    reference.merge_and_reinit_ref_(weight, A, B, scale, seed, low, stochastic)
+    here = None if low is None else low.to(weight.device)
+    reference.merge_and_reinit_ref_(weight, A, B, scale, seed, here, stochastic)
+    if here is not low:
+        low.copy_(here)
 
 
 def _by_kernel(layers, stochastic, device) -> None:

@@ -81,11 +81,12 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def tokens_of(args: argparse.Namespace, vocab_size: int, ranks: Ranks) -> Data:
-    """The text's tokens, made by the first rank while the others wait."""
+    """The text's tokens, made by the first rank while the others wait; without a text or a folder, Python's own."""
     folder = args.data or Path("pretrain_output") / f"tokens-{vocab_size}"
-    if ranks.first and (args.text or not Data.exists(folder)):
-        text = args.text or write_documentation(folder / "python.txt")
-        prepare(text, folder, vocab_size, args.tokenizer)
+    if ranks.first and args.text:
+        prepare(args.text, folder, vocab_size, args.tokenizer)
+    elif ranks.first and not args.data and not Data.exists(folder):
+        prepare(write_documentation(folder / "python.txt"), folder, vocab_size, args.tokenizer)
     ranks.wait()
     return Data.load(folder, vocab_size)
 

@@ -1,6 +1,5 @@
 """The processes that train one model, each with its part of every batch: one, or those of torchrun."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -52,15 +51,16 @@ class Ranks:
 @contextmanager
 def joined(device_type: str) -> Iterator[Ranks]:
     """The ranks that torchrun's variables speak of, in touch with each other inside."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(device_type, local) if device_type == "cuda" else torch.device(device_type)
+    many = distributed.is_torchelastic_launched()
+    index = distributed.get_node_local_rank() if many else 0
+    device = torch.device(device_type, index if device_type == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world == 1:
+    if not many:
         yield Ranks(device)
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(device, distributed.get_rank(), world)
+        yield Ranks(device, distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()

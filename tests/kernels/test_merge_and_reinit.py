@@ -1,13 +1,17 @@
 """The restart's kernels and their rounding: bit for bit the reference's, where both add the same numbers."""
 
+import dataclasses
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from fused_lora import reference
+from fused_lora.kernels import merge_and_reinit as kernels
 from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
 from fused_lora.kernels.random import half_bits
+from fused_lora.kernels.restart import filled, is_open
 from fused_lora.kernels.rounding import join, round_randomly, split
 from fused_lora.kernels.tiles import KNOWN_GPUS
 from tests.kernels.problem import DEVICE, randn
@@ -57,8 +61,8 @@ def make_layers(shapes, dtype, lora_dtype, mode):
     for i, (N, K, r) in enumerate(shapes):
         low = torch.randint(-(2**15), 2**15, (N, K), device=DEVICE).to(torch.int16) if mode == "low" else None
         layers.append(Layer(
-            randn(N, K, dtype=dtype, scale=0.02), randn(r, K, dtype=lora_dtype, scale=K**-0.5),
-            randn(N, r, dtype=lora_dtype, scale=0.02), torch.tensor(0.625, device=DEVICE), 7 - 9 * i, low,
+            randn(N, K, dtype=dtype, scale=0.02), randn(r, K, dtype=lora_dtype or dtype, scale=K**-0.5),
+            randn(N, r, dtype=lora_dtype or dtype, scale=0.02), torch.tensor(0.625, device=DEVICE), 7 - 9 * i, low,
         ))  # fmt: skip
     return layers
 
@@ -96,6 +100,51 @@ def test_restarts(dtype, lora_dtype, mode):
             assert ((layer.weight.double() - exact).abs() <= room).all()
 
 
+def filled_up(matrix):
+    """The same matrix with rows of a multiple of 8 columns, and what lies between them."""
+    storage = torch.full((len(matrix), filled(matrix.shape[1])), 7, dtype=matrix.dtype, device=matrix.device)
+    view, between = storage[:, : matrix.shape[1]], storage[:, matrix.shape[1] :]
+    view.copy_(matrix)
+    return view, between
+
+
+@pytest.mark.parametrize("mode", ["nearest", "stochastic", "low"])
+def test_rows_that_are_filled_up(mode):
+    """Their 16-byte accesses reach beyond the last column, and change nothing there."""
+    layers = make_layers([(75, 101, 5), (66, 79, 16)], torch.bfloat16, torch.bfloat16, mode)
+    wanted = [copy(layer) for layer in layers]
+    weights = [filled_up(layer.weight) for layer in layers]
+    lows = [(None, None) if layer.low is None else filled_up(layer.low) for layer in layers]
+    layers = [
+        dataclasses.replace(layer, weight=weight, low=low)
+        for layer, (weight, _), (low, _) in zip(layers, weights, lows, strict=True)
+    ]
+    assert all(is_open(layer.weight) for layer in layers)
+    merge_and_reinit_(layers, mode == "stochastic", KNOWN_GPUS["RTX 3090"])
+    merge_and_reinit_(wanted, mode == "stochastic", KNOWN_GPUS["RTX 3090"])
+    for layer, want in zip(layers, wanted, strict=True):
+        assert torch.equal(layer.weight, want.weight)
+        assert mode != "low" or torch.equal(layer.low, want.low)
+    assert all((between == 7).all() for _, between in (*weights, *lows) if between is not None)
+
+
+def test_factors_of_two_dtypes_and_any_layout():
+    """They are copied, a few layers at a time where the workspace is small."""
+    layers = make_layers([(75, 104, 8), (66, 80, 16), (40, 64, 13)], torch.bfloat16, torch.bfloat16, "low")
+    wanted = [copy(layer) for layer in layers]
+    layers = [
+        dataclasses.replace(layer, A=layer.A.T.contiguous().T, B=layer.B.double() if i else layer.B)
+        for i, layer in enumerate(layers)
+    ]
+    merge_and_reinit_(layers, False, KNOWN_GPUS["RTX 3090"])
+    merge_and_reinit_(wanted, False, KNOWN_GPUS["RTX 3090"])
+    for layer, want in zip(layers, wanted, strict=True):
+        assert torch.equal(layer.A, want.A)
+        assert not layer.B.any()
+        difference = reference.join(layer.weight, layer.low) - reference.join(want.weight, want.low)
+        assert difference.abs().max() < 1e-7
+
+
 def test_float32_weights():
     layers = make_layers(SHAPES, torch.float32, torch.float32, "nearest")
     wanted = [copy(layer) for layer in layers]
@@ -109,8 +158,27 @@ def test_float32_weights():
 def test_nothing_added_keeps_its_bits():
     (layer,) = make_layers([(40, 72, 8)], torch.bfloat16, torch.bfloat16, "low")
     layer.B.zero_()
-    layer.weight[3, 5], layer.weight[4] = float("nan"), -0.0
+    layer.weight[3, 5], layer.weight[4], layer.low[4] = float("nan"), -0.0, 3
     before = layer.weight.clone(), layer.low.clone()
     merge_and_reinit_([layer], False, KNOWN_GPUS["RTX 3090"])
     assert torch.equal(layer.weight.view(torch.int16), before[0].view(torch.int16))
     assert torch.equal(layer.low, before[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [True, False])
+def test_low_halves_in_the_hosts_memory(pinned, monkeypatch):
+    """Streamed by a few rows at a time through a small workspace: the same bits as beside the weight."""
+    monkeypatch.setattr(kernels, "SLOT_BYTES", 2**16)
+    layers = make_layers([(75, 101, 5), (128, 64, 16), (400, 136, 40), (300, 607, 131)], torch.bfloat16, None, "low")
+    here = [copy(layer) for layer in layers]
+    lows = [layer.low.cpu().pin_memory() if pinned else layer.low.cpu() for layer in layers]
+    layers = [dataclasses.replace(layer, low=low) for layer, low in zip(layers, lows, strict=True)]
+    for _ in range(3):
+        merge_and_reinit_(layers, False, KNOWN_GPUS["RTX 3090"])
+        merge_and_reinit_(here, False, KNOWN_GPUS["RTX 3090"])
+        for layer, want in zip(layers, here, strict=True):
+            assert torch.equal(layer.weight, want.weight)
+            assert torch.equal(layer.low, want.low.cpu())
+            layer.B.normal_(std=0.02)
+            want.B.copy_(layer.B)

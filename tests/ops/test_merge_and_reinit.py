@@ -142,7 +142,7 @@ def test_a_failure_half_way_says_how_far_it_came(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_kernel_that_cannot_be_made_changes_nothing(monkeypatch):
-    from fused_lora.kernels import merge_and_reinit as kernels
+    from fused_lora.kernels import restart
 
     layers = make_layers("cuda")
     before = copy.deepcopy(layers)
@@ -150,7 +150,7 @@ def test_a_kernel_that_cannot_be_made_changes_nothing(monkeypatch):
     def refuse(*arguments, **options):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(kernels.reinit_kernel, "warmup", refuse)
+    monkeypatch.setattr(restart.reinit_kernel, "warmup", refuse)
     with pytest.raises(RuntimeError, match="of 3 layers none restarted, the others stay as they were: no memory"):
         merge_and_reinit_(**layers)
     for name in ("weights", "As", "Bs"):
