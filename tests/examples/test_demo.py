@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import fused_lora
-from examples import demo, text
+from examples import demo
 from examples.config import cpu_config, gpu_config
 from examples.report import DemoResult
 from examples.training import Schedule, TrainingRun
 from examples.unfused import UnfusedLoRALinear, unfused_twin
 from fused_lora import backends
+from fused_lora.pretrain import python_text
 from fused_lora.pretrain.llama import Llama, LlamaConfig
 
 TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -47,7 +48,9 @@ def tiny_result(**changes) -> DemoResult:
     ],
 )
 def test_demo_end_to_end(device, dtype, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(text, "docstrings", text.language_reference)  # parsing the standard library takes seconds
+    monkeypatch.setattr(
+        python_text, "docstrings", python_text.language_reference
+    )  # parsing the standard library takes seconds
     config = tiny_config(device, dtype)
     result = demo.run_demo(config, *demo.load_text(None, config), tmp_path / "output")
     assert (tmp_path / "output" / "loss_curves.png").read_bytes().startswith(b"\x89PNG")

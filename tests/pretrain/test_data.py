@@ -114,7 +114,7 @@ def test_an_epoch_has_every_window_once(prepared):
 def _arguments(prepared):
     folder, _ = prepared
     source = json.loads((folder / "about.json").read_text())["source"]
-    return data.Path(source["text"]), folder, source["vocab"]
+    return data.Path(source["text"][0]), folder, source["vocab"]
 
 
 def test_windows_follow_one_another(prepared):
@@ -134,3 +134,19 @@ def test_what_it_refuses(tmp_path, prepared):
     assert list((tmp_path / "tokens").iterdir()) == []
     with pytest.raises(ValueError, match=r"too few for one window of seq_len=1000000"):
         prepared[1].train.batch(0, 1, 1_000_000, 0)
+
+
+def test_a_given_tokenizer(text, tmp_path):
+    first = data.prepare(text, tmp_path / "first", 400)
+    again = data.prepare(text, tmp_path / "again", 400, tmp_path / "first" / "tokenizer.json")
+    assert again.train.values.tolist() == first.train.values.tolist()
+    with pytest.raises(ValueError, match="has 400 tokens, more than vocab_size=300"):
+        data.prepare(text, tmp_path / "few", 300, tmp_path / "first" / "tokenizer.json")
+    assert not (tmp_path / "few").exists()
+
+
+def test_folders_that_hold_no_tokens_or_others(text, tmp_path):
+    with pytest.raises(ValueError, match="holds no tokens: give the text"):
+        data.Data.load(tmp_path, 400)
+    with pytest.raises(ValueError, match="holds tokens of a vocabulary of 400, not 500"):
+        data.prepare(text, tmp_path, 400).load(tmp_path, 500)
