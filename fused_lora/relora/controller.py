@@ -13,6 +13,7 @@ from ..ops import merge_and_reinit_
 from .optimizer_reset import MODES, optimizer_reset, states_of
 from .schedule import JaggedCosine
 from .seeds import mix
+from .shards import check_rows, is_sharded, keep, local, whole
 
 BASES = ("trained", "zero", "absent")
 PRECISIONS = ("auto", "residual", "stochastic", "nearest")
@@ -34,9 +35,14 @@ class ReLoRA:
     optimizer_reset (reset_mode, reset_ratio, reset_step) forgets their moments. The last step of a run whose length
     reset_every divides ends in a merge, so that the weights are all there is. reset_every=None never restarts: LoRA.
 
+    A model that has LoRALinear layers already is trained as it is, without a warm start. That is the way under FSDP2:
+    replace_linear, fully_shard, the optimizer, ReLoRA. Its state is then this rank's.
+
     * lr_factor: the learning rates of all groups after the warm start, in units of those before.
-    * precision: how 16-bit weights take an update, "residual" (exact; an int16 beside each weight), "stochastic" or
+    * precision: how 16-bit weights take an update, "residual" (exact; an int16 for each weight), "stochastic" or
       "nearest"; "auto" is residual for 16-bit weights, and wider ones need none.
+    * residual_device: "weight" keeps those int16 beside the weights, "cpu" in the host's pinned memory, from which they
+      are streamed at each restart.
     * base: "trained" keeps the weights. For the rows of the paper's first table, without a warm start: "zero" starts
       from weights of zero with both factors random, "absent" is that without restarts.
     * Every random number comes from (seed, cycle, layer), so that all ranks begin each cycle with the same factors.
@@ -61,19 +67,21 @@ class ReLoRA:
         lora_dtype: torch.dtype | None = None,
         lr_factor: float = 1.0,
         precision: str = "auto",
+        residual_device: str = "weight",
         base: str = "trained",
         reset_mode: str = "magnitude",
         reset_ratio: float = 0.99,
         reset_step: bool = True,
         seed: int = 0,
     ):
-        _check(reset_every, warm_start_steps, precision, base, reset_mode, reset_ratio, seed)
+        _check(reset_every, warm_start_steps, precision, residual_device, base, reset_mode, reset_ratio, seed)
         checks.check_scale("lr_factor", lr_factor)
         _check_schedule(scheduler, reset_every, warm_start_steps)
         _check_held(model, optimizer)
+        _check_layers(model, warm_start_steps)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.reset_every, self.warm_start_steps, self.seed = reset_every, warm_start_steps, seed
-        self.precision, self.base, self.lr_factor = precision, base, lr_factor
+        self.precision, self.residual_device, self.base, self.lr_factor = precision, residual_device, base, lr_factor
         self._lora = {
             "r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, "exclude_modules": exclude_modules,
             "lora_dropout": lora_dropout, "lora_dtype": lora_dtype,
@@ -113,15 +121,19 @@ class ReLoRA:
         rounding = "stochastic" if self.precision == "stochastic" else "nearest"
         for names in ([n for n in self.layers if n in self.lows], [n for n in self.layers if n not in self.lows]):
             layers = [self.layers[name] for name in names]
+            As = [whole(layer.lora_A) for layer in layers]
             merge_and_reinit_(
-                [layer.weight for layer in layers],
-                [layer.lora_A for layer in layers],
-                [layer.lora_B for layer in layers],
+                [local(layer.weight) for layer in layers],
+                As,
+                [local(layer.lora_B) for layer in layers],
                 [layer.scale for layer in layers],
                 [self._seed_of(name) for name in names],
                 [self.lows[name] for name in names if name in self.lows] or None,
                 rounding,
             )
+            for layer, A in zip(layers, As, strict=True):
+                if is_sharded(layer.lora_A):
+                    keep(layer.lora_A, A)
         generator = torch.Generator(factors[0].device).manual_seed(mix(self.seed, self.cycle, -1))
         return optimizer_reset(self.optimizer, factors, generator=generator, **self._reset)
 
@@ -172,8 +184,9 @@ class ReLoRA:
 
     @torch.no_grad()
     def _wrap(self) -> None:
-        self.report = replace_linear(self.model, **self._lora)
-        self.layers = {name: self.model.get_submodule(name) for name in self.report.replaced}
+        if not _lora_layers(self.model):
+            self.report = replace_linear(self.model, **self._lora)
+        self.layers = _lora_layers(self.model)
         factors_of = {id(layer.weight): [layer.lora_A, layer.lora_B] for layer in self.layers.values()}
         frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
         for group in self.optimizer.param_groups:
@@ -189,16 +202,24 @@ class ReLoRA:
 
     def _begin(self, name: str, layer: LoRALinear) -> None:
         """The first cycle's factors, by the counter too: torch's own generator differs between ranks."""
-        seed = torch.tensor(self._seed_of(name), device=layer.weight.device)
-        layer.lora_A.copy_(reference.uniform(layer.r, layer.in_features, layer.in_features**-0.5, seed))
+        weight = local(layer.weight)
+        seed = torch.tensor(self._seed_of(name), device=weight.device)
+        keep(layer.lora_A, reference.uniform(layer.r, layer.in_features, layer.in_features**-0.5, seed))
         if self.base != "trained":
-            layer.weight.zero_()
-            layer.lora_B.copy_(reference.uniform(layer.out_features, layer.r, layer.r**-0.5, seed + 1))
-        if self.precision in ("auto", "residual") and layer.weight.dtype.itemsize == 2:
-            self.lows[name] = torch.zeros(layer.weight.shape, dtype=torch.int16, device=layer.weight.device)
+            weight.zero_()
+            keep(layer.lora_B, reference.uniform(layer.out_features, layer.r, layer.r**-0.5, seed + 1))
+        if self.precision in ("auto", "residual") and weight.dtype.itemsize == 2:
+            place = {"device": weight.device}
+            if self.residual_device == "cpu":
+                place = {"device": "cpu", "pin_memory": weight.is_cuda}
+            self.lows[name] = torch.zeros(weight.shape, dtype=torch.int16, **place)
 
 
-def _check(reset_every, warm_start_steps, precision, base, reset_mode, reset_ratio, seed) -> None:
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _check(reset_every, warm_start_steps, precision, residual_device, base, reset_mode, reset_ratio, seed) -> None:
     if reset_every is not None:
         checks.check_count("reset_every", reset_every, least=1)
     checks.check_count("warm_start_steps", warm_start_steps)
@@ -206,6 +227,7 @@ def _check(reset_every, warm_start_steps, precision, base, reset_mode, reset_rat
     checks.check_probability("reset_ratio", reset_ratio)
     for name, value, known in (
         ("precision", precision, PRECISIONS),
+        ("residual_device", residual_device, ("weight", "cpu")),
         ("base", base, BASES),
         ("reset_mode", reset_mode, MODES),
     ):
@@ -233,3 +255,14 @@ def _check_held(model: nn.Module, optimizer: Optimizer) -> None:
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
         raise ValueError(f"optimizer must hold every parameter that is trained, it lacks {', '.join(missing[:3])}")
+
+
+def _check_layers(model: nn.Module, warm_start_steps: int) -> None:
+    layers = _lora_layers(model)
+    if layers and warm_start_steps > 0:
+        raise ValueError(f"the model has LoRALinear layers already ({next(iter(layers))}): warm_start_steps must be 0")
+    for name, layer in layers.items():
+        for part in ("weight", "lora_A", "lora_B"):
+            check_rows(f"{name}.{part}", getattr(layer, part))
+    if not layers and any(map(is_sharded, model.parameters())):
+        raise ValueError("model is sharded already: call replace_linear before fully_shard")

@@ -306,3 +306,27 @@ def test_restarting_by_hand():
     run.net.attn.unmerge_()
     run.relora.restart()
     assert not run.net.mlp.lora_B.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_residuals_in_the_hosts_memory_are_the_same(device):
+    runs = [Run(device, torch.bfloat16, residual_device=place) for place in ("weight", "cpu")]
+    for run in runs:
+        run.train(17)
+    here, there = runs
+    assert all(low.device.type == "cpu" and low.is_pinned() == (device == "cuda") for low in there.relora.lows.values())
+    assert all(torch.equal(low.cpu(), there.relora.lows[name]) for name, low in here.relora.lows.items())
+    assert any(low.any() for low in there.relora.lows.values())
+    assert all(torch.equal(value, there.weights()[name]) for name, value in here.weights().items())
+
+
+def test_layers_that_are_there_already_are_trained():
+    run = Run()
+    run.train(4)
+    net = run.net
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+    relora = ReLoRA(net, optimizer, reset_every=2)
+    assert list(relora.layers) == ["attn", "mlp"]
+    assert relora.report is None
+    with pytest.raises(ValueError, match="LoRALinear layers already"):
+        ReLoRA(net, optimizer, reset_every=2, warm_start_steps=3)

@@ -1,38 +1,40 @@
-"""Two ranks whose torch generators differ: after every merge they hold the same factors and weights."""
+"""Two ranks whose torch generators differ: after every merge they hold the same weights, or shards of them."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fused_lora import replace_linear
 from fused_lora.relora import ReLoRA
+from fused_lora.relora.shards import whole
 from tests.relora.test_controller import Net
 
 RANKS = 2
 
 
-def train(rank, address, ddp, results):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
-    torch.manual_seed(0)
+OPTIONS = {"reset_mode": "random", "reset_ratio": 0.5, "precision": "stochastic"}
+LORA = {"r": 3, "exclude_modules": ["head"]}
+
+
+def inputs(step, rank=0):
+    return torch.randn(8, 12, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def replicated(rank, ddp):
+    """The weights after each step of a training by DDP, or by all_reduce by hand."""
     net = Net().bfloat16()
     torch.manual_seed(100 + rank)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    options = {
-        "r": 3,
-        "exclude_modules": ["head"],
-        "reset_mode": "random",
-        "reset_ratio": 0.5,
-        "precision": "stochastic",
-    }
-    relora = ReLoRA(net, optimizer, reset_every=3, warm_start_steps=2, **options)
+    relora = ReLoRA(net, optimizer, reset_every=3, warm_start_steps=2, **OPTIONS, **LORA)
     states = []
     model = None
     for step in range(8):
         if model is None or step == 2:  # a reducer holds the parameters it was made with
             model = DistributedDataParallel(net) if ddp else net
-        generator = torch.Generator().manual_seed(10 * step + rank)
-        model(torch.randn(8, 12, generator=generator).bfloat16()).float().square().mean().backward()
+        model(inputs(step, rank).bfloat16()).float().square().mean().backward()
         if not ddp:
             for parameter in net.parameters():
                 if parameter.grad is not None:
@@ -41,17 +43,43 @@ def train(rank, address, ddp, results):
         optimizer.zero_grad()
         relora.step()
         states.append({name: value.clone() for name, value in net.state_dict().items()})
-    results.put((rank, states))
+    return states
+
+
+def sharded(rank, shards):
+    """The same, by FSDP2 or on one rank; whole weights."""
+    net = Net()
+    replace_linear(net, 3, 5.0, exclude_modules=["head"])
+    if shards:
+        fully_shard(net.mlp)
+        fully_shard(net)
+    torch.manual_seed(100 + rank)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    relora = ReLoRA(net, optimizer, reset_every=3, reset_mode="zero", **LORA)
+    states = []
+    for step in range(8):
+        net(inputs(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        relora.step()
+        states.append({name: whole(value).clone() for name, value in net.state_dict().items()})
+    return states
+
+
+def train(rank, address, how, argument, results):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    results.put((rank, how(rank, argument)))
     results.join()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ddp", [True, False], ids=["ddp", "all_reduce"])
-def test_ranks_stay_together(ddp, tmp_path):
+def on_all_ranks(how, argument, folder):
+    """What how(rank, argument) gives on each rank."""
     context = mp.get_context("spawn")
     results = context.JoinableQueue()
-    address = f"file://{tmp_path}/rendezvous"
-    processes = [context.Process(target=train, args=(rank, address, ddp, results)) for rank in range(RANKS)]
+    address = f"file://{folder}/rendezvous"
+    processes = [context.Process(target=train, args=(rank, address, how, argument, results)) for rank in range(RANKS)]
     for process in processes:
         process.start()
     states = {}
@@ -62,8 +90,37 @@ def test_ranks_stay_together(ddp, tmp_path):
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0
+    return states
+
+
+@pytest.mark.parametrize("ddp", [True, False], ids=["ddp", "all_reduce"])
+def test_ranks_stay_together(ddp, tmp_path):
+    states = on_all_ranks(replicated, ddp, tmp_path)
     for step, (first, second) in enumerate(zip(states[0], states[1], strict=True)):
         for name, value in first.items():
             assert torch.equal(value, second[name]), f"{name} after step {step}"
     for before, after in zip(states[0][4:7], states[0][5:8], strict=True):
         assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_shards_are_those_of_one_rank(tmp_path):
+    """r = 3 on two ranks: the shards of A are of different sizes."""
+    states = on_all_ranks(sharded, True, tmp_path)
+    torch.manual_seed(0)
+    for step, (alone, *ranks) in enumerate(zip(sharded(0, False), states[0], states[1], strict=True)):
+        for name, value in alone.items():
+            for rank in ranks:
+                torch.testing.assert_close(rank[name], value, msg=lambda m, at=(name, step): f"{at}: {m}")
+
+
+def test_shards_come_after_the_layers(tmp_path):
+    messages = on_all_ranks(refused, None, tmp_path)
+    assert all("call replace_linear before fully_shard" in message for message in messages.values())
+
+
+def refused(rank, _):
+    net = Net()
+    fully_shard(net)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        ReLoRA(net, torch.optim.AdamW(net.parameters()), reset_every=3, **LORA)
+    return str(error.value)
