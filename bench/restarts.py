@@ -101,18 +101,12 @@ def _by_addmm(weight: Tensor, A: Tensor, B: Tensor) -> None:
 def _transfer(lows: list[Tensor], slots: list[Tensor]) -> None:
     """Two streams, each way every byte once."""
     here, arriving, leaving = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
-    chunks = [chunk for low in lows for chunk in low.flatten().split(CHUNK // 2)]
-    for stream, way in ((arriving, _to_gpu), (leaving, _to_host)):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            for i, chunk in enumerate(chunks):
-                way(slots[i % 2 + (2 if stream is leaving else 0)][: len(chunk)], chunk)
-        here.wait_stream(stream)
-
-
-def _to_gpu(slot: Tensor, chunk: Tensor) -> None:
-    slot.copy_(chunk, non_blocking=True)
-
-
-def _to_host(slot: Tensor, chunk: Tensor) -> None:
-    chunk.copy_(slot, non_blocking=True)
+    arriving.wait_stream(here)
+    leaving.wait_stream(here)
+    for i, chunk in enumerate(chunk for low in lows for chunk in low.flatten().split(CHUNK // 2)):
+        with torch.cuda.stream(arriving):
+            slots[i % 2][: len(chunk)].copy_(chunk, non_blocking=True)
+        with torch.cuda.stream(leaving):
+            chunk.copy_(slots[2 + i % 2][: len(chunk)], non_blocking=True)
+    here.wait_stream(arriving)
+    here.wait_stream(leaving)

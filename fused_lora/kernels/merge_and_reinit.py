@@ -5,7 +5,7 @@ or rows that do not allow 16-byte accesses, and low halves in the host's memory.
 of a layer, while the GPU merges the rows before.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -13,10 +13,23 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .restart import Beginning, Filling, Update, by_kind, fill_up_plan, filled, is_open, merge_plan, reinit_plan
+from .restart_tables import (
+    Beginning,
+    Filling,
+    Launch,
+    Update,
+    by_kind,
+    fill_up_launch,
+    filled,
+    is_open,
+    merge_launch,
+    reinit_launch,
+    upload,
+)
 from .tiles import Gpu
 
-SLOTS, SLOT_BYTES = 3, 16 * 2**20  # one coming, one being merged, one going
+SLOTS, SLOT_BYTES = 3, 20 * 2**20  # one coming, one being merged, one going
+PIECES = 4  # of layers, or more, fill a slot
 ROWS_AT_ONCE = 64  # a multiple of the tiles' rows
 ALIGNMENT = 16
 
@@ -55,12 +68,12 @@ class Layer:
         return factors + (rows * cols * 2 if self.is_streamed else 0) + 3 * ALIGNMENT
 
     def pieces(self) -> Iterator["Layer"]:
-        """Itself, or if its low half is streamed as many rows at once as fit into a slot."""
+        """Itself, or if its low half is streamed a few rows at a time."""
         if not self.is_streamed:
             yield self
             return
         fixed = self.workspace(0)
-        count = max(1, (SLOT_BYTES - fixed) // (self.workspace(ROWS_AT_ONCE) - fixed)) * ROWS_AT_ONCE
+        count = max(1, (SLOT_BYTES // PIECES - fixed) // (self.workspace(ROWS_AT_ONCE) - fixed)) * ROWS_AT_ONCE
         for i in range(0, len(self.weight), count):
             rows = slice(i, i + count)
             yield replace(self, weight=self.weight[rows], B=self.B[rows], low=self.low[rows])
@@ -81,7 +94,7 @@ class Portion:
         self._slot, self._used = slot, 0
         self._fillings: list[Filling] = []
         updates = [self._update(layer) for layer in layers]
-        self.launches = [*map(fill_up_plan, by_kind(self._fillings)), merge_plan(updates, stochastic, gpu)]
+        self.launches = [*map(fill_up_launch, by_kind(self._fillings)), merge_launch(updates, stochastic, gpu)]
 
     def _update(self, layer: Layer) -> Update:
         A, B, low = layer.A, layer.B, layer.low
@@ -107,20 +120,22 @@ def merge_and_reinit_(layers: list[Layer], stochastic: bool, gpu: Gpu) -> None:
     groups = list(_portions(layers))
     slots = _slots(groups, layers[0].weight.device)
     portions = [Portion(group, slots[i % SLOTS], stochastic, gpu) for i, group in enumerate(groups)]
-    beginnings = [reinit_plan(group) for group in by_kind([Beginning(layer.A, layer.seed) for layer in layers])]
-    for plan, *tables in (*(launch for portion in portions for launch in portion.launches), *beginnings):
-        plan.load((), tuple(tables))
+    merges = [launch for portion in portions for launch in portion.launches]
+    beginnings = [reinit_launch(group) for group in by_kind([Beginning(layer.A, layer.seed) for layer in layers])]
+    upload(merges + beginnings, layers[0].weight.device)
+    for launch in merges + beginnings:
+        launch.load()
     if any(portion.streamed for portion in portions):
         _merge_streamed(portions)
     else:
-        _run(launch for portion in portions for launch in portion.launches)
+        _run(merges)
     _run(beginnings)
     torch._foreach_zero_([layer.B for layer in layers])
 
 
-def _run(launches: Iterable[tuple]) -> None:
-    for plan, *tables in launches:
-        plan.run((), tuple(tables))
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
 
 
 def _portions(layers: list[Layer]) -> Iterator[list[Layer]]:

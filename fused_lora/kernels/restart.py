@@ -5,21 +5,12 @@ reads factors with 16-byte accesses only: adjacent columns, aligned rows, filled
 is not like that is copied before, by a third kernel.
 """
 
-import itertools
-import struct
-from dataclasses import dataclass
-from math import ceil
-
-import torch
 import triton
 import triton.language as tl
 
-from . import tiles
-from .launch import Layout, Plan
 from .primitives import accumulate, load_tile, store_tile
 from .random import half_bits, hash_bits
 from .rounding import join, round_randomly, split
-from .tiles import Gpu
 
 # The columns of a merge's table; the strides of a matrix are its row's and its column's.
 SCALE, ROWS, COLS, COLS_FILLED, RANKS, SEED, FIRST = (tl.constexpr(i) for i in range(7))
@@ -31,7 +22,6 @@ NEW_FIELDS = tl.constexpr(8)
 # And of a copy's.
 OLD_ROWS, OLD_COLS, COPY_ROWS, COPY_COLS, COPY, COPY_FIRST, ORIGINAL = (tl.constexpr(i) for i in range(7))
 COPY_FIELDS = tl.constexpr(9)
-FACTOR_BLOCK = (16, 256)
 
 
 @triton.jit
@@ -147,138 +137,3 @@ def fill_up_kernel(
     row, col = tile // blocks * BLOCK_ROWS, tile % blocks * BLOCK_COLS
     values = load_tile(old, row, col, old_rows, old_cols, stride_old, step_old, BLOCK_ROWS, BLOCK_COLS, False)
     store_tile(new, values, row, col, rows, cols, cols, 1, BLOCK_ROWS, BLOCK_COLS, False)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a merge of one layer, or of some rows of one, reads and writes: A (r, K) and B (N, r) filled up, low on
-    weight's device."""
-
-    weight: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: torch.Tensor
-    seed: int
-    low: torch.Tensor | None
-
-    def kind(self) -> tuple:
-        """What a launch's layers have in common: (dtypes, whether there is a low half, UNIT, ALIGNED, rank block)."""
-        written = [matrix for matrix in (self.weight, self.low) if matrix is not None]
-        unit, aligned = all(matrix.stride(1) == 1 for matrix in written), all(map(is_open, written))
-        return self.weight.dtype, self.A.dtype, self.low is not None, unit, aligned, tiles.rank_block(len(self.A), 256)
-
-    def row(self, first: int) -> list[int]:
-        (N, K), (r, filled) = self.weight.shape, self.A.shape
-        matrices = (self.weight, self.weight if self.low is None else self.low, self.A, self.B)
-        fields = [field for matrix in matrices for field in (matrix.data_ptr(), *matrix.stride())]
-        return [self.scale.data_ptr(), N, K, filled, r, self.seed, first, *fields]
-
-
-def filled(size: int) -> int:
-    """Up to a multiple of 8, which 16-byte accesses need."""
-    return ceil(size / 8) * 8
-
-
-def is_open(matrix: torch.Tensor) -> bool:
-    """To 16-byte accesses along its rows: columns adjacent, rows aligned, of a multiple of 8 or filled up to one."""
-    layout = Layout.of(matrix)
-    end = matrix.storage_offset() + (layout.rows - 1) * layout.stride_row + filled(layout.cols)
-    own = layout.cols % 8 == 0 or layout.stride_row == filled(layout.cols)
-    inside = end * matrix.element_size() <= matrix.untyped_storage().nbytes()
-    return layout.stride_col == 1 and layout.stride_row % 8 == 0 and layout.aligned and own and inside
-
-
-def merge_plan(updates: list[Update], stochastic: bool, gpu: Gpu):
-    """(plan, its table, the row of each program) of merges of one kind."""
-    weight_dtype, factor_dtype, has_low, unit, aligned, rank_block = updates[0].kind()
-    stochastic = stochastic and weight_dtype.itemsize == 2
-    itemsize = max(factor_dtype.itemsize, weight_dtype.itemsize)
-    tile, span = tiles.restart_tile(rank_block, gpu, itemsize, aligned, has_low, stochastic)
-    counts = [_tiles(update.weight, tile.block_m, tile.block_n * span) for update in updates]
-    meta = dict(
-        WEIGHT_TYPE=_triton(weight_dtype), FACTOR_TYPE=_triton(factor_dtype), UNIT=unit, ALIGNED=aligned,
-        HAS_LOW=has_low, STOCHASTIC=stochastic, WHOLE=rank_block == tile.block_k,
-        BLOCK_N=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=tile.block_k, SPAN=span,
-        PRECISION="tf32x3" if weight_dtype.itemsize == 2 else "ieee",
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    return _tabled(merge_and_reinit_kernel, meta, updates, counts, updates[0].weight.device)
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """A factor A (r, K) and the seed of its new entries."""
-
-    A: torch.Tensor
-    seed: int
-
-    def kind(self) -> tuple:
-        return self.A.dtype, self.A.stride(1) == 1, is_open(self.A) and self.A.shape[1] % 8 == 0
-
-    def row(self, first: int) -> list[int]:
-        r, K = self.A.shape
-        spacing = struct.unpack("<i", struct.pack("<f", K**-0.5 / 2**24))[0]
-        return [r, K, self.seed, spacing, first, self.A.data_ptr(), *self.A.stride()]
-
-
-def reinit_plan(beginnings: list[Beginning]):
-    """(plan, its table, the row of each program) of new beginnings of one kind."""
-    dtype, unit, aligned = beginnings[0].kind()
-    counts = [_tiles(beginning.A, *FACTOR_BLOCK) for beginning in beginnings]
-    meta = dict(
-        FACTOR_TYPE=_triton(dtype), UNIT=unit, ALIGNED=aligned, BLOCK_R=FACTOR_BLOCK[0], BLOCK_K=FACTOR_BLOCK[1],
-        num_warps=8, num_stages=1,
-    )  # fmt: skip
-    return _tabled(reinit_kernel, meta, beginnings, counts, beginnings[0].A.device)
-
-
-@dataclass(frozen=True)
-class Filling:
-    """A factor and its copy, which is contiguous and at least as large in both directions."""
-
-    factor: torch.Tensor
-    copy: torch.Tensor
-
-    def kind(self) -> tuple:
-        return self.factor.dtype, self.copy.dtype, self.factor.stride(1) == 1
-
-    def row(self, first: int) -> list[int]:
-        factor, copy = self.factor, self.copy
-        return [*factor.shape, *copy.shape, copy.data_ptr(), first, factor.data_ptr(), *factor.stride()]
-
-
-def fill_up_plan(fillings: list[Filling]):
-    """(plan, its table, the row of each program) of copies of one kind."""
-    old_dtype, dtype, unit = fillings[0].kind()
-    counts = [_tiles(filling.copy, *FACTOR_BLOCK) for filling in fillings]
-    meta = dict(
-        OLD_TYPE=_triton(old_dtype), COPY_TYPE=_triton(dtype), UNIT=unit,
-        BLOCK_ROWS=FACTOR_BLOCK[0], BLOCK_COLS=FACTOR_BLOCK[1], num_warps=8, num_stages=1,
-    )  # fmt: skip
-    return _tabled(fill_up_kernel, meta, fillings, counts, fillings[0].copy.device)
-
-
-def by_kind(entries: list) -> list[list]:
-    """What can share a launch together, in order."""
-    groups: dict[tuple, list] = {}
-    for entry in entries:
-        groups.setdefault(entry.kind(), []).append(entry)
-    return list(groups.values())
-
-
-def _tiles(matrix: torch.Tensor, block_rows: int, block_cols: int) -> int:
-    return ceil(matrix.shape[0] / block_rows) * ceil(matrix.shape[1] / block_cols)
-
-
-def _tabled(kernel, meta: dict, entries: list, counts: list[int], device):
-    starts = [0, *itertools.accumulate(counts)]
-    rows = [entry.row(start) for entry, start in zip(entries, starts, strict=False)]
-    owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    tables = (torch.tensor(rows, dtype=torch.int64), owners)
-    if device.type == "cuda":  # from pinned memory, so that the host goes on
-        tables = (table.pin_memory() for table in tables)
-    return Plan(kernel, (sum(counts), 1, 1), meta), *(table.to(device, non_blocking=True) for table in tables)
-
-
-def _triton(dtype: torch.dtype):
-    return getattr(tl, str(dtype).removeprefix("torch."))

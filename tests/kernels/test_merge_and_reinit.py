@@ -11,7 +11,7 @@ from fused_lora import reference
 from fused_lora.kernels import merge_and_reinit as kernels
 from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
 from fused_lora.kernels.random import half_bits
-from fused_lora.kernels.restart import filled, is_open
+from fused_lora.kernels.restart_tables import filled, is_open
 from fused_lora.kernels.rounding import join, round_randomly, split
 from fused_lora.kernels.tiles import KNOWN_GPUS
 from tests.kernels.problem import DEVICE, randn

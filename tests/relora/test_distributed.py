@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,8 +52,9 @@ def sharded(rank, shards):
     net = Net()
     replace_linear(net, 3, 5.0, exclude_modules=["head"])
     if shards:
-        fully_shard(net.mlp)
-        fully_shard(net)
+        mesh = init_device_mesh("cpu", (RANKS,))
+        fully_shard(net.mlp, mesh=mesh)
+        fully_shard(net, mesh=mesh)
     torch.manual_seed(100 + rank)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
     relora = ReLoRA(net, optimizer, reset_every=3, reset_mode="zero", **LORA)
@@ -120,7 +122,7 @@ def test_shards_come_after_the_layers(tmp_path):
 
 def refused(rank, _):
     net = Net()
-    fully_shard(net)
+    fully_shard(net, mesh=init_device_mesh("cpu", (RANKS,)))
     with pytest.raises(ValueError) as error:  # noqa: PT011
         ReLoRA(net, torch.optim.AdamW(net.parameters()), reset_every=3, **LORA)
     return str(error.value)
