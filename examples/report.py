@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import fused_lora
 from fused_lora.explain import Explanation
+from fused_lora.relora.spectrum import numerical_rank
 
 from . import text
-from .config import DemoConfig
+from .config import PROJECTION, DemoConfig
 from .training import UNTIMED_STEPS, TrainingRun
 
 FUSED_COLOR, UNFUSED_COLOR, BOUND_COLOR = "#f0a35e", "#1f3a5f", "#b3402a"
@@ -22,7 +23,8 @@ FUSED_COLOR, UNFUSED_COLOR, BOUND_COLOR = "#f0a35e", "#1f3a5f", "#b3402a"
 @dataclass(frozen=True)
 class DemoResult:
     """What one demo found. Perplexities are per byte of held-out text; merge_difference is the largest between logits
-    before and after the merge, logit_scale the largest logit."""
+    before and after the merge, logit_scale the largest logit. The spectra are the singular values of what LoRA and
+    ReLoRA did to PROJECTION, whose longer side is longer_side."""
 
     fused: TrainingRun
     unfused: TrainingRun
@@ -32,6 +34,15 @@ class DemoResult:
     merged_perplexity: float
     merge_difference: float
     logit_scale: float
+    relora_perplexity: float
+    lora_spectrum: Tensor
+    relora_spectrum: Tensor
+    longer_side: int
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Numerical, of LoRA's and of ReLoRA's change."""
+        return tuple(numerical_rank(values, self.longer_side) for values in (self.lora_spectrum, self.relora_spectrum))
 
     @property
     def loss_differences(self) -> Tensor:
@@ -52,7 +63,13 @@ class DemoResult:
                 f"merging moved a logit by {merge_difference:.2e} of the largest logit; "
                 f"the bound is {config.max_merge_difference:g}"
             )
+        if not self.beyond(config.r) > 0:
+            found.append(f"ReLoRA's change has no singular values beyond rank {config.r}")
         return found
+
+    def beyond(self, r: int) -> float:
+        """ReLoRA's singular value after the r-th as a fraction of the largest; 0 where that is rounding."""
+        return (self.relora_spectrum[r] / self.relora_spectrum[0]).item() if self.ranks[1] > r else 0.0
 
 
 def _heading(title: str) -> None:
@@ -92,7 +109,7 @@ def print_layers(model: nn.Module, replaced: fused_lora.ReplaceReport, explanati
     total, trainable = _parameters(model, trainable=False), _parameters(model, trainable=True)
     _heading("fused_lora.replace_linear")
     print(f"{str(replaced).splitlines()[0]}; {trainable:,} of {total:,} parameters train ({trainable / total:.1%})")
-    _heading("fused_lora.explain, for layers.0.mlp.gate_proj")
+    _heading(f"fused_lora.explain, for {PROJECTION}")
     print(f"{explanation}\n")
 
 
@@ -115,6 +132,7 @@ def print_results(result: DemoResult, explanation: Explanation) -> None:
         ("held-out perplexity, base model", f"{result.base_perplexity:.4f}", f"{result.base_perplexity:.4f}"),
         ("held-out perplexity, with LoRA", f"{result.fused_perplexity:.4f}", f"{result.unfused_perplexity:.4f}"),
         ("held-out perplexity, merged", f"{result.merged_perplexity:.4f}", ""),
+        ("held-out perplexity, by ReLoRA", f"{result.relora_perplexity:.4f}", ""),
     ]
     _heading("results")
     for label, left, right in rows:
@@ -146,6 +164,15 @@ def print_agreement(result: DemoResult, config: DemoConfig) -> None:
     _heading("agreement")
     for label, *values in rows:
         print(f"{label:<34}" + "".join(f"{value:>14}" for value in values))
+
+
+def print_ranks(result: DemoResult, config: DemoConfig) -> None:
+    """What restarts are for."""
+    lora, relora = result.ranks
+    _heading(f"the change of {PROJECTION}")
+    print(f"LoRA, r={config.r}: numerical rank {lora} of {len(result.lora_spectrum)}")
+    print(f"ReLoRA, {config.relora_cycles} cycles of r={config.r}: {relora}")
+    print(f"ReLoRA's singular value {config.r + 1} is {result.beyond(config.r):.1%} of its largest")
 
 
 def print_sample(prompt: Tensor, tokens: Tensor) -> None:
@@ -194,7 +221,30 @@ def save_loss_curves(result: DemoResult, config: DemoConfig, path: Path) -> None
     _plot_losses(above, result)
     _plot_differences(below, result, config.max_loss_difference)
     above.set_title(f"LoRA r={config.r}, fused and unfused: {_dtype(config)} on {_device(config)}", loc="left")
-    for axes in (above, below):
+    _save(figure, (above, below), path)
+
+
+def save_spectrum(result: DemoResult, config: DemoConfig, path: Path) -> None:
+    """The singular values of LoRA's and ReLoRA's change, which ends at r and which does not."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for values, label, color in (
+        (result.lora_spectrum, "LoRA", UNFUSED_COLOR),
+        (result.relora_spectrum, f"ReLoRA, {config.relora_cycles} cycles", FUSED_COLOR),
+    ):
+        axes.semilogy(torch.arange(1, len(values) + 1), values, color=color, linewidth=2.2, label=label)
+    axes.axvline(config.r, color=BOUND_COLOR, linestyle="--", linewidth=1.2, label=f"r = {config.r}")
+    largest = result.relora_spectrum[0].item()
+    axes.set_ylim(largest * 1e-7, largest * 3)
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value")
+    axes.set_title(f"what training did to {PROJECTION}", loc="left")
+    axes.legend(frameon=False)
+    _save(figure, (axes,), path)
+
+
+def _save(figure: Figure, every_axes: tuple[Axes, ...], path: Path) -> None:
+    for axes in every_axes:
         axes.grid(axis="y", color="#e8e8e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

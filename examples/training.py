@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fused_lora.pretrain.llama import next_token_loss
+from fused_lora.relora import ReLoRA, jagged_cosine_schedule
 
 # The first steps compile kernels and fill caches: they count for the loss and not for the speed.
 UNTIMED_STEPS = 5
@@ -44,11 +45,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The loss of every step in nats, the median step's speed, and the GPU's peak memory in bytes (None on a CPU)."""
+    """The loss of every step in nats, the median step's speed, the GPU's peak memory in bytes (None on a CPU), and the
+    controller of the restarts if there were any."""
 
     losses: Tensor
     tokens_per_second: float
     peak_memory: int | None
+    relora: ReLoRA | None = None
 
 
 def batches(tokens: Tensor, schedule: Schedule):
@@ -62,13 +65,28 @@ def batches(tokens: Tensor, schedule: Schedule):
         yield window[:, :-1], window[:, 1:]
 
 
+def with_restarts(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, cycles: int) -> ReLoRA:
+    """ReLoRA over a model with LoRALinear layers: `cycles` of equal length, the last of which ends in a merge too."""
+    length = schedule.steps // cycles
+    scheduler = jagged_cosine_schedule(optimizer, schedule.steps, length // 5, length // 5, length)
+    return ReLoRA(model, optimizer, scheduler, reset_every=length)
+
+
 def train(
-    model: nn.Module, tokens: Tensor, schedule: Schedule, title: str, autocast: torch.dtype | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    schedule: Schedule,
+    title: str,
+    autocast: torch.dtype | None = None,
+    cycles: int | None = None,
 ) -> TrainingRun:
-    """AdamW on whatever in the model requires a gradient, under a progress bar."""
+    """AdamW on whatever in the model requires a gradient, under a progress bar; by ReLoRA if there are cycles."""
     device = tokens.device
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], schedule.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+    if cycles:
+        scheduler = with_restarts(model, optimizer, schedule, cycles)
+    else:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
@@ -89,7 +107,8 @@ def train(
                 speed = schedule.tokens_per_step / timer.median_step()
                 bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return TrainingRun(torch.stack(losses).cpu(), schedule.tokens_per_step / timer.median_step(), peak)
+    speed = schedule.tokens_per_step / timer.median_step()
+    return TrainingRun(torch.stack(losses).cpu(), speed, peak, scheduler if cycles else None)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..reference import join
+from ..relora.spectrum import change_spectrum, numerical_rank
 from . import checkpoint
 from .run import BEGIN, CHECKPOINTS
 
@@ -48,12 +49,7 @@ def spectra(begin: Path, end: Path) -> dict[str, Tensor]:
     before, after = whole_weights(begin), whole_weights(end)
     if {name: w.shape for name, w in before.items()} != {name: w.shape for name, w in after.items()}:
         raise ValueError(f"{begin} and {end} are of different models")
-    return {name: torch.linalg.svdvals(after[name] - before[name]) for name in tqdm(after, "singular values")}
-
-
-def numerical_rank(values: Tensor, longer_side: int) -> int:
-    """How many stand above float32's rounding of the largest, as torch.linalg.matrix_rank counts."""
-    return int((values > values[0] * longer_side * torch.finfo(torch.float32).eps).sum())
+    return {name: change_spectrum(before[name], after[name]) for name in tqdm(after, "singular values")}
 
 
 def write(runs: dict[str, dict[str, Tensor]], longer_side: int, output: Path) -> None:

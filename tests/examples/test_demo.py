@@ -30,13 +30,17 @@ def tiny_config(device: str, dtype: torch.dtype):
         r=8,
         warm_start=Schedule(steps=10, batch_size=4, seq_len=32, learning_rate=1e-2),
         lora=Schedule(steps=40, batch_size=4, seq_len=32, learning_rate=5e-3, seed=1),
+        relora=Schedule(steps=24, batch_size=4, seq_len=32, learning_rate=5e-3, seed=1),
+        relora_cycles=3,
         held_out_tokens=512,
     )
 
 
 def tiny_result(**changes) -> DemoResult:
     run = TrainingRun(torch.tensor([2.0, 1.5]), tokens_per_second=1.0, peak_memory=None)
-    return DemoResult(run, run, 3.0, 2.0, 2.0, 2.0, merge_difference=1e-6, logit_scale=10.0, **changes)
+    spectra = {"lora_spectrum": torch.ones(64) * (torch.arange(64) < 16), "relora_spectrum": torch.ones(64)}
+    found = {"merge_difference": 1e-6, "logit_scale": 10.0, "relora_perplexity": 2.0, "longer_side": 64}
+    return DemoResult(run, run, 3.0, 2.0, 2.0, 2.0, **(found | spectra | changes))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,10 @@ def test_demo_end_to_end(device, dtype, tmp_path, capsys, monkeypatch):
     config = tiny_config(device, dtype)
     result = demo.run_demo(config, *demo.load_text(None, config), tmp_path / "output")
     assert (tmp_path / "output" / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "output" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
     assert result.disagreements(config) == []
+    assert result.ranks[1] == 24, "three cycles of r = 8"
+    assert result.relora_perplexity < result.base_perplexity
     assert result.fused.losses.shape == result.unfused.losses.shape == (40,)
     assert result.fused_perplexity < result.base_perplexity
     assert result.merged_perplexity == pytest.approx(result.fused_perplexity, rel=config.max_merge_difference)
@@ -92,6 +99,11 @@ def test_a_merge_that_moves_logits_is_a_disagreement(difference):
     result = dataclasses.replace(tiny_result(), merge_difference=difference)
     (sentence,) = result.disagreements(cpu_config())
     assert "merging moved a logit" in sentence
+
+
+def test_a_change_within_rank_r_is_a_disagreement():
+    (sentence,) = tiny_result(relora_spectrum=tiny_result().lora_spectrum).disagreements(cpu_config())
+    assert "no singular values beyond rank 16" in sentence
 
 
 def run_main(monkeypatch, *arguments):
