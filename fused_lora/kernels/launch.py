@@ -4,6 +4,7 @@ A first launch goes through Triton's JIT. Later ones of the same plan go straigh
 JIT would look at again (types, alignment, divisibility, constants) is in the plan's key.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -84,8 +85,15 @@ class Plan:
         """Compiles the kernel and puts it on the device, so that a run cannot fail for want of either."""
         if _records.get() is None and self._compiled is None:
             compiled = self.kernel.warmup(*self.arguments(matrices, rest), grid=self.grid, **self.meta)
-            if compiled is not None:  # as under the interpreter
+            if compiled is not None:  # as it is under the interpreter
                 compiled._init_handles()
+                self._compiled = compiled
+
+    def over(self, grid: tuple[int, ...]) -> "Plan":
+        """The same over another grid, with what is compiled already."""
+        plan = copy.copy(self)
+        plan.grid = grid
+        return plan
 
     def run(self, matrices: tuple, rest: tuple = ()) -> None:
         args = self.arguments(matrices, rest)

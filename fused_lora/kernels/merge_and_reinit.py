@@ -29,7 +29,7 @@ from .restart_tables import (
 from .tiles import Gpu
 
 SLOTS, SLOT_BYTES = 3, 20 * 2**20  # one coming, one being merged, one going
-PIECES = 4  # of layers, or more, fill a slot
+PIECES = 2  # of layers, or more, fill a slot
 ROWS_AT_ONCE = 64  # a multiple of the tiles' rows
 ALIGNMENT = 16
 

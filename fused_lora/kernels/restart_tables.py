@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from . import tiles
-from .launch import Layout, Plan
+from .launch import Layout, Plan, planned
 from .restart import fill_up_kernel, merge_and_reinit_kernel, reinit_kernel
 from .tiles import Gpu
 
@@ -18,7 +18,7 @@ FACTOR_BLOCK = (16, 256)
 
 @dataclass
 class Launch:
-    """A plan and its two tables, as bytes in the host's memory until upload() has put all of them on the device."""
+    """A plan and its two tables, in the host's memory until upload() has put all of them on the device."""
 
     plan: Plan
     table: torch.Tensor
@@ -28,7 +28,7 @@ class Launch:
         self.plan.load((), (self.table, self.owners))
 
     def run(self) -> None:
-        self.plan.run((), (self.table, self.owners))
+        self.plan.over((len(self.owners), 1, 1)).run((), (self.table, self.owners))
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def merge_launch(updates: list[Update], stochastic: bool, gpu: Gpu) -> Launch:
         PRECISION="tf32x3" if weight_dtype.itemsize == 2 else "ieee",
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return _launch(merge_and_reinit_kernel, meta, updates, counts)
+    return _launch(merge_and_reinit_kernel, meta, updates, counts, updates[0].weight.device)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def reinit_launch(beginnings: list[Beginning]) -> Launch:
         FACTOR_TYPE=_triton(dtype), UNIT=unit, ALIGNED=aligned, BLOCK_R=FACTOR_BLOCK[0], BLOCK_K=FACTOR_BLOCK[1],
         num_warps=8, num_stages=1,
     )  # fmt: skip
-    return _launch(reinit_kernel, meta, beginnings, counts)
+    return _launch(reinit_kernel, meta, beginnings, counts, beginnings[0].A.device)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def fill_up_launch(fillings: list[Filling]) -> Launch:
         OLD_TYPE=_triton(old_dtype), COPY_TYPE=_triton(dtype), UNIT=unit,
         BLOCK_ROWS=FACTOR_BLOCK[0], BLOCK_COLS=FACTOR_BLOCK[1], num_warps=8, num_stages=1,
     )  # fmt: skip
-    return _launch(fill_up_kernel, meta, fillings, counts)
+    return _launch(fill_up_kernel, meta, fillings, counts, fillings[0].copy.device)
 
 
 def by_kind(entries: list) -> list[list]:
@@ -152,17 +152,19 @@ def _tiles(matrix: torch.Tensor, block_rows: int, block_cols: int) -> int:
     return ceil(matrix.shape[0] / block_rows) * ceil(matrix.shape[1] / block_cols)
 
 
-def _launch(kernel, meta: dict, entries: list, counts: list[int]) -> Launch:
+def _launch(kernel, meta: dict, entries: list, counts: list[int], device: torch.device) -> Launch:
     starts = [0, *itertools.accumulate(counts)]
     rows = [entry.row(start) for entry, start in zip(entries, starts, strict=False)]
     owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    return Launch(Plan(kernel, (sum(counts), 1, 1), meta), torch.tensor(rows, dtype=torch.int64), owners)
+    # Launches of a kind share what is compiled.
+    plan = planned((kernel.fn.__name__, device, *meta.items()), lambda: Plan(kernel, (1, 1, 1), meta))
+    return Launch(plan, torch.tensor(rows, dtype=torch.int64), owners)
 
 
 def upload(launches: list[Launch], device: torch.device) -> None:
     """All tables in one copy."""
     tables = [table for launch in launches for table in (launch.table, launch.owners)]
-    sizes = [filled(table.nbytes) for table in tables]
+    sizes = [ceil(table.nbytes / 16) * 16 for table in tables]  # aligned alike, or each would be compiled for itself
     packed = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, table in zip(packed.split(sizes), tables, strict=True):
         part[: table.nbytes] = table.flatten().view(torch.uint8)

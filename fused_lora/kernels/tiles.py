@@ -169,10 +169,11 @@ def restart_tile(
         tile = Tile(64, 64 if plain else 32, min(rank_block, 32), 8, 2)
     elif aligned and plain:
         tile = Tile(64, 128, min(rank_block, 128), 8, 1)
-    elif aligned or not has_low:
-        # Rows that are not aligned take an address an entry. 4 warps are faster where that does not spill.
-        fits = rank_block <= 128 and (aligned or gpu.has_tma)
-        tile = Tile(64, 64, min(rank_block, 128), 4 if fits else 8, 1)
+    elif aligned:
+        tile = Tile(64, 64, min(rank_block, 128), 4 if rank_block <= 128 else 8, 1)
+    elif not has_low:
+        # Rows that are not aligned take an address an entry.
+        tile = Tile(64, 128, min(rank_block, 128), 4, 1) if gpu.has_tma else Tile(64, 64, min(rank_block, 128), 8, 1)
     else:
         tile = Tile(64, 32, min(rank_block, 128), 8, 1)
     return _fit(tile, gpu, itemsize, tma=False), 8

@@ -38,8 +38,8 @@ def tiny_config(device: str, dtype: torch.dtype):
 
 def tiny_result(**changes) -> DemoResult:
     run = TrainingRun(torch.tensor([2.0, 1.5]), tokens_per_second=1.0, peak_memory=None)
-    spectra = {"lora_spectrum": torch.ones(64) * (torch.arange(64) < 16), "relora_spectrum": torch.ones(64)}
-    found = {"merge_difference": 1e-6, "logit_scale": 10.0, "relora_perplexity": 2.0, "longer_side": 64}
+    spectra = {"lora_spectrum": torch.ones(128) * (torch.arange(128) < 16), "relora_spectrum": torch.ones(128)}
+    found = {"merge_difference": 1e-6, "logit_scale": 10.0, "relora_perplexity": 2.0, "longer_side": 128}
     return DemoResult(run, run, 3.0, 2.0, 2.0, 2.0, **(found | spectra | changes))
 
 
