@@ -77,7 +77,7 @@ def check_scale_on(name: str, scale: float | Tensor, weight: Tensor) -> None:
         raise TypeError(f"{name} must be a float or a float32 tensor, got {scale.dtype}")
     if scale.requires_grad:
         raise ValueError(f"{name} must not require a gradient: there is none of it here")
-    if scale.numel() != 1 or scale.device != weight.device:
+    if scale.numel() != 1 or scale.dim() > 1 or scale.device != weight.device:
         raise ValueError(f"{name} must be one element on {weight.device}, got {_shape(scale)} on {scale.device}")
 
 
@@ -155,6 +155,8 @@ def check_restart(weights, As, Bs, scales, seeds, lows, rounding) -> None:
     for name, entries in (("As", As), ("Bs", Bs), ("scales", scales), ("seeds", seeds), ("lows", lows)):
         if len(entries) != len(weights):
             raise ValueError(f"{name} must have an entry for each of the {len(weights)} weights, got {len(entries)}")
+    if any(low is None for low in lows) and any(low is not None for low in lows):
+        raise ValueError("lows must have a tensor for every layer, or none at all")
     owners = {}
     for i, (weight, A, B, scale, seed, low) in enumerate(zip(weights, As, Bs, scales, seeds, lows, strict=True)):
         try:
@@ -184,6 +186,8 @@ def _check_restart_of(weight, A, B, scale, seed, low) -> None:
                 f"low must have weight's shape {_shape(weight)} on {weight.device} or in the host's memory, "
                 f"got {_shape(low)} on {low.device}"
             )
+        if low.device != weight.device and not low.is_contiguous():
+            raise ValueError(f"low must be contiguous in the host's memory, got strides {low.stride()}")
     for name, tensor in (("weight", weight), ("A", A), ("B", B), ("low", low)):
         if tensor is not None:
             check_writable(name, tensor)

@@ -120,11 +120,12 @@ def merge_ref_(weight, A, B, scale):
 def merge_and_reinit_ref_(weight, A, B, scale, seed, low=None, stochastic=False):
     """weight += scale * B A in place as merge_ref_ does, then A uniform in (-1, 1) / sqrt(K) from `seed`, and B = 0.
 
-    The sum's rounding is to the nearest; stochastic, to either neighbour, so that its mean is exact (from seed + 1);
+    The sum's rounding is to the nearest; stochastic, in 16 bits to either neighbour, so that its mean is exact (from
+    seed + 1);
     with `low`, the int16 remainder of weight (split), nothing is lost: the sum goes on in (weight, low).
     """
     new_weight, new_low = _merged(weight, A, B, scale, low, seed + 1 if stochastic else None)
-    new_A = uniform(*A.shape, A.shape[1] ** -0.5, seed).to(A.dtype)
+    new_A = uniform(*A.shape, max(A.shape[1], 1) ** -0.5, seed).to(A.dtype)
     # Nothing below allocates: a layer restarts wholly or not at all.
     weight.copy_(new_weight)
     if low is not None:
@@ -140,7 +141,8 @@ def _merged(weight, A, B, scale, low, seed):
     if low is not None:
         high, rest = split(added, weight.dtype)
         return torch.where(delta == 0, weight, high), torch.where(delta == 0, low, rest)
-    high = added.to(weight.dtype) if seed is None else round_randomly(added, weight.dtype, seed)
+    rounds_randomly = seed is not None and weight.dtype.itemsize == 2
+    high = round_randomly(added, weight.dtype, seed) if rounds_randomly else added.to(weight.dtype)
     return torch.where(delta == 0, weight, high), None
 
 

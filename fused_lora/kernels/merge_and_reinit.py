@@ -51,9 +51,13 @@ class Layer:
         return self.weight.dtype if self.A.dtype == self.B.dtype == self.weight.dtype else torch.float32
 
     @property
-    def is_staged(self) -> bool:
-        """Whether a merge reads copies of the factors."""
-        return not all(m.dtype == self.factor_dtype and m.shape[1] % 8 == 0 and is_open(m) for m in (self.A, self.B))
+    def staged(self) -> tuple[bool, bool]:
+        """Whether a merge reads copies of A and of B. One of a rank that is filled up takes the other with it."""
+        A, B = (
+            not (factor.dtype == self.factor_dtype and factor.shape[1] % 8 == 0 and is_open(factor))
+            for factor in (self.A, self.B)
+        )
+        return A or len(self.A) % 8 != 0, B
 
     @property
     def is_streamed(self) -> bool:
@@ -61,11 +65,10 @@ class Layer:
 
     def workspace(self, rows: int) -> int:
         """Bytes that so many of its rows need."""
-        if not (self.is_staged or self.is_streamed):
-            return 0
-        cols, r = filled(self.A.shape[1]), filled(self.A.shape[0])
-        factors = (rows + cols) * r * self.factor_dtype.itemsize if self.is_staged else 0
-        return factors + (rows * cols * 2 if self.is_streamed else 0) + 3 * ALIGNMENT
+        cols, r, (A, B) = filled(self.A.shape[1]), filled(self.A.shape[0]), self.staged
+        factors = (cols * A + rows * B) * r * self.factor_dtype.itemsize
+        low = rows * cols * 2 * self.is_streamed
+        return factors + low + 3 * ALIGNMENT if factors + low else 0
 
     def pieces(self) -> Iterator["Layer"]:
         """Itself, or if its low half is streamed a few rows at a time."""
@@ -81,54 +84,61 @@ class Layer:
     def kind(self) -> tuple:
         """What the layers of a launch have in common."""
         matrices = [self.weight] if self.low is None or self.is_streamed else [self.weight, self.low]
-        rows = [(is_open(matrix), matrix.stride(1) == 1) for matrix in matrices]
+        rows = [(is_open(matrix), matrix.stride(1) == 1, matrix.shape[1] % 8 == 0) for matrix in matrices]
         dtypes = self.weight.dtype, self.factor_dtype, self.low is not None
-        return *dtypes, *rows, self.is_staged, self.is_streamed, tiles.rank_block(filled(len(self.A)), 256)
+        return self.is_streamed, *dtypes, *rows, any(self.staged), tiles.rank_block(filled(len(self.A)), 256)
 
 
 class Portion:
-    """Layers, or pieces of one, that one launch merges, with their copies in a slot of the workspace."""
+    """Layers, or pieces of one, that one launch merges, with their copies in a part of the workspace."""
 
-    def __init__(self, layers: list[Layer], slot: Tensor, stochastic: bool, gpu: Gpu):
+    def __init__(self, layers: list[Layer], space: Tensor, stochastic: bool, gpu: Gpu):
         self.streamed: list[tuple[Tensor, Tensor]] = []  # (copy, low half)
-        self._slot, self._used = slot, 0
+        self._space, self._used = space, 0
         self._fillings: list[Filling] = []
         updates = [self._update(layer) for layer in layers]
         self.launches = [*map(fill_up_launch, by_kind(self._fillings)), merge_launch(updates, stochastic, gpu)]
 
     def _update(self, layer: Layer) -> Update:
-        A, B, low = layer.A, layer.B, layer.low
-        if layer.is_staged:
-            r, K = filled(len(A)), filled(A.shape[1])
-            A, B = (self._take(rows, cols, layer.factor_dtype) for rows, cols in ((r, K), (len(B), r)))
-            self._fillings += [Filling(layer.A, A), Filling(layer.B, B)]
+        low, (copies_A, copies_B) = layer.low, layer.staged
+        r, K = filled(len(layer.A)), filled(layer.A.shape[1])
+        A = self._filled_up(layer.A, r, K, layer.factor_dtype) if copies_A else layer.A
+        B = self._filled_up(layer.B, len(layer.B), r, layer.factor_dtype) if copies_B else layer.B
         if layer.is_streamed:
-            K = low.shape[1]
-            low = self._take(len(low), filled(K) if is_open(layer.weight) else K, torch.int16)[:, :K]
+            low = self._take(*low.shape, torch.int16)  # contiguous, or copies would need more memory
             self.streamed.append((low, layer.low))
         return Update(layer.weight, A, B, layer.scale, layer.seed, low)
 
+    def _filled_up(self, factor: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        copy = self._take(rows, cols, dtype)
+        self._fillings.append(Filling(factor, copy))
+        return copy
+
     def _take(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        """A matrix in the slot that begins at 16 bytes."""
+        """A matrix in the workspace that begins at 16 bytes."""
         start, size = ceil(self._used / ALIGNMENT) * ALIGNMENT, rows * cols * dtype.itemsize
         self._used = start + size
-        return self._slot[start : start + size].view(dtype).view(rows, cols)
+        return self._space[start : start + size].view(dtype).view(rows, cols)
 
 
 def merge_and_reinit_(layers: list[Layer], stochastic: bool, gpu: Gpu) -> None:
     """Restarts every layer: all tables and kernels first, so that whatever is missing is missed before a change."""
-    groups = list(_portions(layers))
-    slots = _slots(groups, layers[0].weight.device)
-    portions = [Portion(group, slots[i % SLOTS], stochastic, gpu) for i, group in enumerate(groups)]
-    merges = [launch for portion in portions for launch in portion.launches]
+    device = layers[0].weight.device
+    plain, streamed = (_groups([layer for layer in layers if layer.is_streamed == it]) for it in (False, True))
+    size = max([*map(_size, plain), *(SLOTS * _size(group) for group in streamed)])
+    space = torch.empty(ceil(size / ALIGNMENT / SLOTS) * ALIGNMENT * SLOTS, dtype=torch.uint8, device=device)
+    slots = space.chunk(SLOTS) if streamed else ()
+    resident = [Portion(group, space, stochastic, gpu) for group in plain]
+    passing = [Portion(group, slots[i % SLOTS], stochastic, gpu) for i, group in enumerate(streamed)]
     beginnings = [reinit_launch(group) for group in by_kind([Beginning(layer.A, layer.seed) for layer in layers])]
-    upload(merges + beginnings, layers[0].weight.device)
-    for launch in merges + beginnings:
+    launches = [launch for portion in resident + passing for launch in portion.launches] + beginnings
+    upload(launches, device)
+    for launch in launches:
         launch.load()
-    if any(portion.streamed for portion in portions):
-        _merge_streamed(portions)
-    else:
-        _run(merges)
+    for portion in resident:
+        _run(portion.launches)
+    if passing:
+        _merge_streamed(passing)
     _run(beginnings)
     torch._foreach_zero_([layer.B for layer in layers])
 
@@ -138,40 +148,44 @@ def _run(launches: list[Launch]) -> None:
         launch.run()
 
 
-def _portions(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """The layers' pieces in groups of one kind that fit into a slot, or of one piece that does not."""
-    for group in by_kind([piece for layer in layers for piece in layer.pieces()]):
-        portion, used = [], 0
-        for piece in group:
-            needed = piece.workspace(len(piece.weight))
-            if portion and used + needed > SLOT_BYTES:
-                yield portion
-                portion, used = [], 0
-            portion.append(piece)
-            used += needed
-        yield portion
+def _groups(layers: list[Layer]) -> list[list[Layer]]:
+    """The layers' pieces by what one launch can merge: of a kind, and with room for their copies."""
+    groups = []
+    for pieces in by_kind([piece for layer in layers for piece in layer.pieces()]):
+        most = SLOT_BYTES if pieces[0].is_streamed else SLOTS * SLOT_BYTES
+        used = most + 1
+        for piece in pieces:
+            size = piece.workspace(len(piece.weight))
+            if used + size > most:
+                groups.append([])
+                used = 0
+            groups[-1].append(piece)
+            used += size
+    return groups
 
 
-def _slots(groups: list[list[Layer]], device) -> list[Tensor]:
-    """As large as the largest group needs."""
-    size = max(sum(piece.workspace(len(piece.weight)) for piece in group) for group in groups)
-    return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+def _size(group: list[Layer]) -> int:
+    """Bytes of workspace."""
+    return sum(piece.workspace(len(piece.weight)) for piece in group)
 
 
 def _merge_streamed(portions: list[Portion]) -> None:
     """Each portion waits for its low halves to arrive; they leave while the next is merged."""
     here, arriving, leaving = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
     free: list[torch.cuda.Event] = [here.record_event() for _ in range(SLOTS)]
-    for i, portion in enumerate(portions):
-        arriving.wait_event(free[i % SLOTS])
-        with torch.cuda.stream(arriving):
-            for copy, low in portion.streamed:
-                copy.copy_(low, non_blocking=True)
-        here.wait_stream(arriving)
-        _run(portion.launches)
-        leaving.wait_stream(here)
-        with torch.cuda.stream(leaving):
-            for copy, low in portion.streamed:
-                low.copy_(copy, non_blocking=True)
-        free[i % SLOTS] = leaving.record_event()
-    leaving.synchronize()  # the host may read them next
+    try:
+        for i, portion in enumerate(portions):
+            arriving.wait_event(free[i % SLOTS])
+            with torch.cuda.stream(arriving):
+                for copy, low in portion.streamed:
+                    copy.copy_(low, non_blocking=True)
+            here.wait_stream(arriving)
+            _run(portion.launches)
+            leaving.wait_stream(here)
+            with torch.cuda.stream(leaving):
+                for copy, low in portion.streamed:
+                    low.copy_(copy, non_blocking=True)
+            free[i % SLOTS] = leaving.record_event()
+    finally:  # the workspace is given back after this, and the host may read the low halves
+        arriving.synchronize()
+        leaving.synchronize()

@@ -25,17 +25,17 @@ COPY_FIELDS = tl.constexpr(9)
 
 
 @triton.jit
-def merge_and_reinit_kernel(
+def restart_kernel(
     table, layer_of,
     WEIGHT_TYPE: tl.constexpr, FACTOR_TYPE: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
-    HAS_LOW: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
+    FILLED: tl.constexpr, HAS_LOW: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The merge: one program per SPAN tiles along a weight's rows. Entries to which nothing is added keep their bits.
 
     UNIT: a weight's columns are adjacent; ALIGNED: and its rows begin at 16 bytes and may be written up to a multiple
-    of 8 columns; WHOLE: r fits a block, so that B is read once.
+    of 8 columns; FILLED: some of which are not the weight's; WHOLE: r fits a block, so that B is read once.
     """
     entry = table + tl.load(layer_of + tl.program_id(0)) * FIELDS
     scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
@@ -72,6 +72,8 @@ def merge_and_reinit_kernel(
                 BLOCK_N, BLOCK_K, BLOCK_R, False, False, False, False, PRECISION,
             )  # fmt: skip
         delta *= scale
+        if FILLED:  # 0 times an infinity would change what lies between the rows
+            delta = tl.where((col + tl.arange(0, BLOCK_K) < tl.load(entry + COLS))[None, :], delta, 0.0)
         whole = join(old, old_low) if HAS_LOW else old.to(tl.float32)
         added = tl.where(delta == 0, whole, whole + delta)  # not the same for -0 and NaN
         if HAS_LOW:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import tiles
 from .launch import Layout, Plan, planned
-from .restart import fill_up_kernel, merge_and_reinit_kernel, reinit_kernel
+from .restart import fill_up_kernel, reinit_kernel, restart_kernel
 from .tiles import Gpu
 
 FACTOR_BLOCK = (16, 256)
@@ -44,16 +44,18 @@ class Update:
     low: torch.Tensor | None
 
     def kind(self) -> tuple:
-        """What a launch's layers have in common: (dtypes, whether there is a low half, UNIT, ALIGNED, rank block)."""
+        """What a launch's layers have in common."""
         written = [matrix for matrix in (self.weight, self.low) if matrix is not None]
         unit, aligned = all(matrix.stride(1) == 1 for matrix in written), all(map(is_open, written))
-        return self.weight.dtype, self.A.dtype, self.low is not None, unit, aligned, tiles.rank_block(len(self.A), 256)
+        filled_up = aligned and self.weight.shape[1] % 8 != 0
+        dtypes = self.weight.dtype, self.A.dtype
+        return *dtypes, self.low is not None, unit, aligned, filled_up, tiles.rank_block(len(self.A), 256)
 
     def row(self, first: int) -> list[int]:
-        (N, K), (r, filled) = self.weight.shape, self.A.shape
+        (N, K), (r, A_cols) = self.weight.shape, self.A.shape
         matrices = (self.weight, self.weight if self.low is None else self.low, self.A, self.B)
         fields = [field for matrix in matrices for field in (matrix.data_ptr(), *matrix.stride())]
-        return [self.scale.data_ptr(), N, K, filled, r, self.seed, first, *fields]
+        return [self.scale.data_ptr(), N, K, A_cols, r, self.seed, first, *fields]
 
 
 def filled(size: int) -> int:
@@ -72,19 +74,19 @@ def is_open(matrix: torch.Tensor) -> bool:
 
 def merge_launch(updates: list[Update], stochastic: bool, gpu: Gpu) -> Launch:
     """Of merges of one kind."""
-    weight_dtype, factor_dtype, has_low, unit, aligned, rank_block = updates[0].kind()
+    weight_dtype, factor_dtype, has_low, unit, aligned, filled_up, rank_block = updates[0].kind()
     stochastic = stochastic and weight_dtype.itemsize == 2
     itemsize = max(factor_dtype.itemsize, weight_dtype.itemsize)
     tile, span = tiles.restart_tile(rank_block, gpu, itemsize, aligned, has_low, stochastic)
     counts = [_tiles(update.weight, tile.block_m, tile.block_n * span) for update in updates]
     meta = dict(
         WEIGHT_TYPE=_triton(weight_dtype), FACTOR_TYPE=_triton(factor_dtype), UNIT=unit, ALIGNED=aligned,
-        HAS_LOW=has_low, STOCHASTIC=stochastic, WHOLE=rank_block == tile.block_k,
+        FILLED=filled_up, HAS_LOW=has_low, STOCHASTIC=stochastic, WHOLE=rank_block == tile.block_k,
         BLOCK_N=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=tile.block_k, SPAN=span,
         PRECISION="tf32x3" if weight_dtype.itemsize == 2 else "ieee",
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return _launch(merge_and_reinit_kernel, meta, updates, counts, updates[0].weight.device)
+    return _launch(restart_kernel, meta, updates, counts, updates[0].weight.device)
 
 
 @dataclass(frozen=True)

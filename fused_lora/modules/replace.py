@@ -29,7 +29,7 @@ class ReplaceReport:
         return "\n".join(lines)
 
 
-def _listed(modules: str | Iterable[str] | None) -> str | list[str] | None:
+def listed(modules: str | Iterable[str] | None) -> str | list[str] | None:
     """An iterator would be used up by the first layer."""
     return modules if modules is None or isinstance(modules, str) else list(modules)
 
@@ -89,7 +89,25 @@ def replace_linear(
     checks.check_rank(r)
     checks.check_scale("lora_alpha", lora_alpha)
     checks.check_probability("lora_dropout", lora_dropout)
-    target_modules, exclude_modules = _listed(target_modules), _listed(exclude_modules)
+    report, targets = find_linears(model, target_modules, exclude_modules)
+    # Everything that can fail comes before the first change.
+    layers = {
+        id(linear): LoRALinear.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype) for linear in targets
+    }
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():  # named_children would skip a module's second name
+            if id(child) in layers:
+                parent._modules[child_name] = layers[id(child)]
+    for layer in layers.values():
+        layer.freeze_base(train_bias)
+    return report
+
+
+def find_linears(
+    model: nn.Module, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
+) -> tuple[ReplaceReport, list[nn.Linear]]:
+    """What replace_linear would replace, by name and the modules themselves; ValueError if that is nothing."""
+    target_modules, exclude_modules = listed(target_modules), listed(exclude_modules)
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -108,14 +126,4 @@ def replace_linear(
                 report.skipped[name] = reason
     if not targets:
         raise ValueError(f"target_modules matches no nn.Linear that can be replaced: {report}")
-    # Everything that can fail comes before the first change.
-    layers = {
-        id(linear): LoRALinear.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype) for linear in targets
-    }
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():  # named_children would skip a module's second name
-            if id(child) in layers:
-                parent._modules[child_name] = layers[id(child)]
-    for layer in layers.values():
-        layer.freeze_base(train_bias)
-    return report
+    return report, targets

@@ -77,8 +77,8 @@ def merge_and_reinit_(
 
         weight (N, K) bf16 | fp16 | fp32 | fp64   A (r, K), B (N, r) in any floating dtypes   low (N, K) int16
 
-    The product and the sum are computed in float32 and rounded once, and entries to which nothing is added keep their
-    bits. What of an update survives that rounding depends on how small it is beside the weight:
+    The product and the sum are computed in float32 (in float64 for such weights) and rounded once, and entries to which
+    nothing is added keep their bits. What survives of an update depends on how small it is beside the weight:
 
     * rounding="nearest": in 16 bits, whatever is below half a unit in the last place is lost.
     * rounding="stochastic": up or down, each as likely as it is near. Unbiased, and noisier than the nearest.

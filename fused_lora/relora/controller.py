@@ -8,12 +8,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import checks, reference
-from ..modules import LoRALinear, ReplaceReport, replace_linear
+from ..modules import LoRALinear, ReplaceReport
+from ..modules.replace import listed
 from ..ops import merge_and_reinit_
 from .optimizer_reset import MODES, optimizer_reset, states_of
-from .schedule import JaggedCosine
 from .seeds import mix
-from .shards import check_rows, is_sharded, keep, local, whole
+from .shards import is_sharded, keep, local, reshard, whole
+from .wrapping import check_model, check_scheduler, lora_layers, scale_learning_rates, weights_to_train, wrap
 
 BASES = ("trained", "zero", "absent")
 PRECISIONS = ("auto", "residual", "stochastic", "nearest")
@@ -35,8 +36,9 @@ class ReLoRA:
     optimizer_reset (reset_mode, reset_ratio, reset_step) forgets their moments. The last step of a run whose length
     reset_every divides ends in a merge, so that the weights are all there is. reset_every=None never restarts: LoRA.
 
-    A model that has LoRALinear layers already is trained as it is, without a warm start. That is the way under FSDP2:
-    replace_linear, fully_shard, the optimizer, ReLoRA. Its state is then this rank's.
+    A model that has LoRALinear layers already is trained with those, as they are, without a warm start: r, lora_alpha,
+    target_modules and the like are then theirs. That is the way under FSDP2: replace_linear, fully_shard, the
+    optimizer, ReLoRA. The controller's state is then this rank's, and stochastic rounding differs with their number.
 
     * lr_factor: the learning rates of all groups after the warm start, in units of those before.
     * precision: how 16-bit weights take an update, "residual" (exact; an int16 for each weight), "stochastic" or
@@ -74,18 +76,18 @@ class ReLoRA:
         reset_step: bool = True,
         seed: int = 0,
     ):
+        lora = {
+            "r": r, "lora_alpha": lora_alpha, "target_modules": listed(target_modules),
+            "exclude_modules": listed(exclude_modules), "lora_dropout": lora_dropout, "lora_dtype": lora_dtype,
+        }  # fmt: skip
         _check(reset_every, warm_start_steps, precision, residual_device, base, reset_mode, reset_ratio, seed)
         checks.check_scale("lr_factor", lr_factor)
-        _check_schedule(scheduler, reset_every, warm_start_steps)
-        _check_held(model, optimizer)
-        _check_layers(model, warm_start_steps)
+        check_scheduler(scheduler, reset_every, warm_start_steps, lr_factor)
+        check_model(model, optimizer, lora, warm_start_steps)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.reset_every, self.warm_start_steps, self.seed = reset_every, warm_start_steps, seed
         self.precision, self.residual_device, self.base, self.lr_factor = precision, residual_device, base, lr_factor
-        self._lora = {
-            "r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, "exclude_modules": exclude_modules,
-            "lora_dropout": lora_dropout, "lora_dtype": lora_dtype,
-        }  # fmt: skip
+        self._lora = lora
         self._reset = {"mode": reset_mode, "ratio": reset_ratio, "reset_step": reset_step}
         self.steps = self.cycle = 0
         self.report: ReplaceReport | None = None
@@ -115,9 +117,10 @@ class ReLoRA:
             raise RuntimeError(
                 f"{merged[0]} is merged: unmerge_() it first" if merged else "the warm start is not over"
             )
+        reshard(self.model)
         factors = [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
         states_of(self.optimizer, factors)  # which may not be an Adam's: raises before anything is merged
-        self.cycle += 1
+        cycle = self.cycle + 1
         rounding = "stochastic" if self.precision == "stochastic" else "nearest"
         for names in ([n for n in self.layers if n in self.lows], [n for n in self.layers if n not in self.lows]):
             layers = [self.layers[name] for name in names]
@@ -127,15 +130,15 @@ class ReLoRA:
                 As,
                 [local(layer.lora_B) for layer in layers],
                 [layer.scale for layer in layers],
-                [self._seed_of(name) for name in names],
+                [self._seed_of(name, cycle) for name in names],
                 [self.lows[name] for name in names if name in self.lows] or None,
                 rounding,
             )
             for layer, A in zip(layers, As, strict=True):
                 if is_sharded(layer.lora_A):
                     keep(layer.lora_A, A)
-        generator = torch.Generator(factors[0].device).manual_seed(mix(self.seed, self.cycle, -1))
-        return optimizer_reset(self.optimizer, factors, generator=generator, **self._reset)
+        self.cycle = cycle
+        return optimizer_reset(self.optimizer, factors, generator=mix(self.seed, cycle, -1), **self._reset)
 
     def state_dict(self) -> dict:
         """Counters, options and residuals. The model, the optimizer and the scheduler have state dicts of their own."""
@@ -160,17 +163,22 @@ class ReLoRA:
             raise ValueError(f"the checkpoint has {name}={state['options'].get(name)!r}, this run {own[name]!r}")
         if self.layers and not state["shapes"]:
             raise ValueError("the checkpoint is of the warm start, which this run has behind it: make a new one")
-        modules = dict(self.model.named_modules())
-        for name, shape in state["shapes"].items():
-            weight = getattr(modules.get(name), "weight", None)
-            if weight is None or tuple(weight.shape) != tuple(shape):
-                found = "nothing" if weight is None else f"one of {tuple(weight.shape)}"
-                raise ValueError(f"the checkpoint has a linear of {tuple(shape)} at {name}, this model {found}")
+        if state["shapes"]:
+            self._check_shapes(state)
         if state["shapes"] and not self.layers:
             self._wrap()
         self.steps, self.cycle = state["steps"], state["cycle"]
         for name, low in self.lows.items():
             low.copy_(state["lows"][name])
+
+    def _check_shapes(self, state: dict) -> None:
+        weights = weights_to_train(self.model, self._lora)
+        lows = {name: local(weight) for name, weight in weights.items() if self._needs_low(weight)}
+        for what, theirs, ours in (("linear", state["shapes"], weights), ("residual", state["lows"], lows)):
+            for name in {**theirs, **ours}:
+                found, wanted = _shape(theirs.get(name)), _shape(ours.get(name))
+                if found != wanted:
+                    raise ValueError(f"the checkpoint's {what} at {name} is {found}, this run's is {wanted}")
 
     def _options(self) -> dict:
         names = ("reset_every", "warm_start_steps", "seed", "precision", "base", "lr_factor")
@@ -179,44 +187,39 @@ class ReLoRA:
             "lora_alpha": self._lora["lora_alpha"],
         }
 
-    def _seed_of(self, name: str) -> int:
-        return mix(self.seed, self.cycle, list(self.layers).index(name))
+    def _seed_of(self, name: str, cycle: int) -> int:
+        return mix(self.seed, cycle, list(self.layers).index(name))
+
+    def _needs_low(self, weight: Tensor) -> bool:
+        return self.precision in ("auto", "residual") and weight.dtype.itemsize == 2
 
     @torch.no_grad()
     def _wrap(self) -> None:
-        if not _lora_layers(self.model):
-            self.report = replace_linear(self.model, **self._lora)
-        self.layers = _lora_layers(self.model)
-        factors_of = {id(layer.weight): [layer.lora_A, layer.lora_B] for layer in self.layers.values()}
-        frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
-        for group in self.optimizer.param_groups:
-            params = [new for old in group["params"] for new in factors_of.get(id(old), [old])]
-            group["params"] = [p for p in params if id(p) not in frozen]
-            for rate in {"lr", "initial_lr"} & group.keys():
-                group[rate] *= self.lr_factor
-        if self.scheduler is not None:
-            self.scheduler.base_lrs = [rate * self.lr_factor for rate in self.scheduler.base_lrs]
-        self.optimizer.state.clear()
+        self.report = wrap(self.model, self.optimizer, self._lora)
+        self.layers = lora_layers(self.model)
+        scale_learning_rates(self.optimizer, self.scheduler, self.lr_factor)
         for name, layer in self.layers.items():
             self._begin(name, layer)
 
     def _begin(self, name: str, layer: LoRALinear) -> None:
         """The first cycle's factors, by the counter too: torch's own generator differs between ranks."""
         weight = local(layer.weight)
-        seed = torch.tensor(self._seed_of(name), device=weight.device)
-        keep(layer.lora_A, reference.uniform(layer.r, layer.in_features, layer.in_features**-0.5, seed))
+        seed = torch.tensor(self._seed_of(name, 0), device=weight.device)
+        if not whole(layer.lora_B).any():  # else the layer has begun already
+            keep(layer.lora_A, reference.uniform(layer.r, layer.in_features, layer.in_features**-0.5, seed))
         if self.base != "trained":
             weight.zero_()
             keep(layer.lora_B, reference.uniform(layer.out_features, layer.r, layer.r**-0.5, seed + 1))
-        if self.precision in ("auto", "residual") and weight.dtype.itemsize == 2:
+        if self._needs_low(weight):
             place = {"device": weight.device}
             if self.residual_device == "cpu":
                 place = {"device": "cpu", "pin_memory": weight.is_cuda}
             self.lows[name] = torch.zeros(weight.shape, dtype=torch.int16, **place)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def _shape(found: Tensor | tuple | None) -> tuple | str:
+    """Of a tensor; a shape itself."""
+    return "missing" if found is None else tuple(getattr(found, "shape", found))
 
 
 def _check(reset_every, warm_start_steps, precision, residual_device, base, reset_mode, reset_ratio, seed) -> None:
@@ -237,32 +240,3 @@ def _check(reset_every, warm_start_steps, precision, residual_device, base, rese
         raise ValueError(f"base={base!r} forgets the weights: a warm start would be for nothing")
     if base == "absent" and reset_every is not None:
         raise ValueError("base='absent' has no weights to merge into: reset_every must be None")
-
-
-def _check_schedule(scheduler, reset_every, warm_start_steps) -> None:
-    for factor in getattr(scheduler, "lr_lambdas", ()):
-        if isinstance(factor, JaggedCosine) and None not in (reset_every, factor.reset_every):
-            ours, theirs = (reset_every, warm_start_steps), (factor.reset_every, factor.warm_start_steps)
-            if ours != theirs:
-                raise ValueError(
-                    "reset_every and warm_start_steps must be the scheduler's, or its jags come between the restarts: "
-                    f"got {ours} and {theirs}"
-                )
-
-
-def _check_held(model: nn.Module, optimizer: Optimizer) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if missing:
-        raise ValueError(f"optimizer must hold every parameter that is trained, it lacks {', '.join(missing[:3])}")
-
-
-def _check_layers(model: nn.Module, warm_start_steps: int) -> None:
-    layers = _lora_layers(model)
-    if layers and warm_start_steps > 0:
-        raise ValueError(f"the model has LoRALinear layers already ({next(iter(layers))}): warm_start_steps must be 0")
-    for name, layer in layers.items():
-        for part in ("weight", "lora_A", "lora_B"):
-            check_rows(f"{name}.{part}", getattr(layer, part))
-    if not layers and any(map(is_sharded, model.parameters())):
-        raise ValueError("model is sharded already: call replace_linear before fully_shard")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import checks
+from .shards import local
 
 MODES = ("magnitude", "random", "zero")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -19,14 +20,15 @@ def optimizer_reset(
     mode: str = "magnitude",
     ratio: float = 0.99,
     reset_step: bool = True,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
 ) -> dict[str, float]:
     """Zeros a share `ratio` of the moments of `parameters`; the share that was zeroed, by moment.
 
     * mode "magnitude" keeps the entries with the largest |exp_avg|, "random" some of them, drawn from `generator` (on
-      the moments' device); "zero" keeps none, whatever the ratio. What is kept is counted, n - round(ratio n) of n
-      entries, so that equal entries can neither empty a tensor nor fill it. Both moments, and amsgrad's maximum, keep
-      the same entries: one that lost its second moment alone would move by hundreds of times its learning rate.
+      the moments' device, or a seed for any); "zero" keeps none, whatever the ratio. What is kept is counted,
+      n - round(ratio n) of n entries, so that equal entries can neither empty a tensor nor fill it. Both moments, and
+      amsgrad's maximum, keep the same entries: one that lost its second moment alone would move by hundreds of times
+      its learning rate.
     * reset_step sets Adam's step to zero, so that its bias correction knows how young the moments are. Without it, as
       published, the first updates after a reset are several times the learning rate.
 
@@ -42,10 +44,14 @@ def optimizer_reset(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     checks.check_probability("ratio", ratio)
     states = states_of(optimizer, parameters)
+    generators = {}
     zeroed, total = dict.fromkeys(MOMENTS, 0), 0
     for state in states:
-        moments = {name: _local(state[name]) for name in (*MOMENTS, "max_exp_avg_sq") if name in state}
-        keep = _kept(moments["exp_avg"], mode, ratio, generator)
+        moments = {name: local(state[name]) for name in (*MOMENTS, "max_exp_avg_sq") if name in state}
+        device = moments["exp_avg"].device
+        if isinstance(generator, int) and device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(generator)
+        keep = _kept(moments["exp_avg"], mode, ratio, generators.get(device, generator))
         for moment in moments.values():
             moment.masked_fill_(~keep, 0)
         for name in MOMENTS:
@@ -71,11 +77,6 @@ def states_of(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[dict]:
             raise ValueError(f"the optimizer's state of parameters[{i}] has no {' and no '.join(missing)}: not an Adam")
         states[id(parameter)] = state
     return list(states.values())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a distributed tensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _kept(moment: Tensor, mode: str, ratio: float, generator: torch.Generator | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Parameters that FSDP2 keeps in shards by rows: each rank merges its own rows of W and B, with the whole of A."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
@@ -14,6 +15,13 @@ def check_rows(name: str, tensor: Tensor) -> None:
     for placement in getattr(tensor, "placements", ()):
         if not isinstance(placement, Replicate) and placement != Shard(0):
             raise ValueError(f"{name} must be sharded by rows, as fully_shard does, got {placement}")
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the shards in the place of whole parameters, which a forward without a backward leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

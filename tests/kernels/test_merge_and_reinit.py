@@ -108,6 +108,7 @@ def filled_up(matrix):
     return view, between
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's NumPy, at the infinity
 @pytest.mark.parametrize("mode", ["nearest", "stochastic", "low"])
 def test_rows_that_are_filled_up(mode):
     """Their 16-byte accesses reach beyond the last column, and change nothing there."""
@@ -120,11 +121,14 @@ def test_rows_that_are_filled_up(mode):
         for layer, (weight, _), (low, _) in zip(layers, weights, lows, strict=True)
     ]
     assert all(is_open(layer.weight) for layer in layers)
+    for some in (layers, wanted):
+        some[0].B[3, 2] = float("inf")  # which times the zeros of the filling is not zero
     merge_and_reinit_(layers, mode == "stochastic", KNOWN_GPUS["RTX 3090"])
     merge_and_reinit_(wanted, mode == "stochastic", KNOWN_GPUS["RTX 3090"])
     for layer, want in zip(layers, wanted, strict=True):
-        assert torch.equal(layer.weight, want.weight)
-        assert mode != "low" or torch.equal(layer.low, want.low)
+        finite = torch.arange(len(layer.B)) != 3
+        assert torch.equal(layer.weight[finite], want.weight[finite])
+        assert mode != "low" or torch.equal(layer.low[finite], want.low[finite])
     assert all((between == 7).all() for _, between in (*weights, *lows) if between is not None)
 
 

@@ -190,5 +190,23 @@ def test_wrong_arguments_change_nothing(change, error, words):
         assert all(torch.equal(value, old) for value, old in zip(values, before[name], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_stochastic_rounding_is_of_16_bits(dtype):
+    """Wider weights round to the nearest whatever is asked."""
+    results = []
+    for rounding in ("nearest", "stochastic"):
+        torch.manual_seed(0)
+        layers = make_layers(dtype=dtype)
+        merge_and_reinit_(**layers, rounding=rounding)
+        results.append(layers["weights"])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_lows_of_some_layers_are_refused():
+    layers = make_layers()
+    with pytest.raises(ValueError, match="lows must have a tensor for every layer"):
+        merge_and_reinit_(**layers, lows=[zeros_beside(layers)[0], None, None])
+
+
 def test_no_layers_are_nothing_to_do():
     merge_and_reinit_([], [], [], [], [])

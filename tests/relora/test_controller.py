@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import LoRALinear
+from fused_lora import LoRALinear, replace_linear
 from fused_lora.reference import join
 from fused_lora.relora import ReLoRA, jagged_cosine_schedule
 from fused_lora.relora.seeds import mix
@@ -272,10 +272,10 @@ def test_checkpoints_of_something_else_change_nothing():
     other = Run()
     with pytest.raises(ValueError, match="the checkpoint has r=4, this run 3"):
         other.relora.load_state_dict(state | {"options": state["options"] | {"r": 4}})
-    with pytest.raises(ValueError, match=r"a linear of \(20, 13\) at attn, this model one of \(20, 12\)"):
+    with pytest.raises(ValueError, match=r"linear at attn is \(20, 13\), this run's is \(20, 12\)"):
         other.relora.load_state_dict(state | {"shapes": {"attn": (20, 13)}})
-    with pytest.raises(ValueError, match=r"a linear of \(2, 2\) at layer, this model nothing"):
-        other.relora.load_state_dict(state | {"shapes": {"layer": (2, 2)}})
+    with pytest.raises(ValueError, match=r"linear at layer is \(2, 2\), this run's is missing"):
+        other.relora.load_state_dict(state | {"shapes": {"layer": (2, 2)} | state["shapes"]})
     assert type(other.net.attn) is nn.Linear
     with pytest.raises(ValueError, match="of the warm start, which this run has behind it"):
         run.relora.load_state_dict(Run().relora.state_dict())
@@ -330,3 +330,96 @@ def test_layers_that_are_there_already_are_trained():
     assert relora.report is None
     with pytest.raises(ValueError, match="LoRALinear layers already"):
         ReLoRA(net, optimizer, reset_every=2, warm_start_steps=3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_that_have_begun_keep_their_update_and_their_moments(device):
+    """Adopted in the middle of a cycle: the function stays, and each factor is in the optimizer once."""
+    net = Net().to(device)
+    replace_linear(net, 3, 5.0, exclude_modules=["head"])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)  # of frozen weights too
+    x = torch.randn(16, 12, device=device)
+    net(x).square().mean().backward()
+    optimizer.step()
+    before, moment = net(x), optimizer.state[net.mlp.lora_B]["exp_avg"].clone()
+    ReLoRA(net, optimizer, reset_every=3)
+    assert torch.equal(net(x), before)
+    assert torch.equal(optimizer.state[net.mlp.lora_B]["exp_avg"], moment)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    net.mlp.merge_()
+    with pytest.raises(ValueError, match="mlp is merged"):
+        ReLoRA(net, optimizer, reset_every=3)
+
+
+def test_frozen_weights_leave_no_gradient_behind():
+    run = Run()
+    for _ in range(4):
+        run.optimizer.zero_grad()
+        x, y = run.batch(run.relora.steps)
+        (run.net(x) - y).square().mean().backward()
+        run.optimizer.step()
+        run.relora.step()
+    assert all(p.grad is None for p in run.net.parameters() if not p.requires_grad)
+    assert run.net.head.weight.grad is not None
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    ({"r": 0}, ValueError, "r must be"),
+    ({"lora_dropout": 7.0}, ValueError, "lora_dropout must be between 0 and 1"),
+    ({"target_modules": ["typo"]}, ValueError, "target_modules matches no nn.Linear"),
+])  # fmt: skip
+def test_what_the_wrap_needs_is_asked_at_the_beginning(options, error, words):
+    with pytest.raises(error, match=words):
+        Run(**options)
+
+
+def test_weights_that_the_optimizer_does_not_hold():
+    net = Net().requires_grad_(False)
+    net.head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"it lacks attn.weight, mlp.weight"):
+        ReLoRA(net, torch.optim.AdamW(net.head.parameters()), **OPTIONS)
+
+
+def test_schedulers_that_do_not_fit():
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    one, two = (torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2))
+    sequence = torch.optim.lr_scheduler.SequentialLR(optimizer, [one, two], [5])
+    with pytest.raises(TypeError, match="lr_factor needs a scheduler with base_lrs, got SequentialLR"):
+        ReLoRA(net, optimizer, sequence, lr_factor=2.0, **OPTIONS)
+    ReLoRA(net, optimizer, sequence, **OPTIONS)
+    with pytest.raises(TypeError, match="scheduler must step without a metric"):
+        ReLoRA(net, optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), **OPTIONS)
+    schedule = jagged_cosine_schedule(optimizer, 28, 2, 2, None, warm_start_steps=8)
+    with pytest.raises(ValueError, match="must be the scheduler's"):
+        ReLoRA(net, optimizer, schedule, **(OPTIONS | {"reset_every": None}))
+
+
+def test_a_tensor_of_a_rate_that_groups_share_is_scaled_once():
+    net = Net()
+    rate = torch.tensor(0.01)
+    groups = [{"params": list(net.attn.parameters()), "lr": rate}, {"params": list(net.mlp.parameters()), "lr": rate},
+              {"params": list(net.head.parameters()), "lr": rate}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+    ReLoRA(net, optimizer, reset_every=3, r=3, exclude_modules=["head"], lr_factor=2.0)
+    assert rate.item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_checkpoints_of_other_layers_change_nothing(dtype):
+    """Of more layers, of fewer, and of another dtype, whose residuals are others."""
+    states = {}
+    for excluded in (["head"], ["head", "mlp"]):
+        run = Run(dtype=dtype, exclude_modules=excluded)
+        run.train(12)
+        states[len(excluded)] = run.relora.state_dict()
+    for excluded, state in ((["head"], states[2]), (["head", "mlp"], states[1])):
+        other = Run(dtype=dtype, exclude_modules=excluded)
+        with pytest.raises(ValueError, match="the checkpoint's linear at mlp is"):
+            other.relora.load_state_dict(state)
+        assert (other.relora.layers, other.relora.steps) == ({}, 0)
+    other = Run(dtype=torch.float16 if dtype is torch.float32 else torch.float32)
+    with pytest.raises(ValueError, match="the checkpoint's residual at attn is"):
+        other.relora.load_state_dict(states[1])
+    assert other.relora.layers == {}

@@ -63,6 +63,8 @@ def sharded(rank, shards):
         net(inputs(step)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            net(inputs(step))  # leaves parameters whole, and is no reason not to restart
         relora.step()
         states.append({name: whole(value).clone() for name, value in net.state_dict().items()})
     return states
