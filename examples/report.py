@@ -173,6 +173,7 @@ def print_ranks(result: DemoResult, config: DemoConfig) -> None:
     print(f"LoRA, r={config.r}: numerical rank {lora} of {len(result.lora_spectrum)}")
     print(f"ReLoRA, {config.relora_cycles} cycles of r={config.r}: {relora}")
     print(f"ReLoRA's singular value {config.r + 1} is {result.beyond(config.r):.1%} of its largest")
+    print("Restarts are for pretraining: in adapting a model they are no better than LoRA.")
 
 
 def print_sample(prompt: Tensor, tokens: Tensor) -> None:

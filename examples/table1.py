@@ -1,6 +1,6 @@
 """The paper's first table (Lialin et al. 2023, arXiv:2307.05695) on a text of your own: which ingredient does what.
 
-    python -m examples.table1 --text corpus.txt.xz                 eight rows, two seeds, preset "small"
+    python -m examples.table1 --text corpus.txt.xz                 ten runs for each of two seeds, preset "small"
     python -m examples.table1 --text corpus.txt --preset tiny      in minutes on a CPU, too small to order the rows
 
 Each is a `python -m fused_lora.pretrain` of its own, one at a time on each GPU; those that were killed are resumed.
@@ -13,13 +13,15 @@ import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 
 import torch
 from tqdm import tqdm
 
+from fused_lora.pretrain.__main__ import DIVERGED
+from fused_lora.pretrain.data import prepare
 from fused_lora.pretrain.logs import HELD_OUT, read
 from fused_lora.pretrain.plot import plot
 from fused_lora.pretrain.presets import PRESETS
@@ -49,30 +51,50 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("flags", nargs="*", help="after --: more flags for every run, such as --compile")
     args = parser.parse_args(arguments)
-    common = ["--preset", args.preset, *args.flags]
-    for name in ("text", "data"):
-        if getattr(args, name):
-            common += [f"--{name}", str(getattr(args, name))]
     runs = [(row, seed) for seed in args.seeds for row in ROWS]
+    if args.text:  # once for all
+        args.data = args.data or args.output / "tokens"
+        prepare(args.text, args.data, PRESETS[args.preset].model.vocab_size)
     gpus = Queue()
-    for gpu in range(max(1, torch.cuda.device_count())):
+    for gpu in visible_gpus() or [""]:
         gpus.put(gpu)
+    statuses = {}
     with ThreadPoolExecutor(gpus.qsize()) as pool:
-        jobs = [pool.submit(_run, row, seed, common, args.output, gpus) for row, seed in runs]
-        for job in tqdm(jobs, "runs"):
-            job.result()
-    table = write_table(args.output, args.seeds)
+        jobs = {
+            pool.submit(_run, row, seed, common_flags(args), args.output, gpus): (row[0], seed) for row, seed in runs
+        }
+        try:
+            for job in tqdm(as_completed(jobs), "runs", total=len(jobs)):
+                statuses[jobs[job]] = job.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    table = write_table(args.output, args.seeds, statuses)
     plot({name: folder_of(args.output, name, args.seeds[0]) for name, _, _ in ROWS}, args.output / "curves.png")
     print(table)
-    return 0
+    failed = [key for key, status in statuses.items() if status not in (0, DIVERGED)]
+    for name, seed in failed:
+        print(f"{name}, seed {seed}: {last_words(folder_of(args.output, name, seed))}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def common_flags(args: argparse.Namespace) -> list[str]:
+    """Of every run."""
+    return ["--preset", args.preset, *args.flags, *(["--data", str(args.data)] if args.data else [])]
 
 
 def folder_of(output: Path, name: str, seed: int) -> Path:
     return output / f"{name.replace(', ', '-').replace(' ', '_').replace(chr(39), '')}-{seed}"
 
 
-def _run(row: tuple, seed: int, common: list[str], output: Path, gpus: Queue) -> None:
-    """One run as a process, on the next free GPU; its words go to run.log."""
+def _run(row: tuple, seed: int, common: list[str], output: Path, gpus: Queue) -> int:
+    """The exit status of one run, a process of its own on the next free GPU; its words go to run.log."""
     name, flags, _ = row
     folder = folder_of(output, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,27 +104,32 @@ def _run(row: tuple, seed: int, common: list[str], output: Path, gpus: Queue) ->
         with open(folder / "run.log", "a") as log:
             command = [sys.executable, "-m", "fused_lora.pretrain", *common, *own]
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
-            subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+            return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
     finally:
         gpus.put(gpu)
 
 
-def perplexity_of(folder: Path) -> float | None:
-    """At the end of a run; None before it, and where the run diverged."""
-    rows = read(folder / HELD_OUT)
-    return rows[-1]["perplexity"] if rows and "held-out perplexity" in (folder / "run.log").read_text() else None
+def last_words(folder: Path) -> str:
+    return (folder / "run.log").read_text().strip().splitlines()[-1]
 
 
-def write_table(output: Path, seeds: list[int]) -> str:
+def cell(folder: Path, status: int | None) -> str:
+    """The perplexity at the end of a run."""
+    if status == 0:
+        return f"{read(folder / HELD_OUT)[-1]['perplexity']:.2f}"
+    return "diverged" if status == DIVERGED else "-"
+
+
+def write_table(output: Path, seeds: list[int], statuses: dict[tuple[str, int], int]) -> str:
     """Markdown, a column for each seed."""
     lines = [
         "| ingredients | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | paper, 130M |",
         "|---" * (len(seeds) + 3) + "|",
     ]
     for name, _, paper in ROWS:
-        found = [perplexity_of(folder_of(output, name, seed)) for seed in seeds]
-        cells = [f"{value:.2f}" if value else "-" for value in found]
-        mean = f"{statistics.fmean(found):.2f}" if all(found) else "-"
+        cells = [cell(folder_of(output, name, seed), statuses.get((name, seed))) for seed in seeds]
+        numbers = [float(value) for value in cells if value[0].isdigit()]
+        mean = f"{statistics.fmean(numbers):.2f}" if len(numbers) == len(cells) else "-"
         lines.append(f"| {name} | {' | '.join(cells)} | {mean} | {paper or '-'} |")
     table = "\n".join(lines) + "\n"
     (output / "table.md").write_text(table)

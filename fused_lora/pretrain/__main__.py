@@ -9,7 +9,7 @@ Documents are what stands between blank lines; one in a hundred is held out. Pri
 """
 
 import argparse
-import math
+import lzma
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,10 +22,13 @@ from .options import METHODS, Options
 from .presets import PRESETS, Preset
 from .python_text import write_documentation
 from .ranks import Ranks, joined
-from .run import DivergedError, Intervals, run
+from .run import CURVES, DivergedError, Intervals, StoppedError, run
 from .trainer import Trainer
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DIVERGED, STOPPED = 3, 130  # exit statuses
+# What is a sentence to the user; the rest are our mistakes, and show where.
+REFUSALS = (ValueError, TypeError, OSError, EOFError, lzma.LZMAError, DivergedError, StoppedError)
 NUMBERS = [field for field in fields(Preset) if field.type in (int, float)]
 
 
@@ -36,19 +39,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     text = parser.add_argument_group("text")
     text.add_argument("--text", type=Path, help="a text file, plain, .xz or .gz; Python's documentation without one")
     text.add_argument("--data", type=Path, help="folder of the text's tokens, made there if it holds none of this text")
-    text.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use; one is trained on the text without one")
+    text.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="a tokenizer.json whose token 0 ends documents; without, one is trained on the text",
+    )
     run = parser.add_argument_group("run")
-    run.add_argument("--preset", choices=PRESETS, default="tiny")
-    run.add_argument("--method", choices=METHODS, default="relora")
+    run.add_argument(
+        "--preset", choices=PRESETS, default="tiny", help="model and schedule: the paper's, or smaller ones"
+    )
+    run.add_argument(
+        "--method", choices=METHODS, default="relora", help="what trains: all, a model of as many, factors"
+    )
     run.add_argument("--output", type=Path, help="folder of the run (pretrain_output/<method>)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in it, if there is one")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=int, default=0, help="of weights, batches, factors and dropout")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--dtype", choices=DTYPES, help="of weights and optimizer (bfloat16 on a GPU, float32 on a CPU)")
     run.add_argument("--compile", action="store_true", help="by torch.compile")
     run.add_argument("--micro-batch-size", type=int, help="sequences at once, where a batch does not fit into memory")
-    for name, steps in (("log", 10), ("evaluate", 500), ("save", 500)):
-        run.add_argument(f"--{name}-every", type=int, default=steps, metavar="STEPS")
+    run.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    for name in ("evaluate", "save"):
+        run.add_argument(f"--{name}-every", type=int, metavar="STEPS", help="500, or a fifth of a shorter run")
     parts = parser.add_argument_group("what ReLoRA consists of")
     parts.add_argument("--base", choices=BASES, default="trained", help="what the frozen weights begin as")
     parts.add_argument("--precision", choices=PRECISIONS, default="auto", help="how 16-bit weights take an update")
@@ -62,7 +74,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     numbers = parser.add_argument_group("numbers in the place of the preset's")
     for field in NUMBERS:
         numbers.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, metavar=field.type.__name__)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.tokenizer and not args.text:
+        parser.error("--tokenizer is for a --text")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU")
+    return args
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -82,30 +99,41 @@ def options_of(args: argparse.Namespace) -> Options:
 
 def tokens_of(args: argparse.Namespace, vocab_size: int, ranks: Ranks) -> Data:
     """The text's tokens, made by the first rank while the others wait; without a text or a folder, Python's own."""
-    folder = args.data or Path("pretrain_output") / f"tokens-{vocab_size}"
-    if ranks.first and args.text:
-        prepare(args.text, folder, vocab_size, args.tokenizer)
-    elif ranks.first and not args.data and not Data.exists(folder):
-        prepare(write_documentation(folder / "python.txt"), folder, vocab_size, args.tokenizer)
+    text, folder = args.text, args.data
+    if text is None and folder is None:
+        text = write_documentation(Path("pretrain_output") / "python.txt")
+    if folder is None:
+        folder = Path("pretrain_output") / f"tokens-{text.name}-{vocab_size}"
+    if ranks.first and text is not None:
+        prepare(text, folder, vocab_size, args.tokenizer)
     ranks.wait()
     return Data.load(folder, vocab_size)
 
 
+def train(args: argparse.Namespace, ranks: Ranks) -> None:
+    options = options_of(args)
+    usual = max(1, min(500, options.preset.total_steps // 5))
+    every = (usual if steps is None else steps for steps in (args.evaluate_every, args.save_every))
+    intervals = Intervals(args.log_every, *every)
+    data = tokens_of(args, options.llama.vocab_size, ranks)
+    trainer = Trainer(options, data, ranks, args.micro_batch_size, args.compile)
+    output = args.output or Path("pretrain_output") / args.method
+    perplexity = run(trainer, data, output, intervals, args.resume)
+    if ranks.first:
+        print(f"held-out perplexity {perplexity:.2f}; curves in {output / CURVES}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    first = True
     try:
         with joined(args.device) as ranks:
-            options = options_of(args)
-            data = tokens_of(args, options.llama.vocab_size, ranks)
-            trainer = Trainer(options, data.train, ranks, args.micro_batch_size, args.compile)
-            intervals = Intervals(args.log_every, args.evaluate_every, args.save_every)
-            output = args.output or Path("pretrain_output") / args.method
-            perplexity = run(trainer, data, output, intervals, args.resume)
-            if ranks.first and not math.isnan(perplexity):
-                print(f"held-out perplexity {perplexity:.2f}; curves in {output / 'curves.png'}")
-    except (ValueError, TypeError, DivergedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            first = ranks.first
+            train(args, ranks)
+    except REFUSALS as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return {DivergedError: DIVERGED, StoppedError: STOPPED}.get(type(error), 1)
     return 0
 
 

@@ -12,8 +12,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,13 +59,19 @@ def load(place: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Ten
     """(the model's tensors, the rest) of a checkpoint; ValueError for one that is not whole."""
     try:
         manifest = json.loads((place / MANIFEST).read_text())
+        sizes = manifest["bytes"]
     except FileNotFoundError:
         raise ValueError(f"{place} is no checkpoint: it has no {MANIFEST}") from None
-    for name, size in manifest["bytes"].items():
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{place / MANIFEST} is damaged: remove {place} to go on from an earlier one") from None
+    for name, size in sizes.items():
         found = (place / name).stat().st_size if (place / name).exists() else 0
         if found != size:
             raise ValueError(f"{place} is cut short: {name} has {found} bytes of {size}")
-    return load_file(place / MODEL, str(device)), torch.load(place / TRAINING, map_location=device)
+    try:
+        return load_file(place / MODEL, str(device)), torch.load(place / TRAINING, map_location=device)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{place} is damaged: remove it to go on from an earlier one ({error})") from None
 
 
 def _remove(place: Path) -> None:

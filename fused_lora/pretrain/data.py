@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -34,13 +35,15 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 def documents(path: Path) -> Iterator[str]:
     """The documents of a text file, plain or packed (.xz, .gz), without the blank lines; the long ones in pieces."""
     lines: list[str] = []
+    length = 0
     with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace") as file:
         for line in file:
-            if not line.strip() or sum(map(len, lines)) + len(line) > MOST_CHARACTERS:
+            if not line.strip() or length + len(line) > MOST_CHARACTERS:
                 yield from _pieces(lines)
-                lines = []
+                lines, length = [], 0
             if line.strip():
                 lines.append(line)
+                length += len(line)
     yield from _pieces(lines)
 
 
@@ -104,16 +107,26 @@ class Data:
     train: Tokens
     held_out: Tokens
 
+    @property
+    def fingerprint(self) -> str:
+        """By which a run knows its text again, wherever the folder is."""
+        vocabulary = zlib.crc32(self.tokenizer.to_str().encode())
+        return f"{len(self.train)} and {len(self.held_out)} tokens of vocabulary {vocabulary:08x}"
+
     @staticmethod
     def exists(folder: Path) -> bool:
         return (folder / "about.json").exists()
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int) -> "Data":
-        """Raises ValueError for a folder without tokens, or with those of another vocabulary."""
+        """Raises ValueError for a folder without tokens, with those of another vocabulary, or with half of them."""
         if not cls.exists(folder):
             raise ValueError(f"{folder} holds no tokens: give the text to make them of")
         about = json.loads((folder / "about.json").read_text())
+        for part, count in about["tokens"].items():
+            size, file = count * np.dtype(about["dtype"]).itemsize, folder / f"{part}.bin"
+            if not file.exists() or file.stat().st_size != size:
+                raise ValueError(f"{file} is damaged: it should have {size} bytes; remove {folder} to make it anew")
         if about["source"]["vocab"] != vocab_size:
             raise ValueError(f"{folder} holds tokens of a vocabulary of {about['source']['vocab']}, not {vocab_size}")
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -129,11 +142,17 @@ def prepare(text: Path, folder: Path, vocab_size: int, tokenizer: Path | None = 
     the vocabulary, and for a text that leaves a part empty; the folder is then as it was.
     """
     checks.check_count("vocab_size", vocab_size, least=257)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # runs that begin together
+        return _prepare(text, folder, vocab_size, tokenizer)
+
+
+def _prepare(text: Path, folder: Path, vocab_size: int, tokenizer: Path | None) -> Data:
     source = {"text": _stamp(text), "tokenizer": tokenizer and _stamp(tokenizer), "vocab": vocab_size}
     about = folder / "about.json"
     if Data.exists(folder) and json.loads(about.read_text())["source"] == source:
         return Data.load(folder, vocab_size)
-    encoder = Tokenizer.from_file(str(tokenizer)) if tokenizer else train_tokenizer(text, vocab_size)
+    encoder = _given(tokenizer) if tokenizer else train_tokenizer(text, vocab_size)
     if encoder.get_vocab_size() > vocab_size:
         raise ValueError(f"{tokenizer} has {encoder.get_vocab_size()} tokens, more than vocab_size={vocab_size}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +168,13 @@ def prepare(text: Path, folder: Path, vocab_size: int, tokenizer: Path | None = 
         for name in ("train.bin", "held_out.bin", "tokenizer.json", "about.json"):
             os.replace(f"{new}/{name}", folder / name)
     return Data.load(folder, vocab_size)
+
+
+def _given(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # of a type that the library does not export
+        raise ValueError(f"{file} is no tokenizer.json: {error}") from None
 
 
 def _stamp(file: Path) -> list:

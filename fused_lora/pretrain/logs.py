@@ -21,7 +21,9 @@ class Logs:
     """
 
     def __init__(self, folder: Path, start: int, total: int, title: str, writes: bool = True):
-        self.folder, self.writes, self.perplexity = folder, writes, math.nan
+        self.folder, self.writes, self.words = folder, writes, ""
+        seen = [row["perplexity"] for row in read(folder / HELD_OUT) if row["step"] <= start]
+        self.perplexity = seen[-1] if seen else math.nan
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", dynamic_ncols=True, disable=not writes)
         if not writes:
             return
@@ -41,14 +43,19 @@ class Logs:
     def train(self, step: int, tokens: int, loss: float, speed: float, rate: float, restarts: int) -> None:
         """After `step` steps: the mean loss and the speed since the last line, the last step's learning rate."""
         self._add(TRAIN, (step, tokens, loss, speed, rate, restarts))
-        self.bar.update(step - self.bar.n)
-        words = f"loss {loss:.3f}, {speed:,.0f} tokens/s, lr {rate:.2e}, {restarts} restarts"
-        seen = "" if math.isnan(self.perplexity) else f", held-out perplexity {self.perplexity:.2f}"
-        self.bar.set_postfix_str(words + seen)
+        self.words = f"loss {loss:.3f}, {speed:,.0f} tokens/s, lr {rate:.2e}, {restarts} restarts"
+        self._say(step)
 
     def held_out(self, step: int, tokens: int, loss: float) -> None:
-        self.perplexity = math.exp(loss)
+        self.perplexity = math.exp(loss) if loss < 700 else math.inf
         self._add(HELD_OUT, (step, tokens, loss, self.perplexity))
+        self._say(step)
+
+    def _say(self, step: int) -> None:
+        seen = "" if math.isnan(self.perplexity) else f", held-out perplexity {self.perplexity:.2f}"
+        self.bar.set_postfix_str(self.words + seen, refresh=False)
+        self.bar.update(step - self.bar.n)
+        self.bar.refresh()
 
     def _add(self, name: str, values: tuple) -> None:
         if not self.writes:

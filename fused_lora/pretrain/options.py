@@ -62,7 +62,7 @@ class Options:
         return JaggedCosine(
             preset.total_steps,
             preset.warmup_steps,
-            preset.restart_warmup_steps,
+            preset.restart_warmup_steps if self.low_rank else 0,
             self.reset_every if self.jagged else None,
             warm_start_steps=preset.warm_start_steps if self.low_rank else 0,
             published=self.published,

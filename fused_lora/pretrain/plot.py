@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from .logs import HELD_OUT, TRAIN, read
 
 
 def plot(runs: dict[str, Path], place: Path) -> None:
     """Loss in training (line) and held out (dots) above, the learning rate below, of each run by its name."""
-    figure, (losses, rates) = plt.subplots(
-        2, 1, sharex=True, figsize=(9, 6.5), height_ratios=(2.5, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(2.5, 1))
     for name, folder in runs.items():
         train, held_out = read(folder / TRAIN), read(folder / HELD_OUT)
         steps = [row["step"] for row in train]
@@ -32,7 +28,6 @@ def plot(runs: dict[str, Path], place: Path) -> None:
         axes.grid(alpha=0.3)
     place.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(place, dpi=120)
-    plt.close(figure)
 
 
 def _limit(axes, runs: dict[str, Path]) -> None:

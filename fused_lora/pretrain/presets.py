@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from .. import checks
 from .llama import LlamaConfig
 
 
@@ -25,6 +26,14 @@ class Preset:
     lora_dropout: float = 0.1
     reset_ratio: float = 0.99
 
+    def __post_init__(self):
+        for name in ("seq_len", "batch_size", "total_steps"):
+            checks.check_count(name, getattr(self, name), least=1)
+        for name in ("learning_rate", "relora_learning_rate"):
+            checks.check_scale(name, getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
 
 def _llama(hidden: int, layers: int, heads: int, intermediate: int, vocab: int = 32_100) -> LlamaConfig:
     return LlamaConfig(hidden, intermediate, layers, heads, vocab, initializer_range=0.02)
@@ -35,22 +44,48 @@ _350M, _1_3B = _llama(1024, 24, 16, 2736), _llama(2048, 24, 32, 5461)
 # Lialin et al. 2023, arXiv:2307.05695, and the configurations published with it; the controls' widths of the MLP are
 # not published.
 _PAPER = {
-    "60m": Preset(_60M, 256, 480, 1e-3, 1e-3, 500, 100, 1000, 10_000, 0, _llama(416, 8, 8, 1104)),
-    "130m": Preset(_130M, 256, 600, 1e-3, 1e-3, 500, 100, 5000, 20_000, 5000, _llama(512, 12, 8, 1376)),
-    "250m": Preset(_250M, 512, 1152, 5e-4, 1e-3, 500, 100, 5000, 20_000, 5000, _llama(640, 12, 10, 1712)),
-    "350m": Preset(_350M, 512, 1152, 5e-4, 5e-4, 1000, 100, 5000, 20_000, 5000, _130M),
-    "1.3b": Preset(_1_3B, 512, 1536, 4e-4, 8e-4, 1000, 100, 5000, 30_000, 10_000, _250M),
-}
-_TINY, _TINY_CONTROL = _llama(128, 2, 4, 352, 1024), _llama(96, 2, 4, 128, 1024)
-_SMALL, _SMALL_CONTROL = _llama(512, 8, 8, 1376, 8192), _llama(352, 8, 8, 1024, 8192)
+    "60m": Preset(
+        _60M, control=_llama(416, 8, 8, 1104), seq_len=256, batch_size=480, learning_rate=1e-3,
+        relora_learning_rate=1e-3, warmup_steps=500, restart_warmup_steps=100, reset_every=1000,
+        total_steps=10_000, warm_start_steps=0,
+    ),
+    "130m": Preset(
+        _130M, control=_llama(512, 12, 8, 1376), seq_len=256, batch_size=600, learning_rate=1e-3,
+        relora_learning_rate=1e-3, warmup_steps=500, restart_warmup_steps=100, reset_every=5000,
+        total_steps=20_000, warm_start_steps=5000,
+    ),
+    "250m": Preset(
+        _250M, control=_llama(640, 12, 10, 1712), seq_len=512, batch_size=1152, learning_rate=5e-4,
+        relora_learning_rate=1e-3, warmup_steps=500, restart_warmup_steps=100, reset_every=5000,
+        total_steps=20_000, warm_start_steps=5000,
+    ),
+    "350m": Preset(
+        _350M, control=_130M, seq_len=512, batch_size=1152, learning_rate=5e-4,
+        relora_learning_rate=5e-4, warmup_steps=1000, restart_warmup_steps=100, reset_every=5000,
+        total_steps=20_000, warm_start_steps=5000,
+    ),
+    "1.3b": Preset(
+        _1_3B, control=_250M, seq_len=512, batch_size=1536, learning_rate=4e-4,
+        relora_learning_rate=8e-4, warmup_steps=1000, restart_warmup_steps=100, reset_every=5000,
+        total_steps=30_000, warm_start_steps=10_000,
+    ),
+}  # fmt: skip
 PRESETS = _PAPER | {
-    # Minutes on two cores.
-    "tiny": Preset(_TINY, 64, 16, 3e-3, 3e-3, 20, 10, 50, 300, 100, _TINY_CONTROL, r=16),
-    # Minutes on one H100: the ordering of the paper's first table.
-    "small": Preset(_SMALL, 256, 256, 1e-3, 1e-3, 100, 50, 500, 3000, 1000, _SMALL_CONTROL),
+    # A minute on two cores.
+    "tiny": Preset(
+        _llama(128, 2, 4, 352, 1024), control=_llama(96, 2, 4, 128, 1024), seq_len=64, batch_size=16,
+        learning_rate=3e-3, relora_learning_rate=3e-3, warmup_steps=20, restart_warmup_steps=10, reset_every=50,
+        total_steps=300, warm_start_steps=100, r=16,
+    ),
+    # Minutes on one H100: for the paper's first table.
+    "small": Preset(
+        _llama(512, 8, 8, 1376, 8192), control=_llama(352, 8, 8, 1024, 8192), seq_len=256, batch_size=256,
+        learning_rate=1e-3, relora_learning_rate=1e-3, warmup_steps=100, restart_warmup_steps=50, reset_every=500,
+        total_steps=3000, warm_start_steps=1000,
+    ),
     # The 1.3B model at a width that every kernel likes.
     "1.3b-5504": replace(_PAPER["1.3b"], model=_llama(2048, 24, 32, 5504)),
-}
+}  # fmt: skip
 
 
 def trainable_in_relora(preset: Preset) -> int:

@@ -1,6 +1,7 @@
 """English text that every Python carries: the standard library's docstrings and the language reference."""
 
 import ast
+import os
 import re
 import sysconfig
 import tokenize
@@ -41,7 +42,10 @@ def language_reference() -> str:
 
 
 def write_documentation(path: Path) -> Path:
-    """Both, as a text file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{docstrings()}\n\n{language_reference()}\n", encoding="utf-8")
+    """Both, as a text file, which is left alone if it is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(f"{docstrings()}\n\n{language_reference()}\n", encoding="utf-8")
+        part.replace(path)
     return path

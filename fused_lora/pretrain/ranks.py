@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,11 +23,15 @@ class Ranks:
         """Whether this is the one that writes."""
         return self.rank == 0
 
+    def share(self, batch_size: int) -> int:
+        """A rank's sequences of a batch."""
+        if batch_size % self.world:
+            raise ValueError(f"batch_size must be a multiple of the {self.world} ranks, got {batch_size}")
+        return batch_size // self.world
+
     def part(self, batch: Tensor) -> Tensor:
-        """This rank's rows, of as many as any other's."""
-        if len(batch) % self.world:
-            raise ValueError(f"batch_size must be a multiple of the {self.world} ranks, got {len(batch)}")
-        return batch.chunk(self.world)[self.rank]
+        """This rank's rows."""
+        return batch.split(self.share(len(batch)))[self.rank]
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
@@ -59,7 +64,8 @@ def joined(device_type: str) -> Iterator[Ranks]:
     if not many:
         yield Ranks(device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Long enough for the first rank to make the tokens of a large text.
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     try:
         yield Ranks(device, distributed.get_rank(), distributed.get_world_size())
     finally:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,7 +55,6 @@ def spectra(begin: Path, end: Path) -> dict[str, Tensor]:
 
 def write(runs: dict[str, dict[str, Tensor]], longer_side: int, output: Path) -> None:
     """Both tables of every run's spectra."""
-    output.mkdir(parents=True, exist_ok=True)
     with (
         open(output / "singular_values.csv", "w", newline="") as all_values,
         open(output / "ranks.csv", "w", newline="") as ranks,
@@ -80,13 +80,9 @@ def by_projection(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def plot(runs: dict[str, dict[str, Tensor]], place: Path) -> None:
     """A panel for each kind of projection: the layers' mean singular value by its index, in units of the largest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     kinds = list(by_projection(next(iter(runs.values()))))
-    figure, axes = plt.subplots(2, (len(kinds) + 1) // 2, figsize=(13, 6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplots(2, (len(kinds) + 1) // 2, sharey=True)
     for run, found in runs.items():
         for axis, values in zip(axes.flat, by_projection(found).values(), strict=False):
             mean = values.mean(0) / values.mean(0)[0]
@@ -99,7 +95,6 @@ def plot(runs: dict[str, dict[str, Tensor]], place: Path) -> None:
     axes.flat[0].legend()
     figure.suptitle("singular values of the change, largest = 1")
     figure.savefig(place, dpi=120)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,8 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("pretrain_output/spectra"))
     args = parser.parse_args(arguments)
     try:
-        runs = {run.name: spectra(_newest(run / BEGIN), _newest(run / CHECKPOINTS)) for run in args.runs}
-    except ValueError as error:
+        names = [run.resolve().name for run in args.runs]
+        if len(set(names)) < len(names):
+            names = [str(run) for run in args.runs]
+        found = (spectra(_newest(run / BEGIN), _newest(run / CHECKPOINTS)) for run in args.runs)
+        runs = dict(zip(names, found, strict=True))
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     longer_side = max(max(weight.shape) for weight in whole_weights(_newest(args.runs[0] / BEGIN)).values())

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..relora.seeds import mix
 from . import checkpoint
-from .data import Tokens
+from .data import Data, Tokens
 from .llama import Llama, next_token_loss
 from .options import Options
 from .ranks import Ranks
@@ -19,10 +20,13 @@ class Trainer:
     """One rank's share of a run."""
 
     def __init__(
-        self, options: Options, train: Tokens, ranks: Ranks, micro_batch_size: int | None = None, compiled: bool = False
+        self, options: Options, data: Data, ranks: Ranks, micro_batch_size: int | None = None, compiled: bool = False
     ):
-        self.options, self.train, self.ranks, self.compiled = options, train, ranks, compiled
-        self.micro_batch_size = micro_batch_size or options.preset.batch_size
+        self.options, self.data, self.ranks, self.compiled = options, data, ranks, compiled
+        share = ranks.share(options.preset.batch_size)
+        if micro_batch_size is not None:
+            checks.check_count("micro_batch_size", micro_batch_size, least=1)
+        self.micro_batch_size = min(micro_batch_size or share, share)
         torch.manual_seed(options.seed)
         with ranks.device:
             self.model = Llama(options.llama).to(options.dtype)
@@ -47,7 +51,7 @@ class Trainer:
         """One optimizer step; the mean loss of this rank's part of the batch, on the device."""
         preset = self.options.preset
         torch.manual_seed(mix(self.options.seed, self.steps, self.ranks.rank))  # of dropout: nothing to resume
-        batch = self.train.batch(self.steps, preset.batch_size, preset.seq_len, self.options.seed)
+        batch = self.data.train.batch(self.steps, preset.batch_size, preset.seq_len, self.options.seed)
         loss = self._backward(self._on_device(self.ranks.part(batch)))
         nn.utils.clip_grad_norm_(self._trained(), CLIP)
         self.optimizer.step()
@@ -81,7 +85,7 @@ class Trainer:
         if not self.ranks.first:
             return
         state = {
-            "options": self.options.flat(),
+            "options": self._remembered(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "relora": self.relora.state_dict() if self.relora else None,
@@ -91,7 +95,7 @@ class Trainer:
     def load(self, place: Path) -> None:
         """Goes on from a checkpoint of the same options; ValueError, with nothing changed, for any other."""
         model, state = checkpoint.load(place, self.ranks.device)
-        mine = self.options.flat()
+        mine = self._remembered()
         for name, theirs in state["options"].items():
             if mine.get(name) != theirs:
                 raise ValueError(f"{place} was made with {name}={theirs}, this run has {mine.get(name)}")
@@ -102,6 +106,10 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.steps = self.scheduler.last_epoch
         self._attach()
+
+    def _remembered(self) -> dict[str, str]:
+        """All that the weights depend on."""
+        return self.options.flat() | {"text": self.data.fingerprint, "ranks": str(self.ranks.world)}
 
     def _attach(self) -> None:
         """Compiles the model as it is now, and ties its gradients to the other ranks'."""

@@ -52,13 +52,13 @@ class JaggedCosine:
                     f"got {self.reset_every}"
                 )
         if self.restart_warmup_steps >= self.cycle_steps:
+            name = "reset_every" if self.reset_every else "the steps after the warm start"
             raise ValueError(
-                f"restart_warmup_steps must be below reset_every={self.cycle_steps}, got {self.restart_warmup_steps}"
+                f"restart_warmup_steps must be below {name}={self.cycle_steps}, got {self.restart_warmup_steps}"
             )
         if self.warmup_steps > self.first_restart:
-            raise ValueError(
-                f"warmup_steps must end by the first restart, step {self.first_restart}, got {self.warmup_steps}"
-            )
+            end = "the first restart" if self.first_restart < self.total_steps else "the last step"
+            raise ValueError(f"warmup_steps must end by {end}, step {self.first_restart}, got {self.warmup_steps}")
 
     @property
     def cycle_steps(self) -> int:

@@ -34,7 +34,7 @@ def options(**changes) -> Options:
 
 
 def trainer(parts: data.Data, device: str = "cpu", micro_batch_size: int | None = None, **changes) -> Trainer:
-    return Trainer(options(**changes), parts.train, Ranks(torch.device(device)), micro_batch_size)
+    return Trainer(options(**changes), parts, Ranks(torch.device(device)), micro_batch_size)
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:

@@ -108,3 +108,20 @@ def test_fifty_kills_while_saving(tmp_path):
         assert whole
         for place in whole:
             assert_whole(place)
+
+
+@pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"step": 3'])
+def test_a_damaged_manifest_is_named(tmp_path, manifest):
+    place = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {})
+    (place / checkpoint.MANIFEST).write_text(manifest)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: remove .*step-0000003"):
+        checkpoint.load(place)
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.TRAINING])
+def test_a_damaged_file_of_the_right_size_is_refused(tmp_path, name):
+    place = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {"x": torch.ones(100)})
+    size = (place / name).stat().st_size
+    (place / name).write_bytes(b"\xff" * size)
+    with pytest.raises(ValueError, match=r"step-0000003 is damaged"):
+        checkpoint.load(place)

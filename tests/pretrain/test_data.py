@@ -150,3 +150,17 @@ def test_folders_that_hold_no_tokens_or_others(text, tmp_path):
         data.Data.load(tmp_path, 400)
     with pytest.raises(ValueError, match="holds tokens of a vocabulary of 400, not 500"):
         data.prepare(text, tmp_path, 400).load(tmp_path, 500)
+
+
+def test_half_a_file_of_tokens_is_refused(text, tmp_path):
+    data.prepare(text, tmp_path, 400)
+    (tmp_path / "train.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"train.bin is damaged: it should have \d+ bytes"):
+        data.Data.load(tmp_path, 400)
+
+
+def test_many_short_lines_take_no_time_each(tmp_path):
+    """A document's length is kept, not counted anew for every line."""
+    path = tmp_path / "lines.txt"
+    path.write_text("a\n" * 200_000)
+    assert sum(len(document.split("\n")) for document in data.documents(path)) == 200_000

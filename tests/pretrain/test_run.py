@@ -2,10 +2,13 @@
 
 import csv
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fused_lora.pretrain import __main__ as cli
 from fused_lora.pretrain import checkpoint, logs, run, spectra
@@ -77,8 +80,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(folder, tmp_path, monkeypat
 
 def test_what_it_refuses(folder, tmp_path, capsys):
     assert pretrain(folder, tmp_path / "out", "--total-steps", "8") == 0
+    (tmp_path / "file").write_text("")
     for flags, words in (
-        ((), "holds a run already (step-0000008): resume it, or choose another folder"),
+        ((), "holds a run already (step-0000008): --resume it, or choose another --output"),
+        (("--micro-batch-size", "0"), "micro_batch_size must be at least 1"),
+        (("--save-every", "-10"), "save_every must be at least 1"),
+        (("--text", str(tmp_path / "missing.txt")), "No such file"),
+        (("--output", str(tmp_path / "file")), str(tmp_path / "file")),
+        (("--seq-len", "100000"), "too few for seq_len=100000"),
         (("--resume", "--r", "3"), "was made with"),
         (("--reset-every", "5"), "reset_every must divide the 12 steps"),
         (("--reset-ratio", "1.5"), "reset_ratio must be between 0 and 1, got 1.5"),
@@ -91,8 +100,66 @@ def test_what_it_refuses(folder, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(folder, tmp_path, capsys):
-    assert pretrain(folder, tmp_path / "out", "--learning-rate", "1e30") == 1
+    assert pretrain(folder, tmp_path / "out", "--learning-rate", "1e30", "--save-every", "1") == cli.DIVERGED
     assert "error: the loss is nan at step" in capsys.readouterr().err
+    for place in checkpoint.checkpoints(tmp_path / "out" / run.CHECKPOINTS):
+        assert not any(tensor.isnan().any() for tensor in checkpoint.load(place)[0].values())
+
+
+def test_a_held_out_loss_beyond_numbers_is_an_infinite_perplexity(tmp_path):
+    with logs.Logs(tmp_path, 0, 10, "run") as log:
+        log.held_out(5, 10, 1000.0)
+    assert read(tmp_path / HELD_OUT)[0]["perplexity"] == float("inf")
+
+
+def test_ctrl_c_saves_the_step(folder, tmp_path, monkeypatch, capsys):
+    real = run.Trainer.step
+
+    def interrupted(trainer):
+        loss = real(trainer)
+        if trainer.steps == 7:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(run.Trainer, "step", interrupted)
+    assert pretrain(folder, tmp_path / "out") == cli.STOPPED
+    assert "stopped at step 7, which is saved" in capsys.readouterr().err
+    monkeypatch.setattr(run.Trainer, "step", real)
+    assert pretrain(folder, tmp_path / "out", "--resume") == 0
+    assert pretrain(folder, tmp_path / "whole") == 0
+    whole, stopped = (
+        checkpoint.load(checkpoint.checkpoints(tmp_path / name / run.CHECKPOINTS)[-1])[0] for name in ("whole", "out")
+    )
+    assert problem.same(whole, stopped)
+
+
+def test_a_finished_run_that_is_resumed_says_its_perplexity(folder, tmp_path, capsys):
+    for _ in range(2):
+        assert pretrain(folder, tmp_path / "out", "--resume") == 0
+    first, second = capsys.readouterr().out.strip().splitlines()
+    assert first == second
+
+
+def test_the_speed_is_of_the_steps_alone(parts, monkeypatch):
+    """Ten seconds a step, whatever comes between, and however often it is read."""
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(run.time, "perf_counter", lambda: float(next(clock)))
+    trainer = problem.trainer(parts)
+    meter = run._Meter(trainer)
+    for _ in range(3):
+        meter.add(torch.tensor(1.0))
+        meter.skip()  # each reading of this clock is ten seconds later
+        meter.add(torch.tensor(2.0))
+        loss, speed = meter.read()
+        assert loss == 1.5
+        assert speed == 2 * trainer.options.tokens_per_step / 10
+
+
+def test_what_an_abandoned_run_began_is_not_the_next_ones(folder, tmp_path):
+    assert pretrain(folder, tmp_path / "out") == 0
+    shutil.rmtree(tmp_path / "out" / run.CHECKPOINTS)
+    assert pretrain(folder, tmp_path / "out", "--warm-start-steps", "8") == 0
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out" / run.BEGIN)] == ["step-0000008"]
 
 
 def test_without_a_text_it_reads_pythons_documentation(folder, tmp_path, monkeypatch):
@@ -103,7 +170,7 @@ def test_without_a_text_it_reads_pythons_documentation(folder, tmp_path, monkeyp
 
     monkeypatch.setattr(cli, "write_documentation", write)
     assert cli.main([*FLAGS, "--output", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "pretrain_output" / "tokens-300" / "python.txt").exists()
+    assert (tmp_path / "pretrain_output" / "tokens-python.txt-300" / "train.bin").exists()
 
 
 def test_half_a_line_is_no_line(tmp_path):

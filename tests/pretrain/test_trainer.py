@@ -61,12 +61,17 @@ def test_resumed_runs_are_the_same_bit_for_bit(parts, tmp_path, at, dtype, devic
     ({"r": 4}, "was made with r=2, this run has 4"),
     ({"method": "full"}, "was made with method=relora, this run has full"),
     ({"seed": 5}, "was made with seed=0, this run has 5"),
+    ({"text": "other"}, "was made with text=.* tokens of vocabulary .*, this run has other"),
 ])  # fmt: skip
-def test_a_checkpoint_of_another_run_changes_nothing(parts, tmp_path, changes, words):
+def test_a_checkpoint_of_another_run_changes_nothing(parts, tmp_path, monkeypatch, changes, words):
+    changes = dict(changes)
     run = trainer(parts)
     steps(run, 6)
     run.save(tmp_path)
+    text = changes.pop("text", None)
     other = trainer(parts, **changes)
+    if text:
+        monkeypatch.setattr(type(parts), "fingerprint", text)
     before = weights(other)
     with pytest.raises(ValueError, match=words):
         other.load(checkpoint.checkpoints(tmp_path)[-1])
@@ -124,6 +129,11 @@ def test_dropout_does_not_depend_on_what_was_drawn_before(parts):
     ({"method": "galore"}, "method must be one of full, control, lora, relora, got 'galore'"),
     ({"reset_every": 5}, "reset_every must divide the 12 steps after the warm start"),
     ({"warm_start_steps": 16}, "warm_start_steps must be below total_steps=16"),
+    ({"learning_rate": 0.0}, "learning_rate must be positive"),
+    ({"relora_learning_rate": -1e-3}, "relora_learning_rate must be positive"),
+    ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"seq_len": -3}, "seq_len must be at least 1"),
+    ({"method": "full", "total_steps": 1}, "warmup_steps must end by the last step, step 1, got 2"),
 ])  # fmt: skip
 def test_wrong_options(changes, words):
     with pytest.raises(ValueError, match=words):
