@@ -5,8 +5,9 @@ or rows that do not allow 16-byte accesses, and low halves in the host's memory.
 of a layer, while the GPU merges the rows before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -45,12 +46,12 @@ class Layer:
     seed: int
     low: Tensor | None
 
-    @property
+    @cached_property
     def factor_dtype(self) -> torch.dtype:
         """In which a merge reads both."""
         return self.weight.dtype if self.A.dtype == self.B.dtype == self.weight.dtype else torch.float32
 
-    @property
+    @cached_property
     def staged(self) -> tuple[bool, bool]:
         """Whether a merge reads copies of A and of B. One of a rank that is filled up takes the other with it."""
         A, B = (
@@ -59,7 +60,7 @@ class Layer:
         )
         return A or len(self.A) % 8 != 0, B
 
-    @property
+    @cached_property
     def is_streamed(self) -> bool:
         return self.low is not None and self.low.device != self.weight.device
 
@@ -122,23 +123,25 @@ class Portion:
 
 
 def merge_and_reinit_(layers: list[Layer], stochastic: bool, gpu: Gpu) -> None:
-    """Restarts every layer: all tables and kernels first, so that whatever is missing is missed before a change."""
+    """Restarts every layer: workspace, kernels and tables first, so that whatever is missing is missed before a change.
+    Only what is streamed has its tables, of a few hundred bytes, made on the way.
+    """
     device = layers[0].weight.device
     plain, streamed = (_groups([layer for layer in layers if layer.is_streamed == it]) for it in (False, True))
     size = max([*map(_size, plain), *(SLOTS * _size(group) for group in streamed)])
     space = torch.empty(ceil(size / ALIGNMENT / SLOTS) * ALIGNMENT * SLOTS, dtype=torch.uint8, device=device)
     slots = space.chunk(SLOTS) if streamed else ()
     resident = [Portion(group, space, stochastic, gpu) for group in plain]
-    passing = [Portion(group, slots[i % SLOTS], stochastic, gpu) for i, group in enumerate(streamed)]
+    kinds = [Portion(pieces[:1], slots[0], stochastic, gpu) for pieces in by_kind([group[0] for group in streamed])]
     beginnings = [reinit_launch(group) for group in by_kind([Beginning(layer.A, layer.seed) for layer in layers])]
-    launches = [launch for portion in resident + passing for launch in portion.launches] + beginnings
+    launches = [launch for portion in resident + kinds for launch in portion.launches] + beginnings
     upload(launches, device)
     for launch in launches:
         launch.load()
     for portion in resident:
         _run(portion.launches)
-    if passing:
-        _merge_streamed(passing)
+    if streamed:
+        _merge_streamed(Portion(group, slots[i % SLOTS], stochastic, gpu) for i, group in enumerate(streamed))
     _run(beginnings)
     torch._foreach_zero_([layer.B for layer in layers])
 
@@ -169,12 +172,13 @@ def _size(group: list[Layer]) -> int:
     return sum(piece.workspace(len(piece.weight)) for piece in group)
 
 
-def _merge_streamed(portions: list[Portion]) -> None:
-    """Each portion waits for its low halves to arrive; they leave while the next is merged."""
+def _merge_streamed(portions: Iterable[Portion]) -> None:
+    """Each portion waits for its low halves to arrive; they leave while the next is made, arrives and is merged."""
     here, arriving, leaving = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
     free: list[torch.cuda.Event] = [here.record_event() for _ in range(SLOTS)]
     try:
         for i, portion in enumerate(portions):
+            upload(portion.launches, here.device)
             arriving.wait_event(free[i % SLOTS])
             with torch.cuda.stream(arriving):
                 for copy, low in portion.streamed:

@@ -157,7 +157,7 @@ def _tiles(matrix: torch.Tensor, block_rows: int, block_cols: int) -> int:
 def _launch(kernel, meta: dict, entries: list, counts: list[int], device: torch.device) -> Launch:
     starts = [0, *itertools.accumulate(counts)]
     rows = [entry.row(start) for entry, start in zip(entries, starts, strict=False)]
-    owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    owners = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], dtype=torch.int32)
     # Launches of a kind share what is compiled.
     plan = planned((kernel.fn.__name__, device, *meta.items()), lambda: Plan(kernel, (1, 1, 1), meta))
     return Launch(plan, torch.tensor(rows, dtype=torch.int64), owners)
