@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--dtype", choices=DTYPES, help="of weights and optimizer (bfloat16 on a GPU, float32 on a CPU)")
     run.add_argument("--compile", action="store_true", help="by torch.compile")
     run.add_argument("--micro-batch-size", type=int, help="sequences at once, where a batch does not fit into memory")
-    run.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    run.add_argument("--log-every", type=int, metavar="STEPS", help="10, or a hundredth of a shorter run")
     for name in ("evaluate", "save"):
         run.add_argument(f"--{name}-every", type=int, metavar="STEPS", help="500, or a fifth of a shorter run")
     parts = parser.add_argument_group("what ReLoRA consists of")
@@ -110,11 +110,18 @@ def tokens_of(args: argparse.Namespace, vocab_size: int, ranks: Ranks) -> Data:
     return Data.load(folder, vocab_size)
 
 
+def _or_usual(given: int | None, usual: int) -> int:
+    return max(1, usual) if given is None else given
+
+
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
     options = options_of(args)
-    usual = max(1, min(500, options.preset.total_steps // 5))
-    every = (usual if steps is None else steps for steps in (args.evaluate_every, args.save_every))
-    intervals = Intervals(args.log_every, *every)
+    total = options.preset.total_steps
+    intervals = Intervals(
+        log=_or_usual(args.log_every, min(10, total // 100)),
+        evaluate=_or_usual(args.evaluate_every, min(500, total // 5)),
+        save=_or_usual(args.save_every, min(500, total // 5)),
+    )
     data = tokens_of(args, options.llama.vocab_size, ranks)
     trainer = Trainer(options, data, ranks, args.micro_batch_size, args.compile)
     output = args.output or Path("pretrain_output") / args.method
