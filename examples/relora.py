@@ -53,14 +53,11 @@ def main(steps: int = STEPS, warm_start: int = WARM_START, reset_every: int = RE
         optimizer.zero_grad()
         zeroed = relora.step()  # steps the scheduler; wraps the model after the warm start; merges and restarts
         losses.append(loss.item())
+        where = f"step {step}: loss {losses[-1]:.3f}"
         if step == warm_start:
-            print(
-                f"step {step}: loss {losses[-1]:.3f}; from here on {relora.report.replaced[0]} and the like have factors"
-            )
+            print(f"{where}; from here on {relora.report.replaced[0]} and the like have factors")
         elif zeroed:
-            print(
-                f"step {step}: loss {losses[-1]:.3f}; merged, restart {relora.cycle}, {zeroed['exp_avg']:.0%} forgotten"
-            )
+            print(f"{where}; merged, restart {relora.cycle}, {zeroed['exp_avg']:.0%} forgotten")
     return losses
 
 
