@@ -1,5 +1,6 @@
 """The restart's kernels and their rounding: bit for bit the reference's, where both add the same numbers."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -186,3 +187,42 @@ def test_low_halves_in_the_hosts_memory(pinned, monkeypatch):
             assert torch.equal(layer.low, want.low.cpu())
             layer.B.normal_(std=0.02)
             want.B.copy_(layer.B)
+
+
+class OneStream:
+    """Of a device that does everything at once."""
+
+    device = torch.device("cpu")
+
+    def wait_event(self, event):
+        pass
+
+    wait_stream = wait_event
+
+    def record_event(self):
+        pass
+
+    synchronize = record_event
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has streams of its own")
+def test_pieces_that_pass_through_a_small_workspace(monkeypatch):
+    """What is streamed, in order: a few rows at a time, of several layers and kinds, factors filled up or not."""
+    shapes = [(75, 101, 5), (128, 64, 16), (400, 136, 40), (300, 607, 131)]
+    layers = make_layers(shapes, torch.bfloat16, None, "low")
+    here = [copy(layer) for layer in layers]
+    merge_and_reinit_(here, False, KNOWN_GPUS["RTX 3090"])
+    monkeypatch.setattr(kernels, "SLOT_BYTES", 2**16)
+    monkeypatch.setattr(kernels.Layer, "is_streamed", True)
+    monkeypatch.setattr(torch.cuda, "Stream", OneStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", OneStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    pieces = [piece for layer in layers for piece in layer.pieces()]
+    assert len(pieces) > 2 * len(layers)
+    assert sum(len(piece.weight) for piece in pieces) == sum(N for N, _, _ in shapes)
+    merge_and_reinit_(layers, False, KNOWN_GPUS["RTX 3090"])
+    for layer, want in zip(layers, here, strict=True):
+        assert torch.equal(layer.weight, want.weight)
+        assert torch.equal(layer.low, want.low)
+        assert torch.equal(layer.A, want.A)
+        assert not layer.B.any()
