@@ -32,7 +32,7 @@ class DemoConfig:
 
 
 def cpu_config() -> DemoConfig:
-    """Two minutes on two cores. In float32 the twins differ by the order of their sums alone."""
+    """A minute on two cores. In float32 the twins differ by the order of their sums alone."""
     return DemoConfig(
         device=torch.device("cpu"),
         dtype=torch.float32,

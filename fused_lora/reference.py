@@ -53,6 +53,11 @@ def uniform(rows: int, cols: int, bound: float, seed: Tensor) -> Tensor:
     return odd.float() * (bound / 2**24)
 
 
+def new_A(r: int, K: int, seed: Tensor) -> Tensor:
+    """A factor's beginning: (r, K) float32, uniform in (-1, 1) / sqrt(K)."""
+    return uniform(r, K, max(K, 1) ** -0.5, seed)
+
+
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """x (M, K) with entries zeroed where keep_mask says so and the others divided by 1 - p."""
     if seed is None:
@@ -121,16 +126,15 @@ def merge_and_reinit_ref_(weight, A, B, scale, seed, low=None, stochastic=False)
     """weight += scale * B A in place as merge_ref_ does, then A uniform in (-1, 1) / sqrt(K) from `seed`, and B = 0.
 
     The sum's rounding is to the nearest; stochastic, in 16 bits to either neighbour, so that its mean is exact (from
-    seed + 1);
-    with `low`, the int16 remainder of weight (split), nothing is lost: the sum goes on in (weight, low).
+    seed + 1); with `low`, the int16 remainder of weight (split), nothing is lost: the sum goes on in (weight, low).
     """
     new_weight, new_low = _merged(weight, A, B, scale, low, seed + 1 if stochastic else None)
-    new_A = uniform(*A.shape, max(A.shape[1], 1) ** -0.5, seed).to(A.dtype)
+    beginning = new_A(*A.shape, seed).to(A.dtype)
     # Nothing below allocates: a layer restarts wholly or not at all.
     weight.copy_(new_weight)
     if low is not None:
         low.copy_(new_low)
-    A.copy_(new_A)
+    A.copy_(beginning)
     B.zero_()
 
 

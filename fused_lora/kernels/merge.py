@@ -7,7 +7,7 @@ import triton.language as tl
 
 from . import tiles
 from .launch import Layout, Plan, planned, pointers_aligned
-from .primitives import accumulate, load_tile, store_tile
+from .primitives import accumulate, load_tile, row_order, store_tile
 from .tiles import Gpu
 
 
@@ -19,8 +19,7 @@ def merge_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of weight. Entries to which nothing is added keep their bits."""
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    row, col = tl.program_id(0) // blocks_k * BLOCK_N, tl.program_id(0) % blocks_k * BLOCK_K
+    row, col = row_order(tl.program_id(0), K, BLOCK_N, BLOCK_K)
     delta = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     delta = accumulate(
         delta, B, A, row, col, N, K, R, 0, R, stride_B_row, stride_B_col, stride_A_row, stride_A_col, 0, 0,

@@ -8,7 +8,6 @@ of a layer, while the GPU merges the rows before.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -117,7 +116,7 @@ class Portion:
 
     def _take(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         """A matrix in the workspace that begins at 16 bytes."""
-        start, size = ceil(self._used / ALIGNMENT) * ALIGNMENT, rows * cols * dtype.itemsize
+        start, size = filled(self._used, ALIGNMENT), rows * cols * dtype.itemsize
         self._used = start + size
         return self._space[start : start + size].view(dtype).view(rows, cols)
 
@@ -129,7 +128,7 @@ def merge_and_reinit_(layers: list[Layer], stochastic: bool, gpu: Gpu) -> None:
     device = layers[0].weight.device
     plain, streamed = (_groups([layer for layer in layers if layer.is_streamed == it]) for it in (False, True))
     size = max([*map(_size, plain), *(SLOTS * _size(group) for group in streamed)])
-    space = torch.empty(ceil(size / ALIGNMENT / SLOTS) * ALIGNMENT * SLOTS, dtype=torch.uint8, device=device)
+    space = torch.empty(filled(size, ALIGNMENT * SLOTS), dtype=torch.uint8, device=device)
     slots = space.chunk(SLOTS) if streamed else ()
     resident = [Portion(group, space, stochastic, gpu) for group in plain]
     kinds = [Portion(pieces[:1], slots[0], stochastic, gpu) for pieces in by_kind([group[0] for group in streamed])]

@@ -70,6 +70,13 @@ def accumulate(
 
 
 @triton.jit
+def row_order(tile, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """(row, col) of a tile, walking along the rows of tiles."""
+    blocks = tl.cdiv(cols, BLOCK_COLS)
+    return tile // blocks * BLOCK_ROWS, tile % blocks * BLOCK_COLS
+
+
+@triton.jit
 def grouped_order(tile, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(row, col) of a tile, walking down groups of GROUP_M row blocks so that a wave shares both operands in L2."""
     blocks_m = tl.cdiv(rows, BLOCK_M)

@@ -8,7 +8,7 @@ is not like that is copied before, by a third kernel.
 import triton
 import triton.language as tl
 
-from .primitives import accumulate, load_tile, store_tile
+from .primitives import accumulate, load_tile, row_order, store_tile
 from .random import half_bits, hash_bits
 from .rounding import join, round_randomly, split
 
@@ -51,8 +51,7 @@ def restart_kernel(
     else:
         cols = tl.load(entry + COLS).to(tl.int32)
     strip = tl.program_id(0) - tl.load(entry + FIRST).to(tl.int32)
-    strips = tl.cdiv(K, SPAN * BLOCK_K)
-    row, first = strip // strips * BLOCK_N, strip % strips * (SPAN * BLOCK_K)
+    row, first = row_order(strip, K, BLOCK_N, SPAN * BLOCK_K)
     if WHOLE:
         b = load_tile(B, row, 0, N, R, stride_B, step_B, BLOCK_N, BLOCK_R, False)
     # These roundings give back every bfloat16, whatever its bits, that they are given.
@@ -116,8 +115,7 @@ def reinit_kernel(
         K = tl.multiple_of(K, 8)
     A, stride_A, step_A = _matrix(entry + NEW_A, FACTOR_TYPE, UNIT, ALIGNED)
     tile = tl.program_id(0) - tl.load(entry + NEW_FIRST).to(tl.int32)
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    row, col = tile // blocks_k * BLOCK_R, tile % blocks_k * BLOCK_K
+    row, col = row_order(tile, K, BLOCK_R, BLOCK_K)
     odd = 2 * (hash_bits(tl.load(entry + NEW_SEED), row, col, BLOCK_R, BLOCK_K) >> 8).to(tl.int32) + 1 - 16777216
     spacing = tl.load(entry + NEW_SPACING).to(tl.int32).to(tl.float32, bitcast=True)
     store_tile(A, odd.to(tl.float32) * spacing, row, col, R, K, stride_A, step_A, BLOCK_R, BLOCK_K, False)
@@ -135,7 +133,6 @@ def fill_up_kernel(
     rows, cols = tl.load(entry + COPY_ROWS).to(tl.int32), tl.multiple_of(tl.load(entry + COPY_COLS).to(tl.int32), 8)
     old_rows, old_cols = tl.load(entry + OLD_ROWS).to(tl.int32), tl.load(entry + OLD_COLS).to(tl.int32)
     tile = tl.program_id(0) - tl.load(entry + COPY_FIRST).to(tl.int32)
-    blocks = tl.cdiv(cols, BLOCK_COLS)
-    row, col = tile // blocks * BLOCK_ROWS, tile % blocks * BLOCK_COLS
+    row, col = row_order(tile, cols, BLOCK_ROWS, BLOCK_COLS)
     values = load_tile(old, row, col, old_rows, old_cols, stride_old, step_old, BLOCK_ROWS, BLOCK_COLS, False)
     store_tile(new, values, row, col, rows, cols, cols, 1, BLOCK_ROWS, BLOCK_COLS, False)

@@ -58,9 +58,9 @@ class Update:
         return [self.scale.data_ptr(), N, K, A_cols, r, self.seed, first, *fields]
 
 
-def filled(size: int) -> int:
-    """Up to a multiple of 8, which 16-byte accesses need."""
-    return ceil(size / 8) * 8
+def filled(size: int, unit: int = 8) -> int:
+    """Up to a multiple of a unit: of 8 entries, which 16-byte accesses need."""
+    return ceil(size / unit) * unit
 
 
 def is_open(matrix: torch.Tensor) -> bool:
@@ -166,7 +166,7 @@ def _launch(kernel, meta: dict, entries: list, counts: list[int], device: torch.
 def upload(launches: list[Launch], device: torch.device) -> None:
     """All tables in one copy."""
     tables = [table for launch in launches for table in (launch.table, launch.owners)]
-    sizes = [ceil(table.nbytes / 16) * 16 for table in tables]  # aligned alike, or each would be compiled for itself
+    sizes = [filled(table.nbytes, 16) for table in tables]  # aligned alike, or each would be compiled for itself
     packed = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, table in zip(packed.split(sizes), tables, strict=True):
         part[: table.nbytes] = table.flatten().view(torch.uint8)

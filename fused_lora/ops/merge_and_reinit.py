@@ -87,7 +87,8 @@ def merge_and_reinit_(
 
     A and the rounding come from a counter-based generator: the same seed gives the same numbers on every rank and
     device. Keeps every data_ptr and moves the version counters. If it fails half-way, the error says which layers have
-    restarted; none is half restarted. On a GPU all memory is taken and all kernels are loaded before the first change.
+    restarted; none is half restarted. On a GPU all memory is taken and all kernels are loaded before the first change,
+    but for tables of a few hundred bytes, those of layers whose lows are in the host's memory.
     Raises ValueError or TypeError naming the layer and the argument before anything is changed.
     ReLoRA: Lialin et al. 2023, arXiv:2307.05695.
     """

@@ -206,7 +206,7 @@ class ReLoRA:
         weight = local(layer.weight)
         seed = torch.tensor(self._seed_of(name, 0), device=weight.device)
         if not whole(layer.lora_B).any():  # else the layer has begun already
-            keep(layer.lora_A, reference.uniform(layer.r, layer.in_features, layer.in_features**-0.5, seed))
+            keep(layer.lora_A, reference.new_A(layer.r, layer.in_features, seed))
         if self.base != "trained":
             weight.zero_()
             keep(layer.lora_B, reference.uniform(layer.out_features, layer.r, layer.r**-0.5, seed + 1))
