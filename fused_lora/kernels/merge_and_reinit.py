@@ -5,6 +5,7 @@ or rows that do not allow 16-byte accesses, and low halves in the host's memory.
 of a layer, while the GPU merges the rows before.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,12 +25,14 @@ from .restart_tables import (
     is_open,
     merge_launch,
     reinit_launch,
+    table_bytes,
     upload,
 )
 from .tiles import Gpu
 
 SLOTS, SLOT_BYTES = 3, 20 * 2**20  # one coming, one being merged, one going
-PIECES = 2  # of layers, or more, fill a slot
+PIECES, MOST_PIECES = 2, 64  # of layers that a slot is filled with
+TABLE_BYTES = 2**19  # of a slot's launches: a program for 256 bytes of it or more, 4 bytes each, and the pieces' rows
 ROWS_AT_ONCE = 64  # a multiple of the tiles' rows
 ALIGNMENT = 16
 
@@ -94,6 +97,7 @@ class Portion:
 
     def __init__(self, layers: list[Layer], space: Tensor, stochastic: bool, gpu: Gpu):
         self.streamed: list[tuple[Tensor, Tensor]] = []  # (copy, low half)
+        self.Bs = [layer.B for layer in layers]
         self._space, self._used = space, 0
         self._fillings: list[Filling] = []
         updates = [self._update(layer) for layer in layers]
@@ -122,25 +126,25 @@ class Portion:
 
 
 def merge_and_reinit_(layers: list[Layer], stochastic: bool, gpu: Gpu) -> None:
-    """Restarts every layer: workspace, kernels and tables first, so that whatever is missing is missed before a change.
-    Only what is streamed has its tables, of a few hundred bytes, made on the way.
-    """
+    """Restarts every layer: memory, kernels and tables first, so that whatever is missing is missed before a change."""
     device = layers[0].weight.device
     plain, streamed = (_groups([layer for layer in layers if layer.is_streamed == it]) for it in (False, True))
     size = max([*map(_size, plain), *(SLOTS * _size(group) for group in streamed)])
     space = torch.empty(filled(size, ALIGNMENT * SLOTS), dtype=torch.uint8, device=device)
-    slots = space.chunk(SLOTS) if streamed else ()
+    tables = torch.empty(SLOTS if streamed else 0, TABLE_BYTES, dtype=torch.uint8, device=device)
+    slots = list(zip(space.chunk(SLOTS), tables, strict=False))
     resident = [Portion(group, space, stochastic, gpu) for group in plain]
-    kinds = [Portion(pieces[:1], slots[0], stochastic, gpu) for pieces in by_kind([group[0] for group in streamed])]
+    kinds = [Portion(pieces[:1], slots[0][0], stochastic, gpu) for pieces in by_kind([group[0] for group in streamed])]
     beginnings = [reinit_launch(group) for group in by_kind([Beginning(layer.A, layer.seed) for layer in layers])]
     launches = [launch for portion in resident + kinds for launch in portion.launches] + beginnings
-    upload(launches, device)
+    upload(launches, torch.empty(table_bytes(launches), dtype=torch.uint8, device=device))
     for launch in launches:
         launch.load()
+    if streamed:
+        placed = zip(streamed, itertools.cycle(slots))
+        _merge_streamed((Portion(group, slot, stochastic, gpu), table) for group, (slot, table) in placed)
     for portion in resident:
         _run(portion.launches)
-    if streamed:
-        _merge_streamed(Portion(group, slots[i % SLOTS], stochastic, gpu) for i, group in enumerate(streamed))
     _run(beginnings)
     torch._foreach_zero_([layer.B for layer in layers])
 
@@ -158,7 +162,7 @@ def _groups(layers: list[Layer]) -> list[list[Layer]]:
         used = most + 1
         for piece in pieces:
             size = piece.workspace(len(piece.weight))
-            if used + size > most:
+            if used + size > most or (pieces[0].is_streamed and len(groups[-1]) == MOST_PIECES):
                 groups.append([])
                 used = 0
             groups[-1].append(piece)
@@ -171,19 +175,22 @@ def _size(group: list[Layer]) -> int:
     return sum(piece.workspace(len(piece.weight)) for piece in group)
 
 
-def _merge_streamed(portions: Iterable[Portion]) -> None:
-    """Each portion waits for its low halves to arrive; they leave while the next is made, arrives and is merged."""
+def _merge_streamed(portions: Iterable[tuple[Portion, Tensor]]) -> None:
+    """Each portion, with room for its tables, waits for its low halves to arrive; they leave while the next is made,
+    arrives and is merged. Merged rows of B are zeroed at once: if this breaks off, every layer computes what it did.
+    """
     here, arriving, leaving = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
     free: list[torch.cuda.Event] = [here.record_event() for _ in range(SLOTS)]
     try:
-        for i, portion in enumerate(portions):
-            upload(portion.launches, here.device)
+        for i, (portion, tables) in enumerate(portions):
             arriving.wait_event(free[i % SLOTS])
             with torch.cuda.stream(arriving):
+                upload(portion.launches, tables)  # on any other stream it would wait for the next portion's copies
                 for copy, low in portion.streamed:
                     copy.copy_(low, non_blocking=True)
             here.wait_stream(arriving)
             _run(portion.launches)
+            torch._foreach_zero_(portion.Bs)
             leaving.wait_stream(here)
             with torch.cuda.stream(leaving):
                 for copy, low in portion.streamed:

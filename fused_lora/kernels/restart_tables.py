@@ -163,17 +163,30 @@ def _launch(kernel, meta: dict, entries: list, counts: list[int], device: torch.
     return Launch(plan, torch.tensor(rows, dtype=torch.int64), owners)
 
 
-def upload(launches: list[Launch], device: torch.device) -> None:
-    """All tables in one copy."""
-    tables = [table for launch in launches for table in (launch.table, launch.owners)]
-    sizes = [filled(table.nbytes, 16) for table in tables]  # aligned alike, or each would be compiled for itself
-    packed = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+def table_bytes(launches: list[Launch]) -> int:
+    return sum(_table_sizes(launches))
+
+
+def upload(launches: list[Launch], space: torch.Tensor) -> None:
+    """All tables in one copy to `space`, of table_bytes or more, on the device."""
+    tables, sizes = _tables(launches), _table_sizes(launches)
+    packed = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=space.is_cuda)
     for part, table in zip(packed.split(sizes), tables, strict=True):
         part[: table.nbytes] = table.flatten().view(torch.uint8)
-    parts = iter(packed.to(device, non_blocking=True).split(sizes))
+    space = space[: len(packed)].copy_(packed, non_blocking=True)
+    parts = iter(space.split(sizes))
     for launch in launches:
         table, owners = (next(parts)[: host.nbytes].view(host.dtype) for host in (launch.table, launch.owners))
         launch.table, launch.owners = table, owners
+
+
+def _tables(launches: list[Launch]) -> list[torch.Tensor]:
+    return [table for launch in launches for table in (launch.table, launch.owners)]
+
+
+def _table_sizes(launches: list[Launch]) -> list[int]:
+    """In bytes, aligned alike, or each would be compiled for itself."""
+    return [filled(table.nbytes, 16) for table in _tables(launches)]
 
 
 def _triton(dtype: torch.dtype):

@@ -28,7 +28,7 @@ def _merge_and_reinit(weights, As, Bs, scales, seeds, lows, stochastic):
             done += indices
     except Exception as error:
         which = f"only {', '.join(map(str, done))}" if done else "none"
-        message = f"of {len(layers)} layers {which} restarted, the others stay as they were: {error}"
+        message = f"of {len(layers)} layers {which} restarted, the others compute what they did: {error}"
         raise RuntimeError(message) from error
 
 
@@ -49,11 +49,12 @@ def _by_reference(layer, stochastic) -> None:
 def _by_kernel(layers, stochastic, device) -> None:
     from ..kernels.merge_and_reinit import Layer, merge_and_reinit_
 
-    with launching("merge_and_reinit", layers[0][0]):
-        merge_and_reinit_([Layer(*layer) for layer in layers], stochastic, backends.gpu(device))
-    # torch did not see the kernels write.
-    written = [tensor for weight, A, B, _, _, low in layers for tensor in (weight, A, B, low) if tensor is not None]
-    torch.autograd.graph.increment_version(written)
+    try:
+        with launching("merge_and_reinit", layers[0][0]):
+            merge_and_reinit_([Layer(*layer) for layer in layers], stochastic, backends.gpu(device))
+    finally:  # torch did not see the kernels write
+        written = [tensor for weight, A, B, _, _, low in layers for tensor in (weight, A, B, low) if tensor is not None]
+        torch.autograd.graph.increment_version(written)
 
 
 define(
@@ -86,9 +87,9 @@ def merge_and_reinit_(
       reference.split says how. For all layers or for none; of 16-bit weights.
 
     A and the rounding come from a counter-based generator: the same seed gives the same numbers on every rank and
-    device. Keeps every data_ptr and moves the version counters. If it fails half-way, the error says which layers have
-    restarted; none is half restarted. On a GPU all memory is taken and all kernels are loaded before the first change,
-    but for tables of a few hundred bytes, those of layers whose lows are in the host's memory.
+    device. Keeps every data_ptr and moves the version counters. On a GPU all memory is taken and all kernels are loaded
+    before the first change. If it fails half-way all the same, the error says which layers have restarted, and
+    weight + scale B A of the others is as it was: what is merged already is gone from B.
     Raises ValueError or TypeError naming the layer and the argument before anything is changed.
     ReLoRA: Lialin et al. 2023, arXiv:2307.05695.
     """

@@ -12,6 +12,7 @@ import csv
 import re
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,18 @@ from . import checkpoint
 from .run import BEGIN, CHECKPOINTS
 
 PROJECTION = re.compile(r".*\.(self_attn|mlp)\.(?P<projection>\w+)\.weight")
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of a matrix's change, largest first."""
+
+    values: Tensor
+    longer_side: int  # of the matrix
+
+    @property
+    def rank(self) -> int:
+        return numerical_rank(self.values, self.longer_side)
 
 
 def whole_weights(place: Path) -> dict[str, Tensor]:
@@ -42,18 +55,21 @@ def whole_weights(place: Path) -> dict[str, Tensor]:
     return weights
 
 
-def spectra(begin: Path, end: Path) -> dict[str, Tensor]:
-    """The singular values of each projection's change between two checkpoints of a model, largest first.
+def spectra(begin: Path, end: Path) -> dict[str, Spectrum]:
+    """Of each projection's change between two checkpoints of a model.
 
     Raises ValueError for checkpoints of different models.
     """
     before, after = whole_weights(begin), whole_weights(end)
     if {name: w.shape for name, w in before.items()} != {name: w.shape for name, w in after.items()}:
         raise ValueError(f"{begin} and {end} are of different models")
-    return {name: change_spectrum(before[name], after[name]) for name in tqdm(after, "singular values")}
+    return {
+        name: Spectrum(change_spectrum(before[name], after[name]), max(after[name].shape))
+        for name in tqdm(after, "singular values")
+    }
 
 
-def write(runs: dict[str, dict[str, Tensor]], longer_side: int, output: Path) -> None:
+def write(runs: dict[str, dict[str, Spectrum]], output: Path) -> None:
     """Both tables of every run's spectra."""
     with (
         open(output / "singular_values.csv", "w", newline="") as all_values,
@@ -63,30 +79,30 @@ def write(runs: dict[str, dict[str, Tensor]], longer_side: int, output: Path) ->
         every.writerow(("run", "matrix", "index", "singular_value"))
         summary.writerow(("run", "matrix", "size", "numerical_rank", "above_1_percent", "largest"))
         for run, found in runs.items():
-            for name, values in found.items():
+            for name, spectrum in found.items():
+                values = spectrum.values
                 every.writerows((run, name, i, f"{value:.6g}") for i, value in enumerate(values.tolist()))
                 above = int((values > 0.01 * values[0]).sum())
-                rank = numerical_rank(values, longer_side)
-                summary.writerow((run, name, len(values), rank, above, f"{values[0].item():.6g}"))
+                summary.writerow((run, name, len(values), spectrum.rank, above, f"{values[0].item():.6g}"))
 
 
-def by_projection(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """(layers, size) singular values of each kind of projection."""
-    kinds: dict[str, list[Tensor]] = {}
-    for name, values in found.items():
-        kinds.setdefault(PROJECTION.fullmatch(name)["projection"], []).append(values)
-    return {kind: torch.stack(values) for kind, values in kinds.items()}
+def by_projection(found: dict[str, Spectrum]) -> dict[str, list[Spectrum]]:
+    """The layers' spectra of each kind of projection."""
+    kinds: dict[str, list[Spectrum]] = {}
+    for name, spectrum in found.items():
+        kinds.setdefault(PROJECTION.fullmatch(name)["projection"], []).append(spectrum)
+    return kinds
 
 
-def plot(runs: dict[str, dict[str, Tensor]], place: Path) -> None:
+def plot(runs: dict[str, dict[str, Spectrum]], place: Path) -> None:
     """A panel for each kind of projection: the layers' mean singular value by its index, in units of the largest."""
     kinds = list(by_projection(next(iter(runs.values()))))
     figure = Figure(figsize=(13, 6), layout="constrained")
     axes = figure.subplots(2, (len(kinds) + 1) // 2, sharey=True)
     for run, found in runs.items():
-        for axis, values in zip(axes.flat, by_projection(found).values(), strict=False):
-            mean = values.mean(0) / values.mean(0)[0]
-            axis.semilogy(mean.clamp(min=1e-6), label=run, linewidth=1.2)
+        for axis, layers in zip(axes.flat, by_projection(found).values(), strict=False):
+            mean = torch.stack([layer.values for layer in layers]).mean(0)
+            axis.semilogy((mean / mean[0]).clamp(min=1e-6), label=run, linewidth=1.2)
     for axis, kind in zip(axes.flat, kinds, strict=False):
         axis.set(title=kind, ylim=(1e-4, 1.2), xlabel="index")
         axis.grid(alpha=0.3)
@@ -112,13 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    longer_side = max(max(weight.shape) for weight in whole_weights(_newest(args.runs[0] / BEGIN)).values())
-    write(runs, longer_side, args.output)
+    write(runs, args.output)
     plot(runs, args.output / "spectra.png")
     for run, found in runs.items():
         ranks = {
-            kind: statistics.fmean(numerical_rank(row, longer_side) for row in values)
-            for kind, values in by_projection(found).items()
+            kind: statistics.fmean(layer.rank for layer in layers) for kind, layers in by_projection(found).items()
         }
         print(f"{run}: mean numerical rank " + ", ".join(f"{kind} {rank:.0f}" for kind, rank in ranks.items()))
     return 0

@@ -200,8 +200,8 @@ def test_spectra_count_the_cycles(folder, tmp_path, capsys):
 def test_spectra_of_bfloat16_use_the_low_halves(folder, tmp_path):
     assert pretrain(folder, tmp_path / "out", "--dtype", "bfloat16") == 0
     begin, end = (checkpoint.checkpoints(tmp_path / "out" / name)[-1] for name in (run.BEGIN, run.CHECKPOINTS))
-    for values in spectra.spectra(begin, end).values():
-        assert values[6] < 1e-4 * values[0]
+    for spectrum in spectra.spectra(begin, end).values():
+        assert spectrum.values[6] < 1e-4 * spectrum.values[0]
 
 
 def test_two_ranks_train_as_one(tmp_path):
