@@ -22,6 +22,7 @@ from .options import METHODS, Options
 from .presets import PRESETS, Preset
 from .python_text import write_documentation
 from .ranks import Ranks, joined
+from .repeatable import repeatable
 from .run import CURVES, DivergedError, Intervals, StoppedError, run
 from .trainer import Trainer
 
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     first = True
     try:
-        with joined(args.device) as ranks:
+        with joined(args.device) as ranks, repeatable():
             first = ranks.first
             train(args, ranks)
     except REFUSALS as error:

@@ -33,8 +33,8 @@ def options(**changes) -> Options:
     return Options(replace(PRESET, **preset), **{name: v for name, v in changes.items() if name not in preset})
 
 
-def trainer(parts: data.Data, device: str = "cpu", micro_batch_size: int | None = None, **changes) -> Trainer:
-    return Trainer(options(**changes), parts, Ranks(torch.device(device)), micro_batch_size)
+def trainer(parts: data.Data, device="cpu", micro_batch_size: int | None = None, compiled=False, **changes) -> Trainer:
+    return Trainer(options(**changes), parts, Ranks(torch.device(device)), micro_batch_size, compiled)
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:

@@ -50,6 +50,15 @@ def test_a_run_leaves_logs_checkpoints_and_curves(folder, tmp_path, capsys):
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
 
 
+def test_a_run_leaves_torchs_settings_as_they_were(folder, tmp_path, monkeypatch):
+    inside = []
+    monkeypatch.setattr(cli, "train", lambda args, ranks: inside.append(torch.are_deterministic_algorithms_enabled()))
+    assert pretrain(folder, tmp_path / "out") == 0
+    assert inside == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 class KilledError(Exception):
     pass
 

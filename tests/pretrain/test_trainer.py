@@ -1,13 +1,17 @@
 """A run's steps: which parameters train when, micro-batches, and that nothing is lost over a checkpoint."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fused_lora import LoRALinear
-from fused_lora.pretrain import checkpoint
+from fused_lora.pretrain import checkpoint, data
+from fused_lora.pretrain.repeatable import repeatable
 from tests.ops.problem import DEVICES
 
-from .problem import PRESET, options, same, trainer, weights
+from .problem import LLAMA, PRESET, options, same, trainer, weights
 
 
 def steps(run, count):
@@ -55,6 +59,24 @@ def test_resumed_runs_are_the_same_bit_for_bit(parts, tmp_path, at, dtype, devic
     assert resumed.steps == at
     assert steps(resumed, 10 - at) == losses
     assert same(weights(resumed), weights(whole))
+
+
+@pytest.mark.gpu
+def test_long_sums_on_a_gpu_are_the_same_bit_for_bit(tmp_path):
+    """Where many threads add to one entry: attention's and the embedding's backward, compiled."""
+    rng = random.Random(0)
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(rng.choices("abcdefgh", k=800)) for _ in range(400)))
+    parts = data.prepare(tmp_path / "text.txt", tmp_path / "tokens", LLAMA.vocab_size)
+    wide = replace(LLAMA, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    changes = {"model": wide, "seq_len": 256, "batch_size": 64, "r": 16, "dtype": torch.bfloat16}
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        with repeatable():
+            run = trainer(parts, "cuda", compiled=True, **changes)
+            found.append((steps(run, 10), weights(run)))
+    assert found[0][0] == found[1][0]
+    assert same(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize(("changes", "words"), [
