@@ -30,7 +30,10 @@ def measured() -> dict[str, tuple[tuple[float, ...], int]]:
     model = Model.make(PRESET, device, torch.bfloat16)
     found = variants(model)
     calls = {name: call for name, (call, _) in found.items()}
-    samples = timing.time_device(calls, ROUNDS, model.train) if ON_GPU else timing.time_eager(calls, ROUNDS, "cpu")
+    if ON_GPU:
+        samples = timing.time_device(calls, ROUNDS, model.train)
+    else:
+        samples = timing.time_eager(calls, ROUNDS, "cpu", model.train)
     return {name: (tuple(samples[name]), found[name][1]) for name in found}
 
 

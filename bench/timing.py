@@ -127,10 +127,11 @@ def time_device(calls: Calls, rounds: int, prepare: Callable[[], object]) -> Sam
     return interleave(calls, rounds, time_once)
 
 
-def _time_eager_cuda(calls: Calls, rounds: int) -> Samples:
+def _time_eager_cuda(calls: Calls, rounds: int, prepare: Callable[[], object]) -> Samples:
     flush = _flush_buffer()
 
     def time_once(call):
+        prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         torch.cuda.synchronize()
@@ -145,8 +146,9 @@ def _time_eager_cuda(calls: Calls, rounds: int) -> Samples:
     return interleave(calls, rounds, time_once)
 
 
-def _time_eager_cpu(calls: Calls, rounds: int) -> Samples:
+def _time_eager_cpu(calls: Calls, rounds: int, prepare: Callable[[], object]) -> Samples:
     def time_once(call):
+        prepare()
         start = time.perf_counter()
         results = call()
         elapsed = time.perf_counter() - start
@@ -156,9 +158,9 @@ def _time_eager_cpu(calls: Calls, rounds: int) -> Samples:
     return interleave(calls, rounds, time_once)
 
 
-def time_eager(calls: Calls, rounds: int, device_type: str) -> Samples:
-    """Mode eager: from an idle device to the end of the step's last kernel."""
-    return (_time_eager_cuda if device_type == "cuda" else _time_eager_cpu)(calls, rounds)
+def time_eager(calls: Calls, rounds: int, device_type: str, prepare: Callable[[], object] = lambda: None) -> Samples:
+    """Mode eager: from an idle device to the end of the step's last kernel. prepare() goes before each."""
+    return (_time_eager_cuda if device_type == "cuda" else _time_eager_cpu)(calls, rounds, prepare)
 
 
 def time_host(calls: Calls, rounds: int) -> Samples:

@@ -35,13 +35,6 @@ class Schedule:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len
 
-    def factor(self, step: int) -> float:
-        """Of the learning rate: up over the first tenth of the steps, then down along a cosine to a tenth."""
-        rise = max(1, self.steps // 10)
-        if step < rise:
-            return (step + 1) / rise
-        return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, self.steps - rise))
-
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -86,7 +79,7 @@ def train(
     if cycles:
         scheduler = with_restarts(model, optimizer, schedule, cycles)
     else:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+        scheduler = jagged_cosine_schedule(optimizer, schedule.steps, schedule.steps // 10, 0, reset_every=None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()

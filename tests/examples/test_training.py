@@ -32,13 +32,6 @@ def test_batches_depend_on_the_seed_alone():
     assert not torch.equal(torch.stack(first), torch.stack(other))
 
 
-def test_learning_rate_rises_then_falls_to_a_tenth():
-    factors = [SCHEDULE.factor(step) for step in range(21)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
-    assert factors[3:] == sorted(factors[3:], reverse=True)
-    assert factors[20] == pytest.approx(0.1)
-
-
 def test_median_step_leaves_out_the_first_steps_and_outliers(monkeypatch):
     clock = iter([0, 50, 51, 90, 91, 93, 193, 195])
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
