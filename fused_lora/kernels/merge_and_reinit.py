@@ -5,8 +5,7 @@ or rows that do not allow 16-byte accesses, and low halves in the host's memory.
 of a layer, while the GPU merges the rows before.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +16,6 @@ from . import tiles
 from .restart_tables import (
     Beginning,
     Filling,
-    Launch,
     Update,
     by_kind,
     fill_up_launch,
@@ -32,7 +30,7 @@ from .tiles import Gpu
 
 SLOTS, SLOT_BYTES = 3, 20 * 2**20  # one coming, one being merged, one going
 PIECES, MOST_PIECES = 2, 64  # of layers that a slot is filled with
-TABLE_BYTES = 2**19  # of a slot's launches: a program for 256 bytes of it or more, 4 bytes each, and the pieces' rows
+BYTES_A_PROGRAM, ROW_BYTES = 256, 160  # of a slot, at least; of a table, at most. A piece is in three launches at most
 ROWS_AT_ONCE = 64  # a multiple of the tiles' rows
 ALIGNMENT = 16
 
@@ -89,7 +87,9 @@ class Layer:
         matrices = [self.weight] if self.low is None or self.is_streamed else [self.weight, self.low]
         rows = [(is_open(matrix), matrix.stride(1) == 1, matrix.shape[1] % 8 == 0) for matrix in matrices]
         dtypes = self.weight.dtype, self.factor_dtype, self.low is not None
-        return self.is_streamed, *dtypes, *rows, any(self.staged), tiles.rank_block(filled(len(self.A)), 256)
+        copied = ((factor.dtype, factor.stride(1) == 1) for factor in (self.A, self.B))
+        fillings = (kind if is_copied else None for kind, is_copied in zip(copied, self.staged, strict=True))
+        return self.is_streamed, *dtypes, *rows, *fillings, tiles.rank_block(filled(len(self.A)), 256)
 
 
 class Portion:
@@ -97,11 +97,16 @@ class Portion:
 
     def __init__(self, layers: list[Layer], space: Tensor, stochastic: bool, gpu: Gpu):
         self.streamed: list[tuple[Tensor, Tensor]] = []  # (copy, low half)
-        self.Bs = [layer.B for layer in layers]
+        self._Bs = [layer.B for layer in layers]
         self._space, self._used = space, 0
         self._fillings: list[Filling] = []
         updates = [self._update(layer) for layer in layers]
         self.launches = [*map(fill_up_launch, by_kind(self._fillings)), merge_launch(updates, stochastic, gpu)]
+
+    def merge(self) -> None:
+        for launch in self.launches:
+            launch.run()
+        torch._foreach_zero_(self._Bs)
 
     def _update(self, layer: Layer) -> Update:
         low, (copies_A, copies_B) = layer.low, layer.staged
@@ -126,32 +131,34 @@ class Portion:
 
 
 def merge_and_reinit_(layers: list[Layer], stochastic: bool, gpu: Gpu) -> None:
-    """Restarts every layer: memory, kernels and tables first, so that whatever is missing is missed before a change."""
+    """Restarts every layer: the device's memory and the kernels first, so that what is missing is missed beforehand.
+
+    Merged rows of B are zeroed at once: if this breaks off, every layer computes what it did.
+    """
     device = layers[0].weight.device
     plain, streamed = (_groups([layer for layer in layers if layer.is_streamed == it]) for it in (False, True))
     size = max([*map(_size, plain), *(SLOTS * _size(group) for group in streamed)])
     space = torch.empty(filled(size, ALIGNMENT * SLOTS), dtype=torch.uint8, device=device)
-    tables = torch.empty(SLOTS if streamed else 0, TABLE_BYTES, dtype=torch.uint8, device=device)
-    slots = list(zip(space.chunk(SLOTS), tables, strict=False))
+    slots = space.chunk(SLOTS) if streamed else ()
+    room = [torch.empty(_most_table_bytes(slot), dtype=torch.uint8, device=device) for slot in slots]
     resident = [Portion(group, space, stochastic, gpu) for group in plain]
-    kinds = [Portion(pieces[:1], slots[0][0], stochastic, gpu) for pieces in by_kind([group[0] for group in streamed])]
+    kinds = [Portion(pieces[:1], slots[0], stochastic, gpu) for pieces in by_kind([group[0] for group in streamed])]
     beginnings = [reinit_launch(group) for group in by_kind([Beginning(layer.A, layer.seed) for layer in layers])]
     launches = [launch for portion in resident + kinds for launch in portion.launches] + beginnings
     upload(launches, torch.empty(table_bytes(launches), dtype=torch.uint8, device=device))
     for launch in launches:
         launch.load()
     if streamed:
-        placed = zip(streamed, itertools.cycle(slots))
-        _merge_streamed((Portion(group, slot, stochastic, gpu), table) for group, (slot, table) in placed)
+        _merge_streamed(streamed, slots, room, lambda group, slot: Portion(group, slot, stochastic, gpu))
     for portion in resident:
-        _run(portion.launches)
-    _run(beginnings)
-    torch._foreach_zero_([layer.B for layer in layers])
-
-
-def _run(launches: list[Launch]) -> None:
-    for launch in launches:
+        portion.merge()
+    for launch in beginnings:
         launch.run()
+
+
+def _most_table_bytes(slot: Tensor) -> int:
+    """Of the launches whose layers' copies are in a slot: a number for each program, and the tables' rows."""
+    return filled(slot.numel() // BYTES_A_PROGRAM * 4 + MOST_PIECES * 3 * ROW_BYTES + 2**14, ALIGNMENT)
 
 
 def _groups(layers: list[Layer]) -> list[list[Layer]]:
@@ -175,27 +182,32 @@ def _size(group: list[Layer]) -> int:
     return sum(piece.workspace(len(piece.weight)) for piece in group)
 
 
-def _merge_streamed(portions: Iterable[tuple[Portion, Tensor]]) -> None:
-    """Each portion, with room for its tables, waits for its low halves to arrive; they leave while the next is made,
-    arrives and is merged. Merged rows of B are zeroed at once: if this breaks off, every layer computes what it did.
-    """
+def _merge_streamed(
+    groups: list[list[Layer]],
+    slots: Sequence[Tensor],
+    room: list[Tensor],
+    portion_of: Callable[[list[Layer], Tensor], Portion],
+) -> None:
+    """Each portion waits for its tables and low halves to arrive; these leave while the next is made, arrives and is
+    merged."""
     here, arriving, leaving = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
     free: list[torch.cuda.Event] = [here.record_event() for _ in range(SLOTS)]
     try:
-        for i, (portion, tables) in enumerate(portions):
-            arriving.wait_event(free[i % SLOTS])
+        for i, group in enumerate(groups):
+            slot = i % SLOTS
+            portion = portion_of(group, slots[slot])
+            arriving.wait_event(free[slot])
             with torch.cuda.stream(arriving):
-                upload(portion.launches, tables)  # on any other stream it would wait for the next portion's copies
+                upload(portion.launches, room[slot])  # on another stream it would wait for the next portion's copies
                 for copy, low in portion.streamed:
                     copy.copy_(low, non_blocking=True)
             here.wait_stream(arriving)
-            _run(portion.launches)
-            torch._foreach_zero_(portion.Bs)
+            portion.merge()
             leaving.wait_stream(here)
             with torch.cuda.stream(leaving):
                 for copy, low in portion.streamed:
                     low.copy_(copy, non_blocking=True)
-            free[i % SLOTS] = leaving.record_event()
+            free[slot] = leaving.record_event()
     finally:  # the workspace is given back after this, and the host may read the low halves
         arriving.synchronize()
         leaving.synchronize()

@@ -28,7 +28,7 @@ def _merge_and_reinit(weights, As, Bs, scales, seeds, lows, stochastic):
             done += indices
     except Exception as error:
         which = f"only {', '.join(map(str, done))}" if done else "none"
-        message = f"of {len(layers)} layers {which} restarted, the others compute what they did: {error}"
+        message = f"of {len(layers)} layers {which} restarted, and all compute what they did: {error}"
         raise RuntimeError(message) from error
 
 
@@ -87,9 +87,9 @@ def merge_and_reinit_(
       reference.split says how. For all layers or for none; of 16-bit weights.
 
     A and the rounding come from a counter-based generator: the same seed gives the same numbers on every rank and
-    device. Keeps every data_ptr and moves the version counters. On a GPU all memory is taken and all kernels are loaded
-    before the first change. If it fails half-way all the same, the error says which layers have restarted, and
-    weight + scale B A of the others is as it was: what is merged already is gone from B.
+    device. Keeps every data_ptr and moves the version counters. On a GPU all of its memory is taken and all kernels are
+    loaded before the first change. If it fails half-way all the same, the error says which layers have restarted, and
+    weight + scale B A of every layer is as it was, since what is merged is gone from B: it can be called again.
     Raises ValueError or TypeError naming the layer and the argument before anything is changed.
     ReLoRA: Lialin et al. 2023, arXiv:2307.05695.
     """

@@ -71,7 +71,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parts.add_argument(
         "--no-jagged", dest="jagged", action="store_false", help="one cosine, without climbs at restarts"
     )
-    parts.add_argument("--published", action="store_true", help="as the paper's code: resets keep Adam's step")
+    parts.add_argument(
+        "--published", action="store_true", help="as the paper's code: resets keep Adam's step, climbs begin at 0"
+    )
     numbers = parser.add_argument_group("numbers in the place of the preset's")
     for field in NUMBERS:
         numbers.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, metavar=field.type.__name__)

@@ -133,7 +133,7 @@ def test_a_failure_half_way_says_how_far_it_came(monkeypatch):
         return real(rows, *arguments)
 
     monkeypatch.setattr(reference, "uniform", scarce)
-    with pytest.raises(RuntimeError, match="of 3 layers only 0 restarted, the others compute what they did: no memory"):
+    with pytest.raises(RuntimeError, match="of 3 layers only 0 restarted, and all compute what they did: no memory"):
         merge_and_reinit_(**layers)
     for name in ("weights", "As", "Bs"):
         assert not torch.equal(layers[name][0], before[name][0])
@@ -152,7 +152,7 @@ def test_a_kernel_that_cannot_be_made_changes_nothing(monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(restart.reinit_kernel, "warmup", refuse)
-    with pytest.raises(RuntimeError, match="of 3 layers none restarted, the others compute what they did: no memory"):
+    with pytest.raises(RuntimeError, match="of 3 layers none restarted, and all compute what they did: no memory"):
         merge_and_reinit_(**layers)
     for name in ("weights", "As", "Bs"):
         assert all(torch.equal(new, old) for new, old in zip(layers[name], before[name], strict=True))

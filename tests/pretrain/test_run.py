@@ -52,11 +52,18 @@ def test_a_run_leaves_logs_checkpoints_and_curves(folder, tmp_path, capsys):
 
 def test_a_run_leaves_torchs_settings_as_they_were(folder, tmp_path, monkeypatch):
     inside = []
-    monkeypatch.setattr(cli, "train", lambda args, ranks: inside.append(torch.are_deterministic_algorithms_enabled()))
-    assert pretrain(folder, tmp_path / "out") == 0
-    assert inside == [True]
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(
+        cli, "train", lambda args, ranks: inside.append(torch.is_deterministic_algorithms_warn_only_enabled())
+    )
+    try:
+        assert pretrain(folder, tmp_path / "out") == 0
+        assert inside == [False]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class KilledError(Exception):
