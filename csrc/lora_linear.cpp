@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "fill_up.h"
 #include "flags.h"
 #include "nvtx_range.h"
 #include "tensors.h"
@@ -32,7 +33,11 @@ bool addressable(const Tensor& matrix) {
 // A matrix in `dtype` that the copy engine can address: the matrix itself, or a copy with rows padded to 16 bytes.
 Tensor addressed(const Tensor& matrix, at::ScalarType dtype) {
   if (matrix.scalar_type() == dtype && addressable(matrix)) return matrix;
-  return at::empty_strided(matrix.sizes(), {padded(matrix.size(1)), 1}, matrix.options().dtype(dtype)).copy_(matrix);
+  const Tensor copy = at::empty_strided(matrix.sizes(), {padded(matrix.size(1)), 1}, matrix.options().dtype(dtype));
+  if (matrix.scalar_type() != dtype || matrix.stride(1) != 1) return copy.copy_(matrix);
+  C10_CUDA_CHECK(launch_fill_up(matrix.data_ptr(), matrix.stride(0), copy.data_ptr(), copy.stride(0), copy.size(0), copy.size(1),
+                                c10::cuda::getCurrentCUDAStream()));
+  return copy;
 }
 
 // (..., C) as such a matrix.
@@ -92,7 +97,7 @@ bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor&
   if (!(p >= 0 && p <= 1)) return false;
   if (seed && (!is_plain(*seed, x) || seed->scalar_type() != at::kLong || seed->dim() != 0)) return false;
   if (weight.requires_grad() && at::GradMode::is_enabled()) return false;
-  return lora_linear_obstacle(K, N, r).empty() && addressable(weight) && x.numel() / K < kMostRows;
+  return lora_linear_obstacle(r).empty() && weight.stride(1) == 1 && x.numel() / K < kMostRows;
 }
 
 Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
@@ -111,8 +116,10 @@ class LoRALinear : public torch::autograd::Function<LoRALinear> {
                                .findSchemaOrThrow("fused_lora::cuda_lora_linear_forward", "")
                                .typed<decltype(lora_linear_forward)>();
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, xa] = op.call(x, weight, A, B, bias, scale, seed, p);
-    context->save_for_backward({x, weight, A, B, xa, scale, seed.value_or(Tensor())});
+    const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor rows = rows_of(x), read = rows.is_alias_of(x) ? x : rows.view(x.sizes());  // a copy serves both passes
+    auto [y, xa] = op.call(read, weight, A, B, bias, scale, seed, p);
+    context->save_for_backward({read, weight, A, B, xa, scale, seed.value_or(Tensor())});
     if (seed) context->saved_data["p"] = p;
     if (bias) context->saved_data["bias_dtype"] = static_cast<int64_t>(bias->scalar_type());
     return y;
@@ -160,9 +167,7 @@ class LoRALinear : public torch::autograd::Function<LoRALinear> {
 
 }  // namespace
 
-std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int64_t r) {
-  if (in_features % 8 != 0) return "in_features=" + std::to_string(in_features) + " is not a multiple of 8";
-  if (out_features % 8 != 0) return "out_features=" + std::to_string(out_features) + " is not a multiple of 8";
+std::string lora_linear_obstacle(int64_t r) {
   if (r > kMaxRank) return "r=" + std::to_string(r) + " is above " + std::to_string(kMaxRank);
   return "";
 }
@@ -173,13 +178,14 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   TORCH_CHECK(!bias || bias->is_contiguous(), "bias must be contiguous, got strides ", bias->strides());
   TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor rows = rows_of(x), factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
+  const Tensor rows = rows_of(x), matrix = addressed(weight, x.scalar_type());
+  const Tensor factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
   const Tensor y = at::empty(shape, x.options()), xa = low_like(x, rows.size(0), A.size(0));
   const ForwardParams params{
       .x = matrix_of(rows),
-      .weight = matrix_of(weight),
+      .weight = matrix_of(matrix),
       .A = matrix_of(factor_A),
       .B = matrix_of(factor_B),
       .xa = matrix_of(xa),
@@ -202,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy
                                                                 bool need_dx, bool need_dA, bool need_dB,
                                                                 std::optional<at::ScalarType> dbias_dtype) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor rows = rows_of(x), dy_rows = rows_of(dy), low = rows_of(xa);
+  const Tensor rows = rows_of(x), dy_rows = rows_of(dy), low = rows_of(xa), matrix = addressed(weight, x.scalar_type());
   const Tensor factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
   const int64_t M = rows.size(0), K = weight.size(1), N = weight.size(0), r = A.size(0);
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
@@ -214,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy
   const BackwardParams params{
       .dy = matrix_of(dy_rows),
       .x = matrix_of(rows),
-      .weight = matrix_of(weight),
+      .weight = matrix_of(matrix),
       .A = matrix_of(factor_A),
       .B = matrix_of(factor_B),
       .xa = matrix_of(low),

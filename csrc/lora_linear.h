@@ -16,7 +16,8 @@ namespace fused_lora {
 
 constexpr int kMaxRank = 256;
 
-// 16-bit elements, rows contiguous; data and rows (stride, in elements) aligned to 16 bytes.
+// 16-bit elements, rows contiguous; data and rows (stride, in elements) aligned to 16 bytes, but for y and dx, which are
+// contiguous.
 struct Matrix {
   void* data;
   int64_t rows, cols, stride;
@@ -57,7 +58,7 @@ int64_t forward_flags(int64_t M);
 int64_t backward_flags(int64_t M, int64_t K, int64_t N);
 int64_t backward_partials(int64_t K, int64_t N, int64_t r);
 
-// sizes M >= 1; K, N multiples of 8; 1 <= r <= kMaxRank.
+// sizes M, K, N >= 1; 1 <= r <= kMaxRank.
 cudaError_t launch_lora_linear_forward(const ForwardParams& params, cudaStream_t stream);
 cudaError_t launch_lora_linear_backward(const BackwardParams& params, cudaStream_t stream);
 

@@ -26,7 +26,7 @@ inline DType dtype_of(const char* name, const at::Tensor& tensor) {
 
 // The ops of lora_linear.cpp; equations as in reference.py. Without a seed nothing is dropped; without dbias_dtype there is no
 // dbias.
-std::string lora_linear_obstacle(int64_t in_features, int64_t out_features, int64_t r);
+std::string lora_linear_obstacle(int64_t r);
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A,
                                                        const at::Tensor& B, const std::optional<at::Tensor>& bias,
                                                        const at::Tensor& scale, const std::optional<at::Tensor>& seed, double p);

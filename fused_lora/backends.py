@@ -183,26 +183,21 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     return _choose(device, dtype, forced_backend())
 
 
-def copy_engine_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
-    """Whether csrc's kernels can be given them: a frozen weight as it lies, factors in its dtype or both in float32."""
-    rows_aligned = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] and weight.stride(0) % 8 == 0
-    return (
-        rows_aligned and weight.data_ptr() % 16 == 0 and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
-    )
+def csrc_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
+    """Whether csrc's kernels can be given them: a weight of adjacent columns, factors in its dtype or in float32."""
+    return weight.stride(1) == 1 and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
 
 
 @cache
-def _choose_lora_linear(
-    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, readable: bool, forced: str | None
-) -> Choice:
+def _choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readable: bool, forced: str | None) -> Choice:
     choice = _choose(device, dtype, forced)
     if choice.name != "cuda":
         return choice
     from . import _C
 
-    obstacle = _C.lora_linear_obstacle(K, N, r)
+    obstacle = _C.lora_linear_obstacle(r)
     if not (obstacle or readable):
-        obstacle = "weight's rows do not start at multiples of 16 bytes, or A and B have dtypes of their own"
+        obstacle = "weight's columns are not adjacent, or A and B have dtypes of their own"
     if not obstacle:
         return choice
     if forced:
@@ -213,11 +208,9 @@ def _choose_lora_linear(
     return Choice("reference", f"csrc's kernels do not take it: {obstacle}; nor does Triton: {for_triton}")
 
 
-def choose_lora_linear(
-    device: torch.device, dtype: torch.dtype, K: int, N: int, r: int, readable: bool = True
-) -> Choice:
-    """The backend of a LoRA linear K -> N of rank r, activations of `dtype`; readable as by copy_engine_reads."""
-    return _choose_lora_linear(device, dtype, K, N, r, readable, forced_backend())
+def choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readable: bool = True) -> Choice:
+    """The backend of a LoRA linear of rank r, activations of `dtype`; readable as by csrc_reads."""
+    return _choose_lora_linear(device, dtype, r, readable, forced_backend())
 
 
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:

@@ -83,7 +83,10 @@ def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, 
         ((f"lora_linear_kernel ({name})", backends.gpu(device).sm_count, backends.csrc_tile(device, M, columns, r)),)
         for name, columns in (("forward", N), ("backward", K))
     ]
-    notes = ["x or dy whose rows do not start at multiples of 16 bytes is copied first"]
+    notes = ["x, dy or a weight whose rows do not start at multiples of 16 bytes is copied first"]
+    for name, size, copied in (("in_features", K, "x and the weight are"), ("out_features", N, "dy is")):
+        if size % 8:
+            notes.append(f"{name}={size} is not a multiple of 8: {copied} copied to padded rows")
     if factor_dtype != dtype:
         notes.append(_copied_factors(dtype, factor_dtype))
     elif r % 8:
@@ -119,7 +122,7 @@ def explain(
         in_features, out_features, r = layer.in_features, layer.out_features, layer.r
         dtype, lora_dtype, p = layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout
         device = layer.weight.device
-        readable = backends.copy_engine_reads(layer.weight, layer.lora_A, layer.lora_B)
+        readable = backends.csrc_reads(layer.weight, layer.lora_A, layer.lora_B)
     elif device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -132,7 +135,7 @@ def explain(
     shape = (tokens, in_features, out_features, r)
     factor_dtype = lora_dtype or dtype
     if gpu is None:
-        choice = backends.choose_lora_linear(device, dtype, in_features, out_features, r, readable)
+        choice = backends.choose_lora_linear(device, dtype, r, readable)
         if choice.name == "cuda":
             return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
         if choice.name == "reference":

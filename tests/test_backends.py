@@ -35,7 +35,7 @@ def forget():
 def extension(monkeypatch):
     """A CUDA extension whose kernels take ranks up to 256."""
     built = types.ModuleType("fused_lora._C")
-    built.lora_linear_obstacle = lambda K, N, r: "r is above 256" if r > 256 else ""
+    built.lora_linear_obstacle = lambda r: "r is above 256" if r > 256 else ""
     monkeypatch.setitem(sys.modules, "fused_lora._C", built)
     monkeypatch.setattr(fused_lora, "_C", built, raising=False)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
@@ -117,27 +117,26 @@ def test_a_gpu_runs_triton(capability, dtype, card):
 def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     card(90)
     assert backends.choose(CUDA, dtype) == backends.Choice("cuda", f"cuda tensor of {dtype}")
-    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8).name == "cuda"
+    assert backends.choose_lora_linear(CUDA, dtype, 8).name == "cuda"
     for r, readable, reason in (
         (300, True, "r is above 256"),
-        (8, False, "weight's rows do not start at multiples of 16 bytes, or A and B have dtypes of their own"),
+        (8, False, "weight's columns are not adjacent, or A and B have dtypes of their own"),
     ):
-        choice = backends.choose_lora_linear(CUDA, dtype, 64, 64, r, readable)
+        choice = backends.choose_lora_linear(CUDA, dtype, r, readable)
         assert choice == backends.Choice("triton", f"csrc's kernels do not take it: {reason}")
 
 
-def test_what_the_copy_engine_reads():
+def test_what_csrc_reads():
     def reads(weight, A_dtype=torch.float16, B_dtype=torch.float16):
-        return backends.copy_engine_reads(weight, torch.empty(2, 16, dtype=A_dtype), torch.empty(8, 2, dtype=B_dtype))
+        return backends.csrc_reads(weight, torch.empty(2, 16, dtype=A_dtype), torch.empty(8, 2, dtype=B_dtype))
 
     weight = torch.empty(8, 24, dtype=torch.float16)
     assert reads(weight)
     assert reads(weight[:, :16])
     assert reads(weight, torch.float32, torch.float32)
-    assert not reads(weight[:, 1:17])
+    assert reads(weight[:, 1:17])
+    assert reads(torch.empty(8, 21, dtype=torch.float16))
     assert not reads(weight.T)
-    assert not reads(torch.empty(8, 20, dtype=torch.float16))
-    assert not reads(weight[:1].expand(8, 24))
     assert not reads(weight, torch.float32)
     assert not reads(weight, torch.bfloat16, torch.bfloat16)
 
@@ -145,7 +144,7 @@ def test_what_the_copy_engine_reads():
 def test_what_neither_csrc_nor_triton_takes_runs_the_reference(card, extension, monkeypatch):
     card(90)
     monkeypatch.setattr(backends, "host_compiler", lambda: None)
-    choice = backends.choose_lora_linear(CUDA, torch.float16, 64, 64, 300)
+    choice = backends.choose_lora_linear(CUDA, torch.float16, 300)
     assert choice.name == "reference"
     assert "r is above 256" in choice.reason
     assert "no C compiler" in choice.reason
@@ -165,17 +164,17 @@ def test_merges(forced, compiler, name, card, extension, monkeypatch):
 @pytest.mark.parametrize(("capability", "dtype"), [(90, torch.float32), (80, torch.float16), (100, torch.float16)])
 def test_csrc_is_for_hopper_and_16_bits(capability, dtype, card, extension):
     card(capability)
-    assert backends.choose_lora_linear(CUDA, dtype, 64, 64, 8).name == "triton"
+    assert backends.choose_lora_linear(CUDA, dtype, 8).name == "triton"
 
 
 def test_forcing_csrc_where_it_cannot_run_raises_the_reason(card, extension, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_BACKEND", "cuda")
     card(90)
-    assert backends.choose_lora_linear(CUDA, torch.bfloat16, 64, 64, 8).name == "cuda"
+    assert backends.choose_lora_linear(CUDA, torch.bfloat16, 8).name == "cuda"
     for arguments, reason in (
-        ((CUDA, torch.bfloat16, 64, 64, 300), "r is above 256"),
-        ((CUDA, torch.float32, 64, 64, 8), "no kernel for torch.float32"),
-        ((CPU, torch.bfloat16, 64, 64, 8), "no kernel for device cpu"),
+        ((CUDA, torch.bfloat16, 300), "r is above 256"),
+        ((CUDA, torch.float32, 8), "no kernel for torch.float32"),
+        ((CPU, torch.bfloat16, 8), "no kernel for device cpu"),
     ):
         with pytest.raises(NotImplementedError, match=f"=cuda cannot run this call: {reason}"):
             backends.choose_lora_linear(*arguments)

@@ -206,7 +206,7 @@ struct Consumer {
     for (int j = 0; j < C::kBlockN / 8; ++j) {
       const int c = first_col + 8 * j + self.col();
       if (c >= p.N) continue;
-      const float a = load_as_float(p.bias, p.bias_dtype, c), b = load_as_float(p.bias, p.bias_dtype, c + 1);
+      const float a = load_as_float(p.bias, p.bias_dtype, c), b = c + 1 < p.N ? load_as_float(p.bias, p.bias_dtype, c + 1) : 0;
       acc[4 * j] += a;
       acc[4 * j + 1] += b;
       acc[4 * j + 2] += a;

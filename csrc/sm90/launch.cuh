@@ -112,4 +112,13 @@ struct MapMaker {
   }
 };
 
+// out (M, N), contiguous: by the copy engine where its rows are multiples of 16 bytes.
+inline void set_out(KernelParams& p, MapMaker& map, const Matrix& out) {
+  if (out.stride % 8 == 0) {
+    p.out = map(out);
+  } else {
+    p.out_data = static_cast<uint16_t*>(out.data);
+  }
+}
+
 }  // namespace fused_lora::sm90

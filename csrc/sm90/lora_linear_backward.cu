@@ -28,7 +28,7 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
   p.down = map(b.B);
   p.low = map(b.dxa);
   p.up = map(b.A);
-  if (b.needs_dx) p.out = map(b.dx);
+  if (b.needs_dx) set_out(p, map, b.dx);
   const bool copied = b.factor_dtype == b.dtype;
   if (b.needs_dA) {
     p.dA.big = map(b.x);
@@ -38,8 +38,8 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
     p.dA.stride_col = 1;
     p.dA.stride_rank = b.x.cols;
     p.dA.cols = p.N;
-    p.dA.copied = copied;
-    if (copied) p.dA.result = map({b.dA, p.r, b.x.cols, b.x.cols});
+    p.dA.copied = copied && b.x.cols % 8 == 0;
+    if (p.dA.copied) p.dA.result = map({b.dA, p.r, b.x.cols, b.x.cols});
   }
   if (works_on_dB) {
     p.dB.big = p.lhs;

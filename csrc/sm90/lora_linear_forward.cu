@@ -26,7 +26,7 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   p.down_riding = map(f.A, 16);
   p.low = map(f.xa);
   p.up = map(f.B);
-  p.out = map(f.y);
+  set_out(p, map, f.y);
   if (map.error != cudaSuccess) return map.error;
   p.bias = f.bias;
   p.bias_dtype = f.bias_dtype;

@@ -104,7 +104,11 @@ struct Outbox {
       }
       ptx::fence_async_shared();
       self.sync();
-      if (self.thread() == 0) copy_out(buffer, next_part);
+      if (by_hand()) {
+        store_box(buffer, first_row, first_col + next_part * kBox);
+      } else if (self.thread() == 0) {
+        copy_out(buffer, next_part);
+      }
     } else if (next_part + 1 == parts) {
       raise(flag, box_count > 0);
     }
@@ -126,6 +130,20 @@ struct Outbox {
         const int row = 16 * warp + 8 * low_bit + self.lane() % 8, chunk = 2 * j + high_bit;
         ptx::stmatrix(buffer + swizzled(row, chunk), pairs);
       }
+    }
+  }
+
+  __device__ __forceinline__ bool by_hand() const { return p.out_data != nullptr && map == &p.out; }
+
+  // A box of out, from shared memory to rows that start anywhere: two at a time, an element a thread.
+  __device__ __forceinline__ void store_box(uint32_t buffer, int row, int col) const {
+    const int c = self.thread() % kBox;
+    if (col + c >= p.N) return;
+    uint16_t* out = p.out_data + col + c;
+#pragma unroll 8
+    for (int i = self.thread() / kBox; i < kBox; i += kWarpgroup / kBox) {
+      const uint16_t value = ptx::load_shared_16(buffer + swizzled(i, c / 8) + c % 8 * 2);
+      if (row + i < p.M) out[int64_t{row + i} * p.N] = value;
     }
   }
 
@@ -154,7 +172,7 @@ struct Outbox {
 
   // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    if (next_part == 0 && box_count == kMostBoxes && map == &p.out) {
+    if (next_part == 0 && box_count == kMostBoxes && map == &p.out && !by_hand()) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
       write_boxes<0>(buffers);

@@ -34,6 +34,7 @@ struct Gradient {
 struct KernelParams {
   CUtensorMap lhs, weight, down, down_riding, low, up, out;
   Gradient dA, dB;
+  uint16_t* out_data;  // where the copy engine cannot write out, whose rows start anywhere: its elements; else null
   Schedule schedule;
   int M, N, K, r;  // out (M, N), sums over K
   void* low_data;

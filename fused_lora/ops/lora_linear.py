@@ -15,8 +15,7 @@ ops = torch.ops.fused_lora
 def _backend(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> str:
     if x.numel() == 0 or weight.numel() == 0:
         return "reference"  # empty products have no tiles; the reference gets them right for free
-    readable = backends.copy_engine_reads(weight, A, B)
-    return backends.choose_lora_linear(x.device, x.dtype, *reversed(weight.shape), A.shape[0], readable).name
+    return backends.choose_lora_linear(x.device, x.dtype, A.shape[0], backends.csrc_reads(weight, A, B)).name
 
 
 def _rows(x: Tensor) -> Tensor:

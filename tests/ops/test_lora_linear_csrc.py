@@ -23,7 +23,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 def solve_in_csrc(M, K, N, r, dtype=torch.bfloat16, **options):
     inputs = make_inputs(M, K, N, r, "cuda", dtype, **options)
-    assert backends.choose_lora_linear(inputs["x"].device, dtype, K, N, r).name == "cuda"
+    assert backends.choose_lora_linear(inputs["x"].device, dtype, r).name == "cuda"
     return solve(inputs, make_dy(inputs))
 
 
@@ -39,6 +39,22 @@ def test_ranks(r, dtype):
 )
 def test_sizes(size, dtype):
     solve_in_csrc(*size, 24, dtype)
+
+
+# Rows that start anywhere: of x and the weight, of dy, y and dx, of all; one entry; a tile's last column alone.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K", "N", "r"), [
+    (333, 265, 392, 24), (333, 264, 391, 24), (2500, 1037, 523, 16), (1, 1, 1, 1), (129, 7, 257, 5),
+    (5000, 257, 513, 128), (4100, 3079, 521, 200), (9000, 321, 135, 16), (4096, 683, 256, 64),
+])  # fmt: skip
+def test_any_width(M, K, N, r, dtype):
+    solve_in_csrc(M, K, N, r, dtype)
+
+
+@pytest.mark.parametrize(("M", "K", "N", "r"), [(333, 265, 391, 40), (5000, 1037, 523, 16), (2500, 267, 129, 200)])
+def test_any_width_with_dropout(M, K, N, r):
+    inputs = make_inputs(M, K, N, r, "cuda", torch.bfloat16)
+    solve(inputs, make_dy(inputs), p=0.3, seed=seed_on("cuda"))
 
 
 # Several groups or slices of rows, so that sums over tokens are chained; r = 16 into few columns rides; few tiles are
