@@ -30,22 +30,39 @@ struct Dropout {
   float keep_scale;     // 1 / (1 - p); 1 where nothing is dropped
 };
 
-struct ForwardParams {
-  Matrix x, weight, A, B, xa, y;
+constexpr int kMostParts = 4;  // linears that read one x
+
+// One of them. A.rows = 0: it has no factors.
+struct ForwardPart {
+  Matrix weight, A, B, xa, y;
   const float* scale;  // on the device
   const void* bias;    // (N,) or null
-  DType bias_dtype, dtype;  // dtype: of all matrices, float16 or bfloat16
+  DType bias_dtype;
+};
+
+struct ForwardParams {
+  Matrix x;
+  int parts;
+  ForwardPart part[kMostParts];
+  DType dtype;  // of all matrices, float16 or bfloat16
   Dropout dropout;
   int* flags;  // forward_flags() zeros, which the kernel leaves zero
 };
 
-struct BackwardParams {
-  Matrix dy, x, weight, A, B, xa, dxa, dx;
-  void *dA, *dB;  // (r, K) and (N, r), contiguous, factor_dtype
-  void* dbias;    // (N,), bias_dtype
-  bool needs_dx, needs_dA, needs_dB, needs_dbias;
-  DType factor_dtype, bias_dtype, dtype;  // factor_dtype: dtype or float32
+struct BackwardPart {
+  Matrix dy, weight, A, B, xa, dxa;
+  void *dA, *dB;  // (r, K) and (N, r), contiguous, factor_dtype; null where not wanted
+  void* dbias;    // (N,), bias_dtype, or null
+  DType bias_dtype;
   const float* scale;
+};
+
+struct BackwardParams {
+  Matrix x, dx;  // dx: the sum over all parts
+  bool needs_dx;
+  int parts;
+  BackwardPart part[kMostParts];
+  DType factor_dtype, dtype;  // factor_dtype: dtype or float32
   Dropout dropout;
   int* flags;      // backward_flags() zeros, which the kernel leaves zero
   float* partial;  // backward_partials()
@@ -54,11 +71,12 @@ struct BackwardParams {
 // Columns of the tiles, 128 rows each, that a pass with M x N results is cut into on the current device.
 int tile_width(int64_t M, int64_t N, int64_t r);
 
-int64_t forward_flags(int64_t M);
-int64_t backward_flags(int64_t M, int64_t K, int64_t N);
-int64_t backward_partials(int64_t K, int64_t N, int64_t r);
+// What the launches of these sizes need.
+int64_t forward_flags(const ForwardParams& params);
+int64_t backward_flags(const BackwardParams& params);
+int64_t backward_partials(const BackwardParams& params);
 
-// sizes M, K, N >= 1; 1 <= r <= kMaxRank.
+// sizes M, K, N >= 1; r <= kMaxRank.
 cudaError_t launch_lora_linear_forward(const ForwardParams& params, cudaStream_t stream);
 cudaError_t launch_lora_linear_backward(const BackwardParams& params, cudaStream_t stream);
 

@@ -14,6 +14,7 @@ struct Chain {
   using Acc = float[kBlocks][C::kBlockR / 2];
 
   const KernelParams& p;
+  const Part& of;
   const Warpgroup& self;
   const Gradient& g;
   const int part, slice, slices;
@@ -50,7 +51,7 @@ struct Chain {
     const int col = first_col() + ColumnSums<C, T>::col(self);
     if (last()) {
       if (!first()) sum += __ldcg(g.sums_partial + col);
-      if (col < g.cols) store_as(g.sums, p.bias_dtype, col, sum);
+      if (col < g.cols) store_as(g.sums, of.bias_dtype, col, sum);
     } else if (first()) {
       __stcg(g.sums_partial + col, sum);
     } else {
@@ -68,7 +69,7 @@ struct Chain {
       for (int j = 0; j < C::kBlockR / 8; ++j, at += 8 * g.stride_rank) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (c + i / 2 * 8 >= g.cols || 8 * j + self.col() + i % 2 >= p.r) continue;
+          if (c + i / 2 * 8 >= g.cols || 8 * j + self.col() + i % 2 >= of.r) continue;
           store_as(g.out, p.factor_dtype, at + i / 2 * 8 * g.stride_col + i % 2 * g.stride_rank, acc[b][4 * j + i]);
         }
       }

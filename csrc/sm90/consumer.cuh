@@ -77,19 +77,20 @@ struct Consumer {
   __device__ __forceinline__ void shrink(const Item& item) {
     for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
       const int tile_row = pair * kPairRows + rank * kBlockM, row = tile_row + self.index * kBox;
+      const Part& part = p.part[item.part];
       float acc[C::kBlockR / 2] = {};
       if constexpr (kDrops && !kBackward) {
-        multiply_masked(acc, row);
+        multiply_masked(acc, row, shrink_steps(part));
       } else {
-        consume(shrink_steps(), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
+        consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
       }
-      scale_by(acc, *p.scale * p.dropout.keep_scale);
-      outbox.keep(acc, &p.low, row, 0, p.ready + tile_row / kBlockM);
+      scale_by(acc, *part.scale * p.dropout.keep_scale);
+      outbox.keep(acc, &part.low, row, 0, part.ready + tile_row / kBlockM);
       outbox.send_boxes();  // somebody may wait already
     }
   }
 
-  __device__ int shrink_steps() const { return ceil_div(p.K, C::kShrinkHalves * kBox); }
+  __device__ int shrink_steps(const Part& part) const { return ceil_div(part.depth, C::kShrinkHalves * kBox); }
   __device__ uint32_t shrink_box(uint32_t stage, int half) const { return stage + (2 * half + self.index) * kBoxBytes; }
 
   __device__ __forceinline__ void multiply_shrink(float (&acc)[C::kBlockR / 2], uint32_t stage) {
@@ -105,11 +106,11 @@ struct Consumer {
   }
 
   // Forward with dropout: the boxes of x that this warpgroup multiplies are its own, and are masked where they lie.
-  __device__ __forceinline__ void multiply_masked(float (&acc)[C::kBlockR / 2], int row) {
+  __device__ __forceinline__ void multiply_masked(float (&acc)[C::kBlockR / 2], int row, int steps) {
     outbox.empty();
     BoxMask mask(Mask(p.dropout), self);
     mask.set_rows(row);
-    consume(shrink_steps(), [&](uint32_t stage, int step) {
+    consume(steps, [&](uint32_t stage, int step) {
 #pragma unroll
       for (int half = 0; half < C::kShrinkHalves; ++half) {
         mask.apply(shrink_box(stage, half), (step * C::kShrinkHalves + half) * kBox);
@@ -129,29 +130,49 @@ struct Consumer {
 
   __device__ __forceinline__ void tile(const Item& item) {
     constexpr bool kMasked = kBackward && kDrops;
-    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps over K, or first.
-    if (kMasked || boxes_of(p.K) <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
+    const Terms terms = terms_of(item);
+    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps before, or first.
+    if (kMasked || terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
     if constexpr (kMasked) {
-      multiply_steps(acc, 0, p.r);
+      multiply_steps(acc, 0, terms.rank_steps, terms.first);
       mask_out(acc, tile_row + self.index * kBox, item.col * C::kBlockN);
-      multiply_steps(acc, p.K, 0);
+      multiply_steps(acc, terms.steps, 0, terms.first);
     } else if (rides<C, kBackward, kDrops>(p.schedule, item)) {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, tile_row);
     } else {
-      multiply_steps(acc, p.K, p.r);
+      multiply_steps(acc, terms.steps, terms.rank_steps, terms.first);
     }
-    if (p.bias != nullptr) add_bias(acc, item.col * C::kBlockN);
-    outbox.keep(acc, &p.out, tile_row + self.index * kBox, item.col * C::kBlockN, nullptr);
+    if constexpr (!kBackward) add_bias(acc, p.part[item.part], item.col * C::kBlockN);
+    outbox.keep_out(acc, kBackward ? 0 : item.part, tile_row + self.index * kBox, item.col * C::kBlockN);
   }
 
-  // Steps over `k` of K, then over `r` ranks.
-  __device__ __forceinline__ void multiply_steps(float (&acc)[C::kBlockN / 2], int k, int r) {
-    const int steps = boxes_of(k);
-    consume(steps + boxes_of(r), [&](uint32_t stage, int step) {
+  // What a tile sums over: steps over depth, those over ranks, and the part whose ranks come first.
+  struct Terms {
+    int steps, rank_steps, first;
+  };
+
+  __device__ Terms terms_of(const Item& item) const {
+    if (!kBackward) return {boxes_of(p.part[item.part].depth), boxes_of(p.part[item.part].r), item.part};
+    Terms terms{0, 0, 0};
+    for (int i = 0; i < p.parts; ++i) {
+      terms.steps += boxes_of(p.part[i].depth);
+      terms.rank_steps += boxes_of(p.part[i].r);
+    }
+    return terms;
+  }
+
+  // Steps over depth, then over the ranks of the parts from `of` on.
+  __device__ __forceinline__ void multiply_steps(float (&acc)[C::kBlockN / 2], int steps, int rank_steps, int of) {
+    int left = kBackward ? 0 : p.part[of].r + kBox;  // of a part's ranks
+    consume(steps + rank_steps, [&](uint32_t stage, int step) {
       const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
-      multiply_slices<kSlices>(acc, lhs, rhs, step < steps ? kBox : r - (step - steps) * kBox);
+      if (step >= steps) {
+        left -= kBox;
+        while (kBackward && left <= 0) left = p.part[of++].r;
+      }
+      multiply_slices<kSlices>(acc, lhs, rhs, step < steps ? kBox : left);
     });
   }
 
@@ -167,7 +188,8 @@ struct Consumer {
   // With 16 more columns, which are low; it is multiplied from registers, and stored for the other tiles of these rows.
   __device__ __forceinline__ void multiply_riding(float (&acc)[C::kBlockN / 2], int tile_row) {
     float low[8] = {};
-    consume(boxes_of(p.K), [&](uint32_t stage, int) {
+    const Part& part = p.part[0];  // a group of one alone rides
+    consume(boxes_of(part.depth), [&](uint32_t stage, int) {
       const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<false>(stage + 2 * kBoxBytes);
       const uint64_t down = descriptor<false>(stage + C::kTileBoxes * kBoxBytes);
       ptx::wgmma_fence();
@@ -178,35 +200,37 @@ struct Consumer {
       }
       ptx::wgmma_commit();
     });
-    scale_by(low, *p.scale);
+    scale_by(low, *part.scale);
     const uint32_t rounded[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(low[4], low[5]), pack<T>(low[6], low[7])};
     const uint64_t up = descriptor<false>(await_stage() + 2 * kBoxBytes);
     ptx::wgmma_fence();
     ptx::wgmma<T, false>(acc, rounded, up);
     ptx::wgmma_commit();
-    store_riding_low(rounded, tile_row);
+    store_riding_low(rounded, part, tile_row);
     ptx::wgmma_wait<0>();
     release(ring.stage);
     ring.advance();
   }
 
-  __device__ void store_riding_low(const uint32_t (&rounded)[4], int tile_row) {
-    T* low = static_cast<T*>(p.low_data);
+  __device__ void store_riding_low(const uint32_t (&rounded)[4], const Part& part, int tile_row) {
+    T* low = static_cast<T*>(part.low_data);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t at = tile_row + self.index * kBox + self.row() + i % 2 * 8;
       const int c = i / 2 * 8 + self.col();
-      if (at < p.M && c < p.low_stride) *reinterpret_cast<uint32_t*>(low + at * p.low_stride + c) = rounded[i];
+      if (at < p.M && c < part.low_stride) *reinterpret_cast<uint32_t*>(low + at * part.low_stride + c) = rounded[i];
     }
-    if (p.schedule.riding_low_is_awaited()) outbox.raise(p.ready + tile_row / kBlockM, false);
+    if (p.schedule.riding_low_is_awaited()) outbox.raise(part.ready + tile_row / kBlockM, false);
   }
 
-  __device__ void add_bias(float (&acc)[C::kBlockN / 2], int first_col) {
+  __device__ void add_bias(float (&acc)[C::kBlockN / 2], const Part& part, int first_col) {
+    if (part.bias == nullptr) return;
 #pragma unroll
     for (int j = 0; j < C::kBlockN / 8; ++j) {
       const int c = first_col + 8 * j + self.col();
-      if (c >= p.N) continue;
-      const float a = load_as_float(p.bias, p.bias_dtype, c), b = c + 1 < p.N ? load_as_float(p.bias, p.bias_dtype, c + 1) : 0;
+      if (c >= part.cols) continue;
+      const float a = load_as_float(part.bias, part.bias_dtype, c);
+      const float b = c + 1 < part.cols ? load_as_float(part.bias, part.bias_dtype, c + 1) : 0;
       acc[4 * j] += a;
       acc[4 * j + 1] += b;
       acc[4 * j + 2] += a;
@@ -219,7 +243,8 @@ struct Consumer {
   __device__ __forceinline__ void gradient(const Item& item) {
     constexpr int kBlocks = C::kGradientBlocks;
     const bool of_A = item.work == Work::kGradientA;
-    const Gradient& g = of_A ? p.dA : p.dB;
+    const Part& of = p.part[item.part];
+    const Gradient& g = of_A ? of.dA : of.dB;
     const int slice = item.row_pair / p.schedule.slice_pairs;
     const int row = item.row_pair * kPairRows, tokens = min(p.M - row, p.schedule.slice_pairs * kPairRows);
     const int part = (item.col * kCluster + rank) * kConsumers + self.index;
@@ -250,7 +275,7 @@ struct Consumer {
       consume(steps, [&](uint32_t stage, int) { multiply_gradient(acc, stage); });
     }
     outbox.empty();
-    const Chain<C, T> chain{p, self, g, part, slice, p.schedule.slices()};
+    const Chain<C, T> chain{p, of, self, g, part, slice, p.schedule.slices()};
     chain.await_turn();
     if (g.sums != nullptr) chain.add_sum(sum);
     chain.add(acc);

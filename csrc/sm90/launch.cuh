@@ -30,16 +30,32 @@ cudaError_t allow_shared_memory(int bytes) {
   return error;
 }
 
+// The chains' flags behind those of low, and their partial sums one after another from the first's on.
+template <typename C>
+void place_chains(KernelParams& p, const Pass& pass) {
+  int* chain = p.next_item + p.flags;
+  float* partial = p.part[0].dA.partial;
+  for (int i = 0; i < pass.parts; ++i) {
+    const PassPart& sizes = pass.part[i];
+    Part& part = p.part[i];
+    part.dA.chain = chain;
+    part.dA.partial = partial;
+    chain += sizes.wants_dA ? chain_flags<C>(sizes.cols) : 0;
+    partial += sizes.wants_dA ? partial_floats<C>(sizes.cols) : 0;
+    part.dB.chain = chain;
+    part.dB.partial = partial;
+    chain += sizes.wants_dB ? chain_flags<C>(sizes.depth) : 0;
+    partial += sizes.wants_dB ? partial_floats<C>(sizes.depth) : 0;
+    part.dB.sums_partial = partial;
+    partial += sizes.wants_dB ? partial_cols<C>(sizes.depth) : 0;
+  }
+}
+
 template <typename C, typename T, bool kBackward, bool kDrops>
 cudaError_t launch(KernelParams p, const Pass& pass, int clusters, cudaStream_t stream) {
   p.schedule = make_schedule<C>(pass, clusters);
-  p.flags = static_cast<int>(2 + ready_flags(pass.M));
-  if constexpr (kBackward) {
-    p.dA.chain = p.ready + ready_flags(pass.M);
-    p.dB.chain = p.dA.chain + (pass.wants_dA ? chain_flags<C>(pass.N) : 0);
-    p.dB.partial = p.dA.partial + (pass.wants_dA ? partial_floats<C>(pass.N) : 0);
-    p.dB.sums_partial = p.dB.partial + (pass.wants_dB ? partial_floats<C>(pass.K) : 0);
-  }
+  p.flags = static_cast<int>(2 + pass.parts * ready_flags(pass.M));
+  if constexpr (kBackward) place_chains<C>(p, pass);
   int items = 0;
   for (int step = p.schedule.first_step(); step < p.schedule.last_step(); ++step) items += p.schedule.size(step);
 
@@ -53,7 +69,7 @@ cudaError_t launch(KernelParams p, const Pass& pass, int clusters, cudaStream_t 
 
 template <typename T, bool kBackward, bool kDrops, int kBlockN>
 cudaError_t launch_rank(const KernelParams& p, const Pass& pass, int clusters, cudaStream_t stream) {
-  switch (block_rank(pass.r)) {
+  switch (block_rank(pass.most_rank())) {
     case 16: return launch<Config<kBlockN, 16>, T, kBackward, kDrops>(p, pass, clusters, stream);
     case 64: return launch<Config<kBlockN, 64>, T, kBackward, kDrops>(p, pass, clusters, stream);
     case 128: return launch<Config<kBlockN, 128>, T, kBackward, kDrops>(p, pass, clusters, stream);
@@ -65,7 +81,7 @@ template <typename T, bool kBackward, bool kDrops>
 cudaError_t launch_tiles(const KernelParams& p, const Pass& pass, cudaStream_t stream) {
   const int clusters = clusters_at_once();
   if (clusters == 0) return cudaErrorInvalidDevice;
-  if (wants_narrow_tiles(pass.M, pass.N, pass.r, clusters)) return launch_rank<T, kBackward, kDrops, 128>(p, pass, clusters, stream);
+  if (wants_narrow_tiles(pass, clusters)) return launch_rank<T, kBackward, kDrops, 128>(p, pass, clusters, stream);
   return launch_rank<T, kBackward, kDrops, 256>(p, pass, clusters, stream);
 }
 
@@ -83,20 +99,21 @@ extern FUSED_LORA_LAUNCH_PASS(false, true);
 extern FUSED_LORA_LAUNCH_PASS(true, false);
 extern FUSED_LORA_LAUNCH_PASS(true, true);
 
-// Parameters that both passes have: sizes, low, and the flags, in the order in which KernelParams says they lie.
-inline KernelParams params_of(const Pass& pass, const Matrix& low, const float* scale, const Dropout& dropout, int* flags) {
+// Parameters that both passes have: sizes, and the flags, in the order in which KernelParams says they lie.
+inline KernelParams params_of(const Pass& pass, const Dropout& dropout, int* flags) {
   KernelParams p{};
   p.M = static_cast<int>(pass.M);
-  p.N = static_cast<int>(pass.N);
-  p.K = static_cast<int>(pass.K);
-  p.r = static_cast<int>(pass.r);
-  p.low_data = low.data;
-  p.low_stride = low.stride;
-  p.scale = scale;
+  p.parts = pass.parts;
   p.dropout = dropout;
   p.next_item = flags;
   p.exited = flags + 1;
-  p.ready = flags + 2;
+  for (int i = 0; i < pass.parts; ++i) {
+    Part& part = p.part[i];
+    part.cols = static_cast<int>(pass.part[i].cols);
+    part.depth = static_cast<int>(pass.part[i].depth);
+    part.r = static_cast<int>(pass.part[i].r);
+    part.ready = flags + 2 + i * ready_flags(pass.M);
+  }
   return p;
 }
 
@@ -113,11 +130,11 @@ struct MapMaker {
 };
 
 // out (M, N), contiguous: by the copy engine where its rows are multiples of 16 bytes.
-inline void set_out(KernelParams& p, MapMaker& map, const Matrix& out) {
+inline void set_out(Part& part, MapMaker& map, const Matrix& out) {
   if (out.stride % 8 == 0) {
-    p.out = map(out);
+    part.out = map(out);
   } else {
-    p.out_data = static_cast<uint16_t*>(out.data);
+    part.out_data = static_cast<uint16_t*>(out.data);
   }
 }
 

@@ -13,7 +13,7 @@ __device__ void take_items(Shared<C>& shared, const KernelParams& p, int index) 
   Cursor cursor(p.schedule);
   for (uint32_t phase = 0;; phase ^= 1) {
     const Item item = cursor.item(p.schedule, index);
-    const int4 words = make_int4(static_cast<int>(item.work), item.row_pair, item.col, item.stride);
+    const int4 words = make_int4(static_cast<int>(item.work) | item.part << 16, item.row_pair, item.col, item.stride);
     for (int rank = 0; rank < kCluster; ++rank) ptx::publish_at(&shared.item, &shared.item_full, rank, words);
     if (item.work == Work::kEnd) return;
     ptx::mbarrier_wait(&shared.item_empty, phase);
@@ -25,7 +25,7 @@ template <typename C>
 __device__ Item await_item(Shared<C>& shared, uint32_t phase) {
   ptx::mbarrier_wait(&shared.item_full, phase);
   const int4 words = *reinterpret_cast<const int4*>(&shared.item);
-  return {static_cast<Work>(words.x), words.y, {words.z}, words.w};
+  return {static_cast<Work>(words.x & 0xFFFF), static_cast<short>(words.x >> 16), words.y, {words.z}, words.w};
 }
 
 // The last block whose producer has seen the list's end sets the flags back to zero for the next launch: nobody waits for
@@ -43,9 +43,12 @@ __device__ inline void leave(const KernelParams& p) {
 
 template <bool kBackward>
 __device__ void prefetch_maps(const KernelParams& p) {
-  for (const CUtensorMap* map : {&p.lhs, &p.weight, &p.down, &p.low, &p.up, &p.out}) ptx::tma_prefetch(map);
-  if constexpr (kBackward) {
-    for (const CUtensorMap* map : {&p.dA.big, &p.dB.low}) ptx::tma_prefetch(map);
+  for (int i = 0; i < p.parts; ++i) {
+    const Part& part = p.part[i];
+    for (const CUtensorMap* map : {&part.lhs, &part.weight, &part.down, &part.low, &part.up, &part.out}) ptx::tma_prefetch(map);
+    if constexpr (kBackward) {
+      for (const CUtensorMap* map : {&part.dA.big, &part.dB.low}) ptx::tma_prefetch(map);
+    }
   }
 }
 

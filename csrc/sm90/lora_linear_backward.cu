@@ -1,4 +1,5 @@
-// dxa = scale dy B, dx = dy W + dxa A, dA = dxa^T x, dB = dy^T xa, dbias = sum of dy.
+// Of each linear that reads x: dxa = scale dy B, dA = dxa^T x, dB = dy^T xa, dbias = sum of dy; and of all of them together
+// dx = sum of dy W + dxa A.
 #include "launch.cuh"
 
 namespace fused_lora {
@@ -6,56 +7,86 @@ namespace sm90 {
 
 FUSED_LORA_LAUNCH_PASS(true, false);
 
+namespace {
+
+Pass pass_of(const BackwardParams& b) {
+  Pass pass{b.x.rows, true, b.dropout.seed != nullptr, b.needs_dx, b.parts, {}};
+  for (int i = 0; i < b.parts; ++i) {
+    const BackwardPart& part = b.part[i];
+    pass.part[i] = {b.x.cols, part.dy.cols, part.A.rows, part.dA != nullptr, part.dB != nullptr || part.dbias != nullptr};
+  }
+  return pass;
+}
+
+void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& low, const Matrix& x, bool copied) {
+  g.big = map(x);
+  g.low = low;
+  g.needs_low = true;
+  g.out = b.dA;
+  g.stride_col = 1;
+  g.stride_rank = x.cols;
+  g.cols = static_cast<int>(x.cols);
+  g.copied = copied && x.cols % 8 == 0;
+  if (g.copied) g.result = map({b.dA, b.A.rows, x.cols, x.cols});
+}
+
+void set_dB(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& dy, bool copied) {
+  const int64_t r = b.A.rows;
+  g.big = dy;
+  if (r > 0) g.low = map(b.xa);
+  g.out = b.dB;
+  g.sums = b.dbias;
+  g.stride_col = r;
+  g.stride_rank = 1;
+  g.cols = static_cast<int>(b.dy.cols);
+  g.copied = b.dB != nullptr && copied && r % 8 == 0;
+  if (g.copied) g.result = map({b.dB, b.dy.cols, r, r});
+}
+
+void set_part(Part& part, MapMaker& map, const BackwardPart& b, const Matrix& x, bool copied) {
+  part.lhs = map(b.dy);
+  part.weight = map(b.weight);
+  if (part.r > 0) {
+    part.down = map(b.B);
+    part.low = map(b.dxa);
+    part.up = map(b.A);
+  }
+  if (b.dA != nullptr) set_dA(part.dA, map, b, part.low, x, copied);
+  if (b.dB != nullptr || b.dbias != nullptr) set_dB(part.dB, map, b, part.lhs, copied);
+  part.scale = b.scale;
+  part.bias_dtype = b.bias_dtype;
+}
+
+}  // namespace
 }  // namespace sm90
 
 using namespace sm90;
 
-int64_t backward_flags(int64_t M, int64_t K, int64_t N) {
-  return 2 + ready_flags(M) + most_chain_flags(K) + most_chain_flags(N);
+int64_t backward_flags(const BackwardParams& b) {
+  int64_t flags = 2;
+  for (int i = 0; i < b.parts; ++i) flags += ready_flags(b.x.rows) + most_chain_flags(b.x.cols) + most_chain_flags(b.part[i].dy.cols);
+  return flags;
 }
 
-int64_t backward_partials(int64_t K, int64_t N, int64_t r) {
-  return most_partial_floats(K, r) + most_partial_floats(N, r) + most_partial_cols(N);
+int64_t backward_partials(const BackwardParams& b) {
+  int64_t most_rank = 0, floats = 0;
+  for (int i = 0; i < b.parts; ++i) most_rank = std::max(most_rank, b.part[i].A.rows);
+  for (int i = 0; i < b.parts; ++i) {
+    const int64_t N = b.part[i].dy.cols;
+    floats += most_partial_floats(b.x.cols, most_rank) + most_partial_floats(N, most_rank) + most_partial_cols(N);
+  }
+  return floats;
 }
 
 cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t stream) {
-  const bool drops = b.dropout.seed != nullptr, works_on_dB = b.needs_dB || b.needs_dbias;
-  const Pass pass{b.dy.rows, b.weight.cols, b.dy.cols, b.A.rows, true, drops, b.needs_dx, b.needs_dA, works_on_dB};
-  KernelParams p = params_of(pass, b.dxa, b.scale, b.dropout, b.flags);
+  const Pass pass = pass_of(b);
+  KernelParams p = params_of(pass, b.dropout, b.flags);
   MapMaker map{b.dtype};
-  p.lhs = map(b.dy);
-  p.weight = map(b.weight);
-  p.down = map(b.B);
-  p.low = map(b.dxa);
-  p.up = map(b.A);
-  if (b.needs_dx) set_out(p, map, b.dx);
-  const bool copied = b.factor_dtype == b.dtype;
-  if (b.needs_dA) {
-    p.dA.big = map(b.x);
-    p.dA.low = p.low;
-    p.dA.needs_low = true;
-    p.dA.out = b.dA;
-    p.dA.stride_col = 1;
-    p.dA.stride_rank = b.x.cols;
-    p.dA.cols = p.N;
-    p.dA.copied = copied && b.x.cols % 8 == 0;
-    if (p.dA.copied) p.dA.result = map({b.dA, p.r, b.x.cols, b.x.cols});
-  }
-  if (works_on_dB) {
-    p.dB.big = p.lhs;
-    p.dB.low = map(b.xa);
-    p.dB.out = b.needs_dB ? b.dB : nullptr;
-    p.dB.sums = b.needs_dbias ? b.dbias : nullptr;
-    p.dB.stride_col = p.r;
-    p.dB.stride_rank = 1;
-    p.dB.cols = p.K;
-    p.dB.copied = b.needs_dB && copied && p.r % 8 == 0;
-    if (p.dB.copied) p.dB.result = map({b.dB, b.dy.cols, p.r, p.r});
-  }
+  for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], b.x, b.factor_dtype == b.dtype);
+  if (b.needs_dx) set_out(p.part[0], map, b.dx);
   if (map.error != cudaSuccess) return map.error;
-  p.dA.partial = b.partial;
+  p.part[0].dA.partial = b.partial;
   p.factor_dtype = b.factor_dtype;
-  p.bias_dtype = b.bias_dtype;
   const auto launch = pass.drops ? launch_pass<true, true> : launch_pass<true, false>;
   return launch(p, pass, b.dtype, stream);
 }

@@ -1,4 +1,4 @@
-// xa = scale x A^T, y = x W^T + xa B^T + bias.
+// xa = scale x A^T, y = x W^T + xa B^T + bias, of each linear that reads x.
 #include "launch.cuh"
 
 namespace fused_lora {
@@ -6,30 +6,49 @@ namespace sm90 {
 
 FUSED_LORA_LAUNCH_PASS(false, false);
 
+namespace {
+
+Pass pass_of(const ForwardParams& f) {
+  Pass pass{f.x.rows, false, f.dropout.seed != nullptr, true, f.parts, {}};
+  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false};
+  return pass;
+}
+
+void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x) {
+  part.lhs = map(x);
+  part.weight = map(f.weight);
+  if (part.r > 0) {
+    part.down = map(f.A);
+    part.low = map(f.xa);
+    part.up = map(f.B);
+  }
+  set_out(part, map, f.y);
+  part.low_data = f.xa.data;
+  part.low_stride = f.xa.stride;
+  part.scale = f.scale;
+  part.bias = f.bias;
+  part.bias_dtype = f.bias_dtype;
+}
+
+}  // namespace
 }  // namespace sm90
 
 using namespace sm90;
 
 int tile_width(int64_t M, int64_t N, int64_t r) {
-  return wants_narrow_tiles(M, N, r, std::max(1, clusters_at_once())) ? 128 : 256;
+  const Pass pass{M, false, false, true, 1, {{N, N, r, false, false}}};
+  return wants_narrow_tiles(pass, std::max(1, clusters_at_once())) ? 128 : 256;
 }
 
-int64_t forward_flags(int64_t M) { return 2 + ready_flags(M); }
+int64_t forward_flags(const ForwardParams& f) { return 2 + f.parts * ready_flags(f.x.rows); }
 
 cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
-  const Pass pass{f.x.rows, f.weight.rows, f.x.cols, f.A.rows, false, f.dropout.seed != nullptr, true, false, false};
-  KernelParams p = params_of(pass, f.xa, f.scale, f.dropout, f.flags);
+  const Pass pass = pass_of(f);
+  KernelParams p = params_of(pass, f.dropout, f.flags);
   MapMaker map{f.dtype};
-  p.lhs = map(f.x);
-  p.weight = map(f.weight);
-  p.down = map(f.A);
-  p.down_riding = map(f.A, 16);
-  p.low = map(f.xa);
-  p.up = map(f.B);
-  set_out(p, map, f.y);
+  for (int i = 0; i < f.parts; ++i) set_part(p.part[i], map, f.part[i], f.x);
+  if (f.parts == 1 && p.part[0].r > 0) p.down_riding = map(f.part[0].A, 16);
   if (map.error != cudaSuccess) return map.error;
-  p.bias = f.bias;
-  p.bias_dtype = f.bias_dtype;
   const auto launch = pass.drops ? launch_pass<false, true> : launch_pass<false, false>;
   return launch(p, pass, f.dtype, stream);
 }

@@ -23,7 +23,8 @@ struct Outbox {
   uint32_t boxes[kMostBoxes][16];
   const CUtensorMap* map;
   int first_row, first_col;  // in the map's matrix
-  bool transposed;           // what the registers hold
+  int what;                  // part of the group whose out it is, or one of these
+  static constexpr int kLow = -1, kGradient = -2, kTransposed = -3;  // the last is a gradient, of which registers hold columns
   int* flag = nullptr;
   int next_part = 0, box_count = 0, parts = 0;
 
@@ -32,8 +33,14 @@ struct Outbox {
   __device__ __forceinline__ void keep(const float (&acc)[kCount], const CUtensorMap* of, int row, int col, int* raise_when_out) {
     send_all();
     pack_boxes<0>(acc);
-    address(of, row, col, false);
+    address(of, row, col, kLow);
     hold(boxes_of(2 * kCount), raise_when_out);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void keep_out(const float (&acc)[kCount], int part, int row, int col) {
+    keep(acc, &p.part[part].out, row, col, nullptr);
+    what = part;
   }
 
   // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
@@ -42,7 +49,7 @@ struct Outbox {
     const bool of_A = g.stride_col == 1;
     pack_boxes<0>(acc[0]);
     if constexpr (kBlocks == 2) pack_boxes<boxes_of(C::kBlockR)>(acc[1]);
-    address(&g.result, of_A ? 0 : col, of_A ? col : 0, of_A);
+    address(&g.result, of_A ? 0 : col, of_A ? col : 0, of_A ? kTransposed : kGradient);
     hold(kBlocks * boxes_of(C::kBlockR), nullptr);
   }
 
@@ -52,11 +59,11 @@ struct Outbox {
     for (int i = 0; i < kCount / 2; ++i) boxes[kFirstBox + i / 16][i % 16] = pack<T>(acc[2 * i], acc[2 * i + 1]);
   }
 
-  __device__ __forceinline__ void address(const CUtensorMap* of, int row, int col, bool is_transposed) {
+  __device__ __forceinline__ void address(const CUtensorMap* of, int row, int col, int is) {
     map = of;
     first_row = row;
     first_col = col;
-    transposed = is_transposed;
+    what = is;
   }
 
   __device__ __forceinline__ void hold(int count, int* raise_when_out) {
@@ -123,7 +130,7 @@ struct Outbox {
     for (int j = 0; j < 4; ++j) {
       const uint32_t(&v)[16] = boxes[kBoxIndex];
       const uint32_t pairs[4] = {v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]};
-      if (transposed) {
+      if (what == kTransposed) {
         const int row = 16 * j + 8 * high_bit + self.lane() % 8, chunk = 2 * warp + low_bit;
         ptx::stmatrix_transposed(buffer + swizzled(row, chunk), pairs);
       } else {
@@ -133,26 +140,25 @@ struct Outbox {
     }
   }
 
-  __device__ __forceinline__ bool by_hand() const { return p.out_data != nullptr && map == &p.out; }
+  __device__ __forceinline__ bool by_hand() const { return what >= 0 && p.part[what].out_data != nullptr; }
 
   // A box of out, from shared memory to rows that start anywhere: two at a time, an element a thread.
   __device__ __forceinline__ void store_box(uint32_t buffer, int row, int col) const {
-    const int c = self.thread() % kBox;
-    if (col + c >= p.N) return;
-    uint16_t* out = p.out_data + col + c;
+    const int c = self.thread() % kBox, cols = p.part[what].cols;
+    if (col + c >= cols) return;
+    uint16_t* out = p.part[what].out_data + col + c;
 #pragma unroll 8
     for (int i = self.thread() / kBox; i < kBox; i += kWarpgroup / kBox) {
       const uint16_t value = ptx::load_shared_16(buffer + swizzled(i, c / 8) + c % 8 * 2);
-      if (row + i < p.M) out[int64_t{row + i} * p.N] = value;
+      if (row + i < p.M) out[int64_t{row + i} * cols] = value;
     }
   }
 
   // Boxes lie side by side, but for those of a gradient: boxes_of(r) for each 64 of its columns.
   __device__ __forceinline__ void copy_out(uint32_t buffer, int box) {
     const int ranks = boxes_of(C::kBlockR), across = box / ranks * kBox, along = box % ranks * kBox;
-    const bool gradient = map != &p.out && map != &p.low;
-    const int row = first_row + (!gradient ? 0 : transposed ? along : across);
-    const int col = first_col + (!gradient ? box * kBox : transposed ? across : along);
+    const int row = first_row + (what > kGradient ? 0 : what == kTransposed ? along : across);
+    const int col = first_col + (what > kGradient ? box * kBox : what == kTransposed ? across : along);
     ptx::tma_store(map, row, col, buffer);
     ptx::tma_store_commit();
   }
@@ -172,7 +178,7 @@ struct Outbox {
 
   // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    if (next_part == 0 && box_count == kMostBoxes && map == &p.out && !by_hand()) {
+    if (next_part == 0 && box_count == kMostBoxes && what >= 0 && !by_hand()) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
       write_boxes<0>(buffers);

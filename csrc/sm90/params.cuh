@@ -31,22 +31,30 @@ struct Gradient {
   float* sums_partial;
 };
 
-struct KernelParams {
-  CUtensorMap lhs, weight, down, down_riding, low, up, out;
+// One linear of a group. Forward all read one lhs; backward all add to one out, which is the first's.
+struct Part {
+  CUtensorMap lhs, weight, down, low, up, out;
   Gradient dA, dB;
   uint16_t* out_data;  // where the copy engine cannot write out, whose rows start anywhere: its elements; else null
-  Schedule schedule;
-  int M, N, K, r;  // out (M, N), sums over K
+  int cols, depth, r;  // out (M, cols), sums over depth
   void* low_data;
   int64_t low_stride;
   const float* scale;
   const void* bias;
-  DType bias_dtype, factor_dtype;  // of bias or its gradient; of A's and B's
+  DType bias_dtype;  // of bias or its gradient
+  int* ready;        // for each 128 rows: warpgroups whose part of low is written
+};
+
+struct KernelParams {
+  Part part[kMostParts];
+  CUtensorMap down_riding;
+  Schedule schedule;
+  int M, parts;
+  DType factor_dtype;  // of A's and B's gradients
   Dropout dropout;
-  // Zeros before and after a launch: next_item, exited, ready follow one another, flags in all.
+  // Zeros before and after a launch: next_item, exited and the parts' flags follow one another, flags in all.
   int* next_item;
   int* exited;
-  int* ready;  // for each 128 rows: warpgroups whose part of low is written
   int flags;
 };
 

@@ -9,24 +9,46 @@
 
 namespace fused_lora::sm90 {
 
-// The sizes of one pass: out (M, N) sums over K.
-struct Pass {
-  int64_t M, N, K, r;
-  bool backward, drops;
-  bool wants_out, wants_dA, wants_dB;  // forward: the first; sums of dy come with dB
+// What one linear of a group adds to a pass: out (M, cols) sums over depth. Backward all have the same cols, and one out.
+struct PassPart {
+  int64_t cols, depth, r;       // r = 0: it has no factors
+  bool wants_dA, wants_dB;      // backward; sums of dy come with dB
+};
 
-  bool needs_low() const { return wants_out || wants_dA; }
+struct Pass {
+  int64_t M;
+  bool backward, drops, wants_out;
+  int parts;
+  PassPart part[kMostParts];
+
+  bool needs_low(int i) const { return part[i].r > 0 && (wants_out || part[i].wants_dA); }
+  int64_t most_rank() const {
+    int64_t r = 0;
+    for (int i = 0; i < parts; ++i) r = std::max(r, part[i].r);
+    return r;
+  }
+  // Of one tile's products.
+  int64_t depth() const {
+    int64_t sum = part[0].depth;
+    for (int i = 1; backward && i < parts; ++i) sum += part[i].depth;
+    return sum;
+  }
+  int tile_cols(int block) const {
+    int sum = ceil_div(part[0].cols, block);
+    for (int i = 1; !backward && i < parts; ++i) sum += ceil_div(part[i].cols, block);
+    return sum;
+  }
 };
 
 // Ranks are padded to the next of these in the tensor cores; memory holds none of the padding.
 constexpr int block_rank(int64_t r) { return r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256; }
 
 // Tiles of 128 columns take 0.56 of the time of those of 256 and fill a wave where there are few.
-inline bool wants_narrow_tiles(int64_t M, int64_t N, int64_t r, int clusters) {
-  const int64_t row_pairs = ceil_div(M, kPairRows);
-  const int wide_waves = ceil_div(row_pairs * ceil_div(N, 256), clusters);
-  const int narrow_waves = ceil_div(row_pairs * ceil_div(N, 128), clusters);
-  return r <= 128 && 0.56 * narrow_waves < wide_waves;
+inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
+  const int64_t row_pairs = ceil_div(pass.M, kPairRows);
+  const int wide_waves = ceil_div(row_pairs * pass.tile_cols(256), clusters);
+  const int narrow_waves = ceil_div(row_pairs * pass.tile_cols(128), clusters);
+  return pass.most_rank() <= 128 && 0.56 * narrow_waves < wide_waves;
 }
 
 // The list's order was chosen by measurement (docs/hopper.md). A shrink item costs about half a tile: where tiles are long, two
@@ -36,24 +58,33 @@ template <typename C>
 Schedule make_schedule(const Pass& pass, int clusters) {
   Schedule s{};
   s.row_pairs = ceil_div(pass.M, kPairRows);
-  s.tile_cols = pass.wants_out ? ceil_div(pass.N, C::kBlockN) : 0;
-  const bool long_tiles = pass.K >= 3072, masks_shrink = pass.drops && !pass.backward;  // which makes its items long
+  s.parts = pass.parts;
+  for (int i = 0; pass.wants_out && i < (pass.backward ? 1 : pass.parts); ++i) {
+    s.tile_cols[i] = ceil_div(pass.part[i].cols, C::kBlockN);
+  }
+  const int tile_cols = pass.wants_out ? pass.tile_cols(C::kBlockN) : 0;
+  const bool long_tiles = pass.depth() >= 3072, masks_shrink = pass.drops && !pass.backward;  // which makes its items long
   // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
-  s.rides = C::kCanRide && !pass.backward && !pass.drops && s.tile_cols <= 4;
+  s.rides = C::kCanRide && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols <= 4;
   s.group_pairs = s.rides ? 32 : 8;
   s.groups = ceil_div(s.row_pairs, s.group_pairs);
-  const bool small_groups = s.group_pairs * s.tile_cols < clusters / 2;
-  if (pass.needs_low() && !s.rides) {
+  const bool small_groups = s.group_pairs * tile_cols < clusters / 2;
+  for (int i = 0; i < pass.parts; ++i) {
+    if (pass.needs_low(i)) s.shrink_part[s.shrinking++] = static_cast<short>(i);
+  }
+  if (s.shrinking > 0 && !s.rides) {
     s.shrink_batch = long_tiles && C::kBlockN == 256 && C::kBlockR <= 128 && !masks_shrink ? 2 : 1;
     s.shrink_lead = pass.backward && small_groups ? 4 : 1;
   }
   s.gradient_lead = pass.backward && small_groups ? std::min(2, std::max(0, s.shrink_lead - 1)) : 0;
   s.tail = long_tiles ? 0 : 4;
   // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
-  const bool halves_slices = s.groups == 1 || (pass.drops && pass.K >= 2048);
+  const bool halves_slices = s.groups == 1 || (pass.drops && pass.depth() >= 2048);
   s.slice_pairs = halves_slices ? 4 : s.group_pairs;
-  if (pass.wants_dA) s.dA_pairs = ceil_div(pass.N, kCluster * C::kGradientCols);
-  if (pass.wants_dB) s.dB_pairs = ceil_div(pass.K, kCluster * C::kGradientCols);
+  for (int i = 0; i < pass.parts; ++i) {
+    if (pass.part[i].wants_dA) s.dA_pairs[i] = ceil_div(pass.part[i].cols, kCluster * C::kGradientCols);
+    if (pass.part[i].wants_dB) s.dB_pairs[i] = ceil_div(pass.part[i].depth, kCluster * C::kGradientCols);
+  }
   return s;
 }
 

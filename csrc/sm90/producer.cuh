@@ -33,7 +33,9 @@ struct Producer {
   // The same boxes for both blocks of the cluster: each loads every other one for both.
   template <bool kMN>
   __device__ void load_for_both(uint32_t target, const CUtensorMap* map, int row, int col, int boxes) {
-    for (int i = rank; i < boxes; i += kCluster) {
+    for (int first = 0; first < boxes; first += kCluster) {  // so that the compiler counts them
+      const int i = first + rank;
+      if (i >= boxes) break;
       ptx::tma_load_multicast(target + i * kBoxBytes, map, row + (kMN ? 0 : i * kBox), col + (kMN ? i * kBox : 0),
                               &shared.full[ring.stage], (1 << kCluster) - 1);
     }
@@ -47,8 +49,8 @@ struct Producer {
   // The next item may be taken: late, so that whoever is free first takes it, and early enough to hide that.
   __device__ void release_item() { ptx::mbarrier_arrive_at(&shared.item_empty, 0); }
 
-  __device__ void wait_for_low(int row) {
-    ptx::flag_wait(p.ready + row / kBlockM, kConsumers);
+  __device__ void wait_for_low(const Part& part, int row) {
+    ptx::flag_wait(part.ready + row / kBlockM, kConsumers);
     ptx::fence_async_global();
   }
 
@@ -60,14 +62,16 @@ struct Producer {
 
   __device__ void shrink(const Item& item) {
     constexpr int kWidth = C::kShrinkHalves * kBox;
-    const int release_at = lookahead(p.K, kWidth);
+    const Part& part = p.part[item.part];
+    const int release_at = lookahead(part.depth, kWidth);
     for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
       const int row = pair * kPairRows + rank * kBlockM;
-      for (int k = 0; k < p.K; k += kWidth) {
+#pragma unroll 1
+      for (int k = 0; k < part.depth; k += kWidth) {
         const uint32_t stage = begin_step(C::kShrinkBoxes * kBoxBytes);
         for (int half = 0; half < C::kShrinkHalves; ++half) {
-          load<false>(stage + 2 * half * kBoxBytes, &p.lhs, row, k + half * kBox, 2);
-          load_right(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes, &p.down, 0, k + half * kBox,
+          load<false>(stage + 2 * half * kBoxBytes, &part.lhs, row, k + half * kBox, 2);
+          load_right(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes, &part.down, 0, k + half * kBox,
                      boxes_of(C::kBlockR));
         }
         ring.advance();
@@ -79,34 +83,46 @@ struct Producer {
   // The first element of the step, of `width` out of `size`, after which the next item may be taken.
   __device__ static int lookahead(int size, int width) { return max(0, size - kLookahead * width) / width * width; }
 
+  // Forward a tile is one linear's; backward it sums over all of them. What may have to be waited for comes last, or where it
+  // is masked first.
   __device__ void tile(const Item& item) {
     const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kBlockN;
+    const int first = kBackward ? 0 : item.part, last = kBackward ? p.parts : item.part + 1;
     const bool riding = rides<C, kBackward, kDrops>(p.schedule, item);
-    if (kBackward && kDrops) tile_ranks(row, col, false);  // which are masked before the rest is added
-    const int release_at = lookahead(p.K, kBox);
-    for (int k = 0; k < p.K; k += kBox) {
-      const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (riding ? C::kRideBytes : 0));
-      load<false>(stage, &p.lhs, row, k, 2);
-      load_right(stage + 2 * kBoxBytes, &p.weight, col, k, C::kBlockN / kBox);
-      if (riding) load_right(stage + C::kTileBoxes * kBoxBytes, &p.down_riding, 0, k, 1);
-      ring.advance();
-      if (k == release_at) release_item();
+    if (kBackward && kDrops) tile_ranks(first, last, row, col, riding);
+    for (int i = first; i < last; ++i) {
+      const Part& part = p.part[i];
+      const int release_at = i + 1 == last ? lookahead(part.depth, kBox) : -1;
+#pragma unroll 1
+      for (int k = 0; k < part.depth; k += kBox) {
+        const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (riding ? C::kRideBytes : 0));
+        load<false>(stage, &part.lhs, row, k, 2);
+        load_right(stage + 2 * kBoxBytes, &part.weight, col, k, C::kBlockN / kBox);
+        if (riding) load_right(stage + C::kTileBoxes * kBoxBytes, &p.down_riding, 0, k, 1);
+        ring.advance();
+        if (k == release_at) release_item();
+      }
     }
-    if (!(kBackward && kDrops)) tile_ranks(row, col, riding);
+    if (!(kBackward && kDrops)) tile_ranks(first, last, row, col, riding);
   }
 
-  __device__ void tile_ranks(int row, int col, bool riding) {
-    if (!riding) wait_for_low(row);
-    for (int k = 0; k < p.r; k += kBox) {
-      const uint32_t stage = begin_step((C::kTileBoxes - (riding ? 2 : 0)) * kBoxBytes);
-      if (!riding) load<false>(stage, &p.low, row, k, 2);
-      load_right(stage + 2 * kBoxBytes, &p.up, col, k, C::kBlockN / kBox);
-      ring.advance();
+  __device__ void tile_ranks(int first, int last, int row, int col, bool riding) {
+    for (int i = first; i < last; ++i) {
+      const Part& part = p.part[i];
+      if (part.r > 0 && !riding) wait_for_low(part, row);
+#pragma unroll 1
+      for (int k = 0; k < part.r; k += kBox) {
+        const uint32_t stage = begin_step((C::kTileBoxes - (riding ? 2 : 0)) * kBoxBytes);
+        if (!riding) load<false>(stage, &part.low, row, k, 2);
+        load_right(stage + 2 * kBoxBytes, &part.up, col, k, C::kBlockN / kBox);
+        ring.advance();
+      }
     }
   }
 
   __device__ void gradient(const Item& item) {
-    const Gradient& g = item.work == Work::kGradientA ? p.dA : p.dB;
+    const Part& part = p.part[item.part];
+    const Gradient& g = item.work == Work::kGradientA ? part.dA : part.dB;
     constexpr int kBigBoxes = C::kGradientCols / kBox;
     const int col = (item.col * kCluster + rank) * C::kGradientCols;
     const int first = item.row_pair * kPairRows, tokens = min(p.M - first, p.schedule.slice_pairs * kPairRows);
@@ -114,8 +130,8 @@ struct Producer {
     for (int i = 0; i < tokens; i += kBox) {
       const int row = first + i;
       if (g.needs_low && row % kPairRows == 0) {
-        wait_for_low(row);
-        wait_for_low(row + kBlockM);  // of rows beyond M too: a flag that is raised must be waited for before the launch ends
+        wait_for_low(part, row);
+        wait_for_low(part, row + kBlockM);  // of rows beyond M too: a flag that is raised must be waited for before the launch ends
       }
       const uint32_t stage = begin_step(C::kGradientBoxes * kBoxBytes);
       load<true>(stage, &g.big, row, col, kBigBoxes);

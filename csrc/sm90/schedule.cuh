@@ -16,10 +16,11 @@ __host__ __device__ constexpr int ceil_div(Int a, int b) {
 constexpr int kBlockM = 128;  // rows of a block's tile; a cluster of two takes twice as many
 constexpr int kPairRows = 2 * kBlockM;
 
-enum class Work : int { kShrink, kTile, kGradientA, kGradientB, kEnd };
+enum class Work : short { kShrink, kTile, kGradientA, kGradientB, kEnd };
 
 struct alignas(16) Item {
   Work work;
+  short part;    // of the group: whose low, whose columns of out (backward they are one), whose gradient
   int row_pair;  // of a tile; the first of a shrink item or of a gradient's slice
   union {
     int col;    // of a tile, in tiles; of a gradient, in pairs of tiles
@@ -30,26 +31,39 @@ struct alignas(16) Item {
 
 struct Schedule {
   int row_pairs, group_pairs, groups;
-  int tile_cols;      // of out; 0 where it is not wanted
+  int parts, tile_cols[kMostParts];  // of each part's out, backward of the first's; 0 where it is not wanted
+  int shrinking;                     // parts whose low is wanted
+  short shrink_part[kMostParts];     // which those are
   bool rides;         // low comes from the first column of tiles instead of shrink items
   int shrink_batch;   // row pairs of a shrink item; 0 without them
   int shrink_lead;    // groups between shrink items and the tiles beside them
   int gradient_lead;  // the same of gradient items; negative where they come later than their tiles
   int tail;           // a step's gradient items come before this share of its tiles: the last 1 / tail, or none if 0
-  int dA_pairs, dB_pairs;
+  int dA_pairs[kMostParts], dB_pairs[kMostParts];
   int slice_pairs;  // row pairs of a gradient item; divides group_pairs
 
   // Whether another tile waits for what one brings forth. A flag that nobody waits for must not be raised: the launch may be
   // over by then.
-  __host__ __device__ bool riding_low_is_awaited() const { return tile_cols > 1; }
+  __host__ __device__ bool riding_low_is_awaited() const { return tile_cols[0] > 1; }
 
   __host__ __device__ int slices() const { return ceil_div(row_pairs, slice_pairs); }
   __host__ __device__ int pairs(int group) const {
     return group < 0 || group >= groups ? 0 : min(group_pairs, row_pairs - group * group_pairs);
   }
-  __host__ __device__ int shrinks(int group) const { return shrink_batch == 0 ? 0 : ceil_div(pairs(group), shrink_batch); }
-  __host__ __device__ int tiles(int group) const { return pairs(group) * tile_cols; }
-  __host__ __device__ int gradients(int group) const { return ceil_div(pairs(group), slice_pairs) * (dA_pairs + dB_pairs); }
+  __host__ __device__ int shrinks(int group) const {
+    return shrink_batch == 0 ? 0 : ceil_div(pairs(group), shrink_batch) * shrinking;
+  }
+  __host__ __device__ int tiles(int group) const {
+    int cols = 0;
+    for (int part = 0; part < parts; ++part) cols += tile_cols[part];
+    return pairs(group) * cols;
+  }
+  __host__ __device__ int gradient_cols() const {
+    int cols = 0;
+    for (int part = 0; part < parts; ++part) cols += dA_pairs[part] + dB_pairs[part];
+    return cols;
+  }
+  __host__ __device__ int gradients(int group) const { return ceil_div(pairs(group), slice_pairs) * gradient_cols(); }
 
   __host__ __device__ int first_step() const { return -max(shrink_lead, gradient_lead); }
   __host__ __device__ int last_step() const { return groups + max(0, -gradient_lead); }
@@ -67,19 +81,28 @@ struct Schedule {
     return tile(step, i - gradient_items);
   }
 
-  // The group's row pairs dealt to its items in turn: the first of each come first.
+  // The group's row pairs dealt to its items in turn: the first of each come first. The same rows of all parts follow one
+  // another.
   __host__ __device__ Item shrink(int group, int i, int items) const {
-    return {Work::kShrink, group * group_pairs + i, {ceil_div(pairs(group) - i, items)}, items};
+    const int first = i / shrinking, stride = items / shrinking;
+    return {Work::kShrink, shrink_part[i % shrinking], group * group_pairs + first,
+            {ceil_div(pairs(group) - first, stride)}, stride};
   }
 
   __host__ __device__ Item tile(int group, int i) const {
-    return {Work::kTile, group * group_pairs + i % pairs(group), {i / pairs(group)}, 0};
+    int col = i / pairs(group);
+    short part = 0;
+    for (; col >= tile_cols[part]; ++part) col -= tile_cols[part];
+    return {Work::kTile, part, group * group_pairs + i % pairs(group), {col}, 0};
   }
 
   __host__ __device__ Item gradient(int group, int i) const {
-    const int slice = i / (dA_pairs + dB_pairs), col = i % (dA_pairs + dB_pairs);
-    const int first = group * group_pairs + slice * slice_pairs;
-    return col < dB_pairs ? Item{Work::kGradientB, first, {col}, 0} : Item{Work::kGradientA, first, {col - dB_pairs}, 0};
+    int col = i % gradient_cols();
+    short part = 0;
+    for (; col >= dA_pairs[part] + dB_pairs[part]; ++part) col -= dA_pairs[part] + dB_pairs[part];
+    const int first = group * group_pairs + i / gradient_cols() * slice_pairs;
+    if (col < dB_pairs[part]) return {Work::kGradientB, part, first, {col}, 0};
+    return {Work::kGradientA, part, first, {col - dB_pairs[part]}, 0};
   }
 };
 
@@ -95,7 +118,7 @@ struct Cursor {
       if (index < begin + size) return schedule.item(step, index - begin);
       begin += size;
     }
-    return {Work::kEnd, 0, {0}, 0};
+    return {Work::kEnd, 0, 0, {0}, 0};
   }
 };
 
