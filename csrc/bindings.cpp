@@ -48,12 +48,21 @@ TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
   m.def(
       "cuda_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor xa, Tensor scale, Tensor? seed,"
       " float p, bool need_dx, bool need_dA, bool need_dB, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_lora_group_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
+      " Tensor? seed, float p) -> (Tensor[], Tensor[])");
+  m.def(
+      "cuda_lora_group_backward(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor[] xas, Tensor[] scales,"
+      " Tensor? seed, float p, bool need_dx, bool[] need_dA, bool[] need_dB, bool[] need_dbias, ScalarType[] bias_dtypes)"
+      " -> (Tensor, Tensor[], Tensor[], Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
   m.impl("cuda_merge_", &fused_lora::merge_);
   m.impl("cuda_lora_linear_forward", &fused_lora::lora_linear_forward);
   m.impl("cuda_lora_linear_backward", &fused_lora::lora_linear_backward);
+  m.impl("cuda_lora_group_forward", &fused_lora::lora_group_forward);
+  m.impl("cuda_lora_group_backward", &fused_lora::lora_group_backward);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -32,7 +32,7 @@ bool addressable(const Tensor& matrix) {
 
 // A matrix in `dtype` that the copy engine can address: the matrix itself, or a copy with rows padded to 16 bytes.
 Tensor addressed(const Tensor& matrix, at::ScalarType dtype) {
-  if (matrix.scalar_type() == dtype && addressable(matrix)) return matrix;
+  if (matrix.numel() == 0 || (matrix.scalar_type() == dtype && addressable(matrix))) return matrix;
   const Tensor copy = at::empty_strided(matrix.sizes(), {padded(matrix.size(1)), 1}, matrix.options().dtype(dtype));
   if (matrix.scalar_type() != dtype || matrix.stride(1) != 1) return copy.copy_(matrix);
   C10_CUDA_CHECK(launch_fill_up(matrix.data_ptr(), matrix.stride(0), copy.data_ptr(), copy.stride(0), copy.size(0), copy.size(1),
@@ -52,6 +52,18 @@ Tensor low_like(const Tensor& x, int64_t M, int64_t r) {
 }
 
 Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
+
+// Operands of a launch as the kernels read them, and the copies that this takes until it is issued.
+class Readable {
+ public:
+  explicit Readable(at::ScalarType dtype) : dtype_(dtype) {}
+  Matrix operator()(const Tensor& matrix) { return keep(addressed(matrix, dtype_)); }
+  Matrix keep(const Tensor& matrix) { return matrix_of(kept_.emplace_back(matrix)); }
+
+ private:
+  at::ScalarType dtype_;
+  c10::SmallVector<Tensor, 24> kept_;
+};
 
 bool is_16_bit(const Tensor& tensor) { return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16; }
 
@@ -172,34 +184,99 @@ std::string lora_linear_obstacle(int64_t r) {
   return "";
 }
 
+// Those of a group's linear; a rank of 0 stands for no factors.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_group_forward(const Tensor& x, at::TensorList weights, at::TensorList As,
+                                                                        at::TensorList Bs,
+                                                                        const c10::List<std::optional<Tensor>>& biases,
+                                                                        at::TensorList scales, const std::optional<Tensor>& seed,
+                                                                        double p) {
+  TORCH_CHECK(!weights.empty() && weights.size() <= kMostParts, "a group has 1 to ", kMostParts, " linears, got ", weights.size());
+  TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
+  const c10::cuda::CUDAGuard guard(x.device());
+  Readable read{x.scalar_type()};
+  ForwardParams params{
+      .x = read(x.dim() == 2 ? x : x.reshape({-1, x.size(-1)})),
+      .parts = static_cast<int>(weights.size()),
+      .dtype = dtype_of("x", x),
+      .dropout = dropout_of(seed, p),
+  };
+  const int64_t M = params.x.rows;
+  auto shape = x.sizes().vec();
+  std::vector<Tensor> ys, xas;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::optional<Tensor> bias = biases.get(i);
+    TORCH_CHECK(!bias || bias->is_contiguous(), "bias must be contiguous, got strides ", bias->strides());
+    const int64_t N = weights[i].size(0);
+    shape.back() = N;
+    ys.push_back(at::empty(shape, x.options()));
+    xas.push_back(low_like(x, M, As[i].size(0)));
+    params.part[i] = {
+        .weight = read(weights[i]),
+        .A = read(As[i]),
+        .B = read(Bs[i]),
+        .xa = matrix_of(xas.back()),
+        .y = {ys.back().data_ptr(), M, N, N},
+        .scale = scales[i].data_ptr<float>(),
+        .bias = bias ? bias->data_ptr() : nullptr,
+        .bias_dtype = bias ? dtype_of("bias", *bias) : DType::kFloat32,
+    };
+  }
+  params.flags = launch_flags(forward_flags(params));
+  const NvtxRange range("forward");
+  C10_CUDA_CHECK(launch_lora_linear_forward(params, c10::cuda::getCurrentCUDAStream()));
+  return {ys, xas};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora_group_backward(
+    at::TensorList dys, const Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs, at::TensorList xas,
+    at::TensorList scales, const std::optional<Tensor>& seed, double p, bool need_dx, const c10::List<bool>& need_dA,
+    const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias, const std::vector<at::ScalarType>& bias_dtypes) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  Readable read{x.scalar_type()};
+  const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  BackwardParams params{
+      .x = read(x.dim() == 2 ? x : x.reshape({-1, x.size(-1)})),
+      .needs_dx = need_dx,
+      .parts = static_cast<int>(weights.size()),
+      .factor_dtype = dtype_of("A", As[0]),
+      .dtype = dtype_of("x", x),
+      .dropout = dropout_of(seed, p),
+  };
+  const int64_t M = params.x.rows, K = params.x.cols;
+  params.dx = {dx.data_ptr(), M, K, K};
+  std::vector<Tensor> dAs, dBs, dbiases;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &A = As[i], &B = Bs[i], dy = dys[i].dim() == 2 ? dys[i] : dys[i].reshape({-1, dys[i].size(-1)});
+    const int64_t N = weights[i].size(0);
+    dAs.push_back(at::empty(need_dA.get(i) ? A.sizes() : at::IntArrayRef{0}, A.options()));
+    dBs.push_back(at::empty(need_dB.get(i) ? B.sizes() : at::IntArrayRef{0}, B.options()));
+    dbiases.push_back(at::empty({need_dbias.get(i) ? N : 0}, x.options().dtype(bias_dtypes[i])));
+    params.part[i] = {
+        .dy = read(dy),
+        .weight = read(weights[i]),
+        .A = read(A),
+        .B = read(B),
+        .xa = read(xas[i]),
+        .dxa = read.keep(low_like(x, M, A.size(0))),
+        .dA = need_dA.get(i) ? dAs.back().data_ptr() : nullptr,
+        .dB = need_dB.get(i) ? dBs.back().data_ptr() : nullptr,
+        .dbias = need_dbias.get(i) ? dbiases.back().data_ptr() : nullptr,
+        .bias_dtype = dtype_of("bias", dbiases.back()),
+        .scale = scales[i].data_ptr<float>(),
+    };
+  }
+  params.partial = static_cast<float*>(read.keep(at::empty({1, backward_partials(params)}, x.options().dtype(at::kFloat))).data);
+  params.flags = launch_flags(backward_flags(params));
+  const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
+  C10_CUDA_CHECK(launch_lora_linear_backward(params, c10::cuda::getCurrentCUDAStream()));
+  return {dx, dAs, dBs, dbiases};
+}
+
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                                                const std::optional<Tensor>& bias, const Tensor& scale,
                                                const std::optional<Tensor>& seed, double p) {
-  TORCH_CHECK(!bias || bias->is_contiguous(), "bias must be contiguous, got strides ", bias->strides());
-  TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
-  const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor rows = rows_of(x), matrix = addressed(weight, x.scalar_type());
-  const Tensor factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  const Tensor y = at::empty(shape, x.options()), xa = low_like(x, rows.size(0), A.size(0));
-  const ForwardParams params{
-      .x = matrix_of(rows),
-      .weight = matrix_of(matrix),
-      .A = matrix_of(factor_A),
-      .B = matrix_of(factor_B),
-      .xa = matrix_of(xa),
-      .y = {y.data_ptr(), rows.size(0), weight.size(0), weight.size(0)},
-      .scale = scale.data_ptr<float>(),
-      .bias = bias ? bias->data_ptr() : nullptr,
-      .bias_dtype = bias ? dtype_of("bias", *bias) : DType::kFloat32,
-      .dtype = dtype_of("x", x),
-      .dropout = dropout_of(seed, p),
-      .flags = launch_flags(forward_flags(rows.size(0))),
-  };
-  const NvtxRange range("forward");
-  C10_CUDA_CHECK(launch_lora_linear_forward(params, c10::cuda::getCurrentCUDAStream()));
-  return {y, xa};
+  auto [ys, xas] = lora_group_forward(x, weight, A, B, c10::List<std::optional<Tensor>>({bias}), scale, seed, p);
+  return {ys[0], xas[0]};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
@@ -207,43 +284,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy
                                                                 const Tensor& scale, const std::optional<Tensor>& seed, double p,
                                                                 bool need_dx, bool need_dA, bool need_dB,
                                                                 std::optional<at::ScalarType> dbias_dtype) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor rows = rows_of(x), dy_rows = rows_of(dy), low = rows_of(xa), matrix = addressed(weight, x.scalar_type());
-  const Tensor factor_A = addressed(A, x.scalar_type()), factor_B = addressed(B, x.scalar_type());
-  const int64_t M = rows.size(0), K = weight.size(1), N = weight.size(0), r = A.size(0);
-  const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  const Tensor dA = at::empty(need_dA ? A.sizes() : at::IntArrayRef{0}, A.options());
-  const Tensor dB = at::empty(need_dB ? B.sizes() : at::IntArrayRef{0}, B.options());
-  const Tensor dbias = at::empty({dbias_dtype ? N : 0}, x.options().dtype(dbias_dtype.value_or(x.scalar_type())));
-  const Tensor dxa = low_like(x, M, r);
-  const Tensor partial = at::empty({backward_partials(K, N, r)}, x.options().dtype(at::kFloat));
-  const BackwardParams params{
-      .dy = matrix_of(dy_rows),
-      .x = matrix_of(rows),
-      .weight = matrix_of(matrix),
-      .A = matrix_of(factor_A),
-      .B = matrix_of(factor_B),
-      .xa = matrix_of(low),
-      .dxa = matrix_of(dxa),
-      .dx = {dx.data_ptr(), M, K, K},
-      .dA = dA.data_ptr(),
-      .dB = dB.data_ptr(),
-      .dbias = dbias.data_ptr(),
-      .needs_dx = need_dx,
-      .needs_dA = need_dA,
-      .needs_dB = need_dB,
-      .needs_dbias = dbias_dtype.has_value(),
-      .factor_dtype = dtype_of("A", A),
-      .bias_dtype = dtype_of("bias", dbias),
-      .dtype = dtype_of("x", x),
-      .scale = scale.data_ptr<float>(),
-      .dropout = dropout_of(seed, p),
-      .flags = launch_flags(backward_flags(M, K, N)),
-      .partial = partial.data_ptr<float>(),
-  };
-  const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
-  C10_CUDA_CHECK(launch_lora_linear_backward(params, c10::cuda::getCurrentCUDAStream()));
-  return {dx, dA, dB, dbias};
+  auto [dx, dAs, dBs, dbiases] = lora_group_backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, c10::List<bool>({need_dA}), c10::List<bool>({need_dB}),
+                                                     c10::List<bool>({dbias_dtype.has_value()}), {dbias_dtype.value_or(x.scalar_type())});
+  return {dx, dAs[0], dBs[0], dbiases[0]};
 }
 
 std::optional<Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,

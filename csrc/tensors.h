@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "dtype.h"
 
@@ -34,6 +35,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
     const at::Tensor& xa, const at::Tensor& scale, const std::optional<at::Tensor>& seed, double p, bool need_dx, bool need_dA,
     bool need_dB, std::optional<at::ScalarType> dbias_dtype);
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_forward(
+    const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs,
+    const c10::List<std::optional<at::Tensor>>& biases, at::TensorList scales, const std::optional<at::Tensor>& seed, double p);
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
+    at::TensorList dys, const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs, at::TensorList xas,
+    at::TensorList scales, const std::optional<at::Tensor>& seed, double p, bool need_dx, const c10::List<bool>& need_dA,
+    const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias, const std::vector<at::ScalarType>& bias_dtypes);
 std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
                                       const std::optional<at::Tensor>& bias, const at::Tensor& scale,
                                       const std::optional<at::Tensor>& seed, double p);

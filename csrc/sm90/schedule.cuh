@@ -6,6 +6,8 @@
 // is asked evenly.
 #pragma once
 
+#include "../lora_linear.h"
+
 namespace fused_lora::sm90 {
 
 template <typename Int>

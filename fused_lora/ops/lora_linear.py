@@ -13,7 +13,7 @@ ops = torch.ops.fused_lora
 
 
 def _backend(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> str:
-    if x.numel() == 0 or weight.numel() == 0:
+    if x.numel() == 0 or weight.numel() == 0 or A.numel() == 0:
         return "reference"  # empty products have no tiles; the reference gets them right for free
     return backends.choose_lora_linear(x.device, x.dtype, A.shape[0], backends.csrc_reads(weight, A, B)).name
 

@@ -1,33 +1,40 @@
-// Reads passes from standard input, "M N K r backward drops wants_out wants_dA wants_dB block_n clusters" a line, and writes for each one line:
-// of sizes, then of work items, four numbers each, in the order of the list.
+// Reads passes from standard input, a line each: "M backward drops wants_out block_n clusters parts", then for each part "cols depth r
+// wants_dA wants_dB". Writes for each one line: of sizes, then of work items, five numbers each, in the order of the list.
 #include <cstdio>
 
 #include "../../csrc/sm90/plan.cuh"
 
 using namespace fused_lora::sm90;
+using fused_lora::kMostParts;
 
 template <typename C>
 void list(const Pass& pass, int clusters) {
   const Schedule s = make_schedule<C>(pass, clusters);
-  const bool dA = pass.wants_dA, dB = pass.wants_dB;
-  const long long flags = (dA ? chain_flags<C>(pass.N) : 0) + (dB ? chain_flags<C>(pass.K) : 0);
-  const long long floats = (dA ? partial_floats<C>(pass.N) : 0) + (dB ? partial_floats<C>(pass.K) + partial_cols<C>(pass.K) : 0);
-  std::printf("%d %d %d %d %d %d %lld %lld %lld %lld %lld ;", s.row_pairs, s.tile_cols, s.dA_pairs, s.dB_pairs, s.slice_pairs, s.rides,
-              static_cast<long long>(ready_flags(pass.M)), flags,
-              static_cast<long long>(most_chain_flags(pass.K) + most_chain_flags(pass.N)), floats,
-              static_cast<long long>(most_partial_floats(pass.K, pass.r) + most_partial_floats(pass.N, pass.r) + most_partial_cols(pass.K)));
+  long long chains = 0, most_chains = 0, floats = 0, most_floats = 0;
+  for (int i = 0; i < pass.parts; ++i) {
+    const PassPart& part = pass.part[i];
+    if (part.wants_dA) chains += chain_flags<C>(part.cols), floats += partial_floats<C>(part.cols);
+    if (part.wants_dB) chains += chain_flags<C>(part.depth), floats += partial_floats<C>(part.depth) + partial_cols<C>(part.depth);
+    most_chains += most_chain_flags(part.cols) + most_chain_flags(part.depth);
+    most_floats += most_partial_floats(part.cols, pass.most_rank()) + most_partial_floats(part.depth, pass.most_rank()) +
+                   most_partial_cols(part.depth);
+  }
+  std::printf("%d %d %d %lld %lld %lld %lld %lld", s.row_pairs, s.slice_pairs, s.rides, static_cast<long long>(ready_flags(pass.M)),
+              chains, most_chains, floats, most_floats);
+  for (int i = 0; i < pass.parts; ++i) std::printf(" %d %d %d", s.tile_cols[i], s.dA_pairs[i], s.dB_pairs[i]);
+  std::printf(" ;");
   Cursor cursor(s);
   for (int index = 0;; ++index) {
     const Item item = cursor.item(s, index);
     if (item.work == Work::kEnd) break;
-    std::printf(" %d %d %d %d", static_cast<int>(item.work), item.row_pair, item.col, item.stride);
+    std::printf(" %d %d %d %d %d", static_cast<int>(item.work), item.part, item.row_pair, item.col, item.stride);
   }
   std::printf("\n");
 }
 
 template <int kBlockN>
 void list_rank(const Pass& pass, int clusters) {
-  switch (block_rank(pass.r)) {
+  switch (block_rank(pass.most_rank())) {
     case 16: return list<Config<kBlockN, 16>>(pass, clusters);
     case 64: return list<Config<kBlockN, 64>>(pass, clusters);
     case 128: return list<Config<kBlockN, 128>>(pass, clusters);
@@ -36,10 +43,16 @@ void list_rank(const Pass& pass, int clusters) {
 }
 
 int main() {
-  long long M, N, K, r;
-  int backward, drops, out, dA, dB, block_n, clusters;
-  while (std::scanf("%lld %lld %lld %lld %d %d %d %d %d %d %d", &M, &N, &K, &r, &backward, &drops, &out, &dA, &dB, &block_n, &clusters) == 11) {
-    const Pass pass{M, N, K, r, backward != 0, drops != 0, out != 0, dA != 0, dB != 0};
+  long long M;
+  int backward, drops, out, block_n, clusters, parts;
+  while (std::scanf("%lld %d %d %d %d %d %d", &M, &backward, &drops, &out, &block_n, &clusters, &parts) == 7) {
+    Pass pass{M, backward != 0, drops != 0, out != 0, parts, {}};
+    for (int i = 0; i < parts; ++i) {
+      long long cols, depth, r;
+      int dA, dB;
+      if (std::scanf("%lld %lld %lld %d %d", &cols, &depth, &r, &dA, &dB) != 5) return 1;
+      pass.part[i] = {cols, depth, r, dA != 0, dB != 0};
+    }
     block_n == 256 ? list_rank<256>(pass, clusters) : list_rank<128>(pass, clusters);
   }
 }

@@ -1,9 +1,11 @@
 """The list of work of csrc's kernels, made on the CPU: all work once, and every item after those it waits for."""
 
+import dataclasses
 import itertools
 import random
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,77 +24,115 @@ def list_work(tmp_path_factory):
     subprocess.run(["nvcc", "-std=c++17", "-O1", "-o", str(program), str(source)], check=True)
 
     def run(passes):
-        lines = "\n".join(" ".join(map(str, each)) for each in passes)
+        lines = "\n".join(map(str, passes))
         done = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
             sizes, items = line.split(";")
             numbers = map(int, items.split())
-            yield [int(number) for number in sizes.split()], list(zip(*[numbers] * 4, strict=True))
+            yield [int(number) for number in sizes.split()], list(zip(*[numbers] * 5, strict=True))
 
     return run
 
 
+@dataclass(frozen=True)
+class Part:
+    """A linear of a group."""
+
+    cols: int
+    depth: int
+    r: int
+    wants_dA: bool
+    wants_dB: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    M: int
+    backward: bool
+    drops: bool
+    wants_out: bool
+    block_n: int
+    clusters: int
+    parts: tuple[Part, ...]
+
+    def __str__(self):
+        own = (self.M, self.backward, self.drops, self.wants_out, self.block_n, self.clusters, len(self.parts))
+        numbers = own + sum((dataclasses.astuple(part) for part in self.parts), ())
+        return " ".join(str(int(number)) for number in numbers)
+
+
 def some_passes(count):
-    """M, N, K, r, backward, drops, wants_out, wants_dA, wants_dB, block_n, clusters."""
     rng = random.Random(0)
     for _ in range(count):
+        backward, wants_out = rng.random() < 0.7, rng.random() < 0.8
+        shared = rng.choice([1, 17, 64, 512, 1001, rng.randint(1, 14400)])
+        parts = []
+        for _ in range(rng.choice([1, 1, 2, 3, 4])):
+            own, r = (
+                rng.choice([1, 136, 512, 4096, rng.randint(1, 14400)]),
+                rng.choice([0, 1, 16, 17, 64, 100, 128, 129, 256]),
+            )
+            wants = [backward and r > 0 and rng.random() < 0.8, backward and rng.random() < 0.8]
+            parts.append(Part(*((shared, own) if backward else (own, shared)), r, *wants))
+        wants_out = wants_out or not backward or not any(part.wants_dA or part.wants_dB for part in parts)
+        block_n = 256 if max(part.r for part in parts) > 128 else rng.choice([128, 256])
         M = rng.choice([1, 255, 256, 257, 2048, 2049, rng.randint(1, 40000)])
-        N, K = (8 * rng.choice([1, 17, 64, 128, 512, rng.randint(1, 1800)]) for _ in range(2))
-        backward = rng.random() < 0.7
-        wants = [rng.random() < 0.8 for _ in range(3)] if backward else [True, False, False]
-        wants = wants if any(wants) else [True, True, True]
-        r = rng.choice([1, 16, 17, 64, 100, 128, 129, 256])
-        block_n = 256 if r > 128 else rng.choice([128, 256])
-        yield (M, N, K, r, int(backward), rng.randint(0, 1), *map(int, wants), block_n, rng.choice([1, 5, 57, 66]))
+        yield Pass(M, backward, rng.random() < 0.5, wants_out, block_n, rng.choice([1, 5, 57, 66]), tuple(parts))
 
 
-def places(items, pairs_of):
+def places(items, keys_of):
     """Item numbers by what they do: each key once."""
     found = {}
     for number, item in enumerate(items):
-        for key in pairs_of(item):
+        for key in keys_of(item):
             assert key not in found, f"{key} is in the list twice"
             found[key] = number
     return found
 
 
 def shrunk(item):
-    work, first, count, stride = item
-    return [first + i * stride for i in range(count)] if work == SHRINK else []
+    work, part, first, count, stride = item
+    return [(part, first + i * stride) for i in range(count)] if work == SHRINK else []
 
 
 def check(each, sizes, items):
-    M, N, _, _, _, _, wants_out, wants_dA, wants_dB, block_n, _ = each
-    row_pairs, tile_cols, dA_pairs, dB_pairs, slice_pairs, rides, ready, chains, most_chains, floats, most_floats = (
-        sizes
-    )
-    assert row_pairs == -(-M // PAIR_ROWS)
-    assert tile_cols == (-(-N // block_n) if wants_out else 0)
+    row_pairs, slice_pairs, rides, ready, chains, most_chains, floats, most_floats, *of_parts = sizes
+    assert row_pairs == -(-each.M // PAIR_ROWS)
     assert ready == 2 * row_pairs
     assert chains <= most_chains
     assert floats <= most_floats
-    slices = -(-row_pairs // slice_pairs)
     low = places(items, shrunk)
-    tiles = places(items, lambda item: [item[1:3]] if item[0] == TILE else [])
-    assert set(tiles) == set(itertools.product(range(row_pairs), range(tile_cols)))
+    tiles = places(items, lambda item: [item[1:4]] if item[0] == TILE else [])
     if rides:
         assert not low
-        low = {pair: tiles[pair, 0] for pair in range(row_pairs)}
-    assert set(low) == (set(range(row_pairs)) if wants_out or wants_dA else set())
-    for (pair, col), number in tiles.items():
-        assert low[pair] < number or (rides and col == 0)
-    for work, cols in ((GRADIENT_A, dA_pairs), (GRADIENT_B, dB_pairs)):
-        sums = places(items, lambda item, work=work: [item[1:3]] if item[0] == work else [])
-        firsts = range(0, row_pairs, slice_pairs)
-        assert set(sums) == set(itertools.product(firsts, range(cols)))
-        for first, col in sums:
-            assert first == 0 or sums[first - slice_pairs, col] < sums[first, col], "slices are chained in order"
+        low = {(0, pair): tiles[0, pair, 0] for pair in range(row_pairs)}
+    needed = [i for i, part in enumerate(each.parts) if part.r and (each.wants_out or part.wants_dA)]
+    assert set(low) == set(itertools.product(needed, range(row_pairs)))
+    wanted = set()
+    for i, part in enumerate(each.parts):
+        has_tiles = each.wants_out and (not each.backward or i == 0)
+        assert of_parts[3 * i] == (-(-part.cols // each.block_n) if has_tiles else 0)
+        wanted |= set(itertools.product([i], range(row_pairs), range(of_parts[3 * i])))
+    assert set(tiles) == wanted
+    for (i, pair, col), number in tiles.items():
+        waited_for = needed if each.backward else [part for part in needed if part == i]
+        assert all(low[part, pair] < number for part in waited_for) or (rides and col == 0)
+    gradients = 0
+    firsts = range(0, row_pairs, slice_pairs)
+    for work, place, wants in ((GRADIENT_A, 1, "wants_dA"), (GRADIENT_B, 2, "wants_dB")):
+        sums = places(items, lambda item, work=work: [item[1:4]] if item[0] == work else [])
+        wanted = set()
+        for i, part in enumerate(each.parts):
+            assert (of_parts[3 * i + place] > 0) == getattr(part, wants)
+            wanted |= set(itertools.product([i], firsts, range(of_parts[3 * i + place])))
+        assert set(sums) == wanted
+        gradients += len(sums)
+        for i, first, col in sums:
+            assert first == 0 or sums[i, first - slice_pairs, col] < sums[i, first, col], "slices are chained in order"
             if work == GRADIENT_A:
                 waited_for = range(first, min(first + slice_pairs, row_pairs))
-                assert all(low[pair] < sums[first, col] for pair in waited_for)
-    assert (dA_pairs > 0, dB_pairs > 0) == (bool(wants_dA), bool(wants_dB))
-    count = len(set(low.values())) * (not rides) + len(tiles) + slices * (dA_pairs + dB_pairs)
-    assert len(items) == count
+                assert all(low[i, pair] < sums[i, first, col] for pair in waited_for)
+    assert len(items) == len(set(low.values())) * (not rides) + len(tiles) + gradients
 
 
 def test_all_work_once_and_in_an_order_that_can_finish(list_work):
@@ -101,11 +141,11 @@ def test_all_work_once_and_in_an_order_that_can_finish(list_work):
     assert len(listed) == len(passes)
     for each, (sizes, items) in zip(passes, listed, strict=True):
         check(each, sizes, items)
-    assert {bool(sizes[5]) for sizes, _ in listed} == {True, False}, "some ride and some do not"
+    assert {bool(sizes[2]) for sizes, _ in listed} == {True, False}, "some ride and some do not"
 
 
 def test_the_check_can_fail(list_work):
-    each = (6000, 512, 512, 16, 1, 0, 1, 1, 1, 256, 66)
+    each = Pass(6000, True, False, True, 256, 66, (Part(512, 512, 16, True, True), Part(512, 264, 16, True, True)))
     ((sizes, items),) = list_work([each])
     check(each, sizes, items)
     first_tile = next(number for number, item in enumerate(items) if item[0] == TILE)

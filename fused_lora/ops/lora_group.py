@@ -1,0 +1,165 @@
+"""LoRA linears that read one x, as one op: x is read once, and its gradient is summed where it is computed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from .library import define
+from .lora_linear import _autocast, _autocasts, _backend, _kernel_bias, _kernel_dtype
+from .lora_linear import _backward as _backward_alone
+from .lora_linear import _forward as _forward_alone
+
+ops = torch.ops.fused_lora
+MOST_PARTS = 4  # of one launch
+
+
+def _in_one_launch(x, weights, As, Bs) -> bool:
+    with_factors = [(weight, A, B) for weight, A, B in zip(weights, As, Bs, strict=True) if A.numel() > 0]
+    backend = {_backend(x, *part) for part in with_factors}
+    return len(weights) <= MOST_PARTS and backend == {"cuda"} and len({A.dtype for A in As}) == 1
+
+
+def _forward(x, weights, As, Bs, biases, scales, seed, p):
+    if _in_one_launch(x, weights, As, Bs):
+        biases = [_kernel_bias(bias) for bias in biases]
+        ys, xas = ops.cuda_lora_group_forward(x, weights, As, Bs, biases, scales, seed, p)
+        return [*ys, *(xa.contiguous() for xa in xas)]
+    parts = zip(weights, As, Bs, biases, scales, strict=True)
+    results = [_forward_alone(x, *part, seed, p) for part in parts]
+    return [y for y, _ in results] + [xa for _, xa in results]
+
+
+def _forward_fake(x, weights, As, Bs, biases, scales, seed, p):
+    M = math.prod(x.shape[:-1])
+    ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return ys + [x.new_empty((M, A.shape[0])) for A in As]
+
+
+def _backward(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, bias_dtypes):
+    if _in_one_launch(x, weights, As, Bs):
+        kernel_dtypes = [_kernel_dtype(dtype) for dtype in bias_dtypes]
+        dx, dAs, dBs, dbiases = ops.cuda_lora_group_backward(
+            dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, kernel_dtypes
+        )
+        dbiases = [dbias.to(dtype) for dbias, dtype in zip(dbiases, bias_dtypes, strict=True)]
+        return [dx, *dAs, *dBs, *dbiases]
+    parts = zip(dys, weights, As, Bs, xas, scales, need_dA, need_dB, need_dbias, bias_dtypes, strict=True)
+    grads = [
+        _backward_alone(dy, x, weight, A, B, xa, scale, seed, p, need_dx, dA, dB, dtype if dbias else None)
+        for dy, weight, A, B, xa, scale, dA, dB, dbias, dtype in parts
+    ]
+    dxs, dAs, dBs, dbiases = zip(*grads, strict=True)
+    dx = dxs[0]
+    for other in dxs[1:]:
+        dx += other
+    return [dx, *dAs, *dBs, *dbiases]
+
+
+def _backward_fake(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, bias_dtypes):
+    def of(shape, need, dtype):
+        return x.new_empty(shape if need else 0, dtype=dtype)
+
+    dbiases = zip(weights, need_dbias, bias_dtypes, strict=True)
+    return [
+        of(x.shape, need_dx, x.dtype),
+        *(of(A.shape, need, A.dtype) for A, need in zip(As, need_dA, strict=True)),
+        *(of(B.shape, need, B.dtype) for B, need in zip(Bs, need_dB, strict=True)),
+        *(of(weight.shape[:1], need, dtype) for weight, need, dtype in dbiases),
+    ]
+
+
+define(
+    "lora_group_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
+    " Tensor? seed, float p) -> Tensor[]",
+    _forward,
+    _forward_fake,
+)
+define(
+    "lora_group_backward(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor[] xas,"
+    " Tensor[] scales, Tensor? seed, float p, bool need_dx, bool[] need_dA, bool[] need_dB, bool[] need_dbias,"
+    " ScalarType[] bias_dtypes) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+class LoRAGroupFunction(torch.autograd.Function):
+    """As LoRALinearFunction, with the tensors of all parts one after another: weights, As, Bs, biases, scales."""
+
+    @staticmethod
+    def forward(ctx, x, seed, p, parts, *tensors):
+        weights, As, Bs, biases, scales = _columns(tensors, parts)
+        ys_and_xas = ops.lora_group_forward(x, weights, As, Bs, biases, scales, seed, p)
+        ys, xas = ys_and_xas[:parts], ys_and_xas[parts:]
+        ctx.save_for_backward(x, seed, *weights, *As, *Bs, *xas, *scales)
+        ctx.p, ctx.parts = p, parts
+        ctx.bias_dtypes = [x.dtype if bias is None else bias.dtype for bias in biases]
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        parts = ctx.parts
+        x, seed, *saved = ctx.saved_tensors
+        weights, As, Bs, xas, scales = _columns(saved, parts)
+        need_dx, _, _, _, *needs = ctx.needs_input_grad
+        _, need_dA, need_dB, need_dbias, _ = _columns(needs, parts)
+        dx, *grads = ops.lora_group_backward(
+            list(dys), x, weights, As, Bs, xas, scales, seed, ctx.p, need_dx, need_dA, need_dB, need_dbias,
+            ctx.bias_dtypes,
+        )  # fmt: skip
+        wanted = [*need_dA, *need_dB, *need_dbias]
+        grads = [grad if need else None for grad, need in zip(grads, wanted, strict=True)]
+        nothing = [None] * parts
+        return dx if need_dx else None, None, None, None, *nothing, *grads, *nothing
+
+
+def _columns(tensors: Sequence, parts: int) -> list[list]:
+    return [list(tensors[i : i + parts]) for i in range(0, len(tensors), parts)]
+
+
+def lora_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    scales: Sequence[float | Tensor] | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(lora_linear(x, weight, A, B, bias, scale, p, seed) for each part): q, k and v, or gate and up.
+
+        x (..., K)   weights (N_i, K)   As (r_i, K)   Bs (N_i, r_i)   biases (N_i,) or None   ->   ys (..., N_i)
+
+    All as in lora_linear; r_i = 0 is a part without factors, and all parts that have any drop the same entries of x. On
+    Hopper forward and backward are one launch each for up to four parts, and dx is summed in its tiles.
+
+    Raises ValueError or TypeError naming the part and the argument.
+    LoRA: Hu et al. 2021, arXiv:2106.09685.
+    """
+    parts = len(weights)
+    biases = [None] * parts if biases is None else list(biases)
+    scales = [1.0] * parts if scales is None else list(scales)
+    for name, given in (("As", As), ("Bs", Bs), ("biases", biases), ("scales", scales)):
+        if len(given) != parts:
+            raise ValueError(f"{name} must have an entry for each of the {parts} weights, got {len(given)}")
+    if parts == 0:
+        raise ValueError("weights must have at least one entry")
+    if _autocasts(x):
+        cast = [_autocast(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        x, weights, biases = cast[0][0], [weight for _, weight, _ in cast], [bias for _, _, bias in cast]
+    for weight, A, B, bias, scale in zip(weights, As, Bs, biases, scales, strict=True):
+        if A.shape[:1] == (0,):  # a part without factors is checked as one with some
+            A, B = A.new_empty(1, *A.shape[1:]), B.new_empty(*B.shape[:1], 1)
+        checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
+    scales = [torch.as_tensor(scale, dtype=torch.float32, device=x.device) for scale in scales]
+    if p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+    return LoRAGroupFunction.apply(x, seed, p, parts, *weights, *As, *Bs, *biases, *scales)
