@@ -58,6 +58,11 @@ def test_groups(device, dtype, sizes, p):
     x, parts = make_group((3, 17), 40, sizes, device, dtype)
     dys = [randn(*x.shape[:-1], N, device=device, dtype=dtype) for N, _ in sizes]
     options = {"p": p, "seed": seed_on(device)} if p else {}
+    check(x, parts, dys, **options)
+
+
+def check(x, parts, dys, **options):
+    """Against float64, held to the unfused formula in x's dtype."""
     got = results(grouped, x, parts, dys, **options)
     wide = cast({"x": x}, torch.float64)["x"], [cast(part, torch.float64) for part in parts]
     exact = results(alone(lora_linear_ref), *wide, [dy.double() for dy in dys], **options)
@@ -65,3 +70,47 @@ def test_groups(device, dtype, sizes, p):
     assert got.keys() == exact.keys()
     for name, value in got.items():
         assert_accurate(name, value, exact[name], by_torch[name])
+
+
+# M, K and the parts' (N, r): groups of rows and slices of tokens, narrow and wide tiles, every rank's kernel, rows that
+# start anywhere, parts without factors, one that would ride alone.
+WIDE = [
+    (333, 264, [(392, 24), (264, 24)]), (5000, 520, [(1032, 128), (256, 128), (256, 128)]), (9000, 136, [(320, 16)]),
+    (9000, 320, [(135, 16), (137, 8)]), (4100, 1037, [(523, 40), (8, 0), (1, 64)]), (2500, 264, [(392, 200), (136, 5)]),
+    (6000, 3080, [(512, 128), (512, 64), (512, 16), (512, 1)]), (1, 8, [(8, 1), (8, 0)]), (4096, 1024, [(1024, 128)] * 3),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("M", "K", "sizes"), WIDE, ids=str)
+def test_groups_of_many_rows(M, K, sizes, p):
+    x, parts = make_group(M, K, sizes, "cuda", torch.bfloat16)
+    dys = [randn(M, N, device="cuda", dtype=torch.bfloat16) for N, _ in sizes]
+    options = {"p": p, "seed": seed_on("cuda")} if p else {}
+    check(x, parts, dys, **options)
+
+
+@pytest.mark.gpu
+def test_groups_give_the_same_bits_each_time():
+    x, parts = make_group(9000, 520, [(1032, 128), (255, 16), (256, 0)], "cuda", torch.bfloat16)
+    dys = [randn(9000, N, device="cuda", dtype=torch.bfloat16) for N in (1032, 255, 256)]
+    first = results(grouped, x, parts, dys)
+    for _ in range(5):
+        assert all(torch.equal(value, first[name]) for name, value in results(grouped, x, parts, dys).items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", ["x", "A", "B", "bias"])
+def test_only_what_is_wanted(frozen):
+    x, parts = make_group(3000, 264, [(392, 24), (136, 128)], "cuda", torch.bfloat16)
+    dys = [randn(3000, N, device="cuda", dtype=torch.bfloat16) for N in (392, 136)]
+    whole = results(grouped, x, parts, dys)
+    tensors = {"x": [x]}.get(frozen) or [parts[1][frozen]]
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    ys = grouped(x, parts)
+    wanted = {f"d{name}{i}": t for i, part in enumerate(parts) for name, t in part.items() if t.requires_grad}
+    wanted |= {"dx": x} if x.requires_grad else {}
+    grads = torch.autograd.grad(ys, list(wanted.values()), dys)
+    assert all(torch.equal(grad, whole[name]) for name, grad in zip(wanted, grads, strict=True))
