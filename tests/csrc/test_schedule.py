@@ -41,8 +41,8 @@ class Part:
     cols: int
     depth: int
     r: int
-    wants_dA: bool
-    wants_dB: bool
+    wants_a: bool
+    wants_b: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def some_passes(count):
             )
             wants = [backward and r > 0 and rng.random() < 0.8, backward and rng.random() < 0.8]
             parts.append(Part(*((shared, own) if backward else (own, shared)), r, *wants))
-        wants_out = wants_out or not backward or not any(part.wants_dA or part.wants_dB for part in parts)
+        wants_out = wants_out or not backward or not any(part.wants_a or part.wants_b for part in parts)
         block_n = 256 if max(part.r for part in parts) > 128 else rng.choice([128, 256])
         M = rng.choice([1, 255, 256, 257, 2048, 2049, rng.randint(1, 40000)])
         yield Pass(M, backward, rng.random() < 0.5, wants_out, block_n, rng.choice([1, 5, 57, 66]), tuple(parts))
@@ -106,7 +106,7 @@ def check(each, sizes, items):
     if rides:
         assert not low
         low = {(0, pair): tiles[0, pair, 0] for pair in range(row_pairs)}
-    needed = [i for i, part in enumerate(each.parts) if part.r and (each.wants_out or part.wants_dA)]
+    needed = [i for i, part in enumerate(each.parts) if part.r and (each.wants_out or part.wants_a)]
     assert set(low) == set(itertools.product(needed, range(row_pairs)))
     wanted = set()
     for i, part in enumerate(each.parts):
@@ -119,7 +119,7 @@ def check(each, sizes, items):
         assert all(low[part, pair] < number for part in waited_for) or (rides and col == 0)
     gradients = 0
     firsts = range(0, row_pairs, slice_pairs)
-    for work, place, wants in ((GRADIENT_A, 1, "wants_dA"), (GRADIENT_B, 2, "wants_dB")):
+    for work, place, wants in ((GRADIENT_A, 1, "wants_a"), (GRADIENT_B, 2, "wants_b")):
         sums = places(items, lambda item, work=work: [item[1:4]] if item[0] == work else [])
         wanted = set()
         for i, part in enumerate(each.parts):
