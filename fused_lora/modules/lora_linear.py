@@ -50,6 +50,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.merged = False
+        self.group = None  # LoRAGroup sets it
         like = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight = like.weight.requires_grad_(False)
         self.bias = like.bias if like.bias is None else like.bias.requires_grad_(False)
@@ -130,6 +131,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        if self.group is not None:
+            return self.group.output(self, x)
         p = self.lora_dropout if self.training else 0.0
         return ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scale, p)
 

@@ -1,7 +1,8 @@
 """torch.library ops, their fakes and autograd."""
 
+from .lora_group import lora_group
 from .lora_linear import lora_linear
 from .merge import merge_
 from .merge_and_reinit import merge_and_reinit_
 
-__all__ = ["lora_linear", "merge_", "merge_and_reinit_"]
+__all__ = ["lora_group", "lora_linear", "merge_", "merge_and_reinit_"]

@@ -1,0 +1,121 @@
+"""Layers that are computed together: each gives what it gives alone, in any order and with any x it is called."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lora import replace_linear
+from fused_lora.modules import LoRAGroup, LoRALinear
+
+
+class Attention(nn.Module):
+    """The projections of one, called as a model's code calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(24, 32), nn.Linear(24, 8, bias=False), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+def make_pair(dropout=0.0):
+    """The same layers twice: alone, and as a group."""
+    torch.manual_seed(0)
+    alone = Attention()
+    replace_linear(alone, r=4, lora_alpha=8, lora_dropout=dropout)
+    for layer in (alone.q, alone.k, alone.v):
+        layer.lora_B.data.normal_()
+    grouped = copy.deepcopy(alone)
+    LoRAGroup([grouped.q, grouped.k, grouped.v])
+    return alone, grouped
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often a group was computed."""
+    seen, real = [], LoRAGroup._compute
+    monkeypatch.setattr(LoRAGroup, "_compute", lambda group, x, training: (seen.append(x), real(group, x, training)))
+    return seen
+
+
+def test_a_group_gives_what_its_layers_give(computed):
+    alone, grouped = make_pair()
+    x = torch.randn(5, 24, requires_grad=True)
+    for _ in range(2):
+        wanted, got = alone(x), grouped(x)
+        assert torch.allclose(got, wanted, atol=1e-5)
+        dy = torch.randn_like(wanted)
+        theirs = torch.autograd.grad(wanted, [x, *(p for p in alone.parameters() if p.requires_grad)], dy)
+        ours = torch.autograd.grad(got, [x, *(p for p in grouped.parameters() if p.requires_grad)], dy)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    assert len(computed) == 2
+    assert grouped.q.group._of is None, "nothing of x is held"
+
+
+def test_any_order_and_any_x(computed):
+    alone, grouped = make_pair()
+    x, z = torch.randn(3, 24), torch.randn(2, 24)
+    for name, of in (("v", x), ("k", z), ("q", x), ("q", x), ("k", x), ("v", z)):
+        assert torch.allclose(getattr(grouped, name)(of), getattr(alone, name)(of), atol=1e-5)
+
+
+def test_an_x_that_was_changed_is_another_x(computed):
+    alone, grouped = make_pair()
+    x = torch.randn(3, 24)
+    grouped.q(x)
+    x.mul_(2)
+    assert torch.allclose(grouped.k(x), alone.k(x), atol=1e-5)
+    assert len(computed) == 2
+
+
+def test_results_without_a_graph_are_not_for_training(computed):
+    _, grouped = make_pair()
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        grouped.q(x)
+    assert grouped.k(x).requires_grad
+    grouped.q(x)
+    grouped.eval()
+    grouped.v(x)
+    assert len(computed) == 3
+
+
+def test_merged_layers_are_plain(computed):
+    alone, grouped = make_pair()
+    x = torch.randn(3, 24)
+    wanted = alone(x)
+    grouped.k.merge_()
+    assert torch.allclose(grouped(x), wanted, atol=1e-5)
+    grouped.k.unmerge_()
+    assert torch.allclose(grouped(x), wanted, atol=1e-5)
+
+
+def test_copies_have_groups_of_their_own():
+    _, grouped = make_pair()
+    twin = copy.deepcopy(grouped)
+    assert twin.q.group is twin.v.group is not grouped.q.group
+    assert twin.q.group.layers[0] is twin.q
+    assert twin.state_dict().keys() == grouped.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_compiled_in_one_graph():
+    alone, grouped = make_pair()
+    x = torch.randn(3, 24)
+    compiled = torch.compile(grouped, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.allclose(compiled(x), alone(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"in_features": 16}, "layers of a group must have one in_features, got .16, 24."),
+    ({"lora_dropout": 0.5}, "layers of a group must have one lora_dropout, got .0.0, 0.5."),
+    ({"dtype": torch.bfloat16}, "weights of one dtype"),
+])  # fmt: skip
+def test_layers_that_do_not_fit_together(change, words):
+    options = {"in_features": 24, "out_features": 8, "r": 2}
+    with pytest.raises(ValueError, match=words):
+        LoRAGroup([LoRALinear(**options), LoRALinear(**(options | change))])
