@@ -17,19 +17,19 @@ class LoRAGroup:
     """
 
     def __init__(self, layers: list[LoRALinear]):
-        for name in ("in_features", "lora_dropout"):
-            found = {getattr(layer, name) for layer in layers}
-            if len(found) != 1:
-                raise ValueError(f"layers of a group must have one {name}, got {sorted(found)}")
-        for name in ("dtype", "device"):
-            found = {getattr(layer.weight, name) for layer in layers}
-            if len(found) != 1:
-                raise ValueError(f"layers of a group must have weights of one {name}, got {sorted(map(str, found))}")
+        obstacle = _obstacle(layers)
+        if obstacle:
+            raise ValueError(obstacle)
         self.layers = list(layers)
         self._of: tuple | None = None  # what the results that wait are of
         self._waiting: dict[int, Tensor] = {}
         for layer in layers:
             layer.group = self
+
+    @staticmethod
+    def fits(layers: list[LoRALinear]) -> bool:
+        """Whether they can be a group."""
+        return _obstacle(layers) is None
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """The layer's output for x."""
@@ -51,6 +51,18 @@ class LoRAGroup:
         )
         ys = ops.lora_group(x, *columns, p=layers[0].lora_dropout if training else 0.0)
         self._waiting = dict(zip(places, ys, strict=True))
+
+
+def _obstacle(layers: list[LoRALinear]) -> str | None:
+    for name in ("in_features", "lora_dropout"):
+        found = {getattr(layer, name) for layer in layers}
+        if len(found) != 1:
+            return f"layers of a group must have one {name}, got {sorted(found)}"
+    for name in ("dtype", "device"):
+        found = {str(getattr(layer.weight, name)) for layer in layers}
+        if len(found) != 1:
+            return f"layers of a group must have weights of one {name}, got {sorted(found)}"
+    return None
 
 
 def _same(first: tuple | None, second: tuple) -> bool:

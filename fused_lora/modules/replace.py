@@ -8,15 +8,21 @@ import torch
 from torch import nn
 
 from .. import checks
+from .lora_group import LoRAGroup
 from .lora_linear import LoRALinear
+
+# Children that a block of LLaMA, Mistral, Qwen2, Qwen3 or Gemma calls with one x, here and in Hugging Face's code.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSE = ("auto", "off")
 
 
 @dataclass
 class ReplaceReport:
-    """Names of the layers replaced, and of the linears left alone with the reason."""
+    """Names of the layers replaced, of the linears left alone with the reason, and of what is computed together."""
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    groups: list[tuple[str, ...]] = field(default_factory=list)
 
     def layers(self, model: nn.Module) -> list[LoRALinear]:
         """The replacements, in `model`."""
@@ -26,6 +32,7 @@ class ReplaceReport:
         lines = [f"replaced {len(self.replaced)} linear layers, left {len(self.skipped)}"]
         lines += [f"  + {name}" for name in self.replaced]
         lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  = {', '.join(names)}: together" for names in self.groups]
         return "\n".join(lines)
 
 
@@ -77,6 +84,7 @@ def replace_linear(
     use_rslora: bool = False,
     lora_dtype: torch.dtype | None = None,
     train_bias: bool = False,
+    fuse: str = "auto",
 ) -> ReplaceReport:
     """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
 
@@ -84,11 +92,16 @@ def replace_linear(
     their last parts ("q_proj", "mlp.down_proj"); None targets every nn.Linear. What is replaced keeps its own weight
     and bias tensors, now frozen (the bias unless train_bias); everything else is left exactly as it was.
 
+    With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
+    become a LoRAGroup, which computes them together; with "off" each stays alone.
+
     Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
     """
     checks.check_rank(r)
     checks.check_scale("lora_alpha", lora_alpha)
     checks.check_probability("lora_dropout", lora_dropout)
+    if fuse not in FUSE:
+        raise ValueError(f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
     report, targets = find_linears(model, target_modules, exclude_modules)
     # Everything that can fail comes before the first change.
     layers = {
@@ -100,7 +113,22 @@ def replace_linear(
                 parent._modules[child_name] = layers[id(child)]
     for layer in layers.values():
         layer.freeze_base(train_bias)
+    if fuse == "auto":
+        report.groups = _group(model, set(report.replaced))
     return report
+
+
+def _group(model: nn.Module, replaced: set[str]) -> list[tuple[str, ...]]:
+    """Makes groups of the replaced layers that read one x; their names."""
+    groups = []
+    for path, _ in model.named_modules():
+        for children in SHARED_INPUTS:
+            names = tuple(name for child in children if (name := f"{path}.{child}".lstrip(".")) in replaced)
+            layers = [model.get_submodule(name) for name in names]
+            if len(layers) > 1 and LoRAGroup.fits(layers):
+                LoRAGroup(layers)
+                groups.append(names)
+    return groups
 
 
 def find_linears(

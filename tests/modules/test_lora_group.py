@@ -119,3 +119,36 @@ def test_layers_that_do_not_fit_together(change, words):
     options = {"in_features": 24, "out_features": 8, "r": 2}
     with pytest.raises(ValueError, match=words):
         LoRAGroup([LoRALinear(**options), LoRALinear(**(options | change))])
+
+
+def test_replace_linear_finds_them():
+    from fused_lora.pretrain.llama import Llama, LlamaConfig
+
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(16, 24, 2, 2, 40))
+    tokens = torch.randint(40, (2, 7))
+    twin = copy.deepcopy(model)
+    targets = r".*\.(self_attn|mlp)\..*"
+    report = replace_linear(model, 2, target_modules=targets)
+    assert replace_linear(twin, 2, target_modules=targets, fuse="off").groups == []
+    assert report.groups == [
+        tuple(f"layers.{i}.{name}" for name in names)
+        for i in range(2)
+        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+    ]
+    assert "  = layers.0.mlp.gate_proj, layers.0.mlp.up_proj: together" in str(report)
+    twin.load_state_dict(model.state_dict())
+    assert torch.allclose(model(tokens), twin(tokens), atol=1e-5)
+    (model(tokens).sum() + twin(tokens).sum()).backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.grad is theirs.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-4)
+
+
+def test_only_what_was_replaced_is_grouped():
+    from fused_lora.pretrain.llama import Llama, LlamaConfig
+
+    model = Llama(LlamaConfig(16, 24, 1, 2, 40))
+    report = replace_linear(model, 2, target_modules=["q_proj", "v_proj", "up_proj"])
+    assert report.groups == [("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj")]
+    with pytest.raises(ValueError, match="fuse must be one of auto, off, got 'on'"):
+        replace_linear(model, 2, target_modules=["k_proj"], fuse="on")
