@@ -36,6 +36,7 @@ struct Consumer {
   // multiply(stage's address, step) for each step: one group of products each, of which one is always in flight.
   template <typename Multiply>
   __device__ __forceinline__ void consume(int steps, Multiply multiply) {
+    if (steps == 0) return;
     int previous = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {

@@ -59,6 +59,8 @@ cudaError_t launch(KernelParams p, const Pass& pass, int clusters, cudaStream_t 
   int items = 0;
   for (int step = p.schedule.first_step(); step < p.schedule.last_step(); ++step) items += p.schedule.size(step);
 
+  if (items == 0) return cudaSuccess;
+
   constexpr int kSharedBytes = sizeof(Shared<C>);
   static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
   const cudaError_t error = allow_shared_memory<C, T, kBackward, kDrops>(kSharedBytes);

@@ -33,13 +33,13 @@ void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap
 void set_dB(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& dy, bool copied) {
   const int64_t r = b.A.rows;
   g.big = dy;
-  if (r > 0) g.low = map(b.xa);
-  g.out = b.dB;
+  g.low = r > 0 ? map(b.xa) : dy;  // without factors: something that can be read, whose products nobody wants
+  g.out = r > 0 ? b.dB : nullptr;
   g.sums = b.dbias;
   g.stride_col = r;
   g.stride_rank = 1;
   g.cols = static_cast<int>(b.dy.cols);
-  g.copied = b.dB != nullptr && copied && r % 8 == 0;
+  g.copied = g.out != nullptr && copied && r % 8 == 0;
   if (g.copied) g.result = map({b.dB, b.dy.cols, r, r});
 }
 

@@ -21,8 +21,8 @@ class LoRAGroup:
         if obstacle:
             raise ValueError(obstacle)
         self.layers = list(layers)
-        self._of: tuple | None = None  # what the results that wait are of
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, Tensor] = {}  # by place, and what each depends on
+        self._of: dict[int, tuple] = {}
         for layer in layers:
             layer.group = self
 
@@ -33,14 +33,12 @@ class LoRAGroup:
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """The layer's output for x."""
-        of = (x, torch.is_grad_enabled(), layer.training, *(() if torch.compiler.is_compiling() else (x._version,)))
         place = next(i for i, each in enumerate(self.layers) if each is layer)
-        if not (place in self._waiting and _same(self._of, of)):
+        of = self._key(layer, x)
+        if not (place in self._waiting and _same(self._of.get(place), of)):
             self._compute(x, layer.training)
-            self._of = of
         y = self._waiting.pop(place)
-        if not self._waiting:
-            self._of = None  # nothing of this x is held beyond its last use
+        del self._of[place]
         return y
 
     def _compute(self, x: Tensor, training: bool) -> None:
@@ -51,6 +49,32 @@ class LoRAGroup:
         )
         ys = ops.lora_group(x, *columns, p=layers[0].lora_dropout if training else 0.0)
         self._waiting = dict(zip(places, ys, strict=True))
+        self._of = {i: self._key(self.layers[i], x) for i in places}
+        if not torch.compiler.is_compiling():
+            for y in ys:
+                if y.requires_grad:
+                    y.register_hook(self._forget)  # their backward is one: after it, none of them has a graph
+
+    def _key(self, layer: LoRALinear, x: Tensor) -> tuple:
+        """All that an output depends on, x first. Under torch.compile tensors have no versions."""
+        modes = (layer.training, torch.is_grad_enabled(), _autocast_dtype(x))
+        if torch.compiler.is_compiling():
+            return (x, *modes)
+        read = (x, layer.weight, layer.lora_A, layer.lora_B, layer.scale)
+        versions = [(id(tensor), None if tensor.is_inference() else tensor._version) for tensor in read]
+        return (x, *modes, torch.is_inference_mode_enabled(), *versions)
+
+    def _forget(self, _: Tensor) -> None:
+        self._waiting, self._of = {}, {}
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _same(first: tuple | None, second: tuple) -> bool:
+    return first is not None and first[0] is second[0] and first[1:] == second[1:]
 
 
 def _obstacle(layers: list[LoRALinear]) -> str | None:
@@ -63,7 +87,3 @@ def _obstacle(layers: list[LoRALinear]) -> str | None:
         if len(found) != 1:
             return f"layers of a group must have weights of one {name}, got {sorted(found)}"
     return None
-
-
-def _same(first: tuple | None, second: tuple) -> bool:
-    return first is not None and first[0] is second[0] and first[1:] == second[1:]

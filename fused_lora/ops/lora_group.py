@@ -18,6 +18,8 @@ MOST_PARTS = 4  # of one launch
 
 
 def _in_one_launch(x, weights, As, Bs) -> bool:
+    if any(weight.numel() == 0 for weight in weights):
+        return False
     with_factors = [(weight, A, B) for weight, A, B in zip(weights, As, Bs, strict=True) if A.numel() > 0]
     backend = {_backend(x, *part) for part in with_factors}
     return len(weights) <= MOST_PARTS and backend == {"cuda"} and len({A.dtype for A in As}) == 1
@@ -107,6 +109,8 @@ class LoRAGroupFunction(torch.autograd.Function):
         x, seed, *saved = ctx.saved_tensors
         weights, As, Bs, xas, scales = _columns(saved, parts)
         need_dx, _, _, _, *needs = ctx.needs_input_grad
+        if not any(ctx.needs_input_grad):
+            return (None,) * (4 + 5 * parts)
         _, need_dA, need_dB, need_dbias, _ = _columns(needs, parts)
         dx, *grads = ops.lora_group_backward(
             list(dys), x, weights, As, Bs, xas, scales, seed, ctx.p, need_dx, need_dA, need_dB, need_dbias,
@@ -155,6 +159,8 @@ def lora_group(
         x, weights, biases = cast[0][0], [weight for _, weight, _ in cast], [bias for _, _, bias in cast]
     for weight, A, B, bias, scale in zip(weights, As, Bs, biases, scales, strict=True):
         if A.shape[:1] == (0,):  # a part without factors is checked as one with some
+            if B.shape[1:] != (0,):
+                raise ValueError(f"B must have 0 columns to match A {tuple(A.shape)}, got {tuple(B.shape)}")
             A, B = A.new_empty(1, *A.shape[1:]), B.new_empty(*B.shape[:1], 1)
         checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
     scales = [torch.as_tensor(scale, dtype=torch.float32, device=x.device) for scale in scales]

@@ -52,7 +52,7 @@ def test_a_group_gives_what_its_layers_give(computed):
         ours = torch.autograd.grad(got, [x, *(p for p in grouped.parameters() if p.requires_grad)], dy)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
     assert len(computed) == 2
-    assert grouped.q.group._of is None, "nothing of x is held"
+    assert not grouped.q.group._of, "nothing of x is held"
 
 
 def test_any_order_and_any_x(computed):
@@ -81,6 +81,38 @@ def test_results_without_a_graph_are_not_for_training(computed):
     grouped.eval()
     grouped.v(x)
     assert len(computed) == 3
+
+
+def test_what_has_changed_is_computed_anew(computed):
+    alone, grouped = make_pair()
+    x = torch.randn(3, 24)
+    grouped.q(x)
+    for model in (alone, grouped):
+        with torch.no_grad():
+            model.k.lora_B.mul_(2)
+        model.v.set_lora_alpha(3)
+    assert torch.allclose(grouped.k(x), alone.k(x), atol=1e-5)
+    grouped.q(x)
+    grouped.v.set_lora_alpha(5)
+    assert torch.allclose(grouped.v(x), alone.v(x) * 0 + grouped.v.to_linear()(x), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert grouped.q(x).dtype is torch.bfloat16
+    assert grouped.k(x).dtype is torch.float32
+
+
+def test_inference_mode(computed):
+    alone, grouped = make_pair()
+    with torch.inference_mode():
+        x = torch.randn(3, 24)
+        assert torch.allclose(grouped(x), alone(x), atol=1e-5)
+
+
+def test_a_graph_that_is_gone_is_not_given_out(computed):
+    _, grouped = make_pair()
+    x = torch.randn(3, 24)
+    grouped.q(x).sum().backward()
+    grouped.k(x).sum().backward()
+    assert len(computed) == 2
 
 
 def test_merged_layers_are_plain(computed):
