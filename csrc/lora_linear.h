@@ -32,6 +32,11 @@ struct Dropout {
 
 constexpr int kMostParts = 4;  // linears that read one x
 
+// act(t) = t sigmoid(t (linear + cubic t^2)): SiLU, or GELU in its tanh form.
+struct Activation {
+  float linear, cubic;
+};
+
 // One of them. A.rows = 0: it has no factors.
 struct ForwardPart {
   Matrix weight, A, B, xa, y;
@@ -44,6 +49,11 @@ struct ForwardParams {
   Matrix x;
   int parts;
   ForwardPart part[kMostParts];
+  // Two parts of the same width with `gated`: hidden = act(y of the first) y of the second as well, and their ys only where
+  // they have data. All three aligned to 16 bytes.
+  bool gated;
+  Activation activation;
+  Matrix hidden;
   DType dtype;  // of all matrices, float16 or bfloat16
   Dropout dropout;
   int* flags;  // forward_flags() zeros, which the kernel leaves zero
@@ -62,6 +72,11 @@ struct BackwardParams {
   bool needs_dx;
   int parts;
   BackwardPart part[kMostParts];
+  // One part whose x is act(gate) up, with `gated`: dx is not stored, but dgate, dup and, where it has data, x once more, as
+  // hidden. All aligned to 16 bytes.
+  bool gated;
+  Activation activation;
+  Matrix gate, up, dgate, dup, hidden;
   DType factor_dtype, dtype;  // factor_dtype: dtype or float32
   Dropout dropout;
   int* flags;      // backward_flags() zeros, which the kernel leaves zero

@@ -136,7 +136,9 @@ struct Consumer {
     if (kMasked || terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
-    if constexpr (kMasked) {
+    if constexpr (C::kGates) {
+      multiply_gated(acc);
+    } else if constexpr (kMasked) {
       multiply_steps(acc, 0, terms.rank_steps, terms.first);
       mask_out(acc, tile_row + self.index * kBox, item.col * C::kBlockN);
       multiply_steps(acc, terms.steps, 0, terms.first);
@@ -145,8 +147,14 @@ struct Consumer {
     } else {
       multiply_steps(acc, terms.steps, terms.rank_steps, terms.first);
     }
-    if constexpr (!kBackward) add_bias(acc, p.part[item.part], item.col * C::kBlockN);
-    outbox.keep_out(acc, kBackward ? 0 : item.part, tile_row + self.index * kBox, item.col * C::kBlockN);
+    const int col = item.col * C::kTileCols;
+    if constexpr (C::kGates) {
+      add_bias(half<0>(acc), p.part[0], col);
+      add_bias(half<1>(acc), p.part[1], col);
+    } else if constexpr (!kBackward) {
+      add_bias(acc, p.part[item.part], col);
+    }
+    outbox.keep_out(acc, kBackward ? 0 : item.part, tile_row + self.index * kBox, col);
   }
 
   // What a tile sums over: steps over depth, those over ranks, and the part whose ranks come first.
@@ -174,6 +182,27 @@ struct Consumer {
         while (kBackward && left <= 0) left = p.part[of++].r;
       }
       multiply_slices<kSlices>(acc, lhs, rhs, step < steps ? kBox : left);
+    });
+  }
+
+  // The columns of one of a gated tile's two linears.
+  template <int kOf, int kCount>
+  static __device__ __forceinline__ float (&half(float (&acc)[kCount]))[kCount / 2] {
+    return reinterpret_cast<float(&)[kCount / 2]>(acc[kOf * kCount / 2]);
+  }
+
+  __device__ __forceinline__ void multiply_gated(float (&acc)[C::kBlockN / 2]) {
+    const int steps = boxes_of(p.part[0].depth), gate_ranks = p.part[0].r, up_ranks = p.part[1].r;
+    const int gate_steps = boxes_of(gate_ranks);
+    consume(steps + gate_steps + boxes_of(up_ranks), [&](uint32_t stage, int step) {
+      const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<false>(stage + 2 * kBoxBytes);
+      if (step < steps) {
+        multiply_slices<kSlices>(acc, lhs, rhs, kBox);
+      } else if (step < steps + gate_steps) {
+        multiply_slices<kSlices>(half<0>(acc), lhs, rhs, gate_ranks - (step - steps) * kBox);
+      } else {
+        multiply_slices<kSlices>(half<1>(acc), lhs, rhs, up_ranks - (step - steps - gate_steps) * kBox);
+      }
     });
   }
 
@@ -224,10 +253,11 @@ struct Consumer {
     if (p.schedule.riding_low_is_awaited()) outbox.raise(part.ready + tile_row / kBlockM, false);
   }
 
-  __device__ void add_bias(float (&acc)[C::kBlockN / 2], const Part& part, int first_col) {
+  template <int kCount>
+  __device__ __forceinline__ void add_bias(float (&acc)[kCount], const Part& part, int first_col) {
     if (part.bias == nullptr) return;
 #pragma unroll
-    for (int j = 0; j < C::kBlockN / 8; ++j) {
+    for (int j = 0; j < kCount / 4; ++j) {
       const int c = first_col + 8 * j + self.col();
       if (c >= part.cols) continue;
       const float a = load_as_float(part.bias, part.bias_dtype, c);

@@ -69,37 +69,53 @@ cudaError_t launch(KernelParams p, const Pass& pass, int clusters, cudaStream_t 
   return cudaGetLastError();
 }
 
-template <typename T, bool kBackward, bool kDrops, int kBlockN>
+template <typename T, bool kBackward, bool kDrops, int kBlockN, Epilogue kEpilogue = Epilogue::kPlain>
 cudaError_t launch_rank(const KernelParams& p, const Pass& pass, int clusters, cudaStream_t stream) {
   switch (block_rank(pass.most_rank())) {
-    case 16: return launch<Config<kBlockN, 16>, T, kBackward, kDrops>(p, pass, clusters, stream);
-    case 64: return launch<Config<kBlockN, 64>, T, kBackward, kDrops>(p, pass, clusters, stream);
-    case 128: return launch<Config<kBlockN, 128>, T, kBackward, kDrops>(p, pass, clusters, stream);
-    default: return launch<Config<256, 256>, T, kBackward, kDrops>(p, pass, clusters, stream);  // which is never narrow
+    case 16: return launch<Config<kBlockN, 16, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
+    case 64: return launch<Config<kBlockN, 64, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
+    case 128: return launch<Config<kBlockN, 128, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
+    default: return launch<Config<256, 256, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);  // which is never narrow
   }
 }
 
-template <typename T, bool kBackward, bool kDrops>
+template <typename T, bool kBackward, bool kDrops, bool kGated>
 cudaError_t launch_tiles(const KernelParams& p, const Pass& pass, cudaStream_t stream) {
   const int clusters = clusters_at_once();
   if (clusters == 0) return cudaErrorInvalidDevice;
-  if (wants_narrow_tiles(pass, clusters)) return launch_rank<T, kBackward, kDrops, 128>(p, pass, clusters, stream);
-  return launch_rank<T, kBackward, kDrops, 256>(p, pass, clusters, stream);
+  if constexpr (kGated) {
+    constexpr auto kEpilogue = kBackward ? Epilogue::kGateGrad : Epilogue::kGate;
+    return launch_rank<T, kBackward, kDrops, 256, kEpilogue>(p, pass, clusters, stream);
+  } else {
+    if (wants_narrow_tiles(pass, clusters)) return launch_rank<T, kBackward, kDrops, 128>(p, pass, clusters, stream);
+    return launch_rank<T, kBackward, kDrops, 256>(p, pass, clusters, stream);
+  }
 }
 
-template <bool kBackward, bool kDrops>
+template <bool kBackward, bool kDrops, bool kGated>
 cudaError_t launch_pass(const KernelParams& p, const Pass& pass, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops>(p, pass, stream);
-  return launch_tiles<__half, kBackward, kDrops>(p, pass, stream);
+  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops, kGated>(p, pass, stream);
+  return launch_tiles<__half, kBackward, kDrops, kGated>(p, pass, stream);
 }
 
 // Each instantiated in a file of its own, so that they compile beside each other.
-#define FUSED_LORA_LAUNCH_PASS(backward, drops) \
-  template cudaError_t launch_pass<backward, drops>(const KernelParams&, const Pass&, DType, cudaStream_t)
-extern FUSED_LORA_LAUNCH_PASS(false, false);
-extern FUSED_LORA_LAUNCH_PASS(false, true);
-extern FUSED_LORA_LAUNCH_PASS(true, false);
-extern FUSED_LORA_LAUNCH_PASS(true, true);
+#define FUSED_LORA_LAUNCH_PASS(backward, drops, gated) \
+  template cudaError_t launch_pass<backward, drops, gated>(const KernelParams&, const Pass&, DType, cudaStream_t)
+extern FUSED_LORA_LAUNCH_PASS(false, false, false);
+extern FUSED_LORA_LAUNCH_PASS(false, true, false);
+extern FUSED_LORA_LAUNCH_PASS(false, false, true);
+extern FUSED_LORA_LAUNCH_PASS(false, true, true);
+extern FUSED_LORA_LAUNCH_PASS(true, false, false);
+extern FUSED_LORA_LAUNCH_PASS(true, true, false);
+extern FUSED_LORA_LAUNCH_PASS(true, false, true);
+extern FUSED_LORA_LAUNCH_PASS(true, true, true);
+
+// The kernels of a pass.
+template <bool kBackward>
+auto launcher_of(const Pass& pass) {
+  if (pass.gated) return pass.drops ? launch_pass<kBackward, true, true> : launch_pass<kBackward, false, true>;
+  return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
+}
 
 // Parameters that both passes have: sizes, and the flags, in the order in which KernelParams says they lie.
 inline KernelParams params_of(const Pass& pass, const Dropout& dropout, int* flags) {

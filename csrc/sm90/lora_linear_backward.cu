@@ -5,12 +5,12 @@
 namespace fused_lora {
 namespace sm90 {
 
-FUSED_LORA_LAUNCH_PASS(true, false);
+FUSED_LORA_LAUNCH_PASS(true, false, false);
 
 namespace {
 
 Pass pass_of(const BackwardParams& b) {
-  Pass pass{b.x.rows, true, b.dropout.seed != nullptr, b.needs_dx, b.parts, {}};
+  Pass pass{b.x.rows, true, b.dropout.seed != nullptr, b.needs_dx, b.gated, b.parts, {}};
   for (int i = 0; i < b.parts; ++i) {
     const BackwardPart& part = b.part[i];
     pass.part[i] = {b.x.cols, part.dy.cols, part.A.rows, part.dA != nullptr, part.dB != nullptr || part.dbias != nullptr};
@@ -83,12 +83,21 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
   KernelParams p = params_of(pass, b.dropout, b.flags);
   MapMaker map{b.dtype};
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], b.x, b.factor_dtype == b.dtype);
-  if (b.needs_dx) set_out(p.part[0], map, b.dx);
+  if (b.gated) {
+    p.gated.gate = map(b.gate);
+    p.gated.up = map(b.up);
+    p.gated.dgate = map(b.dgate);
+    p.gated.dup = map(b.dup);
+    p.gated.wants_hidden = b.hidden.data != nullptr;
+    if (p.gated.wants_hidden) p.gated.hidden = map(b.hidden);
+    p.gated.activation = b.activation;
+  } else if (b.needs_dx) {
+    set_out(p.part[0], map, b.dx);
+  }
   if (map.error != cudaSuccess) return map.error;
   p.part[0].dA.partial = b.partial;
   p.factor_dtype = b.factor_dtype;
-  const auto launch = pass.drops ? launch_pass<true, true> : launch_pass<true, false>;
-  return launch(p, pass, b.dtype, stream);
+  return launcher_of<true>(pass)(p, pass, b.dtype, stream);
 }
 
 }  // namespace fused_lora

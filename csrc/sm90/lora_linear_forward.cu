@@ -4,12 +4,12 @@
 namespace fused_lora {
 namespace sm90 {
 
-FUSED_LORA_LAUNCH_PASS(false, false);
+FUSED_LORA_LAUNCH_PASS(false, false, false);
 
 namespace {
 
 Pass pass_of(const ForwardParams& f) {
-  Pass pass{f.x.rows, false, f.dropout.seed != nullptr, true, f.parts, {}};
+  Pass pass{f.x.rows, false, f.dropout.seed != nullptr, true, f.gated, f.parts, {}};
   for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false};
   return pass;
 }
@@ -22,7 +22,7 @@ void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x) 
     part.low = map(f.xa);
     part.up = map(f.B);
   }
-  set_out(part, map, f.y);
+  if (f.y.data != nullptr) set_out(part, map, f.y);
   part.low_data = f.xa.data;
   part.low_stride = f.xa.stride;
   part.scale = f.scale;
@@ -36,7 +36,7 @@ void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x) 
 using namespace sm90;
 
 int tile_width(int64_t M, int64_t N, int64_t r) {
-  const Pass pass{M, false, false, true, 1, {{N, N, r, false, false}}};
+  const Pass pass{M, false, false, true, false, 1, {{N, N, r, false, false}}};
   return wants_narrow_tiles(pass, std::max(1, clusters_at_once())) ? 128 : 256;
 }
 
@@ -47,10 +47,14 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   KernelParams p = params_of(pass, f.dropout, f.flags);
   MapMaker map{f.dtype};
   for (int i = 0; i < f.parts; ++i) set_part(p.part[i], map, f.part[i], f.x);
+  if (f.gated) {
+    p.gated.hidden = map(f.hidden);
+    p.gated.activation = f.activation;
+    p.gated.wants_sides = f.part[0].y.data != nullptr;
+  }
   if (f.parts == 1 && p.part[0].r > 0) p.down_riding = map(f.part[0].A, 16);
   if (map.error != cudaSuccess) return map.error;
-  const auto launch = pass.drops ? launch_pass<false, true> : launch_pass<false, false>;
-  return launch(p, pass, f.dtype, stream);
+  return launcher_of<false>(pass)(p, pass, f.dtype, stream);
 }
 
 }  // namespace fused_lora

@@ -2,6 +2,7 @@
 // tensor cores nor the stages wait for a tile's 64 kB to be stored.
 #pragma once
 
+#include "activation.cuh"
 #include "fragments.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
@@ -18,8 +19,8 @@ struct Outbox {
   const KernelParams& p;
   const Warpgroup self;
 
-  // Parts: boxes of 64 x 64 in 16 registers each; where somebody waits for the result, a step in which its bytes arrive, and
-  // its flag.
+  // Parts: boxes of 64 x 64 in 16 registers each, or what gated boxes go through; where somebody waits for the result, a step in
+  // which its bytes arrive, and its flag.
   uint32_t boxes[kMostBoxes][16];
   const CUtensorMap* map;
   int first_row, first_col;  // in the map's matrix
@@ -41,6 +42,8 @@ struct Outbox {
   __device__ __forceinline__ void keep_out(const float (&acc)[kCount], int part, int row, int col) {
     keep(acc, &p.part[part].out, row, col, nullptr);
     what = part;
+    if constexpr (C::kGates) hold(p.gated.wants_sides ? kMostBoxes + kMostBoxes / 2 : kMostBoxes / 2, nullptr);
+    if constexpr (C::kGateGrads) hold(kMostBoxes * kGradParts, nullptr);
   }
 
   // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
@@ -99,16 +102,15 @@ struct Outbox {
   }
 
   __device__ __forceinline__ void send_part() {
-    if (next_part < box_count) {
+    if (C::kGates && what >= 0) {
+      send_gated();
+    } else if (C::kGateGrads && what >= 0) {
+      send_gate_grads();
+    } else if (next_part < box_count) {
       const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
       if (self.thread() == 0) ptx::tma_store_wait_read<0>();
       self.sync();
-      switch (next_part) {
-        case 0: write_box<0>(buffer); break;
-        case 1: write_box<1 % kMostBoxes>(buffer); break;
-        case 2: write_box<2 % kMostBoxes>(buffer); break;
-        default: write_box<3 % kMostBoxes>(buffer);
-      }
+      write_box(next_part, buffer);
       ptx::fence_async_shared();
       self.sync();
       if (by_hand()) {
@@ -122,7 +124,115 @@ struct Outbox {
     ++next_part;
   }
 
+  // act(gate) up, then gate, then up, whose boxes are the first and the second half of a tile's.
+  __device__ __forceinline__ void send_gated() {
+    constexpr int kHalf = kMostBoxes / 2;
+    const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
+    if (self.thread() == 0) ptx::tma_store_wait_read<0>();
+    self.sync();
+    if (next_part >= kHalf) {
+      write_box(next_part - kHalf, buffer);
+    } else if (next_part == 0) {
+      write_hidden<0>(buffer);
+    } else {
+      write_hidden<1>(buffer);
+    }
+    ptx::fence_async_shared();
+    self.sync();
+    if (self.thread() == 0) {
+      const CUtensorMap* to = next_part < kHalf ? &p.gated.hidden : next_part < 2 * kHalf ? &p.part[0].out : &p.part[1].out;
+      ptx::tma_store(to, first_row, first_col + next_part % kHalf * kBox, buffer);
+      ptx::tma_store_commit();
+    }
+  }
+
+  template <int kIndex>
+  __device__ __forceinline__ void write_hidden(uint32_t buffer) {
+    const Act act(p.gated.activation);
+    const uint32_t(&gate)[16] = boxes[kIndex], (&up)[16] = boxes[kMostBoxes / 2 + kIndex];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = act.hidden<T>(gate[4 * j + i], up[4 * j + i]);
+      ptx::stmatrix(buffer + own_chunk(j), pairs);
+    }
+  }
+
+  // A box of the gradient of act(gate) up: gate and up are fetched; their gradients take their places and go out, and the
+  // box becomes act(gate) up, which goes out next where it is wanted.
+  static constexpr int kGradParts = 4;
+  __device__ __forceinline__ void send_gate_grads() {
+    const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
+    const int box = next_part / kGradParts, part = next_part % kGradParts, col = first_col + box * kBox;
+    if (part == 0 && self.thread() == 0) {
+      ptx::tma_store_wait_read<0>();
+      ptx::mbarrier_arrive_expect_tx(&shared.gate_full[self.index], 2 * kBoxBytes);
+      ptx::tma_load(buffer, &p.gated.gate, first_row, col, &shared.gate_full[self.index]);
+      ptx::tma_load(buffer + kBoxBytes, &p.gated.up, first_row, col, &shared.gate_full[self.index]);
+    }
+    if (part == 2) {
+      ptx::mbarrier_wait(&shared.gate_full[self.index], box % 2);  // a tile has an even number of them
+      turn_box(box, buffer);
+      ptx::fence_async_shared();
+      self.sync();
+      if (self.thread() == 0) {
+        ptx::tma_store(&p.gated.dgate, first_row, col, buffer);
+        ptx::tma_store(&p.gated.dup, first_row, col, buffer + kBoxBytes);
+        ptx::tma_store_commit();
+      }
+    }
+    if (part == 3 && p.gated.wants_hidden) {
+      if (self.thread() == 0) ptx::tma_store_wait_read<0>();
+      self.sync();
+      write_box(box, buffer);
+      ptx::fence_async_shared();
+      self.sync();
+      if (self.thread() == 0) {
+        ptx::tma_store(&p.gated.hidden, first_row, col, buffer);
+        ptx::tma_store_commit();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void turn_box(int box, uint32_t buffer) {
+    switch (box) {
+      case 0: return turn_box<0>(buffer);
+      case 1: return turn_box<1 % kMostBoxes>(buffer);
+      case 2: return turn_box<2 % kMostBoxes>(buffer);
+      default: return turn_box<3 % kMostBoxes>(buffer);
+    }
+  }
+
+  template <int kIndex>
+  __device__ __forceinline__ void turn_box(uint32_t buffer) {
+    const Act act(p.gated.activation);
+    const uint32_t own = buffer + swizzled(self.row(), 0) + self.col() * 2;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t at = (own ^ i / 2 << 4) + i % 2 * 8 * 128;
+      uint32_t gate = ptx::load_shared_32(at), up = ptx::load_shared_32(at + kBoxBytes);
+      act.turn<T>(boxes[kIndex][i], gate, up);
+      ptx::store_shared_32(at, gate);
+      ptx::store_shared_32(at + kBoxBytes, up);
+    }
+  }
+
+  // Where the matrices of a box's registers 4 j to 4 j + 3 lie in shared memory: this lane's row of them.
+  __device__ __forceinline__ uint32_t own_chunk(int j) const {
+    return swizzled(self.thread() / 32 * 16 + self.lane() / 8 % 2 * 8 + self.lane() % 8, 2 * j + self.lane() / 16);
+  }
+
   // A box to shared memory, its 16-byte chunks where the 128-byte swizzle has them.
+  __device__ __forceinline__ void write_box(int box, uint32_t buffer) {
+    switch (box) {
+      case 0: return write_box<0>(buffer);
+      case 1: return write_box<1 % kMostBoxes>(buffer);
+      case 2: return write_box<2 % kMostBoxes>(buffer);
+      default: return write_box<3 % kMostBoxes>(buffer);
+    }
+  }
+
   template <int kBoxIndex>
   __device__ __forceinline__ void write_box(uint32_t buffer) {
     const int warp = self.thread() / 32, low_bit = self.lane() / 8 % 2, high_bit = self.lane() / 16;
@@ -134,8 +244,7 @@ struct Outbox {
         const int row = 16 * j + 8 * high_bit + self.lane() % 8, chunk = 2 * warp + low_bit;
         ptx::stmatrix_transposed(buffer + swizzled(row, chunk), pairs);
       } else {
-        const int row = 16 * warp + 8 * low_bit + self.lane() % 8, chunk = 2 * j + high_bit;
-        ptx::stmatrix(buffer + swizzled(row, chunk), pairs);
+        ptx::stmatrix(buffer + own_chunk(j), pairs);
       }
     }
   }
@@ -178,7 +287,7 @@ struct Outbox {
 
   // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    if (next_part == 0 && box_count == kMostBoxes && what >= 0 && !by_hand()) {
+    if (next_part == 0 && box_count == kMostBoxes && what >= 0 && !by_hand() && C::kEpilogue == Epilogue::kPlain) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
       write_boxes<0>(buffers);

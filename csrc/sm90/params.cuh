@@ -45,8 +45,16 @@ struct Part {
   int* ready;        // for each 128 rows: warpgroups whose part of low is written
 };
 
+// Of act(gate) up. Forward, gate and up are the outs of the first two parts.
+struct Gated {
+  CUtensorMap gate, up, hidden, dgate, dup;
+  Activation activation;
+  bool wants_sides, wants_hidden;  // forward: gate and up stored too; backward: hidden stored too
+};
+
 struct KernelParams {
   Part part[kMostParts];
+  Gated gated;
   CUtensorMap down_riding;
   Schedule schedule;
   int M, parts;

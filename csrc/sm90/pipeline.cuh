@@ -18,14 +18,22 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 
 __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBox); }
 
+// What becomes of a tile. kGate: columns of two linears, gate and up, whose act(gate) up goes out with them. kGateGrad: it is
+// the gradient of act(gate) up, and goes out as those of gate and up.
+enum class Epilogue { kPlain, kGate, kGateGrad };
+
 // What a kernel of tiles 128 x kBlockN and ranks up to kBlockR brings into a stage.
-template <int kBlockN_, int kBlockR_>
+template <int kBlockN_, int kBlockR_, Epilogue kEpilogue_ = Epilogue::kPlain>
 struct Config {
   static constexpr int kBlockN = kBlockN_, kBlockR = kBlockR_;
+  static constexpr Epilogue kEpilogue = kEpilogue_;
+  static constexpr bool kGates = kEpilogue == Epilogue::kGate, kGateGrads = kEpilogue == Epilogue::kGateGrad;
+  static constexpr int kTileCols = kGates ? kBlockN / 2 : kBlockN;  // of out
+  static constexpr int kOutBoxes = kGateGrads ? 2 : 1;              // of a warpgroup
 
   static constexpr int kTileBoxes = 2 + kBlockN / kBox;  // 128 rows of one operand, kBlockN of the other
   // Of rank 16, low can ride on the first column of tiles: its factor's part of a step is a box of its own.
-  static constexpr bool kCanRide = kBlockR == 16;
+  static constexpr bool kCanRide = kBlockR == 16 && kEpilogue == Epilogue::kPlain;
   static constexpr int kRideBytes = kCanRide ? 16 * kBox * 2 : 0;
 
   // Steps of a shrink item sum over as much as fits into a stage, to have enough bytes in flight.
@@ -53,8 +61,9 @@ __device__ __forceinline__ bool rides(const Schedule& schedule, const Item& item
 template <typename C>
 struct Shared {
   uint8_t stages[C::kStages][C::kStageBytes];
-  uint8_t out[kConsumers][kBoxBytes];
+  uint8_t out[kConsumers][C::kOutBoxes * kBoxBytes];
   uint64_t full[C::kStages], empty[C::kStages];
+  uint64_t gate_full[kConsumers];  // boxes of gate and up, in out
   uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster
   Item item;
 };
@@ -66,6 +75,7 @@ __device__ void init_barriers(Shared<C>& shared) {
     ptx::mbarrier_init(&shared.full[stage], 1);
     ptx::mbarrier_init(&shared.empty[stage], kCluster * kWarps);
   }
+  for (uint64_t& barrier : shared.gate_full) ptx::mbarrier_init(&barrier, 1);
   ptx::mbarrier_init(&shared.item_full, 1);
   ptx::mbarrier_init(&shared.item_empty, kCluster * (kWarps + 1));
   ptx::fence_mbarrier_init();

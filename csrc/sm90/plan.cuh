@@ -17,7 +17,7 @@ struct PassPart {
 
 struct Pass {
   int64_t M;
-  bool backward, drops, wants_out;
+  bool backward, drops, wants_out, gated;
   int parts;
   PassPart part[kMostParts];
 
@@ -48,7 +48,7 @@ inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
   const int64_t row_pairs = ceil_div(pass.M, kPairRows);
   const int wide_waves = ceil_div(row_pairs * pass.tile_cols(256), clusters);
   const int narrow_waves = ceil_div(row_pairs * pass.tile_cols(128), clusters);
-  return pass.most_rank() <= 128 && 0.56 * narrow_waves < wide_waves;
+  return !pass.gated && pass.most_rank() <= 128 && 0.56 * narrow_waves < wide_waves;
 }
 
 // The list's order was chosen by measurement (docs/hopper.md). A shrink item costs about half a tile: where tiles are long, two
@@ -59,10 +59,10 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   Schedule s{};
   s.row_pairs = ceil_div(pass.M, kPairRows);
   s.parts = pass.parts;
-  for (int i = 0; pass.wants_out && i < (pass.backward ? 1 : pass.parts); ++i) {
-    s.tile_cols[i] = ceil_div(pass.part[i].cols, C::kBlockN);
+  int tile_cols = 0;
+  for (int i = 0; pass.wants_out && i < (pass.backward || pass.gated ? 1 : pass.parts); ++i) {
+    tile_cols += s.tile_cols[i] = ceil_div(pass.part[i].cols, C::kTileCols);
   }
-  const int tile_cols = pass.wants_out ? pass.tile_cols(C::kBlockN) : 0;
   const bool long_tiles = pass.depth() >= 3072, masks_shrink = pass.drops && !pass.backward;  // which makes its items long
   // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
   s.rides = C::kCanRide && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols <= 4;

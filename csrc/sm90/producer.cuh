@@ -13,6 +13,7 @@ struct Producer {
   Shared<C>& shared;
   const KernelParams& p;
   const int rank;  // of the block in its cluster
+  static constexpr int kHalf = C::kTileCols / kBox;  // boxes of one of two linears in a gated tile
   Ring<C::kStages> ring{};
 
   // A free stage, in which so many bytes will land.
@@ -56,7 +57,10 @@ struct Producer {
 
   __device__ void run(const Item& item) {
     if (item.work == Work::kShrink) return shrink(item);
-    if (item.work == Work::kTile) return tile(item);
+    if (item.work == Work::kTile) {
+      if constexpr (C::kGates) return tile_gated(item);
+      return tile(item);
+    }
     if constexpr (kBackward) gradient(item);
   }
 
@@ -104,6 +108,31 @@ struct Producer {
       }
     }
     if (!(kBackward && kDrops)) tile_ranks(first, last, row, col, riding);
+  }
+
+  // Of two linears at once: half of the right operand is each one's; then the ranks of each, for its half of the columns.
+  __device__ void tile_gated(const Item& item) {
+    const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kTileCols;
+    const int depth = p.part[0].depth, release_at = lookahead(depth, kBox);
+#pragma unroll 1
+    for (int k = 0; k < depth; k += kBox) {
+      const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes);
+      load<false>(stage, &p.part[0].lhs, row, k, 2);
+      for (int i = 0; i < 2; ++i) load_right(stage + (2 + i * kHalf) * kBoxBytes, &p.part[i].weight, col, k, kHalf);
+      ring.advance();
+      if (k == release_at) release_item();
+    }
+    for (int i = 0; i < 2; ++i) {
+      const Part& part = p.part[i];
+      if (part.r > 0) wait_for_low(part, row);
+#pragma unroll 1
+      for (int k = 0; k < part.r; k += kBox) {
+        const uint32_t stage = begin_step((2 + kHalf) * kBoxBytes);
+        load<false>(stage, &part.low, row, k, 2);
+        load_right(stage + 2 * kBoxBytes, &part.up, col, k, kHalf);
+        ring.advance();
+      }
+    }
   }
 
   __device__ void tile_ranks(int first, int last, int row, int col, bool riding) {
