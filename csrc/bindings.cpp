@@ -55,6 +55,13 @@ TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
       "cuda_lora_group_backward(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor[] xas, Tensor[] scales,"
       " Tensor? seed, float p, bool need_dx, bool[] need_dA, bool[] need_dB, bool[] need_dbias, ScalarType[] bias_dtypes)"
       " -> (Tensor, Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "cuda_lora_gated_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
+      " Tensor? seed, float p, float linear, float cubic, bool keeps_sides) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_lora_gated_backward(Tensor dy, Tensor hidden, Tensor gate, Tensor up, Tensor weight, Tensor A, Tensor B, Tensor xa,"
+      " Tensor scale, Tensor? seed, float p, bool need_dA, bool need_dB, ScalarType? dbias_dtype, float linear, float cubic)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
@@ -63,12 +70,15 @@ TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
   m.impl("cuda_lora_linear_backward", &fused_lora::lora_linear_backward);
   m.impl("cuda_lora_group_forward", &fused_lora::lora_group_forward);
   m.impl("cuda_lora_group_backward", &fused_lora::lora_group_backward);
+  m.impl("cuda_lora_gated_forward", &fused_lora::lora_gated_forward);
+  m.impl("cuda_lora_gated_backward", &fused_lora::lora_gated_backward);
 }
 
 PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("lora_linear_obstacle", &fused_lora::lora_linear_obstacle,
         "Why the kernels of lora_linear do not take a shape, in words; empty where they do.");
+  m.def("gated_obstacle", &fused_lora::gated_obstacle, "The same of gated passes.");
   m.def("lora_linear", &fused_lora::lora_linear, py::call_guard<py::gil_scoped_release>(),
         "lora_linear with autograd, or None where it is for others. Plain tensors on a GPU; p is a float.");
   m.def("tile_width", &fused_lora::tile_width, "Columns of the tiles of an (M, N) result.");

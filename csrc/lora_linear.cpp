@@ -4,15 +4,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
-#include "fill_up.h"
-#include "flags.h"
-#include "nvtx_range.h"
-#include "tensors.h"
+#include "operands.h"
 
 namespace fused_lora {
 namespace {
@@ -20,50 +15,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-int64_t padded(int64_t cols) { return (cols + 7) / 8 * 8; }
-
-constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;  // the kernels count them in an int
-
-bool addressable(const Tensor& matrix) {
-  return matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1) &&
-         reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
-}
-
-// A matrix in `dtype` that the copy engine can address: the matrix itself, or a copy with rows padded to 16 bytes.
-Tensor addressed(const Tensor& matrix, at::ScalarType dtype) {
-  if (matrix.numel() == 0 || (matrix.scalar_type() == dtype && addressable(matrix))) return matrix;
-  const Tensor copy = at::empty_strided(matrix.sizes(), {padded(matrix.size(1)), 1}, matrix.options().dtype(dtype));
-  if (matrix.scalar_type() != dtype || matrix.stride(1) != 1) return copy.copy_(matrix);
-  C10_CUDA_CHECK(launch_fill_up(matrix.data_ptr(), matrix.stride(0), copy.data_ptr(), copy.stride(0), copy.size(0), copy.size(1),
-                                c10::cuda::getCurrentCUDAStream()));
-  return copy;
-}
-
-// (..., C) as such a matrix.
-Tensor rows_of(const Tensor& tensor) {
-  return addressed(tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)}), tensor.scalar_type());
-}
-
-// (M, r) with rows padded to 16 bytes, the last one too: kernels write pairs of columns.
-Tensor low_like(const Tensor& x, int64_t M, int64_t r) {
-  const Tensor low = at::empty({M, padded(r)}, x.options());
-  return r == padded(r) ? low : low.narrow(1, 0, r);
-}
-
-Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
-
-// Operands of a launch as the kernels read them, and the copies that this takes until it is issued.
-class Readable {
- public:
-  explicit Readable(at::ScalarType dtype) : dtype_(dtype) {}
-  Matrix operator()(const Tensor& matrix) { return keep(addressed(matrix, dtype_)); }
-  Matrix keep(const Tensor& matrix) { return matrix_of(kept_.emplace_back(matrix)); }
-
- private:
-  at::ScalarType dtype_;
-  c10::SmallVector<Tensor, 24> kept_;
-};
 
 bool is_16_bit(const Tensor& tensor) { return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16; }
 
@@ -112,13 +63,6 @@ bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor&
   return lora_linear_obstacle(r).empty() && weight.stride(1) == 1 && x.numel() / K < kMostRows;
 }
 
-Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
-  if (!seed) return {nullptr, 0, 1.0f};
-  TORCH_CHECK(seed->scalar_type() == at::kLong && seed->is_cuda(), "seed must be an int64 on the device");
-  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
-  return {seed->data_ptr<int64_t>(), static_cast<uint32_t>(threshold), p == 1 ? 0.0f : static_cast<float>(1 / (1 - p))};
-}
-
 class LoRALinear : public torch::autograd::Function<LoRALinear> {
  public:
   // What may be absent comes last: it has no edge then, and needs_input_grad counts edges.
@@ -129,7 +73,7 @@ class LoRALinear : public torch::autograd::Function<LoRALinear> {
                                .typed<decltype(lora_linear_forward)>();
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::cuda::CUDAGuard guard(x.device());
-    const Tensor rows = rows_of(x), read = rows.is_alias_of(x) ? x : rows.view(x.sizes());  // a copy serves both passes
+    const Tensor rows = addressed(flat(x), x.scalar_type()), read = rows.is_alias_of(x) ? x : rows.view(x.sizes());  // a copy serves both passes
     auto [y, xa] = op.call(read, weight, A, B, bias, scale, seed, p);
     context->save_for_backward({read, weight, A, B, xa, scale, seed.value_or(Tensor())});
     if (seed) context->saved_data["p"] = p;
@@ -190,41 +134,17 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_group_forward(const Te
                                                                         const c10::List<std::optional<Tensor>>& biases,
                                                                         at::TensorList scales, const std::optional<Tensor>& seed,
                                                                         double p) {
-  TORCH_CHECK(!weights.empty() && weights.size() <= kMostParts, "a group has 1 to ", kMostParts, " linears, got ", weights.size());
-  TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
   const c10::cuda::CUDAGuard guard(x.device());
-  Readable read{x.scalar_type()};
-  ForwardParams params{
-      .x = read(x.dim() == 2 ? x : x.reshape({-1, x.size(-1)})),
-      .parts = static_cast<int>(weights.size()),
-      .dtype = dtype_of("x", x),
-      .dropout = dropout_of(seed, p),
-  };
-  const int64_t M = params.x.rows;
+  ForwardOperands operands(x, weights, As, Bs, biases, scales, seed, p);
   auto shape = x.sizes().vec();
-  std::vector<Tensor> ys, xas;
+  std::vector<Tensor> ys;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const std::optional<Tensor> bias = biases.get(i);
-    TORCH_CHECK(!bias || bias->is_contiguous(), "bias must be contiguous, got strides ", bias->strides());
-    const int64_t N = weights[i].size(0);
-    shape.back() = N;
+    shape.back() = weights[i].size(0);
     ys.push_back(at::empty(shape, x.options()));
-    xas.push_back(low_like(x, M, As[i].size(0)));
-    params.part[i] = {
-        .weight = read(weights[i]),
-        .A = read(As[i]),
-        .B = read(Bs[i]),
-        .xa = matrix_of(xas.back()),
-        .y = {ys.back().data_ptr(), M, N, N},
-        .scale = scales[i].data_ptr<float>(),
-        .bias = bias ? bias->data_ptr() : nullptr,
-        .bias_dtype = bias ? dtype_of("bias", *bias) : DType::kFloat32,
-    };
+    operands.params.part[i].y = {ys.back().data_ptr(), operands.params.x.rows, shape.back(), shape.back()};
   }
-  params.flags = launch_flags(forward_flags(params));
-  const NvtxRange range("forward");
-  C10_CUDA_CHECK(launch_lora_linear_forward(params, c10::cuda::getCurrentCUDAStream()));
-  return {ys, xas};
+  operands.launch();
+  return {ys, operands.xas};
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora_group_backward(
@@ -232,44 +152,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     at::TensorList scales, const std::optional<Tensor>& seed, double p, bool need_dx, const c10::List<bool>& need_dA,
     const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias, const std::vector<at::ScalarType>& bias_dtypes) {
   const c10::cuda::CUDAGuard guard(x.device());
-  Readable read{x.scalar_type()};
+  BackwardOperands operands(dys, x, weights, As, Bs, xas, scales, seed, p, need_dA, need_dB, need_dbias, bias_dtypes);
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  BackwardParams params{
-      .x = read(x.dim() == 2 ? x : x.reshape({-1, x.size(-1)})),
-      .needs_dx = need_dx,
-      .parts = static_cast<int>(weights.size()),
-      .factor_dtype = dtype_of("A", As[0]),
-      .dtype = dtype_of("x", x),
-      .dropout = dropout_of(seed, p),
-  };
-  const int64_t M = params.x.rows, K = params.x.cols;
-  params.dx = {dx.data_ptr(), M, K, K};
-  std::vector<Tensor> dAs, dBs, dbiases;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &A = As[i], &B = Bs[i], dy = dys[i].dim() == 2 ? dys[i] : dys[i].reshape({-1, dys[i].size(-1)});
-    const int64_t N = weights[i].size(0);
-    dAs.push_back(at::empty(need_dA.get(i) ? A.sizes() : at::IntArrayRef{0}, A.options()));
-    dBs.push_back(at::empty(need_dB.get(i) ? B.sizes() : at::IntArrayRef{0}, B.options()));
-    dbiases.push_back(at::empty({need_dbias.get(i) ? N : 0}, x.options().dtype(bias_dtypes[i])));
-    params.part[i] = {
-        .dy = read(dy),
-        .weight = read(weights[i]),
-        .A = read(A),
-        .B = read(B),
-        .xa = read(xas[i]),
-        .dxa = read.keep(low_like(x, M, A.size(0))),
-        .dA = need_dA.get(i) ? dAs.back().data_ptr() : nullptr,
-        .dB = need_dB.get(i) ? dBs.back().data_ptr() : nullptr,
-        .dbias = need_dbias.get(i) ? dbiases.back().data_ptr() : nullptr,
-        .bias_dtype = dtype_of("bias", dbiases.back()),
-        .scale = scales[i].data_ptr<float>(),
-    };
-  }
-  params.partial = static_cast<float*>(read.keep(at::empty({1, backward_partials(params)}, x.options().dtype(at::kFloat))).data);
-  params.flags = launch_flags(backward_flags(params));
-  const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
-  C10_CUDA_CHECK(launch_lora_linear_backward(params, c10::cuda::getCurrentCUDAStream()));
-  return {dx, dAs, dBs, dbiases};
+  operands.params.needs_dx = need_dx;
+  operands.params.dx = {dx.data_ptr(), operands.params.x.rows, operands.params.x.cols, operands.params.x.cols};
+  operands.launch();
+  return {dx, operands.dAs, operands.dBs, operands.dbiases};
 }
 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,

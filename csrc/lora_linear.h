@@ -14,7 +14,7 @@
 
 namespace fused_lora {
 
-constexpr int kMaxRank = 256;
+constexpr int kMaxRank = 256, kMaxGatedRank = 128;
 
 // 16-bit elements, rows contiguous; data and rows (stride, in elements) aligned to 16 bytes, but for y and dx, which are
 // contiguous.

@@ -46,4 +46,16 @@ std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& wei
                                       const std::optional<at::Tensor>& bias, const at::Tensor& scale,
                                       const std::optional<at::Tensor>& seed, double p);
 
+// The ops of gated.cpp: hidden = act(gate) up with gate, up and both xa; and from the gradient of y = lora_linear(hidden), those of
+// gate and up and of its factors.
+std::string gated_obstacle(int64_t r);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_forward(
+    const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs,
+    const c10::List<std::optional<at::Tensor>>& biases, at::TensorList scales, const std::optional<at::Tensor>& seed, double p,
+    double linear, double cubic, bool keeps_sides);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_backward(
+    const at::Tensor& dy, const at::Tensor& hidden, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight,
+    const at::Tensor& A, const at::Tensor& B, const at::Tensor& xa, const at::Tensor& scale, const std::optional<at::Tensor>& seed,
+    double p, bool need_dA, bool need_dB, std::optional<at::ScalarType> dbias_dtype, double linear, double cubic);
+
 }  // namespace fused_lora

@@ -213,6 +213,14 @@ def choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readabl
     return _choose_lora_linear(device, dtype, r, readable, forced_backend())
 
 
+@cache
+def csrc_gates(r: int) -> bool:
+    """Whether csrc's gated passes take a rank, where its others do."""
+    from . import _C
+
+    return not _C.gated_obstacle(r)
+
+
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:
     """The tile of csrc's kernel for an (M, N) result."""
     from . import _C

@@ -135,6 +135,18 @@ def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
         _check_seed(seed, weight)
 
 
+def check_lora_mlp(x, weights, As, Bs, biases, scales, p, seed) -> None:
+    """All of lora_mlp's tensors, of gate, up and down."""
+    for i, name in enumerate(("gate", "up", "down")):
+        try:
+            read = x if name != "down" else x.new_empty(0, weights[0].shape[0])
+            check_lora_linear(read, weights[i], As[i], Bs[i], biases[i], scales[i], p, seed)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    if weights[1].shape[0] != weights[0].shape[0]:
+        raise ValueError(f"up: weight must have {weights[0].shape[0]} rows like gate's, got {weights[1].shape[0]}")
+
+
 def check_writable(name: str, tensor: Tensor) -> None:
     """Whether a tensor can be changed in place and keep its meaning."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():

@@ -5,6 +5,8 @@ Symbols: x (M, K), W (N, K) frozen, A (r, K), B (N, r), scale a float32 scalar; 
 LoRA: Hu et al. 2021, arXiv:2106.09685.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -112,6 +114,32 @@ def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None):
     if bias is not None:
         y = y + bias
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+# act(t) = t sigmoid(t (linear + cubic t^2)): SiLU, and GELU in its tanh form, whose tanh is a sigmoid.
+ACTIVATIONS = {"silu": (1.0, 0.0), "gelu_tanh": (2 * (2 / math.pi) ** 0.5, 2 * (2 / math.pi) ** 0.5 * 0.044715)}
+
+
+def gated(gate, up, linear, cubic):
+    """act(gate) up, rounded once."""
+    compute = _compute_dtype(gate.dtype)
+    t = gate.to(compute)
+    return (t * torch.sigmoid(t * (linear + cubic * t * t)) * up.to(compute)).to(gate.dtype)
+
+
+def gated_backward(dhidden, gate, up, linear, cubic):
+    """(dgate, dup) from the gradient of act(gate) up."""
+    compute = _compute_dtype(gate.dtype)
+    t, d = gate.to(compute), dhidden.to(compute)
+    s = torch.sigmoid(t * (linear + cubic * t * t))
+    slope = s + t * s * (1 - s) * (linear + 3 * cubic * t * t)
+    return (d * up.to(compute) * slope).to(gate.dtype), (d * t * s).to(up.dtype)
+
+
+def lora_mlp_ref(x, gate, up, down, act, p=0.0, seed=None):
+    """down(act(gate(x)) up(x)) by torch's own autograd; gate, up and down are lora_linear_ref's other arguments."""
+    hidden = act(lora_linear_ref(x, **gate, p=p, seed=seed)) * lora_linear_ref(x, **up, p=p, seed=seed)
+    return lora_linear_ref(hidden, **down, p=p, seed=None if seed is None else seed + 1)
 
 
 def merge_ref_(weight, A, B, scale):

@@ -136,9 +136,7 @@ struct Consumer {
     if (kMasked || terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
-    if constexpr (C::kGates) {
-      multiply_gated(acc);
-    } else if constexpr (kMasked) {
+    if constexpr (kMasked) {
       multiply_steps(acc, 0, terms.rank_steps, terms.first);
       mask_out(acc, tile_row + self.index * kBox, item.col * C::kBlockN);
       multiply_steps(acc, terms.steps, 0, terms.first);
@@ -157,16 +155,18 @@ struct Consumer {
     outbox.keep_out(acc, kBackward ? 0 : item.part, tile_row + self.index * kBox, col);
   }
 
+  // Whether a tile sums over the ranks of all parts: backward, and of two linears at once, whose factors have zeros beside them.
+  static constexpr bool kWalksParts = kBackward || C::kGates;
+
   // What a tile sums over: steps over depth, those over ranks, and the part whose ranks come first.
   struct Terms {
     int steps, rank_steps, first;
   };
 
   __device__ Terms terms_of(const Item& item) const {
-    if (!kBackward) return {boxes_of(p.part[item.part].depth), boxes_of(p.part[item.part].r), item.part};
-    Terms terms{0, 0, 0};
-    for (int i = 0; i < p.parts; ++i) {
-      terms.steps += boxes_of(p.part[i].depth);
+    Terms terms{boxes_of(p.part[item.part].depth), boxes_of(p.part[item.part].r), item.part};
+    for (int i = 1; kWalksParts && i < p.parts; ++i) {
+      if (kBackward) terms.steps += boxes_of(p.part[i].depth);
       terms.rank_steps += boxes_of(p.part[i].r);
     }
     return terms;
@@ -174,12 +174,12 @@ struct Consumer {
 
   // Steps over depth, then over the ranks of the parts from `of` on.
   __device__ __forceinline__ void multiply_steps(float (&acc)[C::kBlockN / 2], int steps, int rank_steps, int of) {
-    int left = kBackward ? 0 : p.part[of].r + kBox;  // of a part's ranks
+    int left = kWalksParts ? 0 : p.part[of].r + kBox;  // of a part's ranks
     consume(steps + rank_steps, [&](uint32_t stage, int step) {
       const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
       if (step >= steps) {
         left -= kBox;
-        while (kBackward && left <= 0) left = p.part[of++].r;
+        while (kWalksParts && left <= 0) left = p.part[of++].r;
       }
       multiply_slices<kSlices>(acc, lhs, rhs, step < steps ? kBox : left);
     });
@@ -189,21 +189,6 @@ struct Consumer {
   template <int kOf, int kCount>
   static __device__ __forceinline__ float (&half(float (&acc)[kCount]))[kCount / 2] {
     return reinterpret_cast<float(&)[kCount / 2]>(acc[kOf * kCount / 2]);
-  }
-
-  __device__ __forceinline__ void multiply_gated(float (&acc)[C::kBlockN / 2]) {
-    const int steps = boxes_of(p.part[0].depth), gate_ranks = p.part[0].r, up_ranks = p.part[1].r;
-    const int gate_steps = boxes_of(gate_ranks);
-    consume(steps + gate_steps + boxes_of(up_ranks), [&](uint32_t stage, int step) {
-      const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<false>(stage + 2 * kBoxBytes);
-      if (step < steps) {
-        multiply_slices<kSlices>(acc, lhs, rhs, kBox);
-      } else if (step < steps + gate_steps) {
-        multiply_slices<kSlices>(half<0>(acc), lhs, rhs, gate_ranks - (step - steps) * kBox);
-      } else {
-        multiply_slices<kSlices>(half<1>(acc), lhs, rhs, up_ranks - (step - steps - gate_steps) * kBox);
-      }
-    });
   }
 
   __device__ __forceinline__ void mask_out(float (&acc)[C::kBlockN / 2], int row, int col) {

@@ -75,8 +75,11 @@ cudaError_t launch_rank(const KernelParams& p, const Pass& pass, int clusters, c
     case 16: return launch<Config<kBlockN, 16, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
     case 64: return launch<Config<kBlockN, 64, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
     case 128: return launch<Config<kBlockN, 128, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
-    default: return launch<Config<256, 256, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);  // which is never narrow
   }
+  if constexpr (kEpilogue == Epilogue::kPlain) {
+    return launch<Config<256, 256>, T, kBackward, kDrops>(p, pass, clusters, stream);  // which is never narrow
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <typename T, bool kBackward, bool kDrops, bool kGated>

@@ -287,7 +287,7 @@ struct Outbox {
 
   // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    if (next_part == 0 && box_count == kMostBoxes && what >= 0 && !by_hand() && C::kEpilogue == Epilogue::kPlain) {
+    if (C::kEpilogue == Epilogue::kPlain && next_part == 0 && box_count == kMostBoxes && what >= 0 && !by_hand()) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
       write_boxes<0>(buffers);

@@ -110,7 +110,9 @@ struct Producer {
     if (!(kBackward && kDrops)) tile_ranks(first, last, row, col, riding);
   }
 
-  // Of two linears at once: half of the right operand is each one's; then the ranks of each, for its half of the columns.
+  // Of two linears at once: half of the right operand is each one's. Over the ranks of one, the other's half is zeros, from
+  // outside its matrix: products of half the width would cost what they save, since registers of products under way cannot be
+  // divided.
   __device__ void tile_gated(const Item& item) {
     const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kTileCols;
     const int depth = p.part[0].depth, release_at = lookahead(depth, kBox);
@@ -127,9 +129,10 @@ struct Producer {
       if (part.r > 0) wait_for_low(part, row);
 #pragma unroll 1
       for (int k = 0; k < part.r; k += kBox) {
-        const uint32_t stage = begin_step((2 + kHalf) * kBoxBytes);
+        const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes);
         load<false>(stage, &part.low, row, k, 2);
-        load_right(stage + 2 * kBoxBytes, &part.up, col, k, kHalf);
+        load_right(stage + (2 + i * kHalf) * kBoxBytes, &part.up, col, k, kHalf);
+        load_right(stage + (2 + (1 - i) * kHalf) * kBoxBytes, &part.up, boxes_of(part.cols) * kBox, k, kHalf);
         ring.advance();
       }
     }

@@ -2,7 +2,8 @@
 
 from .lora_group import lora_group
 from .lora_linear import lora_linear
+from .lora_mlp import lora_mlp
 from .merge import merge_
 from .merge_and_reinit import merge_and_reinit_
 
-__all__ = ["lora_group", "lora_linear", "merge_", "merge_and_reinit_"]
+__all__ = ["lora_group", "lora_linear", "lora_mlp", "merge_", "merge_and_reinit_"]

@@ -1,0 +1,202 @@
+"""The gated MLP of LoRA linears as one op: act(gate) up is made and differentiated where its factors are computed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends, checks, reference
+from .library import define
+from .lora_group import _backward as _group_backward
+from .lora_group import _columns
+from .lora_group import _forward as _group_forward
+from .lora_linear import _autocast, _autocasts, _backend, _kernel_bias, _kernel_dtype, _rows
+from .lora_linear import _backward as _linear_backward
+
+ops = torch.ops.fused_lora
+SAVE = ("all", "less")
+PARTS = ("gate", "up", "down")
+
+
+def _in_one_launch(x, weights, As, Bs) -> bool:
+    alone = {_backend(x, *part) for part in zip(weights, As, Bs, strict=True)}
+    if alone != {"cuda"} or len({A.dtype for A in As}) > 1:
+        return False
+    return all(backends.csrc_gates(A.shape[0]) for A in As)
+
+
+def _padded(rows: int, cols: int, like: Tensor) -> Tensor:
+    """(rows, cols) whose rows start at multiples of 8 elements, as the copy engine wants them."""
+    return like.new_empty(rows, -(-cols // 8) * 8)[:, :cols]
+
+
+def _forward(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides):
+    flat = _rows(x)
+    if _in_one_launch(x, weights, As, Bs):
+        biases = [_kernel_bias(bias) for bias in biases]
+        hidden, gate, up, *xas = ops.cuda_lora_gated_forward(
+            flat, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides
+        )
+        return hidden, gate, up, *(xa.contiguous() for xa in xas)
+    gate, up, *xas = _group_forward(flat, weights, As, Bs, biases, scales, seed, p)
+    shape = gate.shape
+    hidden = _padded(*shape, x).copy_(reference.gated(gate, up, linear, cubic))
+    sides = [_padded(*shape, x).copy_(y) if keep_sides else _padded(0, shape[1], x) for y in (gate, up)]
+    return hidden, *sides, *xas
+
+
+def _forward_fake(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides):
+    M, F = _rows(x).shape[0], weights[0].shape[0]
+    sides = [_padded(M if keep_sides else 0, F, x) for _ in range(2)]
+    return _padded(M, F, x), *sides, *(x.new_empty((M, A.shape[0])) for A in As)
+
+
+def _hidden(gate, up, linear, cubic):
+    return _padded(*gate.shape, gate).copy_(reference.gated(gate, up, linear, cubic))
+
+
+def _hidden_fake(gate, up, linear, cubic):
+    return _padded(*gate.shape, gate)
+
+
+def _backward(dy, hidden, gate, up, weight, A, B, xa, scale, seed, p, need_dA, need_dB, dbias_dtype, linear, cubic):
+    flat = _rows(dy)
+    if _in_one_launch(hidden, [weight], [A], [B]):
+        dgate, dup, dA, dB, dbias = ops.cuda_lora_gated_backward(
+            flat, hidden, gate, up, weight, A, B, xa, scale, seed, p, need_dA, need_dB, _kernel_dtype(dbias_dtype),
+            linear, cubic,
+        )  # fmt: skip
+        return dgate, dup, dA, dB, dbias.to(dbias_dtype or dy.dtype)
+    dhidden, dA, dB, dbias = _linear_backward(
+        flat, hidden, weight, A, B, xa, scale, seed, p, True, need_dA, need_dB, dbias_dtype
+    )
+    dgate, dup = reference.gated_backward(dhidden, gate, up, linear, cubic)
+    return _padded(*gate.shape, gate).copy_(dgate), _padded(*up.shape, up).copy_(dup), dA, dB, dbias
+
+
+def _backward_fake(
+    dy, hidden, gate, up, weight, A, B, xa, scale, seed, p, need_dA, need_dB, dbias_dtype, linear, cubic
+):
+    dA = A.new_empty(A.shape if need_dA else 0)
+    dB = B.new_empty(B.shape if need_dB else 0)
+    dbias = dy.new_empty(0) if dbias_dtype is None else dy.new_empty(weight.shape[0], dtype=dbias_dtype)
+    return _padded(*gate.shape, gate), _padded(*up.shape, up), dA, dB, dbias
+
+
+define(
+    "lora_gated_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
+    " Tensor? seed, float p, float linear, float cubic, bool keep_sides) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define("lora_gated_hidden(Tensor gate, Tensor up, float linear, float cubic) -> Tensor", _hidden, _hidden_fake)
+define(
+    "lora_gated_backward(Tensor dy, Tensor hidden, Tensor gate, Tensor up, Tensor weight, Tensor A, Tensor B, Tensor xa,"
+    " Tensor scale, Tensor? seed, float p, bool need_dA, bool need_dB, ScalarType? dbias_dtype, float linear,"
+    " float cubic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class LoRAMLPFunction(torch.autograd.Function):
+    """Tensors of gate, up and down one after another: weights, As, Bs, biases, scales."""
+
+    @staticmethod
+    def forward(ctx, x, seed, down_seed, p, act, save, *tensors):
+        weights, As, Bs, biases, scales = _columns(tensors, len(PARTS))
+        hidden, gate, up, *xas = ops.lora_gated_forward(
+            x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, True
+        )
+        down = (weights[2], As[2], Bs[2], biases[2], scales[2])
+        y, xa = ops.lora_linear_forward(hidden, *down, down_seed, p)
+        kept = hidden if save == "all" else None
+        ctx.save_for_backward(x, seed, down_seed, gate, up, kept, *weights, *As, *Bs, *xas, xa, *scales)
+        ctx.p, ctx.act = p, act
+        ctx.bias_dtypes = [x.dtype if bias is None else bias.dtype for bias in biases]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, seed, down_seed, gate, up, hidden, *saved = ctx.saved_tensors
+        weights, As, Bs, xas, scales = _columns(saved, len(PARTS))
+        need_dx, *_ = ctx.needs_input_grad
+        _, need_dA, need_dB, need_dbias, _ = _columns(ctx.needs_input_grad[6:], len(PARTS))
+        if not any(ctx.needs_input_grad):
+            return (None,) * 21
+        if hidden is None:  # its values matter to dA alone
+            hidden = ops.lora_gated_hidden(gate, up, *ctx.act) if need_dA[2] else gate
+        dgate, dup, *of_down = ops.lora_gated_backward(
+            dy, hidden, gate, up, weights[2], As[2], Bs[2], xas[2], scales[2], down_seed, ctx.p, need_dA[2], need_dB[2],
+            ctx.bias_dtypes[2] if need_dbias[2] else None, *ctx.act,
+        )  # fmt: skip
+        dx, *of_sides = ops.lora_group_backward(
+            [dgate, dup], _rows(x), weights[:2], As[:2], Bs[:2], xas[:2], scales[:2], seed, ctx.p, need_dx,
+            need_dA[:2], need_dB[:2], need_dbias[:2], ctx.bias_dtypes[:2],
+        )  # fmt: skip
+        dAs, dBs, dbiases = ([*of_sides[2 * i : 2 * i + 2], of_down[i]] for i in range(3))
+        wanted = [*need_dA, *need_dB, *need_dbias]
+        grads = [grad if need else None for grad, need in zip([*dAs, *dBs, *dbiases], wanted, strict=True)]
+        nothing = [None] * len(PARTS)
+        return dx.view(x.shape) if need_dx else None, *[None] * 5, *nothing, *grads, *nothing
+
+
+def lora_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    scales: Sequence[float | Tensor] | None = None,
+    activation: str = "silu",
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    save: str = "all",
+) -> Tensor:
+    """y = down(act(gate(x)) up(x)), all three of them lora_linear; every sequence is of gate's, up's and down's.
+
+        x (..., K)   weights (F, K), (F, K), (N, F)   As (r_i, K), (r_i, K), (r, F)   Bs (F, r_i), (F, r_i), (N, r)
+        biases (F,), (F,), (N,) or None   ->   y (..., N)
+
+    activation is "silu" or "gelu_tanh". All else as in lora_linear; gate and up drop the same entries of x (seed), down
+    those of its own input (seed + 1). On Hopper, for ranks up to 128, the product act(gate) up is made in the launch
+    that computes gate and up, and differentiated in the one that computes its gradient: three launches forward and
+    backward make what the three linears and the product would write and read five times more.
+
+    Saves x, gate(x), up(x) and their product; with save="less" the product is computed again in the backward pass.
+
+    Raises ValueError or TypeError naming the argument.
+    LoRA: Hu et al. 2021, arXiv:2106.09685. Gated MLPs: Shazeer 2020, arXiv:2002.05202.
+    """
+    parts = len(PARTS)
+    biases = [None] * parts if biases is None else list(biases)
+    scales = [1.0] * parts if scales is None else list(scales)
+    columns = {"weights": weights, "As": As, "Bs": Bs, "biases": biases, "scales": scales}
+    for name, given in columns.items():
+        if len(given) != parts:
+            raise ValueError(f"{name} must have entries for gate, up and down, got {len(given)}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    if save not in SAVE:
+        raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
+    if _autocasts(x):
+        cast = [_autocast(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        x, weights, biases = cast[0][0], [weight for _, weight, _ in cast], [bias for _, _, bias in cast]
+    checks.check_lora_mlp(x, weights, As, Bs, biases, scales, p, seed)
+    scales = [torch.as_tensor(scale, dtype=torch.float32, device=x.device) for scale in scales]
+    if p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+    down_seed = None if seed is None else seed + 1
+    act = reference.ACTIVATIONS[activation]
+    tensors = (x, *As, *Bs, *(bias for bias in biases if bias is not None))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return LoRAMLPFunction.apply(x, seed, down_seed, p, act, save, *weights, *As, *Bs, *biases, *scales)
+    hidden, *_ = ops.lora_gated_forward(
+        x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, False
+    )
+    y, _ = ops.lora_linear_forward(hidden, weights[2], As[2], Bs[2], biases[2], scales[2], down_seed, p)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,207 @@
+"""The gated MLP as one op: against its three linears and the product in float64, and in torch."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fused_lora import reference
+from fused_lora.ops.lora_mlp import lora_mlp
+from fused_lora.reference import lora_linear_ref, lora_mlp_ref
+from tests.accuracy import assert_accurate
+from tests.ops.problem import PLACES, SCALE, cast, make_inputs, randn, seed_on, unfused
+
+# Dynamo makes an instance of every autograd.Function that it traces; inductor speaks of TensorFloat32.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Function'> should not be instantiated:DeprecationWarning", "ignore:TensorFloat32 tensor cores"
+)
+NAMES = ("gate", "up", "down")
+ACTS = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
+
+
+def make_mlp(M, K, F_, N, ranks, device, dtype, bias=True, lora_dtype=None):
+    """x, and weight, A, B and bias of gate, up and down."""
+    sizes = ((K, F_), (K, F_), (F_, N))
+    parts = [
+        make_inputs(M, depth, cols, r, device, dtype, lora_dtype, bias)
+        for (depth, cols), r in zip(sizes, ranks, strict=True)
+    ]
+    return parts[0]["x"], [{name: value for name, value in part.items() if name != "x"} for part in parts]
+
+
+def fused(x, parts, activation, **options):
+    columns = ([part.get(name) for part in parts] for name in ("weight", "A", "B", "bias"))
+    return lora_mlp(x, *columns, [SCALE * (i + 1) for i in range(3)], activation, **options)
+
+
+def by_formula(linear):
+    def run(x, parts, activation, p=0.0, seed=None, save="all"):
+        scaled = [{**part, "scale": SCALE * (i + 1)} for i, part in enumerate(parts)]
+        if linear is lora_linear_ref:
+            return lora_mlp_ref(x, *scaled, ACTS[activation], p, seed)
+        gate, up = (linear(x, **part, p=p, seed=seed) for part in scaled[:2])
+        return linear(ACTS[activation](gate) * up, **scaled[2], p=p, seed=None if seed is None else seed + 1)
+
+    return run
+
+
+def results(function, x, parts, dy, *args, **options):
+    """y, and the gradient of every tensor that requires one, by name."""
+    y = function(x, parts, *args, **options)
+    wanted = {f"{NAMES[i]}'s {name}": t for i, part in enumerate(parts) for name, t in part.items() if t.requires_grad}
+    wanted |= {"x": x} if x.requires_grad else {}
+    grads = torch.autograd.grad(y, list(wanted.values()), dy)
+    return {"y": y.detach()} | dict(zip(wanted, grads, strict=True))
+
+
+def check(got, x, parts, dy, *args, **options):
+    """Against float64, held to the unfused formula in x's dtype."""
+    wide = cast({"x": x}, torch.float64)["x"], [cast(part, torch.float64) for part in parts]
+    exact = results(by_formula(lora_linear_ref), *wide, dy.double(), *args, **options)
+    by_torch = results(by_formula(unfused), x, parts, dy, *args, **options)
+    assert got.keys() == exact.keys()
+    for name, value in got.items():
+        assert_accurate(name, value, exact[name], by_torch[name])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("save", ["all", "less"])
+@pytest.mark.parametrize("activation", ACTS)
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+def test_mlp(device, dtype, activation, save, p):
+    x, parts = make_mlp((3, 17), 40, 51, 24, (8, 5, 7), device, dtype)
+    dy = randn(3, 17, 24, device=device, dtype=dtype)
+    options = {"p": p, "seed": seed_on(device)} if p else {}
+    check(results(fused, x, parts, dy, activation, save=save, **options), x, parts, dy, activation, **options)
+
+
+# M, K, F, N and ranks: groups of rows and slices of tokens, every rank's kernel, tiles cut off, rows that start anywhere,
+# fewer steps than parts that leave, ranks too large for one launch.
+WIDE = [
+    (333, 264, 392, 264, (24, 24, 24)), (5000, 520, 1032, 520, (128, 128, 128)), (9000, 136, 320, 136, (16, 16, 16)),
+    (4100, 523, 1037, 523, (40, 1, 64)), (2500, 264, 392, 264, (200, 24, 16)), (6000, 1032, 2736, 1032, (128, 64, 16)),
+    (1, 8, 8, 8, (1, 1, 1)), (4096, 1024, 2731, 1024, (128, 128, 128)), (3000, 64, 5461, 64, (4, 128, 128)),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("M", "K", "F_", "N", "ranks"), WIDE, ids=str)
+def test_mlps_of_many_rows(M, K, F_, N, ranks, p):
+    x, parts = make_mlp(M, K, F_, N, ranks, "cuda", torch.bfloat16)
+    dy = randn(M, N, device="cuda", dtype=torch.bfloat16)
+    options = {"p": p, "seed": seed_on("cuda")} if p else {}
+    for save in ("all", "less"):
+        check(results(fused, x, parts, dy, "silu", save=save, **options), x, parts, dy, "silu", **options)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_each_time():
+    x, parts = make_mlp(9000, 520, 1037, 520, (128, 64, 16), "cuda", torch.bfloat16)
+    dy = randn(9000, 520, device="cuda", dtype=torch.bfloat16)
+    first = results(fused, x, parts, dy, "silu")
+    for save in ("all", "less") * 3:
+        for name, value in results(fused, x, parts, dy, "silu", save=save).items():
+            assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("frozen", ["x", "A", "B", "bias"])
+def test_only_what_is_wanted(frozen, device):
+    x, parts = make_mlp(300, 64, 136, 72, (8, 8, 8), device, torch.bfloat16)
+    dy = randn(300, 72, device=device, dtype=torch.bfloat16)
+    whole = results(fused, x, parts, dy, "silu")
+    for tensor in [x] if frozen == "x" else [part[frozen] for part in parts]:
+        tensor.requires_grad_(False)
+    for save in ("all", "less"):
+        for name, value in results(fused, x, parts, dy, "silu", save=save).items():
+            assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_without_gradients_the_values_are_the_same(device):
+    x, parts = make_mlp(300, 64, 131, 72, (8, 8, 8), device, torch.bfloat16)
+    expected = fused(x, parts, "silu").detach()
+    with torch.no_grad():
+        assert torch.equal(fused(x, parts, "silu"), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_of_zeros_and_far_values_stay_finite(device):
+    x, parts = make_mlp(256, 64, 136, 64, (8, 8, 8), device, torch.bfloat16)
+    with torch.no_grad():
+        x[:128] = 0
+        x[128:] *= 1e4
+    for activation in ACTS:
+        for name, value in results(fused, x, parts, torch.ones_like(x), activation).items():
+            assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_whole(dtype):
+    x, parts = make_mlp(48, 40, 51, 24, (8, 5, 7), "cpu", dtype)
+    dy = randn(48, 24, device="cpu", dtype=dtype)
+    expected = results(fused, x, parts, dy, "silu", save="less")
+    compiled = torch.compile(lambda x, parts: fused(x, parts, "silu", save="less"), fullgraph=True)
+    for name, value in results(lambda x, parts: compiled(x, parts), x, parts, dy).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.gpu
+def test_compiled_whole_on_a_gpu():
+    x, parts = make_mlp(512, 256, 387, 256, (8, 16, 8), "cuda", torch.bfloat16)
+    dy = randn(512, 256, device="cuda", dtype=torch.bfloat16)
+    expected = results(fused, x, parts, dy, "silu")
+    compiled = torch.compile(lambda x, parts: fused(x, parts, "silu"), fullgraph=True)
+    for name, value in results(lambda x, parts: compiled(x, parts), x, parts, dy).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_autocast_computes_in_its_dtype():
+    x, parts = make_mlp(16, 8, 12, 8, (4, 4, 4), "cpu", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused(x, parts, "silu")
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), fused(x, parts, "silu"), rtol=0.05, atol=0.05)
+
+
+def test_second_derivatives_raise():
+    x, parts = make_mlp(16, 8, 12, 8, (4, 4, 4), "cpu", torch.float32)
+    y = fused(x, parts, "silu")
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "relu"}, "activation must be one of silu, gelu_tanh, got 'relu'"),
+        ({"save": "none"}, "save must be one of all, less, got 'none'"),
+        ({"weights": 2}, "weights must have entries for gate, up and down, got 2"),
+        ({"A": 2}, "down: A must have shape"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    x, parts = make_mlp(16, 8, 12, 8, (4, 4, 4), "cpu", torch.float32)
+    columns = {name: [part[name] for part in parts] for name in ("weight", "A", "B")}
+    arguments = {"weights": columns["weight"], "As": columns["A"], "Bs": columns["B"]}
+    if "weights" in change:
+        arguments["weights"] = arguments["weights"][:2]
+    elif "A" in change:
+        arguments["As"] = [*arguments["As"][:2], arguments["As"][0]]
+    else:
+        arguments |= change
+    with pytest.raises(ValueError, match=message):
+        lora_mlp(x, **arguments)
+
+
+@pytest.mark.parametrize("activation", ACTS)
+def test_the_formula_of_an_activation(activation):
+    t = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    u = torch.randn_like(t).requires_grad_()
+    act = reference.ACTIVATIONS[activation]
+    torch.testing.assert_close(reference.gated(t, u, *act), ACTS[activation](t) * u)
+    d = torch.randn_like(t)
+    expected = torch.autograd.grad(ACTS[activation](t) * u, (t, u), d)
+    for got, value in zip(reference.gated_backward(d, t, u, *act), expected, strict=True):
+        torch.testing.assert_close(got, value)
