@@ -59,9 +59,10 @@ TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
       "cuda_lora_gated_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
       " Tensor? seed, float p, float linear, float cubic, bool keeps_sides) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cuda_lora_gated_backward(Tensor dy, Tensor hidden, Tensor gate, Tensor up, Tensor weight, Tensor A, Tensor B, Tensor xa,"
-      " Tensor scale, Tensor? seed, float p, bool need_dA, bool need_dB, ScalarType? dbias_dtype, float linear, float cubic)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "cuda_lora_mlp_backward(Tensor dy, Tensor x, Tensor? hidden, Tensor gate, Tensor up, Tensor[] weights, Tensor[] As,"
+      " Tensor[] Bs, Tensor[] xas, Tensor[] scales, Tensor? seed, Tensor? down_seed, float p, bool need_dx, bool[] need_dA,"
+      " bool[] need_dB, bool[] need_dbias, ScalarType[] bias_dtypes, float linear, float cubic)"
+      " -> (Tensor, Tensor[], Tensor[], Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
@@ -71,7 +72,7 @@ TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
   m.impl("cuda_lora_group_forward", &fused_lora::lora_group_forward);
   m.impl("cuda_lora_group_backward", &fused_lora::lora_group_backward);
   m.impl("cuda_lora_gated_forward", &fused_lora::lora_gated_forward);
-  m.impl("cuda_lora_gated_backward", &fused_lora::lora_gated_backward);
+  m.impl("cuda_lora_mlp_backward", &fused_lora::lora_mlp_backward);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -152,10 +152,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     at::TensorList scales, const std::optional<Tensor>& seed, double p, bool need_dx, const c10::List<bool>& need_dA,
     const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias, const std::vector<at::ScalarType>& bias_dtypes) {
   const c10::cuda::CUDAGuard guard(x.device());
-  BackwardOperands operands(dys, x, weights, As, Bs, xas, scales, seed, p, need_dA, need_dB, need_dbias, bias_dtypes);
-  const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  operands.params.needs_dx = need_dx;
-  operands.params.dx = {dx.data_ptr(), operands.params.x.rows, operands.params.x.cols, operands.params.x.cols};
+  BackwardOperands operands(x);
+  const Dropout dropout = dropout_of(seed, p);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    operands.add(dys[i], x, weights[i], As[i], Bs[i], xas[i], low_like(x, flat(x).size(0), As[i].size(0)), scales[i], dropout,
+                 {need_dA.get(i), need_dB.get(i), need_dbias.get(i)}, bias_dtypes[i]);
+  }
+  const Tensor dx = operands.wants_dx(x, need_dx);
   operands.launch();
   return {dx, operands.dAs, operands.dBs, operands.dbiases};
 }

@@ -60,7 +60,8 @@ struct ForwardParams {
 };
 
 struct BackwardPart {
-  Matrix dy, weight, A, B, xa, dxa;
+  Matrix dy, x, weight, A, B, xa, dxa;
+  Dropout dropout;
   void *dA, *dB;  // (r, K) and (N, r), contiguous, factor_dtype; null where not wanted
   void* dbias;    // (N,), bias_dtype, or null
   DType bias_dtype;
@@ -68,17 +69,16 @@ struct BackwardPart {
 };
 
 struct BackwardParams {
-  Matrix x, dx;  // dx: the sum over all parts
+  Matrix dx;  // the sum over the first `summed` parts, which have the same x
   bool needs_dx;
-  int parts;
+  int parts, summed;  // of the others there is dxa already, and only the gradients of their factors are wanted
   BackwardPart part[kMostParts];
-  // One part whose x is act(gate) up, with `gated`: dx is not stored, but dgate, dup and, where it has data, x once more, as
-  // hidden. All aligned to 16 bytes.
+  // One part whose x is hidden = act(gate) up, with `gated`: no gradients of its factors, and instead of dx come dgate, dup and,
+  // where it has data, hidden once more. All aligned to 16 bytes.
   bool gated;
   Activation activation;
   Matrix gate, up, dgate, dup, hidden;
   DType factor_dtype, dtype;  // factor_dtype: dtype or float32
-  Dropout dropout;
   int* flags;      // backward_flags() zeros, which the kernel leaves zero
   float* partial;  // backward_partials()
 };

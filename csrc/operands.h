@@ -104,39 +104,50 @@ class ForwardOperands {
   Readable read_;
 };
 
-// Their backward pass, but for where the gradient of x goes.
+// A backward pass, but for where the gradient of x goes: parts are added one by one, those without a sum last.
 class BackwardOperands {
  public:
-  BackwardOperands(at::TensorList dys, const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs,
-                   at::TensorList xas, at::TensorList scales, const std::optional<at::Tensor>& seed, double p,
-                   const c10::List<bool>& need_dA, const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias,
-                   const std::vector<at::ScalarType>& bias_dtypes)
-      : read_(x.scalar_type()), floats_(x.options().dtype(at::kFloat)) {
-    params.x = read_(flat(x));
-    params.parts = static_cast<int>(weights.size());
-    params.factor_dtype = dtype_of("A", As[0]);
+  explicit BackwardOperands(const at::Tensor& x) : read_(x.scalar_type()), floats_(x.options().dtype(at::kFloat)) {
     params.dtype = dtype_of("x", x);
-    params.dropout = dropout_of(seed, p);
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const at::Tensor &A = As[i], &B = Bs[i];
-      const int64_t N = weights[i].size(0);
-      dAs.push_back(at::empty(need_dA.get(i) ? A.sizes() : at::IntArrayRef{0}, A.options()));
-      dBs.push_back(at::empty(need_dB.get(i) ? B.sizes() : at::IntArrayRef{0}, B.options()));
-      dbiases.push_back(at::empty({need_dbias.get(i) ? N : 0}, x.options().dtype(bias_dtypes[i])));
-      params.part[i] = {
-          .dy = read_(flat(dys[i])),
-          .weight = read_(weights[i]),
-          .A = read_(A),
-          .B = read_(B),
-          .xa = read_(xas[i]),
-          .dxa = read_.keep(low_like(x, params.x.rows, A.size(0))),
-          .dA = need_dA.get(i) ? dAs.back().data_ptr() : nullptr,
-          .dB = need_dB.get(i) ? dBs.back().data_ptr() : nullptr,
-          .dbias = need_dbias.get(i) ? dbiases.back().data_ptr() : nullptr,
-          .bias_dtype = dtype_of("bias", dbiases.back()),
-          .scale = scales[i].data_ptr<float>(),
-      };
-    }
+  }
+
+  struct Needs {
+    bool dA, dB, dbias;
+  };
+
+  // dxa is made by this pass where the part is summed, and read by it where not.
+  void add(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
+           const at::Tensor& xa, const at::Tensor& dxa, const at::Tensor& scale, const Dropout& dropout, Needs needs,
+           at::ScalarType bias_dtype, bool summed = true) {
+    const int64_t N = weight.size(0);
+    dAs.push_back(at::empty(needs.dA ? A.sizes() : at::IntArrayRef{0}, A.options()));
+    dBs.push_back(at::empty(needs.dB ? B.sizes() : at::IntArrayRef{0}, B.options()));
+    dbiases.push_back(at::empty({needs.dbias ? N : 0}, x.options().dtype(bias_dtype)));
+    params.factor_dtype = dtype_of("A", A);
+    params.summed += summed;
+    params.part[params.parts++] = {
+        .dy = read_(flat(dy)),
+        .x = read_(flat(x)),
+        .weight = summed ? read_(weight) : Matrix{},
+        .A = read_(A),
+        .B = read_(B),
+        .xa = read_(xa),
+        .dxa = read_.keep(dxa),
+        .dropout = dropout,
+        .dA = needs.dA ? dAs.back().data_ptr() : nullptr,
+        .dB = needs.dB ? dBs.back().data_ptr() : nullptr,
+        .dbias = needs.dbias ? dbiases.back().data_ptr() : nullptr,
+        .bias_dtype = dtype_of("bias", dbiases.back()),
+        .scale = scale.data_ptr<float>(),
+    };
+  }
+
+  // x's gradient, or an empty tensor.
+  at::Tensor wants_dx(const at::Tensor& x, bool need) {
+    const at::Tensor dx = need ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+    params.needs_dx = need;
+    params.dx = {dx.data_ptr(), params.part[0].x.rows, x.size(-1), x.size(-1)};
+    return dx;
   }
 
   void launch() {

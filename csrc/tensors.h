@@ -46,16 +46,18 @@ std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& wei
                                       const std::optional<at::Tensor>& bias, const at::Tensor& scale,
                                       const std::optional<at::Tensor>& seed, double p);
 
-// The ops of gated.cpp: hidden = act(gate) up with gate, up and both xa; and from the gradient of y = lora_linear(hidden), those of
-// gate and up and of its factors.
+// The ops of lora_mlp.cpp: hidden = act(gate) up with gate, up and both xa; and the backward pass of down(hidden), which makes
+// hidden again where it is not given.
 std::string gated_obstacle(int64_t r);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_forward(
     const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs,
     const c10::List<std::optional<at::Tensor>>& biases, at::TensorList scales, const std::optional<at::Tensor>& seed, double p,
     double linear, double cubic, bool keeps_sides);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_backward(
-    const at::Tensor& dy, const at::Tensor& hidden, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight,
-    const at::Tensor& A, const at::Tensor& B, const at::Tensor& xa, const at::Tensor& scale, const std::optional<at::Tensor>& seed,
-    double p, bool need_dA, bool need_dB, std::optional<at::ScalarType> dbias_dtype, double linear, double cubic);
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_mlp_backward(
+    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& hidden, const at::Tensor& gate, const at::Tensor& up,
+    at::TensorList weights, at::TensorList As, at::TensorList Bs, at::TensorList xas, at::TensorList scales,
+    const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& down_seed, double p, bool need_dx,
+    const c10::List<bool>& need_dA, const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias,
+    const std::vector<at::ScalarType>& bias_dtypes, double linear, double cubic);
 
 }  // namespace fused_lora

@@ -19,7 +19,7 @@ struct Consumer {
   __device__ __forceinline__ void run(const Item& item) {
     if (item.work == Work::kShrink) return shrink(item);
     if (item.work == Work::kTile) return tile(item);
-    if constexpr (kBackward) gradient(item);
+    if constexpr (kBackward && !C::kGateGrads) gradient(item);
   }
 
   // ---- steps -------------------------------------------------------------------------------------------------------------
@@ -81,11 +81,11 @@ struct Consumer {
       const Part& part = p.part[item.part];
       float acc[C::kBlockR / 2] = {};
       if constexpr (kDrops && !kBackward) {
-        multiply_masked(acc, row, shrink_steps(part));
+        multiply_masked(acc, part, row);
       } else {
         consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
       }
-      scale_by(acc, *part.scale * p.dropout.keep_scale);
+      scale_by(acc, *part.scale * part.dropout.keep_scale);
       outbox.keep(acc, &part.low, row, 0, part.ready + tile_row / kBlockM);
       outbox.send_boxes();  // somebody may wait already
     }
@@ -107,11 +107,11 @@ struct Consumer {
   }
 
   // Forward with dropout: the boxes of x that this warpgroup multiplies are its own, and are masked where they lie.
-  __device__ __forceinline__ void multiply_masked(float (&acc)[C::kBlockR / 2], int row, int steps) {
+  __device__ __forceinline__ void multiply_masked(float (&acc)[C::kBlockR / 2], const Part& part, int row) {
     outbox.empty();
-    BoxMask mask(Mask(p.dropout), self);
+    BoxMask mask(Mask(part.dropout), self);
     mask.set_rows(row);
-    consume(steps, [&](uint32_t stage, int step) {
+    consume(shrink_steps(part), [&](uint32_t stage, int step) {
 #pragma unroll
       for (int half = 0; half < C::kShrinkHalves; ++half) {
         mask.apply(shrink_box(stage, half), (step * C::kShrinkHalves + half) * kBox);
@@ -165,7 +165,7 @@ struct Consumer {
 
   __device__ Terms terms_of(const Item& item) const {
     Terms terms{boxes_of(p.part[item.part].depth), boxes_of(p.part[item.part].r), item.part};
-    for (int i = 1; kWalksParts && i < p.parts; ++i) {
+    for (int i = 1; kWalksParts && i < p.summed; ++i) {
       if (kBackward) terms.steps += boxes_of(p.part[i].depth);
       terms.rank_steps += boxes_of(p.part[i].r);
     }
@@ -192,7 +192,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void mask_out(float (&acc)[C::kBlockN / 2], int row, int col) {
-    const Mask mask(p.dropout);
+    const Mask mask(p.part[0].dropout);  // the summed ones' x is one
     const Mask::RowKey keys[2] = {mask.row_key(row + self.row()), mask.row_key(row + self.row() + 8)};
 #pragma unroll
     for (int i = 0; i < C::kBlockN / 2; ++i) {
@@ -271,7 +271,7 @@ struct Consumer {
     const int steps = boxes_of(tokens);
     if (kDrops && of_A) {
       outbox.empty();
-      BoxMask mask(Mask(p.dropout), self);
+      BoxMask mask(Mask(of.dropout), self);
       consume(steps, [&](uint32_t stage, int step) {
         mask.set_rows(row + step * kBox);
 #pragma unroll

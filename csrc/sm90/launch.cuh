@@ -121,11 +121,11 @@ auto launcher_of(const Pass& pass) {
 }
 
 // Parameters that both passes have: sizes, and the flags, in the order in which KernelParams says they lie.
-inline KernelParams params_of(const Pass& pass, const Dropout& dropout, int* flags) {
+inline KernelParams params_of(const Pass& pass, int* flags) {
   KernelParams p{};
   p.M = static_cast<int>(pass.M);
   p.parts = pass.parts;
-  p.dropout = dropout;
+  p.summed = pass.summed;
   p.next_item = flags;
   p.exited = flags + 1;
   for (int i = 0; i < pass.parts; ++i) {

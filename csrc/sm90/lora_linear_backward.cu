@@ -10,18 +10,19 @@ FUSED_LORA_LAUNCH_PASS(true, false, false);
 namespace {
 
 Pass pass_of(const BackwardParams& b) {
-  Pass pass{b.x.rows, true, b.dropout.seed != nullptr, b.needs_dx, b.gated, b.parts, {}};
+  Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.needs_dx, b.gated, b.parts, b.summed, {}};
   for (int i = 0; i < b.parts; ++i) {
     const BackwardPart& part = b.part[i];
-    pass.part[i] = {b.x.cols, part.dy.cols, part.A.rows, part.dA != nullptr, part.dB != nullptr || part.dbias != nullptr};
+    pass.part[i] = {part.x.cols, part.dy.cols, part.A.rows, part.dA != nullptr, part.dB != nullptr || part.dbias != nullptr};
   }
   return pass;
 }
 
-void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& low, const Matrix& x, bool copied) {
+void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& low, bool makes_low, bool copied) {
+  const Matrix& x = b.x;
   g.big = map(x);
   g.low = low;
-  g.needs_low = true;
+  g.needs_low = makes_low;
   g.out = b.dA;
   g.stride_col = 1;
   g.stride_rank = x.cols;
@@ -43,17 +44,20 @@ void set_dB(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap
   if (g.copied) g.result = map({b.dB, b.dy.cols, r, r});
 }
 
-void set_part(Part& part, MapMaker& map, const BackwardPart& b, const Matrix& x, bool copied) {
+void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed, bool copied) {
   part.lhs = map(b.dy);
-  part.weight = map(b.weight);
-  if (part.r > 0) {
-    part.down = map(b.B);
-    part.low = map(b.dxa);
-    part.up = map(b.A);
+  if (part.r > 0) part.low = map(b.dxa);
+  if (summed) {
+    part.weight = map(b.weight);
+    if (part.r > 0) {
+      part.down = map(b.B);
+      part.up = map(b.A);
+    }
   }
-  if (b.dA != nullptr) set_dA(part.dA, map, b, part.low, x, copied);
+  if (b.dA != nullptr) set_dA(part.dA, map, b, part.low, summed, copied);
   if (b.dB != nullptr || b.dbias != nullptr) set_dB(part.dB, map, b, part.lhs, copied);
   part.scale = b.scale;
+  part.dropout = b.dropout;
   part.bias_dtype = b.bias_dtype;
 }
 
@@ -64,7 +68,7 @@ using namespace sm90;
 
 int64_t backward_flags(const BackwardParams& b) {
   int64_t flags = 2;
-  for (int i = 0; i < b.parts; ++i) flags += ready_flags(b.x.rows) + most_chain_flags(b.x.cols) + most_chain_flags(b.part[i].dy.cols);
+  for (int i = 0; i < b.parts; ++i) flags += ready_flags(b.part[i].x.rows) + most_chain_flags(b.part[i].x.cols) + most_chain_flags(b.part[i].dy.cols);
   return flags;
 }
 
@@ -73,16 +77,16 @@ int64_t backward_partials(const BackwardParams& b) {
   for (int i = 0; i < b.parts; ++i) most_rank = std::max(most_rank, b.part[i].A.rows);
   for (int i = 0; i < b.parts; ++i) {
     const int64_t N = b.part[i].dy.cols;
-    floats += most_partial_floats(b.x.cols, most_rank) + most_partial_floats(N, most_rank) + most_partial_cols(N);
+    floats += most_partial_floats(b.part[i].x.cols, most_rank) + most_partial_floats(N, most_rank) + most_partial_cols(N);
   }
   return floats;
 }
 
 cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t stream) {
   const Pass pass = pass_of(b);
-  KernelParams p = params_of(pass, b.dropout, b.flags);
+  KernelParams p = params_of(pass, b.flags);
   MapMaker map{b.dtype};
-  for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], b.x, b.factor_dtype == b.dtype);
+  for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed, b.factor_dtype == b.dtype);
   if (b.gated) {
     p.gated.gate = map(b.gate);
     p.gated.up = map(b.up);

@@ -9,7 +9,7 @@ FUSED_LORA_LAUNCH_PASS(false, false, false);
 namespace {
 
 Pass pass_of(const ForwardParams& f) {
-  Pass pass{f.x.rows, false, f.dropout.seed != nullptr, true, f.gated, f.parts, {}};
+  Pass pass{f.x.rows, false, f.dropout.seed != nullptr, true, f.gated, f.parts, f.parts, {}};
   for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false};
   return pass;
 }
@@ -36,7 +36,7 @@ void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x) 
 using namespace sm90;
 
 int tile_width(int64_t M, int64_t N, int64_t r) {
-  const Pass pass{M, false, false, true, false, 1, {{N, N, r, false, false}}};
+  const Pass pass{M, false, false, true, false, 1, 1, {{N, N, r, false, false}}};
   return wants_narrow_tiles(pass, std::max(1, clusters_at_once())) ? 128 : 256;
 }
 
@@ -44,9 +44,12 @@ int64_t forward_flags(const ForwardParams& f) { return 2 + f.parts * ready_flags
 
 cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
   const Pass pass = pass_of(f);
-  KernelParams p = params_of(pass, f.dropout, f.flags);
+  KernelParams p = params_of(pass, f.flags);
   MapMaker map{f.dtype};
-  for (int i = 0; i < f.parts; ++i) set_part(p.part[i], map, f.part[i], f.x);
+  for (int i = 0; i < f.parts; ++i) {
+    set_part(p.part[i], map, f.part[i], f.x);
+    p.part[i].dropout = f.dropout;
+  }
   if (f.gated) {
     p.gated.hidden = map(f.hidden);
     p.gated.activation = f.activation;

@@ -31,7 +31,7 @@ struct Gradient {
   float* sums_partial;
 };
 
-// One linear of a group. Forward all read one lhs; backward all add to one out, which is the first's.
+// One linear of a group. Forward all read one lhs; backward the summed ones add to one out, which is the first's.
 struct Part {
   CUtensorMap lhs, weight, down, low, up, out;
   Gradient dA, dB;
@@ -40,6 +40,7 @@ struct Part {
   void* low_data;
   int64_t low_stride;
   const float* scale;
+  Dropout dropout;
   const void* bias;
   DType bias_dtype;  // of bias or its gradient
   int* ready;        // for each 128 rows: warpgroups whose part of low is written
@@ -57,9 +58,8 @@ struct KernelParams {
   Gated gated;
   CUtensorMap down_riding;
   Schedule schedule;
-  int M, parts;
+  int M, parts, summed;  // summed: those that tiles are made of, which come first
   DType factor_dtype;  // of A's and B's gradients
-  Dropout dropout;
   // Zeros before and after a launch: next_item, exited and the parts' flags follow one another, flags in all.
   int* next_item;
   int* exited;

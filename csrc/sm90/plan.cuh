@@ -18,10 +18,10 @@ struct PassPart {
 struct Pass {
   int64_t M;
   bool backward, drops, wants_out, gated;
-  int parts;
+  int parts, summed;  // summed: those that tiles are made of, which come first
   PassPart part[kMostParts];
 
-  bool needs_low(int i) const { return part[i].r > 0 && (wants_out || part[i].wants_dA); }
+  bool needs_low(int i) const { return i < summed && part[i].r > 0 && (wants_out || part[i].wants_dA); }
   int64_t most_rank() const {
     int64_t r = 0;
     for (int i = 0; i < parts; ++i) r = std::max(r, part[i].r);
@@ -30,7 +30,7 @@ struct Pass {
   // Of one tile's products.
   int64_t depth() const {
     int64_t sum = part[0].depth;
-    for (int i = 1; backward && i < parts; ++i) sum += part[i].depth;
+    for (int i = 1; backward && i < summed; ++i) sum += part[i].depth;
     return sum;
   }
   int tile_cols(int block) const {

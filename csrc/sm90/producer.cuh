@@ -61,7 +61,7 @@ struct Producer {
       if constexpr (C::kGates) return tile_gated(item);
       return tile(item);
     }
-    if constexpr (kBackward) gradient(item);
+    if constexpr (kBackward && !C::kGateGrads) gradient(item);
   }
 
   __device__ void shrink(const Item& item) {
@@ -91,7 +91,7 @@ struct Producer {
   // is masked first.
   __device__ void tile(const Item& item) {
     const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kBlockN;
-    const int first = kBackward ? 0 : item.part, last = kBackward ? p.parts : item.part + 1;
+    const int first = kBackward ? 0 : item.part, last = kBackward ? p.summed : item.part + 1;
     const bool riding = rides<C, kBackward, kDrops>(p.schedule, item);
     if (kBackward && kDrops) tile_ranks(first, last, row, col, riding);
     for (int i = first; i < last; ++i) {

@@ -1,4 +1,4 @@
-// Reads passes from standard input, a line each: "M backward drops wants_out block_n clusters parts", then for each part "cols depth r
+// Reads passes from standard input, a line each: "M backward drops wants_out gated block_n clusters parts summed", then for each part "cols depth r
 // wants_dA wants_dB". Writes for each one line: of sizes, then of work items, five numbers each, in the order of the list.
 #include <cstdio>
 
@@ -32,27 +32,32 @@ void list(const Pass& pass, int clusters) {
   std::printf("\n");
 }
 
-template <int kBlockN>
+template <int kBlockN, Epilogue kEpilogue = Epilogue::kPlain>
 void list_rank(const Pass& pass, int clusters) {
   switch (block_rank(pass.most_rank())) {
-    case 16: return list<Config<kBlockN, 16>>(pass, clusters);
-    case 64: return list<Config<kBlockN, 64>>(pass, clusters);
-    case 128: return list<Config<kBlockN, 128>>(pass, clusters);
+    case 16: return list<Config<kBlockN, 16, kEpilogue>>(pass, clusters);
+    case 64: return list<Config<kBlockN, 64, kEpilogue>>(pass, clusters);
+    case 128: return list<Config<kBlockN, 128, kEpilogue>>(pass, clusters);
     default: return list<Config<256, 256>>(pass, clusters);
   }
 }
 
+void list_gated(const Pass& pass, int clusters) {
+  pass.backward ? list_rank<256, Epilogue::kGateGrad>(pass, clusters) : list_rank<256, Epilogue::kGate>(pass, clusters);
+}
+
 int main() {
   long long M;
-  int backward, drops, out, block_n, clusters, parts;
-  while (std::scanf("%lld %d %d %d %d %d %d", &M, &backward, &drops, &out, &block_n, &clusters, &parts) == 7) {
-    Pass pass{M, backward != 0, drops != 0, out != 0, parts, {}};
+  int backward, drops, out, gated, block_n, clusters, parts, summed;
+  while (std::scanf("%lld %d %d %d %d %d %d %d %d", &M, &backward, &drops, &out, &gated, &block_n, &clusters, &parts, &summed) == 9) {
+    Pass pass{M, backward != 0, drops != 0, out != 0, gated != 0, parts, summed, {}};
     for (int i = 0; i < parts; ++i) {
       long long cols, depth, r;
       int dA, dB;
       if (std::scanf("%lld %lld %lld %d %d", &cols, &depth, &r, &dA, &dB) != 5) return 1;
       pass.part[i] = {cols, depth, r, dA != 0, dB != 0};
     }
-    block_n == 256 ? list_rank<256>(pass, clusters) : list_rank<128>(pass, clusters);
+    if (gated) list_gated(pass, clusters);
+    else block_n == 256 ? list_rank<256>(pass, clusters) : list_rank<128>(pass, clusters);
   }
 }

@@ -3,6 +3,7 @@
 import torch
 
 from fused_lora import backends, lora_linear
+from tests.ops import test_lora_group, test_lora_mlp
 from tests.ops.problem import SCALE, make_dy, make_inputs, run, seed_on
 
 # M, K, N, r, p: narrow tiles, then wide ones (which many rows get, and r > 128) with chained sums; with dropout and
@@ -24,6 +25,16 @@ def main() -> None:
         run(lora_linear, inputs, make_dy(inputs), scale=scale, p=p, seed=seed if p else None)
         torch.cuda.synchronize()
         print((M, K, N, r, p), flush=True)
+    for p in (0.0, 0.25):
+        options = {"p": p, "seed": seed} if p else {}
+        x, parts = test_lora_group.make_group(600, 264, [(392, 24), (137, 8), (40, 0)], "cuda", torch.bfloat16)
+        dys = [part["weight"].new_ones(600, part["weight"].shape[0]) for part in parts]
+        test_lora_group.results(test_lora_group.grouped, x, parts, dys, **options)
+        for ranks in ((16, 8, 5), (64, 33, 16), (128, 128, 128)):
+            x, parts = test_lora_mlp.make_mlp(600, 264, 391, 264, ranks, "cuda", torch.bfloat16)
+            test_lora_mlp.results(test_lora_mlp.fused, x, parts, torch.ones_like(x), "silu", **options)
+        torch.cuda.synchronize()
+        print("groups and MLPs", p, flush=True)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ def test_no_spills(source, arch, tmp_path):
     assert assert_no_spills(compile_to(f"-arch={arch}", source, tmp_path / "out.cubin")) > 0
 
 
-# For each pass: two dtypes times seven tiles.
+# For each pass: two dtypes times seven tiles, or times three where it is gated.
 @needs_nvcc
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_hopper_kernels(source, tmp_path):
     said = compile_to(HOPPER, source, tmp_path / "out.cubin")
-    assert assert_no_spills(said) == 14
+    assert assert_no_spills(said) == (6 if "gated" in source.stem else 14)
     # C7510, C7512 and their like: the compiler waits after every product. C7519: it had to add a fence of its own.
     assert not re.findall(r"\(C75\d\d\)", said)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]

@@ -51,12 +51,13 @@ class Pass:
     backward: bool
     drops: bool
     wants_out: bool
+    gated: bool
     block_n: int
     clusters: int
     parts: tuple[Part, ...]
 
     def __str__(self):
-        own = (self.M, self.backward, self.drops, self.wants_out, self.block_n, self.clusters, len(self.parts))
+        own = (self.M, self.backward, self.drops, self.wants_out, self.gated, self.block_n, self.clusters, len(self.parts))
         numbers = own + sum((dataclasses.astuple(part) for part in self.parts), ())
         return " ".join(str(int(number)) for number in numbers)
 
@@ -64,20 +65,21 @@ class Pass:
 def some_passes(count):
     rng = random.Random(0)
     for _ in range(count):
-        backward, wants_out = rng.random() < 0.7, rng.random() < 0.8
+        backward, wants_out, gated = rng.random() < 0.7, rng.random() < 0.8, rng.random() < 0.3
         shared = rng.choice([1, 17, 64, 512, 1001, rng.randint(1, 14400)])
         parts = []
-        for _ in range(rng.choice([1, 1, 2, 3, 4])):
+        for i in range((1 if backward else 2) if gated else rng.choice([1, 1, 2, 3, 4])):
             own, r = (
                 rng.choice([1, 136, 512, 4096, rng.randint(1, 14400)]),
-                rng.choice([0, 1, 16, 17, 64, 100, 128, 129, 256]),
+                rng.choice([0, 1, 16, 17, 64, 100, 128, *([] if gated else [129, 256])]),
             )
+            own = parts[0].cols if gated and i else own
             wants = [backward and r > 0 and rng.random() < 0.8, backward and rng.random() < 0.8]
             parts.append(Part(*((shared, own) if backward else (own, shared)), r, *wants))
-        wants_out = wants_out or not backward or not any(part.wants_a or part.wants_b for part in parts)
-        block_n = 256 if max(part.r for part in parts) > 128 else rng.choice([128, 256])
+        wants_out = wants_out or gated or not backward or not any(part.wants_a or part.wants_b for part in parts)
+        block_n = 256 if gated or max(part.r for part in parts) > 128 else rng.choice([128, 256])
         M = rng.choice([1, 255, 256, 257, 2048, 2049, rng.randint(1, 40000)])
-        yield Pass(M, backward, rng.random() < 0.5, wants_out, block_n, rng.choice([1, 5, 57, 66]), tuple(parts))
+        yield Pass(M, backward, rng.random() < 0.5, wants_out, gated, block_n, rng.choice([1, 5, 57, 66]), tuple(parts))
 
 
 def places(items, keys_of):
@@ -110,12 +112,13 @@ def check(each, sizes, items):
     assert set(low) == set(itertools.product(needed, range(row_pairs)))
     wanted = set()
     for i, part in enumerate(each.parts):
-        has_tiles = each.wants_out and (not each.backward or i == 0)
-        assert of_parts[3 * i] == (-(-part.cols // each.block_n) if has_tiles else 0)
+        has_tiles = each.wants_out and (not (each.backward or each.gated) or i == 0)
+        tile_cols = each.block_n // (1 if each.backward or not each.gated else 2)
+        assert of_parts[3 * i] == (-(-part.cols // tile_cols) if has_tiles else 0)
         wanted |= set(itertools.product([i], range(row_pairs), range(of_parts[3 * i])))
     assert set(tiles) == wanted
     for (i, pair, col), number in tiles.items():
-        waited_for = needed if each.backward else [part for part in needed if part == i]
+        waited_for = needed if each.backward or each.gated else [part for part in needed if part == i]
         assert all(low[part, pair] < number for part in waited_for) or (rides and col == 0)
     gradients = 0
     firsts = range(0, row_pairs, slice_pairs)
@@ -145,7 +148,7 @@ def test_all_work_once_and_in_an_order_that_can_finish(list_work):
 
 
 def test_the_check_can_fail(list_work):
-    each = Pass(6000, True, False, True, 256, 66, (Part(512, 512, 16, True, True), Part(512, 264, 16, True, True)))
+    each = Pass(6000, True, False, True, False, 256, 66, (Part(512, 512, 16, True, True), Part(512, 264, 16, True, True)))
     ((sizes, items),) = list_work([each])
     check(each, sizes, items)
     first_tile = next(number for number, item in enumerate(items) if item[0] == TILE)
