@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends, checks, reference
 from .library import define
 from .lora_group import _backward as _group_backward
+from .lora_group import _backward_fake as _group_backward_fake
 from .lora_group import _columns
 from .lora_group import _forward as _group_forward
 from .lora_linear import _autocast, _autocasts, _backend, _kernel_bias, _kernel_dtype, _rows
@@ -52,36 +53,40 @@ def _forward_fake(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, ke
     return _padded(M, F, x), *sides, *(x.new_empty((M, A.shape[0])) for A in As)
 
 
-def _hidden(gate, up, linear, cubic):
-    return _padded(*gate.shape, gate).copy_(reference.gated(gate, up, linear, cubic))
-
-
-def _hidden_fake(gate, up, linear, cubic):
-    return _padded(*gate.shape, gate)
-
-
-def _backward(dy, hidden, gate, up, weight, A, B, xa, scale, seed, p, need_dA, need_dB, dbias_dtype, linear, cubic):
-    flat = _rows(dy)
-    if _in_one_launch(hidden, [weight], [A], [B]):
-        dgate, dup, dA, dB, dbias = ops.cuda_lora_gated_backward(
-            flat, hidden, gate, up, weight, A, B, xa, scale, seed, p, need_dA, need_dB, _kernel_dtype(dbias_dtype),
-            linear, cubic,
+def _backward(
+    dy, x, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB, need_dbias,
+    bias_dtypes, linear, cubic,
+):  # fmt: skip
+    dy, flat = _rows(dy), _rows(x)
+    if _in_one_launch(x, weights, As, Bs):
+        dx, dAs, dBs, dbiases = ops.cuda_lora_mlp_backward(
+            dy, flat, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB,
+            need_dbias, [_kernel_dtype(dtype) for dtype in bias_dtypes], linear, cubic,
         )  # fmt: skip
-        return dgate, dup, dA, dB, dbias.to(dbias_dtype or dy.dtype)
-    dhidden, dA, dB, dbias = _linear_backward(
-        flat, hidden, weight, A, B, xa, scale, seed, p, True, need_dA, need_dB, dbias_dtype
-    )
-    dgate, dup = reference.gated_backward(dhidden, gate, up, linear, cubic)
-    return _padded(*gate.shape, gate).copy_(dgate), _padded(*up.shape, up).copy_(dup), dA, dB, dbias
+        dbiases = [dbias.to(dtype) for dbias, dtype in zip(dbiases, bias_dtypes, strict=True)]
+        return [dx.view(x.shape) if need_dx else dx, *dAs, *dBs, *dbiases]
+    if hidden is None:
+        hidden = reference.gated(gate, up, linear, cubic)
+    dhidden, *of_down = _linear_backward(
+        dy, hidden, weights[2], As[2], Bs[2], xas[2], scales[2], down_seed, p, True, need_dA[2], need_dB[2],
+        bias_dtypes[2] if need_dbias[2] else None,
+    )  # fmt: skip
+    dsides = reference.gated_backward(dhidden, gate, up, linear, cubic)
+    dx, *of_sides = _group_backward(
+        dsides, flat, weights[:2], As[:2], Bs[:2], xas[:2], scales[:2], seed, p, need_dx, need_dA[:2], need_dB[:2],
+        need_dbias[:2], bias_dtypes[:2],
+    )  # fmt: skip
+    grads = [grad for i in range(3) for grad in (*of_sides[2 * i : 2 * i + 2], of_down[i])]
+    return [dx.view(x.shape) if need_dx else dx, *grads]
 
 
 def _backward_fake(
-    dy, hidden, gate, up, weight, A, B, xa, scale, seed, p, need_dA, need_dB, dbias_dtype, linear, cubic
-):
-    dA = A.new_empty(A.shape if need_dA else 0)
-    dB = B.new_empty(B.shape if need_dB else 0)
-    dbias = dy.new_empty(0) if dbias_dtype is None else dy.new_empty(weight.shape[0], dtype=dbias_dtype)
-    return _padded(*gate.shape, gate), _padded(*up.shape, up), dA, dB, dbias
+    dy, x, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB, need_dbias,
+    bias_dtypes, linear, cubic,
+):  # fmt: skip
+    return _group_backward_fake(
+        [dy] * 3, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, bias_dtypes
+    )
 
 
 define(
@@ -90,11 +95,11 @@ define(
     _forward,
     _forward_fake,
 )
-define("lora_gated_hidden(Tensor gate, Tensor up, float linear, float cubic) -> Tensor", _hidden, _hidden_fake)
 define(
-    "lora_gated_backward(Tensor dy, Tensor hidden, Tensor gate, Tensor up, Tensor weight, Tensor A, Tensor B, Tensor xa,"
-    " Tensor scale, Tensor? seed, float p, bool need_dA, bool need_dB, ScalarType? dbias_dtype, float linear,"
-    " float cubic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "lora_mlp_backward(Tensor dy, Tensor x, Tensor? hidden, Tensor gate, Tensor up, Tensor[] weights, Tensor[] As,"
+    " Tensor[] Bs, Tensor[] xas, Tensor[] scales, Tensor? seed, Tensor? down_seed, float p, bool need_dx,"
+    " bool[] need_dA, bool[] need_dB, bool[] need_dbias, ScalarType[] bias_dtypes, float linear, float cubic)"
+    " -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -126,21 +131,14 @@ class LoRAMLPFunction(torch.autograd.Function):
         _, need_dA, need_dB, need_dbias, _ = _columns(ctx.needs_input_grad[6:], len(PARTS))
         if not any(ctx.needs_input_grad):
             return (None,) * 21
-        if hidden is None:  # its values matter to dA alone
-            hidden = ops.lora_gated_hidden(gate, up, *ctx.act) if need_dA[2] else gate
-        dgate, dup, *of_down = ops.lora_gated_backward(
-            dy, hidden, gate, up, weights[2], As[2], Bs[2], xas[2], scales[2], down_seed, ctx.p, need_dA[2], need_dB[2],
-            ctx.bias_dtypes[2] if need_dbias[2] else None, *ctx.act,
+        dx, *grads = ops.lora_mlp_backward(
+            dy, x, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, ctx.p, need_dx, need_dA, need_dB,
+            need_dbias, ctx.bias_dtypes, *ctx.act,
         )  # fmt: skip
-        dx, *of_sides = ops.lora_group_backward(
-            [dgate, dup], _rows(x), weights[:2], As[:2], Bs[:2], xas[:2], scales[:2], seed, ctx.p, need_dx,
-            need_dA[:2], need_dB[:2], need_dbias[:2], ctx.bias_dtypes[:2],
-        )  # fmt: skip
-        dAs, dBs, dbiases = ([*of_sides[2 * i : 2 * i + 2], of_down[i]] for i in range(3))
         wanted = [*need_dA, *need_dB, *need_dbias]
-        grads = [grad if need else None for grad, need in zip([*dAs, *dBs, *dbiases], wanted, strict=True)]
+        grads = [grad if need else None for grad, need in zip(grads, wanted, strict=True)]
         nothing = [None] * len(PARTS)
-        return dx.view(x.shape) if need_dx else None, *[None] * 5, *nothing, *grads, *nothing
+        return dx if need_dx else None, *[None] * 5, *nothing, *grads, *nothing
 
 
 def lora_mlp(
@@ -195,8 +193,6 @@ def lora_mlp(
     tensors = (x, *As, *Bs, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return LoRAMLPFunction.apply(x, seed, down_seed, p, act, save, *weights, *As, *Bs, *biases, *scales)
-    hidden, *_ = ops.lora_gated_forward(
-        x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, False
-    )
+    hidden, *_ = ops.lora_gated_forward(x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, False)
     y, _ = ops.lora_linear_forward(hidden, weights[2], As[2], Bs[2], biases[2], scales[2], down_seed, p)
     return y.view(*x.shape[:-1], y.shape[-1])

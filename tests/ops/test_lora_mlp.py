@@ -74,8 +74,8 @@ def test_mlp(device, dtype, activation, save, p):
     check(results(fused, x, parts, dy, activation, save=save, **options), x, parts, dy, activation, **options)
 
 
-# M, K, F, N and ranks: groups of rows and slices of tokens, every rank's kernel, tiles cut off, rows that start anywhere,
-# fewer steps than parts that leave, ranks too large for one launch.
+# M, K, F, N and ranks: groups of rows and slices of tokens, every rank's kernel, tiles cut off, rows that start
+# anywhere, fewer steps than parts that leave, ranks too large for one launch.
 WIDE = [
     (333, 264, 392, 264, (24, 24, 24)), (5000, 520, 1032, 520, (128, 128, 128)), (9000, 136, 320, 136, (16, 16, 16)),
     (4100, 523, 1037, 523, (40, 1, 64)), (2500, 264, 392, 264, (200, 24, 16)), (6000, 1032, 2736, 1032, (128, 64, 16)),
