@@ -2,6 +2,7 @@
 
 from .lora_group import LoRAGroup
 from .lora_linear import LoRALinear
+from .lora_mlp import LoRAMLP
 from .replace import ReplaceReport, replace_linear
 
-__all__ = ["LoRAGroup", "LoRALinear", "ReplaceReport", "replace_linear"]
+__all__ = ["LoRAGroup", "LoRALinear", "LoRAMLP", "ReplaceReport", "replace_linear"]

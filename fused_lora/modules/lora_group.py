@@ -17,7 +17,7 @@ class LoRAGroup:
     """
 
     def __init__(self, layers: list[LoRALinear]):
-        obstacle = _obstacle(layers)
+        obstacle = self.obstacle(layers)
         if obstacle:
             raise ValueError(obstacle)
         self.layers = list(layers)
@@ -27,9 +27,17 @@ class LoRAGroup:
             layer.group = self
 
     @staticmethod
-    def fits(layers: list[LoRALinear]) -> bool:
-        """Whether they can be a group."""
-        return _obstacle(layers) is None
+    def obstacle(layers: list[LoRALinear], but: str = "") -> str | None:
+        """Why they cannot be a group, or None. They may differ in `but`."""
+        for name in ("in_features", "lora_dropout"):
+            found = {getattr(layer, name) for layer in layers}
+            if len(found) != 1 and name != but:
+                return f"layers of a group must have one {name}, got {sorted(found)}"
+        for name in ("dtype", "device"):
+            found = {str(getattr(layer.weight, name)) for layer in layers}
+            if len(found) != 1:
+                return f"layers of a group must have weights of one {name}, got {sorted(found)}"
+        return None
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """The layer's output for x."""
@@ -75,15 +83,3 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _same(first: tuple | None, second: tuple) -> bool:
     return first is not None and first[0] is second[0] and first[1:] == second[1:]
-
-
-def _obstacle(layers: list[LoRALinear]) -> str | None:
-    for name in ("in_features", "lora_dropout"):
-        found = {getattr(layer, name) for layer in layers}
-        if len(found) != 1:
-            return f"layers of a group must have one {name}, got {sorted(found)}"
-    for name in ("dtype", "device"):
-        found = {str(getattr(layer.weight, name)) for layer in layers}
-        if len(found) != 1:
-            return f"layers of a group must have weights of one {name}, got {sorted(found)}"
-    return None

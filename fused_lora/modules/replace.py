@@ -10,6 +10,7 @@ from torch import nn
 from .. import checks
 from .lora_group import LoRAGroup
 from .lora_linear import LoRALinear
+from .lora_mlp import LoRAMLP, has_hooks, recognise
 
 # Children that a block of LLaMA, Mistral, Qwen2, Qwen3 or Gemma calls with one x, here and in Hugging Face's code.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -18,11 +19,13 @@ FUSE = ("auto", "off")
 
 @dataclass
 class ReplaceReport:
-    """Names of the layers replaced, of the linears left alone with the reason, and of what is computed together."""
+    """Names of the layers replaced, of the linears left alone with the reason, and of what is computed together: groups
+    of layers that read one x, and gated MLPs."""
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     groups: list[tuple[str, ...]] = field(default_factory=list)
+    mlps: list[str] = field(default_factory=list)
 
     def layers(self, model: nn.Module) -> list[LoRALinear]:
         """The replacements, in `model`."""
@@ -33,6 +36,7 @@ class ReplaceReport:
         lines += [f"  + {name}" for name in self.replaced]
         lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  = {', '.join(names)}: together" for names in self.groups]
+        lines += [f"  = {name}: as one" for name in self.mlps]
         return "\n".join(lines)
 
 
@@ -61,7 +65,7 @@ def _skip_reason(names: list[str], linear: nn.Linear, target_modules, exclude_mo
         return "it is the model itself; use LoRALinear.from_linear"
     if type(linear) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(linear).__name__})"
-    if any((linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)):
+    if has_hooks(linear):
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(linear):
         return "its forward was replaced, which a replacement would lose"
@@ -93,7 +97,8 @@ def replace_linear(
     and bias tensors, now frozen (the bias unless train_bias); everything else is left exactly as it was.
 
     With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
-    become a LoRAGroup, which computes them together; with "off" each stays alone.
+    become a LoRAGroup, which computes them together, and a module whose forward is down(act(gate(x)) up(x)) of three
+    replaced layers becomes a LoRAMLP, which computes them as one; with "off" each stays alone. What has hooks stays.
 
     Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
     """
@@ -114,18 +119,45 @@ def replace_linear(
     for layer in layers.values():
         layer.freeze_base(train_bias)
     if fuse == "auto":
+        report.mlps = _fuse_mlps(model)
         report.groups = _group(model, set(report.replaced))
     return report
+
+
+def _fuse_mlps(model: nn.Module) -> list[str]:
+    """Puts a LoRAMLP in the place of each gated MLP of replaced layers; their names."""
+    fused, names = {}, []
+    for path, parent in list(model.named_modules()):
+        for child_name, child in parent._modules.items():
+            if id(child) not in fused:
+                fused[id(child)] = _as_mlp(child)
+                if fused[id(child)] is not None:
+                    names.append(f"{path}.{child_name}".lstrip("."))
+            if fused[id(child)] is not None:
+                parent._modules[child_name] = fused[id(child)]
+    return names
+
+
+def _as_mlp(module: nn.Module | None) -> LoRAMLP | None:
+    """A LoRAMLP of its children, where that is what it is."""
+    if module is None or sum(isinstance(child, LoRALinear) for child in module.children()) != 3:
+        return None
+    if has_hooks(module) or "forward" in vars(module):
+        return None
+    found = recognise(module)
+    if found is None or LoRAMLP.obstacle([module.get_submodule(name) for name in found[0]]):
+        return None
+    return LoRAMLP(module, *found)
 
 
 def _group(model: nn.Module, replaced: set[str]) -> list[tuple[str, ...]]:
     """Makes groups of the replaced layers that read one x; their names."""
     groups = []
-    for path, _ in model.named_modules():
-        for children in SHARED_INPUTS:
+    for path, module in model.named_modules():
+        for children in () if isinstance(module, LoRAMLP) else SHARED_INPUTS:
             names = tuple(name for child in children if (name := f"{path}.{child}".lstrip(".")) in replaced)
             layers = [model.get_submodule(name) for name in names]
-            if len(layers) > 1 and LoRAGroup.fits(layers):
+            if len(layers) > 1 and LoRAGroup.obstacle(layers) is None:
                 LoRAGroup(layers)
                 groups.append(names)
     return groups

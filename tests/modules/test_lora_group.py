@@ -162,13 +162,13 @@ def test_replace_linear_finds_them():
     twin = copy.deepcopy(model)
     targets = r".*\.(self_attn|mlp)\..*"
     report = replace_linear(model, 2, target_modules=targets)
-    assert replace_linear(twin, 2, target_modules=targets, fuse="off").groups == []
-    assert report.groups == [
-        tuple(f"layers.{i}.{name}" for name in names)
-        for i in range(2)
-        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
-    ]
-    assert "  = layers.0.mlp.gate_proj, layers.0.mlp.up_proj: together" in str(report)
+    apart = replace_linear(twin, 2, target_modules=targets, fuse="off")
+    assert (apart.groups, apart.mlps) == ([], [])
+    names = [tuple(f"layers.{i}.self_attn.{name}_proj" for name in "qkv") for i in range(2)]
+    assert report.groups == names
+    assert report.mlps == ["layers.0.mlp", "layers.1.mlp"]
+    assert f"  = {', '.join(names[0])}: together" in str(report)
+    assert "  = layers.0.mlp: as one" in str(report)
     twin.load_state_dict(model.state_dict())
     assert torch.allclose(model(tokens), twin(tokens), atol=1e-5)
     (model(tokens).sum() + twin(tokens).sum()).backward()
@@ -180,7 +180,11 @@ def test_only_what_was_replaced_is_grouped():
     from fused_lora.pretrain.llama import Llama, LlamaConfig
 
     model = Llama(LlamaConfig(16, 24, 1, 2, 40))
-    report = replace_linear(model, 2, target_modules=["q_proj", "v_proj", "up_proj"])
-    assert report.groups == [("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj")]
+    report = replace_linear(model, 2, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])
+    assert report.groups == [
+        ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"),
+        ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"),
+    ]
+    assert report.mlps == []
     with pytest.raises(ValueError, match="fuse must be one of auto, off, got 'on'"):
         replace_linear(model, 2, target_modules=["k_proj"], fuse="on")
