@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 from .measure import Measurements
-from .record import is_sound, slug
+from .record import RESULTS, is_sound, slug
 from .report import collect, markdown, write
 from .shapes import PASSES, Shape, shapes_for
 from .timing import ROUNDS, modes
 from .variants import PACKAGE
 
-RESULTS = Path(__file__).parent / "results"
 QUICK_ROUNDS = 8
 
 
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         measurements = Measurements(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
         shapes = tuple(options.shapes or shapes_for(measurements.device.type, options.quick))
         progress = Progress(len(shapes) * len(PASSES) * len(modes(measurements.device.type)))
-        folder = options.out or RESULTS / (slug(measurements) + ("-quick" if options.quick else ""))
+        folder = options.out or RESULTS / (slug(measurements.device) + ("-quick" if options.quick else ""))
         # After every shape, so that a benchmark that is stopped keeps what it has measured.
         results = collect(measurements, shapes, progress, lambda results: write(results, folder))
         progress("done")

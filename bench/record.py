@@ -6,6 +6,7 @@ import re
 import statistics
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,8 @@ from .shapes import PASSES, Shape, byte_floor, flop_floor, flops, least_bytes
 from .timing import FLUSH_BYTES, modes
 from .variants import FLOOR
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def _version(package: str) -> str | None:
     try:
@@ -25,25 +28,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def device_name(measurements: Measurements) -> str:
+def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's architecture."""
-    if measurements.device.type == "cuda":
-        return torch.cuda.get_device_name(measurements.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def slug(measurements: Measurements) -> str:
+def slug(device: torch.device) -> str:
     """A folder name: nvidia-h100-80gb-hbm3, or cpu."""
-    if measurements.device.type != "cuda":
+    if device.type != "cuda":
         return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", device_name(measurements).lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
-def environment(measurements: Measurements) -> dict:
-    """Device, versions, date and method: what a time means nothing without."""
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict:
+    """Device, versions and date: what a time means nothing without."""
     return {
-        "device": device_name(measurements),
-        "dtype": str(measurements.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
         "date": datetime.date.today().isoformat(),
         "versions": {
             "python": platform.python_version(),
@@ -53,6 +56,12 @@ def environment(measurements: Measurements) -> dict:
             "peft": _version("peft"),
             "fused_lora": fused_lora.__version__,
         },
+    }
+
+
+def environment(measurements: Measurements) -> dict:
+    """The circumstances, and the method."""
+    return circumstances(measurements.device, measurements.dtype) | {
         "rounds": measurements.rounds,
         "flush_bytes": FLUSH_BYTES if measurements.device.type == "cuda" else 0,
     }

@@ -93,7 +93,7 @@ def recognise(mlp: nn.Module) -> tuple[tuple[str, str, str], str] | None:
         return None
     x, down = nodes[0], nodes[-1].args[0]
     product = _only_argument(down)
-    if product is None or product.target is not torch.mul and getattr(product.target, "__name__", "") != "mul":
+    if product is None or (product.target is not torch.mul and getattr(product.target, "__name__", "") != "mul"):
         return None
     for act, up in (product.args, product.args[::-1]):
         gate = act.args[0] if isinstance(act, torch.fx.Node) and act.args else None

@@ -101,11 +101,9 @@ def test_measured_results_go_to_files(tmp_path):
 
 
 def test_slug_of_a_gpu_is_a_folder_name(monkeypatch):
-    measurements = Measurements("cpu")
-    assert slug(measurements) == "cpu"
-    measurements.device = torch.device("cuda")
+    assert slug(torch.device("cpu")) == "cpu"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert slug(measurements) == "nvidia-h100-80gb-hbm3"
+    assert slug(torch.device("cuda")) == "nvidia-h100-80gb-hbm3"
 
 
 def test_main_rejects_a_shape_that_is_none(capsys):

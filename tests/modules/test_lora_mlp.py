@@ -154,9 +154,10 @@ def test_a_forward_is_recognised_by_what_it_does():
 
 
 @pytest.mark.parametrize(
-    "mlp", [Scaled(), Branching(), Ungated(), Squared(), GatedMLP(nn.GELU()), GatedMLP(nn.ReLU()), GatedMLP(nn.PReLU())],
+    "mlp",
+    [Scaled(), Branching(), Ungated(), Squared(), GatedMLP(nn.GELU()), GatedMLP(nn.ReLU()), GatedMLP(nn.PReLU())],
     ids=lambda mlp: f"{type(mlp).__name__}-{mlp.act}",
-)  # fmt: skip
+)
 def test_anything_else_is_left_as_it_is(mlp):
     model = Holder(mlp)
     x = torch.randn(3, 16)

@@ -1,0 +1,84 @@
+"""Whole training steps: every arm computes what it should, and one that does not has no speed."""
+
+import json
+
+import pytest
+import torch
+
+from bench import steps
+from bench.steps import ARMS, COMPILED, EAGER, FLOOR, FULL, PACKAGE, Arm, Case, available, check, flops, main, table
+
+CASE = Case("tiny", 2, 16, blocks=1)
+CPU = torch.device("cpu")
+
+
+def make(name, compiled=False, accumulate=1):
+    return Arm.make(CASE, name, CPU, compiled, accumulate)
+
+
+def test_arms_agree():
+    arms = {name: make(name) for name in available(list(ARMS))}
+    check(arms)
+    assert arms["unfused"].results().keys() == arms[PACKAGE].results().keys()
+
+
+def test_an_arm_that_is_wrong_has_no_speed():
+    arms = {name: make(name) for name in ("unfused", PACKAGE)}
+    with torch.no_grad():
+        arms[PACKAGE].model.layers[0].mlp.down_proj.lora_B.mul_(2)
+    with pytest.raises(AssertionError, match=r"fused_lora: .* unfused has"):
+        check(arms)
+
+
+@pytest.mark.parametrize("name", available(list(ARMS)))
+def test_what_an_arm_trains(name):
+    arm = make(name)
+    trained = {key for key, parameter in arm.model.named_parameters() if parameter.requires_grad}
+    assert "embed_tokens.weight" in trained
+    assert any("input_layernorm" in key for key in trained)
+    assert any("q_proj" in key and "lora" not in key for key in trained) == (name == FULL)
+    assert any("lora" in key for key in trained) == (name not in (FLOOR, FULL))
+    before = {key: parameter.detach().clone() for key, parameter in arm.model.named_parameters()}
+    for _ in range(2):
+        arm.step()
+    changed = {key for key, parameter in arm.model.named_parameters() if not torch.equal(parameter, before[key])}
+    assert changed <= trained
+
+
+def test_micro_batches_add_up():
+    assert len(make(PACKAGE, accumulate=3).batches) == 3
+
+
+def test_the_package_fuses_the_blocks():
+    assert type(make(PACKAGE).model.layers[0].mlp).__name__ == "LoRAMLP"
+
+
+def test_flops():
+    case = Case("1.3b-5504", 16, 512)
+    linear = 4 * 2048**2 + 3 * 2048 * 5504
+    rest = 24 * 3 * 512 * 2048 + 3 * 2048 * case.model.vocab_size
+    assert flops(case, FULL) == 2 * 8192 * (24 * 3 * linear + rest)
+    assert flops(case, FLOOR) == 2 * 8192 * (24 * 2 * linear + rest)
+    assert 1.25 < flops(case, FULL) / flops(case, PACKAGE) < 1.31
+    assert 0.94 < flops(Case("60m"), FULL) / flops(Case("60m"), PACKAGE) < 1
+
+
+def test_the_table_compares_with_full_rank_and_adds_the_warm_start():
+    case = Case("1.3b")
+    arm = {"samples": [1.0], "examples_per_second": 4.0, "tflops": 7.0, "peak_bytes": 2**31}
+    results = {EAGER: {FULL: arm | {"tokens_per_second": 100.0}, PACKAGE: arm | {"tokens_per_second": 400.0}}}
+    (row,) = [line for line in table(case, results).splitlines() if "**fused_lora**" in line]
+    # A third of the steps at speed 1 and two thirds at 4 take half of the time.
+    assert row == "| **fused_lora** | eager | 400 | 4.0 | 4.00 | 1.28 | 2.00 | 7 | 2.0 |"
+
+
+# Of torch.compile, which looks at .grad of what it traces.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(steps, "CPU_CASES", (CASE,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--rounds", "1", "--arms", FULL, PACKAGE, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("### tiny, 2 x 16, 1 blocks")
+    stored = json.loads((tmp_path / "steps.json").read_text())
+    assert stored["cases"][str(CASE)][COMPILED][PACKAGE]["tokens_per_second"] > 0
+    assert (tmp_path / "steps.md").read_text().count("**fused_lora**") == 2
