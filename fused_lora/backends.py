@@ -214,11 +214,11 @@ def choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readabl
 
 
 @cache
-def csrc_gates(r: int) -> bool:
-    """Whether csrc's gated passes take a rank, where its others do."""
+def csrc_gated_obstacle(r: int) -> str | None:
+    """Why csrc's gated passes do not take a rank that its others do, or None."""
     from . import _C
 
-    return not _C.gated_obstacle(r)
+    return _C.gated_obstacle(r) or None
 
 
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """explain(): which backend, kernels and tiles a layer or a shape gets, and why, found by running the launchers dry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import backends, checks
-from .modules import LoRALinear
+from .modules import LoRALinear, LoRAMLP
+from .ops.lora_group import obstacle as group_obstacle
+from .ops.lora_mlp import obstacle as mlp_obstacle
 
 # Launch parameters that name the tile, in the order in which they are shown.
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
@@ -98,8 +100,33 @@ def _copied_factors(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:
     return f"A and B are {factor_dtype}: copied to {dtype} in each pass, r (K + N) elements"
 
 
+def _columns(layers) -> tuple[list, list, list]:
+    return tuple([getattr(layer, name) for layer in layers] for name in ("weight", "lora_A", "lora_B"))
+
+
+@dataclass(frozen=True)
+class MLPExplanation:
+    """gate, up and down by name, and what is fused of them."""
+
+    layers: dict[str, Explanation]
+    fused: str
+
+    def __str__(self) -> str:
+        return "\n".join([*(f"{name}: {layer}" for name, layer in self.layers.items()), f"as one: {self.fused}"])
+
+
+def _explain_mlp(mlp: LoRAMLP, **options) -> MLPExplanation:
+    layers = dict(zip(mlp.names, mlp.layers, strict=True))
+    reason = mlp_obstacle(mlp.layers[0].weight, *_columns(mlp.layers))
+    fused = "act(gate) up is made, and differentiated, in the launches of the products beside it"
+    return MLPExplanation(
+        {name: explain(layer, **options) for name, layer in layers.items()},
+        fused if reason is None else f"no: {reason}",
+    )
+
+
 def explain(
-    layer: LoRALinear | None = None,
+    layer: LoRALinear | LoRAMLP | None = None,
     *,
     tokens: int = 8192,
     in_features: int | None = None,
@@ -110,13 +137,25 @@ def explain(
     p: float = 0.0,
     device: torch.device | str | None = None,
     gpu: str | None = None,
-) -> Explanation:
+) -> Explanation | MLPExplanation:
     """Which backend, kernels and tiles `tokens` rows through a layer get, and why; print() the result.
 
-    Either a LoRALinear, or in_features, out_features and r (with dtype, lora_dtype and dropout p). gpu names a card to
-    explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100"); without it, `device`, which is by default the
-    layer's, or this machine's GPU.
+    Either a LoRALinear or LoRAMLP, or in_features, out_features and r (with dtype, lora_dtype and dropout p). gpu names
+    a card to explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100"); without it, `device`, which is by default
+    the layer's, or this machine's GPU.
     """
+    if isinstance(layer, LoRAMLP):
+        return _explain_mlp(layer, tokens=tokens, gpu=gpu)
+    found = _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
+    if layer is None or layer.group is None:
+        return found
+    together = layer.group.layers
+    reason = group_obstacle(layer.weight, *_columns(together))
+    how = "in one launch" if reason is None else f"one by one, since {reason}"
+    return replace(found, notes=(*found.notes, f"one of {len(together)} layers that are computed together, {how}"))
+
+
+def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu) -> Explanation:
     readable = True
     if layer is not None:
         in_features, out_features, r = layer.in_features, layer.out_features, layer.r

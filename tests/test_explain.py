@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from fused_lora import LoRALinear, backends, explain
+from fused_lora import LoRALinear, backends, explain, replace_linear
+from fused_lora.pretrain.llama import MLP, Attention, LlamaConfig
 
 SHAPE = dict(in_features=4096, out_features=1024, r=16)
 CARDS = ["A100", "A6000", "RTX 3090", "RTX 4090", "H100"]
@@ -159,3 +161,35 @@ def test_this_machines_gpu(dtype):
     assert (told.backend, told.reason, told.device) == (chosen.name, chosen.reason, "cuda:0")
     assert told.forward
     assert told.backward
+
+
+def fused_block():
+    model = nn.ModuleDict(
+        {"mlp": MLP(LlamaConfig(16, 24, 1, 2, 40)), "attention": Attention(LlamaConfig(16, 24, 1, 2, 40))}
+    )
+    replace_linear(model, r=4)
+    return model
+
+
+def test_a_group_and_an_mlp_say_whether_they_are_computed_as_one():
+    block = fused_block()
+    notes = explain(block["attention"].k_proj).notes
+    assert notes[-1].startswith(
+        "one of 3 layers that are computed together, one by one, since no kernel for device cpu"
+    )
+    assert not any("together" in note for note in explain(block["attention"].o_proj).notes)
+    told = explain(block["mlp"], tokens=100)
+    assert [told.layers[name].shape for name in ("gate_proj", "up_proj", "down_proj")] == [
+        (100, 16, 24, 4), (100, 16, 24, 4), (100, 24, 16, 4),
+    ]  # fmt: skip
+    assert told.fused.startswith("no: no kernel for device cpu")
+    assert "gate_proj: M=100 tokens" in str(told)
+
+
+@pytest.mark.gpu
+def test_a_group_and_an_mlp_are_computed_as_one_on_hopper():
+    block = fused_block().to("cuda", torch.bfloat16)
+    if explain(block["mlp"].gate_proj).backend != "cuda":
+        pytest.skip("csrc's kernels do not run here")
+    assert explain(block["attention"].k_proj).notes[-1] == "one of 3 layers that are computed together, in one launch"
+    assert explain(block["mlp"]).fused.startswith("act(gate) up is made")

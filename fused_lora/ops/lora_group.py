@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import checks
+from .. import backends, checks
 from .library import define
-from .lora_linear import _autocast, _autocasts, _backend, _kernel_bias, _kernel_dtype
+from .lora_linear import _autocast, _autocasts, _kernel_bias, _kernel_dtype
 from .lora_linear import _backward as _backward_alone
 from .lora_linear import _forward as _forward_alone
 
@@ -17,16 +17,25 @@ ops = torch.ops.fused_lora
 MOST_PARTS = 4  # of one launch
 
 
-def _in_one_launch(x, weights, As, Bs) -> bool:
-    if any(weight.numel() == 0 for weight in weights):
-        return False
-    with_factors = [(weight, A, B) for weight, A, B in zip(weights, As, Bs, strict=True) if A.numel() > 0]
-    backend = {_backend(x, *part) for part in with_factors}
-    return len(weights) <= MOST_PARTS and backend == {"cuda"} and len({A.dtype for A in As}) == 1
+def obstacle(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]) -> str | None:
+    """Why linears that read x are not one launch, or None."""
+    if len(weights) > MOST_PARTS:
+        return f"they are more than {MOST_PARTS}"
+    if x.numel() == 0 or any(weight.numel() == 0 for weight in weights) or not any(A.numel() for A in As):
+        return "there is nothing to compute"
+    if len({A.dtype for A in As}) > 1:
+        return "their factors have dtypes of their own"
+    for weight, A, B in zip(weights, As, Bs, strict=True):
+        if A.numel() > 0:
+            readable = backends.csrc_reads(weight, A, B)
+            choice = backends.choose_lora_linear(x.device, x.dtype, A.shape[0], readable)
+            if choice.name != "cuda":
+                return choice.reason
+    return None
 
 
 def _forward(x, weights, As, Bs, biases, scales, seed, p):
-    if _in_one_launch(x, weights, As, Bs):
+    if obstacle(x, weights, As, Bs) is None:
         biases = [_kernel_bias(bias) for bias in biases]
         ys, xas = ops.cuda_lora_group_forward(x, weights, As, Bs, biases, scales, seed, p)
         return [*ys, *(xa.contiguous() for xa in xas)]
@@ -42,7 +51,7 @@ def _forward_fake(x, weights, As, Bs, biases, scales, seed, p):
 
 
 def _backward(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, bias_dtypes):
-    if _in_one_launch(x, weights, As, Bs):
+    if obstacle(x, weights, As, Bs) is None:
         kernel_dtypes = [_kernel_dtype(dtype) for dtype in bias_dtypes]
         dx, dAs, dBs, dbiases = ops.cuda_lora_group_backward(
             dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, kernel_dtypes

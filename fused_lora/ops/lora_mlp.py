@@ -12,7 +12,8 @@ from .lora_group import _backward as _group_backward
 from .lora_group import _backward_fake as _group_backward_fake
 from .lora_group import _columns
 from .lora_group import _forward as _group_forward
-from .lora_linear import _autocast, _autocasts, _backend, _kernel_bias, _kernel_dtype, _rows
+from .lora_group import obstacle as group_obstacle
+from .lora_linear import _autocast, _autocasts, _kernel_bias, _kernel_dtype, _rows
 from .lora_linear import _backward as _linear_backward
 
 ops = torch.ops.fused_lora
@@ -20,11 +21,12 @@ SAVE = ("all", "less")
 PARTS = ("gate", "up", "down")
 
 
-def _in_one_launch(x, weights, As, Bs) -> bool:
-    alone = {_backend(x, *part) for part in zip(weights, As, Bs, strict=True)}
-    if alone != {"cuda"} or len({A.dtype for A in As}) > 1:
-        return False
-    return all(backends.csrc_gates(A.shape[0]) for A in As)
+def obstacle(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]) -> str | None:
+    """Why the passes of gate, up and down are not fused, or None."""
+    found = group_obstacle(x, weights, As, Bs)
+    if found is None:
+        found = next(filter(None, (backends.csrc_gated_obstacle(A.shape[0]) for A in As)), None)
+    return found
 
 
 def _padded(rows: int, cols: int, like: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def _padded(rows: int, cols: int, like: Tensor) -> Tensor:
 
 def _forward(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides):
     flat = _rows(x)
-    if _in_one_launch(x, weights, As, Bs):
+    if obstacle(x, weights, As, Bs) is None:
         biases = [_kernel_bias(bias) for bias in biases]
         hidden, gate, up, *xas = ops.cuda_lora_gated_forward(
             flat, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides
@@ -58,7 +60,7 @@ def _backward(
     bias_dtypes, linear, cubic,
 ):  # fmt: skip
     dy, flat = _rows(dy), _rows(x)
-    if _in_one_launch(x, weights, As, Bs):
+    if obstacle(x, weights, As, Bs) is None:
         dx, dAs, dBs, dbiases = ops.cuda_lora_mlp_backward(
             dy, flat, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB,
             need_dbias, [_kernel_dtype(dtype) for dtype in bias_dtypes], linear, cubic,
