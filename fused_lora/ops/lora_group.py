@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends, checks
 from .library import define
-from .lora_linear import _autocast, _autocasts, _kernel_bias, _kernel_dtype
+from .lora_linear import _autocast, _autocasts, _kernel_bias
 from .lora_linear import _backward as _backward_alone
 from .lora_linear import _forward as _forward_alone
 
@@ -50,18 +50,22 @@ def _forward_fake(x, weights, As, Bs, biases, scales, seed, p):
     return ys + [x.new_empty((M, A.shape[0])) for A in As]
 
 
-def _backward(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, bias_dtypes):
+def _wide(x: Tensor) -> torch.dtype:
+    """Of biases' gradients, until autograd gives them their biases' dtypes: lists of dtypes reach an op as numbers."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _backward(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias):
     if obstacle(x, weights, As, Bs) is None:
-        kernel_dtypes = [_kernel_dtype(dtype) for dtype in bias_dtypes]
+        wide = [_wide(x)] * len(weights)
         dx, dAs, dBs, dbiases = ops.cuda_lora_group_backward(
-            dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, kernel_dtypes
+            dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, wide
         )
-        dbiases = [dbias.to(dtype) for dbias, dtype in zip(dbiases, bias_dtypes, strict=True)]
         return [dx, *dAs, *dBs, *dbiases]
-    parts = zip(dys, weights, As, Bs, xas, scales, need_dA, need_dB, need_dbias, bias_dtypes, strict=True)
+    parts = zip(dys, weights, As, Bs, xas, scales, need_dA, need_dB, need_dbias, strict=True)
     grads = [
-        _backward_alone(dy, x, weight, A, B, xa, scale, seed, p, need_dx, dA, dB, dtype if dbias else None)
-        for dy, weight, A, B, xa, scale, dA, dB, dbias, dtype in parts
+        _backward_alone(dy, x, weight, A, B, xa, scale, seed, p, need_dx, dA, dB, _wide(x) if dbias else None)
+        for dy, weight, A, B, xa, scale, dA, dB, dbias in parts
     ]
     dxs, dAs, dBs, dbiases = zip(*grads, strict=True)
     dx = dxs[0]
@@ -70,16 +74,15 @@ def _backward(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, n
     return [dx, *dAs, *dBs, *dbiases]
 
 
-def _backward_fake(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, bias_dtypes):
+def _backward_fake(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias):
     def of(shape, need, dtype):
         return x.new_empty(shape if need else 0, dtype=dtype)
 
-    dbiases = zip(weights, need_dbias, bias_dtypes, strict=True)
     return [
         of(x.shape, need_dx, x.dtype),
         *(of(A.shape, need, A.dtype) for A, need in zip(As, need_dA, strict=True)),
         *(of(B.shape, need, B.dtype) for B, need in zip(Bs, need_dB, strict=True)),
-        *(of(weight.shape[:1], need, dtype) for weight, need, dtype in dbiases),
+        *(of(weight.shape[:1], need, _wide(x)) for weight, need in zip(weights, need_dbias, strict=True)),
     ]
 
 
@@ -91,8 +94,8 @@ define(
 )
 define(
     "lora_group_backward(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor[] xas,"
-    " Tensor[] scales, Tensor? seed, float p, bool need_dx, bool[] need_dA, bool[] need_dB, bool[] need_dbias,"
-    " ScalarType[] bias_dtypes) -> Tensor[]",
+    " Tensor[] scales, Tensor? seed, float p, bool need_dx, bool[] need_dA, bool[] need_dB, bool[] need_dbias)"
+    " -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -122,13 +125,18 @@ class LoRAGroupFunction(torch.autograd.Function):
             return (None,) * (4 + 5 * parts)
         _, need_dA, need_dB, need_dbias, _ = _columns(needs, parts)
         dx, *grads = ops.lora_group_backward(
-            list(dys), x, weights, As, Bs, xas, scales, seed, ctx.p, need_dx, need_dA, need_dB, need_dbias,
-            ctx.bias_dtypes,
-        )  # fmt: skip
-        wanted = [*need_dA, *need_dB, *need_dbias]
-        grads = [grad if need else None for grad, need in zip(grads, wanted, strict=True)]
+            list(dys), x, weights, As, Bs, xas, scales, seed, ctx.p, need_dx, need_dA, need_dB, need_dbias
+        )
+        grads = _of_parts(grads, [*need_dA, *need_dB, *need_dbias], ctx.bias_dtypes)
         nothing = [None] * parts
         return dx if need_dx else None, None, None, None, *nothing, *grads, *nothing
+
+
+def _of_parts(grads: list[Tensor], wanted: list[bool], bias_dtypes: list[torch.dtype]) -> list[Tensor | None]:
+    """Gradients of As, Bs and biases as autograd takes them."""
+    factors = len(grads) - len(bias_dtypes)
+    dbiases = [grad.to(dtype) for grad, dtype in zip(grads[factors:], bias_dtypes, strict=True)]
+    return [grad if need else None for grad, need in zip([*grads[:factors], *dbiases], wanted, strict=True)]
 
 
 def _columns(tensors: Sequence, parts: int) -> list[list]:

@@ -10,10 +10,10 @@ from .. import backends, checks, reference
 from .library import define
 from .lora_group import _backward as _group_backward
 from .lora_group import _backward_fake as _group_backward_fake
-from .lora_group import _columns
+from .lora_group import _columns, _of_parts, _wide
 from .lora_group import _forward as _group_forward
 from .lora_group import obstacle as group_obstacle
-from .lora_linear import _autocast, _autocasts, _kernel_bias, _kernel_dtype, _rows
+from .lora_linear import _autocast, _autocasts, _kernel_bias, _rows
 from .lora_linear import _backward as _linear_backward
 
 ops = torch.ops.fused_lora
@@ -57,26 +57,25 @@ def _forward_fake(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, ke
 
 def _backward(
     dy, x, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB, need_dbias,
-    bias_dtypes, linear, cubic,
+    linear, cubic,
 ):  # fmt: skip
     dy, flat = _rows(dy), _rows(x)
     if obstacle(x, weights, As, Bs) is None:
         dx, dAs, dBs, dbiases = ops.cuda_lora_mlp_backward(
             dy, flat, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB,
-            need_dbias, [_kernel_dtype(dtype) for dtype in bias_dtypes], linear, cubic,
+            need_dbias, [_wide(x)] * len(PARTS), linear, cubic,
         )  # fmt: skip
-        dbiases = [dbias.to(dtype) for dbias, dtype in zip(dbiases, bias_dtypes, strict=True)]
         return [dx.view(x.shape) if need_dx else dx, *dAs, *dBs, *dbiases]
     if hidden is None:
         hidden = reference.gated(gate, up, linear, cubic)
     dhidden, *of_down = _linear_backward(
         dy, hidden, weights[2], As[2], Bs[2], xas[2], scales[2], down_seed, p, True, need_dA[2], need_dB[2],
-        bias_dtypes[2] if need_dbias[2] else None,
+        _wide(x) if need_dbias[2] else None,
     )  # fmt: skip
     dsides = reference.gated_backward(dhidden, gate, up, linear, cubic)
     dx, *of_sides = _group_backward(
         dsides, flat, weights[:2], As[:2], Bs[:2], xas[:2], scales[:2], seed, p, need_dx, need_dA[:2], need_dB[:2],
-        need_dbias[:2], bias_dtypes[:2],
+        need_dbias[:2],
     )  # fmt: skip
     grads = [grad for i in range(3) for grad in (*of_sides[2 * i : 2 * i + 2], of_down[i])]
     return [dx.view(x.shape) if need_dx else dx, *grads]
@@ -84,10 +83,10 @@ def _backward(
 
 def _backward_fake(
     dy, x, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB, need_dbias,
-    bias_dtypes, linear, cubic,
+    linear, cubic,
 ):  # fmt: skip
     return _group_backward_fake(
-        [dy] * 3, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, bias_dtypes
+        [dy] * 3, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias
     )
 
 
@@ -100,8 +99,7 @@ define(
 define(
     "lora_mlp_backward(Tensor dy, Tensor x, Tensor? hidden, Tensor gate, Tensor up, Tensor[] weights, Tensor[] As,"
     " Tensor[] Bs, Tensor[] xas, Tensor[] scales, Tensor? seed, Tensor? down_seed, float p, bool need_dx,"
-    " bool[] need_dA, bool[] need_dB, bool[] need_dbias, ScalarType[] bias_dtypes, float linear, float cubic)"
-    " -> Tensor[]",
+    " bool[] need_dA, bool[] need_dB, bool[] need_dbias, float linear, float cubic) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -135,10 +133,9 @@ class LoRAMLPFunction(torch.autograd.Function):
             return (None,) * 21
         dx, *grads = ops.lora_mlp_backward(
             dy, x, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, ctx.p, need_dx, need_dA, need_dB,
-            need_dbias, ctx.bias_dtypes, *ctx.act,
+            need_dbias, *ctx.act,
         )  # fmt: skip
-        wanted = [*need_dA, *need_dB, *need_dbias]
-        grads = [grad if need else None for grad, need in zip(grads, wanted, strict=True)]
+        grads = _of_parts(grads, [*need_dA, *need_dB, *need_dbias], ctx.bias_dtypes)
         nothing = [None] * len(PARTS)
         return dx if need_dx else None, *[None] * 5, *nothing, *grads, *nothing
 
