@@ -16,7 +16,8 @@ class LoRAMLP(nn.Module):
 
     names are those of gate, up and down among the children. Every other child and public attribute is kept, so that
     parameters have the same names as before. With save="less" the product act(gate) up is computed again in the
-    backward pass instead of being kept. While a child is merged or has hooks, the three are called one by one.
+    backward pass instead of being kept. While a child is merged, has hooks or is no LoRALinear any more, the three are
+    called one by one.
 
     Raises ValueError naming what the layers do not have in common.
     """
@@ -54,7 +55,7 @@ class LoRAMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.layers
-        if any(layer.merged or has_hooks(layer) for layer in layers):
+        if any(type(layer) is not LoRALinear or layer.merged or has_hooks(layer) for layer in layers):
             gate, up, down = layers
             return down(FUNCTIONS[self.activation](gate(x)) * up(x))
         columns = (

@@ -65,7 +65,7 @@ def test_hopper_kernels(source, tmp_path):
         pytest.skip("needs cuobjdump")
     sass = subprocess.run([command, "-sass", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True)
     kernels = sass.stdout.split("Function : ")[1:]
-    assert len(kernels) == 14
+    assert len(kernels) == (6 if "gated" in source.stem else 14)
     for kernel in kernels:
         assert "HGMMA" in kernel
         assert "UTMALDG" in kernel

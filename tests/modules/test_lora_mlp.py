@@ -98,6 +98,14 @@ def test_merged_layers_and_hooks_are_called_one_by_one():
     assert len(seen) == 1
 
 
+def test_children_can_be_replaced():
+    alone, fused = make_pair()
+    x = torch.randn(3, 16)
+    for name in ("w1", "w3", "w2"):
+        setattr(fused.mlp, name, getattr(fused.mlp, name).to_linear())
+        assert torch.allclose(fused(x), alone(x), atol=1e-5)
+
+
 def test_evaluation_drops_nothing():
     alone, fused = make_pair(lora_dropout=0.5)
     x = torch.randn(3, 16)
