@@ -2,7 +2,6 @@
 // tensor cores nor the stages wait for a tile's 64 kB to be stored.
 #pragma once
 
-#include "activation.cuh"
 #include "fragments.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
@@ -11,9 +10,19 @@
 namespace fused_lora::sm90 {
 
 template <typename C, typename T>
+struct Outbox;
+
+}  // namespace fused_lora::sm90
+
+#include "gated.cuh"
+
+namespace fused_lora::sm90 {
+
+template <typename C, typename T>
 struct Outbox {
   static constexpr int kMostBoxes = C::kBlockN / kBox;
   static constexpr int kFlagParts = 2;
+  static constexpr bool kGated = C::kEpilogue != Epilogue::kPlain;
 
   Shared<C>& shared;
   const KernelParams& p;
@@ -42,8 +51,10 @@ struct Outbox {
   __device__ __forceinline__ void keep_out(const float (&acc)[kCount], int part, int row, int col) {
     keep(acc, &p.part[part].out, row, col, nullptr);
     what = part;
-    if constexpr (C::kGates) hold(p.gated.wants_sides ? kMostBoxes + kMostBoxes / 2 : kMostBoxes / 2, nullptr);
-    if constexpr (C::kGateGrads) hold(kMostBoxes * kGradParts, nullptr);
+    if constexpr (kGated) {
+      hold(Gate<C, T>::parts(p.gated), nullptr);
+      next_part = -self.index * Gate<C, T>::kDelay;
+    }
   }
 
   // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
@@ -102,17 +113,15 @@ struct Outbox {
   }
 
   __device__ __forceinline__ void send_part() {
-    if (C::kGates && what >= 0) {
-      send_gated();
-    } else if (C::kGateGrads && what >= 0) {
-      send_gate_grads();
+    if (kGated && what >= 0) {
+      if constexpr (kGated) {
+        if (next_part >= 0) Gate<C, T>::send(*this, next_part);
+      }
     } else if (next_part < box_count) {
       const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
-      if (self.thread() == 0) ptx::tma_store_wait_read<0>();
-      self.sync();
+      await_buffer();
       write_box(next_part, buffer);
-      ptx::fence_async_shared();
-      self.sync();
+      publish_buffer();
       if (by_hand()) {
         store_box(buffer, first_row, first_col + next_part * kBox);
       } else if (self.thread() == 0) {
@@ -124,98 +133,16 @@ struct Outbox {
     ++next_part;
   }
 
-  // act(gate) up, then gate, then up, whose boxes are the first and the second half of a tile's.
-  __device__ __forceinline__ void send_gated() {
-    constexpr int kHalf = kMostBoxes / 2;
-    const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
+  // Until what left it last has been read.
+  __device__ __forceinline__ void await_buffer() const {
     if (self.thread() == 0) ptx::tma_store_wait_read<0>();
     self.sync();
-    if (next_part >= kHalf) {
-      write_box(next_part - kHalf, buffer);
-    } else if (next_part == 0) {
-      write_hidden<0>(buffer);
-    } else {
-      write_hidden<1>(buffer);
-    }
+  }
+
+  // What the warpgroup wrote there is seen by copies.
+  __device__ __forceinline__ void publish_buffer() const {
     ptx::fence_async_shared();
     self.sync();
-    if (self.thread() == 0) {
-      const CUtensorMap* to = next_part < kHalf ? &p.gated.hidden : next_part < 2 * kHalf ? &p.part[0].out : &p.part[1].out;
-      ptx::tma_store(to, first_row, first_col + next_part % kHalf * kBox, buffer);
-      ptx::tma_store_commit();
-    }
-  }
-
-  template <int kIndex>
-  __device__ __forceinline__ void write_hidden(uint32_t buffer) {
-    const Act act(p.gated.activation);
-    const uint32_t(&gate)[16] = boxes[kIndex], (&up)[16] = boxes[kMostBoxes / 2 + kIndex];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = act.hidden<T>(gate[4 * j + i], up[4 * j + i]);
-      ptx::stmatrix(buffer + own_chunk(j), pairs);
-    }
-  }
-
-  // A box of the gradient of act(gate) up: gate and up are fetched; their gradients take their places and go out, and the
-  // box becomes act(gate) up, which goes out next where it is wanted.
-  static constexpr int kGradParts = 4;
-  __device__ __forceinline__ void send_gate_grads() {
-    const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
-    const int box = next_part / kGradParts, part = next_part % kGradParts, col = first_col + box * kBox;
-    if (part == 0 && self.thread() == 0) {
-      ptx::tma_store_wait_read<0>();
-      ptx::mbarrier_arrive_expect_tx(&shared.gate_full[self.index], 2 * kBoxBytes);
-      ptx::tma_load(buffer, &p.gated.gate, first_row, col, &shared.gate_full[self.index]);
-      ptx::tma_load(buffer + kBoxBytes, &p.gated.up, first_row, col, &shared.gate_full[self.index]);
-    }
-    if (part == 2) {
-      ptx::mbarrier_wait(&shared.gate_full[self.index], box % 2);  // a tile has an even number of them
-      turn_box(box, buffer);
-      ptx::fence_async_shared();
-      self.sync();
-      if (self.thread() == 0) {
-        ptx::tma_store(&p.gated.dgate, first_row, col, buffer);
-        ptx::tma_store(&p.gated.dup, first_row, col, buffer + kBoxBytes);
-        ptx::tma_store_commit();
-      }
-    }
-    if (part == 3 && p.gated.wants_hidden) {
-      if (self.thread() == 0) ptx::tma_store_wait_read<0>();
-      self.sync();
-      write_box(box, buffer);
-      ptx::fence_async_shared();
-      self.sync();
-      if (self.thread() == 0) {
-        ptx::tma_store(&p.gated.hidden, first_row, col, buffer);
-        ptx::tma_store_commit();
-      }
-    }
-  }
-
-  __device__ __forceinline__ void turn_box(int box, uint32_t buffer) {
-    switch (box) {
-      case 0: return turn_box<0>(buffer);
-      case 1: return turn_box<1 % kMostBoxes>(buffer);
-      case 2: return turn_box<2 % kMostBoxes>(buffer);
-      default: return turn_box<3 % kMostBoxes>(buffer);
-    }
-  }
-
-  template <int kIndex>
-  __device__ __forceinline__ void turn_box(uint32_t buffer) {
-    const Act act(p.gated.activation);
-    const uint32_t own = buffer + swizzled(self.row(), 0) + self.col() * 2;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const uint32_t at = (own ^ i / 2 << 4) + i % 2 * 8 * 128;
-      uint32_t gate = ptx::load_shared_32(at), up = ptx::load_shared_32(at + kBoxBytes);
-      act.turn<T>(boxes[kIndex][i], gate, up);
-      ptx::store_shared_32(at, gate);
-      ptx::store_shared_32(at + kBoxBytes, up);
-    }
   }
 
   // Where the matrices of a box's registers 4 j to 4 j + 3 lie in shared memory: this lane's row of them.
@@ -287,12 +214,18 @@ struct Outbox {
 
   // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    if (C::kEpilogue == Epilogue::kPlain && next_part == 0 && box_count == kMostBoxes && what >= 0 && !by_hand()) {
+    const bool whole = next_part <= 0 && parts > 0 && what >= 0;
+    if (whole && kGated) {
+      ptx::named_barrier(3, kConsumers * kWarpgroup);
+      if constexpr (kGated) {
+        const uint32_t stages = ptx::shared_address(shared.stages[0]);
+        Gate<C, T>::send_at_once(*this, stages + self.index * Gate<C, T>::kBoxesAtOnce * kBoxBytes);
+      }
+    } else if (whole && box_count == kMostBoxes && !by_hand()) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
       write_boxes<0>(buffers);
-      ptx::fence_async_shared();
-      self.sync();
+      publish_buffer();
       if (self.thread() < parts) copy_out(buffers + self.thread() * kBoxBytes, self.thread());
     } else {
       send_all();
