@@ -2,16 +2,19 @@
 
 Forward, loss, backward and AdamW's step in bfloat16, on random tokens. Every arm trains embeddings, norms and head as
 ReLoRA does; they differ in the linears of the blocks. All arms of a case stand in memory together and take their steps
-in turn, so that only the ratios of one run are compared. Compiled arms compile each block, which all blocks share.
+in turn, so that only the ratios of one run are compared. Compiled arms compile the block, once for all blocks, and the
+loss.
 
 Under torchrun, each rank takes a step's micro-batches as DistributedDataParallel does it, with no_sync until the last.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -171,6 +174,7 @@ class Arm:
     """A model with its optimizer, and what a step of it costs in memory."""
 
     model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     batches: list[tuple[Tensor, Tensor]]
 
@@ -197,7 +201,8 @@ class Arm:
         tokens = [
             torch.randint(case.model.vocab_size, shape, generator=generator, device=device) for _ in range(accumulate)
         ]
-        return cls(model, optimizer, [(each[:, :-1], each[:, 1:]) for each in tokens])
+        loss = torch.compile(next_token_loss, fullgraph=True) if compiled else next_token_loss
+        return cls(model, loss, optimizer, [(each[:, :-1], each[:, 1:]) for each in tokens])
 
     def gradients(self) -> Tensor:
         """Of all micro-batches; the last one's loss."""
@@ -205,7 +210,7 @@ class Arm:
             last = i + 1 == len(self.batches)
             waits = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if waits else nullcontext():
-                loss = next_token_loss(self.model(tokens), targets)
+                loss = self.loss(self.model(tokens), targets)
                 loss.backward()
         return loss
 
@@ -247,7 +252,6 @@ def check(arms: dict[str, Arm]) -> None:
 def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds, the arms' steps in turn."""
     if device.type != "cuda":
-        import time
 
         def time_once(arm):
             start = time.perf_counter()
@@ -270,6 +274,7 @@ def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[
 
 def peak_bytes(arm: Arm) -> int:
     """What the arm holds, and what a step takes beside it: as if it were alone."""
+    gc.collect()  # what other arms' steps left in cycles would be freed during this one
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
