@@ -176,7 +176,8 @@ struct Outbox {
     }
   }
 
-  __device__ __forceinline__ bool by_hand() const { return what >= 0 && p.part[what].out_data != nullptr; }
+  // Where an MLP's own activations go, rows are padded.
+  __device__ __forceinline__ bool by_hand() const { return !kGated && what >= 0 && p.part[what].out_data != nullptr; }
 
   // A box of out, from shared memory to rows that start anywhere: two at a time, an element a thread.
   __device__ __forceinline__ void store_box(uint32_t buffer, int row, int col) const {
