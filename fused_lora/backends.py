@@ -213,12 +213,25 @@ def choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readabl
     return _choose_lora_linear(device, dtype, r, readable, forced_backend())
 
 
-@cache
-def csrc_gated_obstacle(r: int) -> str | None:
-    """Why csrc's gated passes do not take a rank that its others do, or None."""
+def _constant_when_compiled(function):
+    """As torch.compiler.assume_constant_result, which would import the compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_when_compiled
+def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int, ...], readable: bool) -> str | None:
+    """Why linears of one x are not csrc's, or None; readable as by csrc_reads."""
+    choices = [choose_lora_linear(device, dtype, r, readable) for r in ranks]
+    return next((choice.reason for choice in choices if choice.name != "cuda"), None)
+
+
+@_constant_when_compiled
+def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
+    """Why csrc's gated passes do not take ranks that its others do, or None."""
     from . import _C
 
-    return _C.gated_obstacle(r) or None
+    return next(filter(None, map(_C.gated_obstacle, ranks)), None)
 
 
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:

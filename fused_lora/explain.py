@@ -7,7 +7,6 @@ import torch
 from . import backends, checks
 from .modules import LoRALinear, LoRAMLP
 from .ops.lora_group import obstacle as group_obstacle
-from .ops.lora_mlp import obstacle as mlp_obstacle
 
 # Launch parameters that name the tile, in the order in which they are shown.
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
@@ -104,6 +103,13 @@ def _columns(layers) -> tuple[list, list, list]:
     return tuple([getattr(layer, name) for layer in layers] for name in ("weight", "lora_A", "lora_B"))
 
 
+def _group_note(layer: LoRALinear, gpu: str | None) -> str:
+    layers, weight = layer.group.layers, layer.weight
+    reason = f"explained for {gpu}" if gpu else group_obstacle(weight.device, weight.dtype, *_columns(layers))
+    how = "in one launch" if reason is None else f"one by one: {reason}"
+    return f"one of {len(layers)} layers that are computed together, {how}"
+
+
 @dataclass(frozen=True)
 class MLPExplanation:
     """gate, up and down by name, and what is fused of them."""
@@ -115,12 +121,14 @@ class MLPExplanation:
         return "\n".join([*(f"{name}: {layer}" for name, layer in self.layers.items()), f"as one: {self.fused}"])
 
 
-def _explain_mlp(mlp: LoRAMLP, **options) -> MLPExplanation:
-    layers = dict(zip(mlp.names, mlp.layers, strict=True))
-    reason = mlp_obstacle(mlp.layers[0].weight, *_columns(mlp.layers))
+def _explain_mlp(mlp: LoRAMLP, gpu: str | None, **options) -> MLPExplanation:
+    structure = mlp._structure
+    layers = dict(zip((structure.gate, structure.up, structure.down), structure.layers(mlp), strict=True))
+    x = next(iter(layers.values())).weight
+    reason = f"explained for {gpu}" if gpu else mlp.why_not(x)
     fused = "act(gate) up is made, and differentiated, in the launches of the products beside it"
     return MLPExplanation(
-        {name: explain(layer, **options) for name, layer in layers.items()},
+        {name: explain(layer, gpu=gpu, **options) for name, layer in layers.items() if isinstance(layer, LoRALinear)},
         fused if reason is None else f"no: {reason}",
     )
 
@@ -145,14 +153,11 @@ def explain(
     the layer's, or this machine's GPU.
     """
     if isinstance(layer, LoRAMLP):
-        return _explain_mlp(layer, tokens=tokens, gpu=gpu)
+        return _explain_mlp(layer, gpu, tokens=tokens)
     found = _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
     if layer is None or layer.group is None:
         return found
-    together = layer.group.layers
-    reason = group_obstacle(layer.weight, *_columns(together))
-    how = "in one launch" if reason is None else f"one by one, since {reason}"
-    return replace(found, notes=(*found.notes, f"one of {len(together)} layers that are computed together, {how}"))
+    return replace(found, notes=(*found.notes, _group_note(layer, gpu)))
 
 
 def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu) -> Explanation:

@@ -174,9 +174,7 @@ def fused_block():
 def test_a_group_and_an_mlp_say_whether_they_are_computed_as_one():
     block = fused_block()
     notes = explain(block["attention"].k_proj).notes
-    assert notes[-1].startswith(
-        "one of 3 layers that are computed together, one by one, since no kernel for device cpu"
-    )
+    assert notes[-1].startswith("one of 3 layers that are computed together, one by one: no kernel for device cpu")
     assert not any("together" in note for note in explain(block["attention"].o_proj).notes)
     told = explain(block["mlp"], tokens=100)
     assert [told.layers[name].shape for name in ("gate_proj", "up_proj", "down_proj")] == [

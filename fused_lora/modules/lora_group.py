@@ -65,7 +65,7 @@ class LoRAGroup:
 
     def _key(self, layer: LoRALinear, x: Tensor) -> tuple:
         """All that an output depends on, x first. Under torch.compile tensors have no versions."""
-        modes = (layer.training, torch.is_grad_enabled(), _autocast_dtype(x))
+        modes = (layer.training, torch.is_grad_enabled(), autocast_dtype(x))
         if torch.compiler.is_compiling():
             return (x, *modes)
         read = (x, layer.weight, layer.lora_A, layer.lora_B, layer.scale)
@@ -76,7 +76,7 @@ class LoRAGroup:
         self._waiting, self._of = {}, {}
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

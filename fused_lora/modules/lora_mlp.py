@@ -1,40 +1,66 @@
 """LoRAMLP: a gated MLP of three LoRALinear layers, computed as one."""
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import ops
-from .lora_group import LoRAGroup
+from ..ops.lora_mlp import SAVE, obstacle
+from .lora_group import LoRAGroup, autocast_dtype
 from .lora_linear import LoRALinear
 
 FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 
 
-class LoRAMLP(nn.Module):
-    """y = down(act(gate(x)) up(x)) by ops.lora_mlp; stands where the MLP it is made of stood, with that one's children.
+@dataclass(frozen=True)
+class Structure:
+    """What a forward does: down(act(gate(x)) up(x)), by the names of the children; act is a child or a function."""
 
-    names are those of gate, up and down among the children. Every other child and public attribute is kept, so that
-    parameters have the same names as before. With save="less" the product act(gate) up is computed again in the
-    backward pass instead of being kept. While a child is merged, has hooks or is no LoRALinear any more, the three are
-    called one by one.
+    gate: str
+    up: str
+    down: str
+    activation: str
+    act: str | None
 
-    Raises ValueError naming what the layers do not have in common.
+    def layers(self, mlp: nn.Module) -> list[nn.Module]:
+        return [mlp.get_submodule(name) for name in (self.gate, self.up, self.down)]
+
+
+class LoRAMLP:
+    """What a gated MLP becomes: the module itself, with a class of its own whose forward is ops.lora_mlp.
+
+    Children, parameters, buffers, hooks and attributes stay as they are, and the class is a subclass of what it was.
+    The forward that it had is called instead wherever it could give something else or be faster: while a layer is
+    merged, has hooks, is replaced, or drops by a rule of its own, and where the kernels do not fuse such an MLP.
+
+    save: "all", or "less" to compute act(gate) up again in the backward pass instead of keeping it.
     """
 
-    def __init__(self, mlp: nn.Module, names: tuple[str, str, str], activation: str, save: str = "all"):
-        super().__init__()
-        layers = [mlp.get_submodule(name) for name in names]
-        obstacle = self.obstacle(layers)
-        if obstacle:
-            raise ValueError(obstacle)
-        for name, child in mlp.named_children():
-            self.add_module(name, child)
-        for name, value in vars(mlp).items():
-            if not name.startswith("_") and name not in vars(self):
-                setattr(self, name, value)
-        self.names, self.activation, self.save = names, activation, save
-        self.train(mlp.training)
+    save = "all"
+    _structure: Structure
+    _act: tuple[nn.Module, ...]  # in a tuple, since it is a child already
+
+    @staticmethod
+    def fuse(mlp: nn.Module, structure: Structure | None = None, save: str = "all") -> nn.Module:
+        """Makes `mlp` a LoRAMLP, in place, and returns it. Raises ValueError where it cannot be one."""
+        if save not in SAVE:
+            raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
+        structure = structure or recognise(mlp)
+        if structure is None:
+            raise ValueError(f"the forward of {type(mlp).__name__} is not down(act(gate(x)) * up(x))")
+        reason = LoRAMLP.obstacle(structure.layers(mlp))
+        if reason:
+            raise ValueError(reason)
+        mlp._structure = structure
+        mlp._act = (mlp.get_submodule(structure.act),) if structure.act else ()
+        mlp.__class__ = _with_forward(type(mlp))
+        mlp.save = save
+        return mlp
 
     @staticmethod
     def obstacle(layers: list[nn.Module]) -> str | None:
@@ -48,24 +74,48 @@ class LoRAMLP(nn.Module):
             return f"down must have in_features {gate.out_features}, got {down.in_features}"
         return LoRAGroup.obstacle([gate, up]) or LoRAGroup.obstacle(layers, but="in_features")
 
-    @property
-    def layers(self) -> tuple[LoRALinear, ...]:
-        """gate, up and down."""
-        return tuple(getattr(self, name) for name in self.names)
+    def why_not(self, x: Tensor) -> str | None:
+        """Why the forward that it had is called for x, or None."""
+        layers = self._structure.layers(self)
+        for layer in layers:
+            if type(layer) is not LoRALinear:
+                return f"one of its layers is a {type(layer).__name__}"
+            if layer.merged or has_hooks(layer) or "forward" in vars(layer):
+                return "one of its layers is merged or has hooks or a forward of its own"
+            if (layer.training, layer.lora_dropout) != (self.training, layers[0].lora_dropout):
+                return "its layers drop by different rules"
+        for act in self._act:
+            if self.get_submodule(self._structure.act) is not act or has_hooks(act):
+                return "its activation was replaced or has hooks"
+        return obstacle(x.device, autocast_dtype(x) or x.dtype, *_columns(layers, "weight", "lora_A", "lora_B"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        layers = self.layers
-        if any(type(layer) is not LoRALinear or layer.merged or has_hooks(layer) for layer in layers):
-            gate, up, down = layers
-            return down(FUNCTIONS[self.activation](gate(x)) * up(x))
-        columns = (
-            [getattr(layer, name) for layer in layers] for name in ("weight", "lora_A", "lora_B", "bias", "scale")
-        )
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or self.why_not(x) is not None:
+            return super().forward(*args, **kwargs)
+        layers = self._structure.layers(self)
         p = layers[0].lora_dropout if self.training else 0.0
-        return ops.lora_mlp(x, *columns, activation=self.activation, p=p, save=self.save)
+        columns = _columns(layers, "weight", "lora_A", "lora_B", "bias", "scale")
+        return ops.lora_mlp(x, *columns, activation=self._structure.activation, p=p, save=self.save)
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}, save={self.save}"
+    def __reduce_ex__(self, protocol):
+        """As nn.Module, whose class could be found by its name."""
+        return _unfilled, (type(self).__bases__[1],), self.__dict__.copy()
+
+
+def _columns(layers: list[nn.Module], *names: str) -> list[list]:
+    return [[getattr(layer, name) for layer in layers] for name in names]
+
+
+@cache
+def _with_forward(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of an MLP's class that is a LoRAMLP."""
+    return type(f"LoRA{cls.__name__}", (LoRAMLP, cls), {"__module__": cls.__module__, "__doc__": LoRAMLP.__doc__})
+
+
+def _unfilled(cls: type[nn.Module]) -> nn.Module:
+    fused = _with_forward(cls)
+    return fused.__new__(fused)
 
 
 def has_hooks(layer: nn.Module) -> bool:
@@ -73,52 +123,93 @@ def has_hooks(layer: nn.Module) -> bool:
     return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
-class _Calls(torch.fx.Tracer):
-    """A module's own forward, down to the calls of its children."""
+def recognise(mlp: nn.Module) -> Structure | None:
+    """What the forward of a module does, if that is down(act(gate(x)) up(x)) and nothing else, in training or not.
+
+    Read off a trace of it, whatever the names: Hugging Face's LLaMA, Mistral, Qwen2 and Qwen3 (SiLU), Gemma (GELU in
+    its tanh form), and the like. The module is not changed.
+    """
+    try:
+        found = {_structure_of(_trace(mlp, training), mlp) for training in (False, True)}
+    except Exception:  # whatever a forward may do that cannot be traced, it is no such MLP
+        return None
+    return found.pop() if len(found) == 1 else None
+
+
+class _Calls(fx.Tracer):
+    """A module's own forward, down to the calls of its children, which must all be made in one state of autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = _autograd_state()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
 
+    def create_node(self, *args, **kwargs):
+        if _autograd_state() != self.state:
+            raise NotImplementedError("a forward that changes autograd's state")
+        return super().create_node(*args, **kwargs)
 
-def recognise(mlp: nn.Module) -> tuple[tuple[str, str, str], str] | None:
-    """The names of gate, up and down and the activation, if down(act(gate(x)) up(x)) is all that its forward does.
 
-    Read off a trace of it, whatever the names: Hugging Face's LLaMA, Mistral, Qwen2 and Qwen3 (SiLU), Gemma (GELU in
-    its tanh form), and the like.
-    """
-    try:
-        nodes = list(_Calls().trace(mlp).nodes)
-    except Exception:  # whatever a forward may do that cannot be traced, it is no such MLP
-        return None
+def _autograd_state() -> tuple:
+    """Gradients, autocast, and what checkpointing does to saved tensors."""
+    autocast = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), autocast, torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _trace(mlp: nn.Module, training: bool) -> list[fx.Node]:
+    """The calls of a forward, made on a stand-in with the same children. Raises where the stand-in is changed by it."""
+    twin = mlp.__new__(type(mlp))
+    shared = ("_modules", "_parameters")
+    twin.__dict__ = {name: value if name in shared else copy.deepcopy(value) for name, value in vars(mlp).items()}
+    twin.training = training
+    before = _plain(twin)
+    nodes = list(_Calls().trace(twin).nodes)
+    if _plain(twin) != before:
+        raise NotImplementedError("a forward that changes its module")
+    return nodes
+
+
+def _plain(module: nn.Module) -> dict:
+    """Attributes whose change shows."""
+    kinds = (int, float, str, list, dict, tuple, set, type(None))
+    return {name: copy.copy(value) for name, value in vars(module).items() if type(value) in kinds and name[0] != "_"}
+
+
+def _structure_of(nodes: list[fx.Node], mlp: nn.Module) -> Structure | None:
     if len(nodes) != 7 or nodes[0].op != "placeholder" or nodes[-1].op != "output":
         return None
     x, down = nodes[0], nodes[-1].args[0]
     product = _only_argument(down)
-    if product is None or (product.target is not torch.mul and getattr(product.target, "__name__", "") != "mul"):
+    if product is None or getattr(product.target, "__name__", "") != "mul" or len(product.args) != 2:
         return None
     for act, up in (product.args, product.args[::-1]):
-        gate = act.args[0] if isinstance(act, torch.fx.Node) and act.args else None
+        gate = act.args[0] if isinstance(act, fx.Node) and act.args else None
         if _only_argument(gate) is x and _only_argument(up) is x:
             names, activation = (gate.target, up.target, down.target), _activation(mlp, act)
-            return (names, activation) if activation and len(set(names)) == 3 else None
+            if activation is None or len(set(names)) != 3:
+                return None
+            return Structure(*names, activation, act.target if act.op == "call_module" else None)
     return None
 
 
-def _only_argument(node) -> torch.fx.Node | None:
+def _only_argument(node) -> fx.Node | None:
     """Of the call of a child."""
-    if not isinstance(node, torch.fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
     return node.args[0]
 
 
-def _activation(mlp: nn.Module, act: torch.fx.Node) -> str | None:
+def _activation(mlp: nn.Module, act: fx.Node) -> str | None:
     """The name of an elementwise function, known by its values."""
-    function = mlp.get_submodule(act.target) if act.op == "call_module" else act.target
     if act.op not in ("call_module", "call_function") or len(act.args) != 1:
         return None
-    if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
+    function: Callable = mlp.get_submodule(act.target) if act.op == "call_module" else act.target
+    if isinstance(function, nn.Module) and (any(True for _ in function.parameters()) or has_hooks(function)):
         return None
-    t = torch.linspace(-8, 8, 513)
+    far = torch.tensor([10.0, 100.0, 1e3, 1e4])
+    t = torch.cat([torch.linspace(-8, 8, 513), far, -far])
     values = function(t, **act.kwargs)
     for name, known in FUNCTIONS.items():
         if isinstance(values, Tensor) and values.shape == t.shape and torch.allclose(values, known(t), atol=1e-6):

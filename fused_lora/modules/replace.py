@@ -98,7 +98,7 @@ def replace_linear(
 
     With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
     become a LoRAGroup, which computes them together, and a module whose forward is down(act(gate(x)) up(x)) of three
-    replaced layers becomes a LoRAMLP, which computes them as one; with "off" each stays alone. What has hooks stays.
+    replaced layers becomes a LoRAMLP, which computes them as one; with "off" each stays alone.
 
     Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
     """
@@ -119,47 +119,44 @@ def replace_linear(
     for layer in layers.values():
         layer.freeze_base(train_bias)
     if fuse == "auto":
-        report.mlps = _fuse_mlps(model)
+        report.mlps = _fuse_mlps(model, report.replaced)
         report.groups = _group(model, set(report.replaced))
     return report
 
 
-def _fuse_mlps(model: nn.Module) -> list[str]:
-    """Puts a LoRAMLP in the place of each gated MLP of replaced layers; their names."""
-    fused, names = {}, []
-    for path, parent in list(model.named_modules()):
-        for child_name, child in parent._modules.items():
-            if id(child) not in fused:
-                fused[id(child)] = _as_mlp(child)
-                if fused[id(child)] is not None:
-                    names.append(f"{path}.{child_name}".lstrip("."))
-            if fused[id(child)] is not None:
-                parent._modules[child_name] = fused[id(child)]
-    return names
+def _fuse_mlps(model: nn.Module, replaced: list[str]) -> list[str]:
+    """Makes a LoRAMLP of each gated MLP of replaced layers; their names."""
+    layers = {id(model.get_submodule(name)) for name in replaced}
+    mlps = [(name, module) for name, module in model.named_modules() if _may_be_mlp(module, layers)]
+    found = [(name, module, recognise(module)) for name, module in mlps]
+    fused = []
+    for name, module, structure in found:
+        if structure is not None and LoRAMLP.obstacle(structure.layers(module)) is None:
+            LoRAMLP.fuse(module, structure)
+            fused.append(name)
+    return fused
 
 
-def _as_mlp(module: nn.Module | None) -> LoRAMLP | None:
-    """A LoRAMLP of its children, where that is what it is."""
-    if module is None or sum(isinstance(child, LoRALinear) for child in module.children()) != 3:
-        return None
-    if has_hooks(module) or "forward" in vars(module):
-        return None
-    found = recognise(module)
-    if found is None or LoRAMLP.obstacle([module.get_submodule(name) for name in found[0]]):
-        return None
-    return LoRAMLP(module, *found)
+def _may_be_mlp(module: nn.Module, layers: set[int]) -> bool:
+    """Three of the layers, two of which lead into the third."""
+    children = [child for child in module.children() if id(child) in layers]
+    if len(children) != 3 or "forward" in vars(module) or isinstance(module, LoRAMLP):
+        return False
+    sizes = sorted((child.in_features, child.out_features) for child in children)
+    return any(sizes.count((size, wide)) >= 2 and any(wide == K for K, _ in sizes) for size, wide in sizes)
 
 
 def _group(model: nn.Module, replaced: set[str]) -> list[tuple[str, ...]]:
     """Makes groups of the replaced layers that read one x; their names."""
     groups = []
     for path, module in model.named_modules():
-        for children in () if isinstance(module, LoRAMLP) else SHARED_INPUTS:
+        for children in SHARED_INPUTS:
             names = tuple(name for child in children if (name := f"{path}.{child}".lstrip(".")) in replaced)
             layers = [model.get_submodule(name) for name in names]
             if len(layers) > 1 and LoRAGroup.obstacle(layers) is None:
                 LoRAGroup(layers)
-                groups.append(names)
+                if not isinstance(module, LoRAMLP):  # which calls them as a group where it cannot be one itself
+                    groups.append(names)
     return groups
 
 

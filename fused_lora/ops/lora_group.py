@@ -17,25 +17,24 @@ ops = torch.ops.fused_lora
 MOST_PARTS = 4  # of one launch
 
 
-def obstacle(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]) -> str | None:
-    """Why linears that read x are not one launch, or None."""
-    if len(weights) > MOST_PARTS:
+def obstacle(
+    device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> str | None:
+    """Why linears that read one x of a dtype are not one launch, or None."""
+    parts = list(zip(weights, As, Bs, strict=True))
+    if len(parts) > MOST_PARTS:
         return f"they are more than {MOST_PARTS}"
-    if x.numel() == 0 or any(weight.numel() == 0 for weight in weights) or not any(A.numel() for A in As):
+    if any(weight.numel() == 0 for weight in weights) or all(A.numel() == 0 for A in As):
         return "there is nothing to compute"
-    if len({A.dtype for A in As}) > 1:
+    if any(A.dtype != As[0].dtype for A in As):
         return "their factors have dtypes of their own"
-    for weight, A, B in zip(weights, As, Bs, strict=True):
-        if A.numel() > 0:
-            readable = backends.csrc_reads(weight, A, B)
-            choice = backends.choose_lora_linear(x.device, x.dtype, A.shape[0], readable)
-            if choice.name != "cuda":
-                return choice.reason
-    return None
+    with_factors = [(weight, A, B) for weight, A, B in parts if A.numel() > 0]
+    ranks = tuple(A.shape[0] for _, A, _ in with_factors)
+    return backends.together_obstacle(device, dtype, ranks, all(backends.csrc_reads(*part) for part in with_factors))
 
 
 def _forward(x, weights, As, Bs, biases, scales, seed, p):
-    if obstacle(x, weights, As, Bs) is None:
+    if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
         biases = [_kernel_bias(bias) for bias in biases]
         ys, xas = ops.cuda_lora_group_forward(x, weights, As, Bs, biases, scales, seed, p)
         return [*ys, *(xa.contiguous() for xa in xas)]
@@ -56,7 +55,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _backward(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias):
-    if obstacle(x, weights, As, Bs) is None:
+    if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
         wide = [_wide(x)] * len(weights)
         dx, dAs, dBs, dbiases = ops.cuda_lora_group_backward(
             dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, wide

@@ -21,12 +21,12 @@ SAVE = ("all", "less")
 PARTS = ("gate", "up", "down")
 
 
-def obstacle(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]) -> str | None:
-    """Why the passes of gate, up and down are not fused, or None."""
-    found = group_obstacle(x, weights, As, Bs)
-    if found is None:
-        found = next(filter(None, (backends.csrc_gated_obstacle(A.shape[0]) for A in As)), None)
-    return found
+def obstacle(
+    device: torch.device, dtype: torch.dtype, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> str | None:
+    """Why the passes of gate, up and down are not fused for an x of a dtype, or None."""
+    found = group_obstacle(device, dtype, weights, As, Bs)
+    return found or backends.gated_obstacle(tuple(A.shape[0] for A in As))
 
 
 def _padded(rows: int, cols: int, like: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def _padded(rows: int, cols: int, like: Tensor) -> Tensor:
 
 def _forward(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides):
     flat = _rows(x)
-    if obstacle(x, weights, As, Bs) is None:
+    if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
         biases = [_kernel_bias(bias) for bias in biases]
         hidden, gate, up, *xas = ops.cuda_lora_gated_forward(
             flat, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides
@@ -60,7 +60,7 @@ def _backward(
     linear, cubic,
 ):  # fmt: skip
     dy, flat = _rows(dy), _rows(x)
-    if obstacle(x, weights, As, Bs) is None:
+    if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
         dx, dAs, dBs, dbiases = ops.cuda_lora_mlp_backward(
             dy, flat, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB,
             need_dbias, [_wide(x)] * len(PARTS), linear, cubic,
