@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from .clock import CLOCK
-from .steps import ARMS, CASES, COMPILED, CPU_CASES, EAGER, FULL, available, flops, measure
+from .step_arms import ARMS, CASES, CPU_CASES, FULL, flops
+from .steps import COMPILED, EAGER, available, measure
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

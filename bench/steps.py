@@ -25,17 +25,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fused_lora import LoRALinear, replace_linear
-from fused_lora.pretrain.llama import Llama, LlamaConfig, next_token_loss
-from fused_lora.pretrain.presets import PRESETS
+from fused_lora.pretrain.llama import Llama, next_token_loss
 
 from .record import RESULTS, circumstances, slug
+from .step_arms import ARMS, CASES, CPU_CASES, FLOOR, FULL, Case, factors, flops
 from .timing import interleave
-from .variants import AddmmLoRA, _unfused_formula
 
-LINEARS = r".*\.(self_attn|mlp)\..*"
-LORA_ALPHA = 32.0
-FLOOR, PACKAGE, FULL = "frozen", "fused_lora", "full_rank"
 EAGER, COMPILED = "eager", "compiled"
 # Of one step's results, relative, between two ways to compute them in 16 bits.
 TOLERANCE = 0.03
@@ -43,135 +38,9 @@ TOLERANCE = 0.03
 EXAMPLE = 512
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model of the paper, and how many sequences of how many tokens a micro-batch has; blocks: fewer than it has."""
-
-    preset: str
-    batch: int = 16
-    seq_len: int = 512
-    blocks: int | None = None
-
-    @property
-    def model(self) -> LlamaConfig:
-        model = SEVEN_B if self.preset == "7b" else PRESETS[self.preset].model
-        return replace(model, num_hidden_layers=self.blocks) if self.blocks else model
-
-    @property
-    def r(self) -> int:
-        return 128 if self.preset == "7b" else PRESETS[self.preset].r
-
-    @property
-    def warm_start(self) -> float:
-        """The share of the steps that train all weights, in the paper."""
-        if self.preset == "7b":
-            return 1 / 3
-        return PRESETS[self.preset].warm_start_steps / PRESETS[self.preset].total_steps
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.seq_len
-
-    def __str__(self) -> str:
-        return f"{self.preset}, {self.batch} x {self.seq_len}" + (f", {self.blocks} blocks" if self.blocks else "")
-
-
-SEVEN_B = LlamaConfig(4096, 11008, 32, 32, 32_000, initializer_range=0.02)
-CASES = (
-    Case("60m", 96), Case("130m", 64), Case("350m", 48), Case("1.3b"), Case("1.3b-5504"), Case("7b", blocks=4),
-)  # fmt: skip
-CPU_CASES = (Case("tiny", 4, 64),)
-
-
-def flops(case: Case, arm: str) -> float:
-    """Of a step: two for each multiplication, the lower half of attention, and nothing that is computed twice."""
-    model, M = case.model, case.tokens
-    hidden, wide = model.hidden_size, model.intermediate_size
-    shapes = [(hidden, hidden)] * 4 + [(hidden, wide)] * 3
-    linear = sum(K * N for K, N in shapes)
-    low = sum(3 * case.r * (K + N) for K, N in shapes)
-    products = {FLOOR: 2 * linear, FULL: 3 * linear}.get(arm, 2 * linear + low)
-    attention = 3 * case.seq_len * hidden
-    return 2 * M * (model.num_hidden_layers * (products + attention) + 3 * hidden * model.vocab_size)
-
-
-class Unfused(nn.Module):
-    """A frozen linear with factors, by a formula (x, weight, A, B, scale) -> y."""
-
-    def __init__(self, linear: nn.Linear, r: int, formula: Callable):
-        super().__init__()
-        N, K = linear.weight.shape
-        self.weight, self.scale, self.formula = linear.weight.requires_grad_(False), LORA_ALPHA / r, formula
-        self.lora_A = nn.Parameter(self.weight.new_empty(r, K))
-        self.lora_B = nn.Parameter(self.weight.new_empty(N, r))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.formula(x, self.weight, self.lora_A, self.lora_B, self.scale)
-
-
-def _addmm(x: Tensor, *tensors) -> Tensor:
-    return AddmmLoRA.apply(x.flatten(0, -2), *tensors).view(*x.shape[:-1], -1)
-
-
-def _with_formula(formula: Callable) -> Callable:
-    def convert(model: Llama, r: int) -> nn.Module:
-        for block in model.layers:
-            for part in (block.self_attn, block.mlp):
-                for name, linear in list(part.named_children()):
-                    setattr(part, name, Unfused(linear, r, formula))
-        return model
-
-    return convert
-
-
-def _with_peft(model: Llama, r: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=r, lora_alpha=LORA_ALPHA, target_modules=LINEARS)
-    trained = [parameter for name, parameter in model.named_parameters() if "layers." not in name or "norm" in name]
-    # Adapters in the model's dtype: PEFT's default keeps them in float32, which is far slower.
-    get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    return model
-
-
-def _fused(model: Llama, r: int) -> nn.Module:
-    replace_linear(model, r=r, lora_alpha=LORA_ALPHA, target_modules=LINEARS)
-    return model
-
-
-def _frozen(model: Llama, r: int) -> nn.Module:
-    for module in model.layers.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.requires_grad_(False)
-    return model
-
-
-ARMS = {
-    FULL: ("full-rank", lambda model, r: model),
-    PACKAGE: ("**fused_lora**", _fused),
-    "unfused": ("ReLoRA, unfused", _with_formula(_unfused_formula)),
-    "addmm": ("ReLoRA, addmm", _with_formula(_addmm)),
-    "peft": ("PEFT", _with_peft),
-    FLOOR: ("linears frozen, no adapter (the floor)", _frozen),
-}
-
-
-def factors(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """A and B of every linear that has them, in the model's order."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, LoRALinear | Unfused):
-            found.append((module.lora_A, module.lora_B))
-        elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
-            found.append((module.lora_A["default"].weight, module.lora_B["default"].weight))
-    return found
-
-
 @dataclass
 class Arm:
-    """A model with its optimizer, and what a step of it costs in memory."""
+    """A model with its loss, its optimizer and the micro-batches of a step."""
 
     model: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -235,18 +104,19 @@ class Arm:
     def bytes_held(self) -> int:
         states = (value for state in self.optimizer.state.values() for value in state.values())
         tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in states if isinstance(v, Tensor))]
+        if isinstance(self.model, DistributedDataParallel):  # whose buckets hold the gradients for good
+            tensors += [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check(arms: dict[str, Arm]) -> None:
     """Raises AssertionError where two arms that should compute the same do not."""
-    expected = arms["unfused"].results() if "unfused" in arms else None
-    for name, arm in arms.items():
-        if expected is None or name in (FLOOR, FULL, "unfused"):
-            continue
-        for what, value in arm.results().items():
-            error = abs(value / expected[what] - 1)
-            assert error < TOLERANCE, f"{name}: {what} is {value}, unfused has {expected[what]}"
+    with_factors = sorted((name for name in arms if name not in (FLOOR, FULL)), key=lambda name: name != "unfused")
+    results = {name: arms[name].results() for name in with_factors}
+    for name in with_factors[1:]:
+        for what, expected in results[with_factors[0]].items():
+            value = results[name][what]
+            assert abs(value / expected - 1) < TOLERANCE, f"{name}: {what} is {value}, {with_factors[0]} has {expected}"
 
 
 def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -275,11 +145,13 @@ def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[
 def peak_bytes(arm: Arm) -> int:
     """What the arm holds, and what a step takes beside it: as if it were alone."""
     gc.collect()  # what other arms' steps left in cycles would be freed during this one
+    gc.disable()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     arm.step()
     torch.cuda.synchronize()
+    gc.enable()
     return arm.bytes_held() + torch.cuda.max_memory_allocated() - before
 
 
@@ -312,6 +184,13 @@ def measure(case: Case, mode: str, names: list[str], rounds: int, device: torch.
     return found
 
 
+def _free(device: torch.device) -> None:
+    """Compiled models are in cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def best_batch(case: Case, mode: str, name: str, device: torch.device) -> tuple[int, float]:
     """(sequences, tokens/s) of the micro-batch with which an arm is fastest, doubled while it fits."""
     best = (0, 0.0)
@@ -321,8 +200,7 @@ def best_batch(case: Case, mode: str, name: str, device: torch.device) -> tuple[
         except torch.OutOfMemoryError:
             return best
         finally:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            _free(device)
         if result["tokens_per_second"] < 1.01 * best[1]:
             return best
         best = (case.batch, result["tokens_per_second"])
@@ -382,14 +260,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "WORLD_SIZE" in os.environ:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if options.best:
+            raise SystemExit("--best is for one process: ranks could disagree")
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     cases = options.cases or (CASES if device.type == "cuda" else CPU_CASES)
-    text, record = "", circumstances(device, torch.bfloat16) | {"rounds": options.rounds, "cases": {}}
-    folder = options.out or RESULTS / slug(device)
+    method = {"rounds": options.rounds, "ranks": ranks, "accumulate": options.accumulate}
+    text = f"{ranks} ranks, {options.accumulate} micro-batches a step.\n\n" if ranks > 1 else ""
+    record = circumstances(device, torch.bfloat16) | method | {"cases": {}}
+    folder = options.out or RESULTS / (slug(device) + (f"-x{ranks}" if ranks > 1 else ""))
     with tqdm(total=len(cases) * len(options.modes), desc="steps", disable=not first) as bar:
         for case in cases:
             case = replace(case, batch=options.batch) if options.batch else case
@@ -397,8 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
             for mode in options.modes:
                 bar.set_postfix_str(f"{case}, {mode}")
                 results[mode] = measure(case, mode, options.arms, options.rounds, device, options.accumulate)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                _free(device)
                 if options.best:
                     for name, arm in results[mode].items():
                         arm["best"] = best_batch(case, mode, name, device)

@@ -73,7 +73,7 @@ class LoRALinear : public torch::autograd::Function<LoRALinear> {
                                .typed<decltype(lora_linear_forward)>();
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::cuda::CUDAGuard guard(x.device());
-    const Tensor rows = addressed(flat(x), x.scalar_type()), read = rows.is_alias_of(x) ? x : rows.view(x.sizes());  // a copy serves both passes
+    const Tensor rows = rows_of(x), read = rows.is_alias_of(x) ? x : rows.view(x.sizes());  // a copy serves both passes
     auto [y, xa] = op.call(read, weight, A, B, bias, scale, seed, p);
     context->save_for_backward({read, weight, A, B, xa, scale, seed.value_or(Tensor())});
     if (seed) context->saved_data["p"] = p;
@@ -154,8 +154,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   const c10::cuda::CUDAGuard guard(x.device());
   BackwardOperands operands(x);
   const Dropout dropout = dropout_of(seed, p);
+  const Tensor rows = rows_of(x);
   for (size_t i = 0; i < weights.size(); ++i) {
-    operands.add(dys[i], x, weights[i], As[i], Bs[i], xas[i], low_like(x, flat(x).size(0), As[i].size(0)), scales[i], dropout,
+    operands.add(dys[i], rows, weights[i], As[i], Bs[i], xas[i], low_like(x, rows.size(0), As[i].size(0)), scales[i], dropout,
                  {need_dA.get(i), need_dB.get(i), need_dbias.get(i)}, bias_dtypes[i]);
   }
   const Tensor dx = operands.wants_dx(x, need_dx);
@@ -175,8 +176,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& dy
                                                                 const Tensor& scale, const std::optional<Tensor>& seed, double p,
                                                                 bool need_dx, bool need_dA, bool need_dB,
                                                                 std::optional<at::ScalarType> dbias_dtype) {
-  auto [dx, dAs, dBs, dbiases] = lora_group_backward(dy, x, weight, A, B, xa, scale, seed, p, need_dx, c10::List<bool>({need_dA}), c10::List<bool>({need_dB}),
-                                                     c10::List<bool>({dbias_dtype.has_value()}), {dbias_dtype.value_or(x.scalar_type())});
+  auto [dx, dAs, dBs, dbiases] = lora_group_backward(
+      dy, x, weight, A, B, xa, scale, seed, p, need_dx, c10::List<bool>({need_dA}), c10::List<bool>({need_dB}),
+      c10::List<bool>({dbias_dtype.has_value()}), {dbias_dtype.value_or(x.scalar_type())});
   return {dx, dAs[0], dBs[0], dbiases[0]};
 }
 

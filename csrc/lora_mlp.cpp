@@ -49,6 +49,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     const c10::List<bool>& need_dA, const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias,
     const std::vector<at::ScalarType>& bias_dtypes, double linear, double cubic) {
   constexpr int kDown = 2;
+  TORCH_CHECK(seed.has_value() == down_seed.has_value(), "seed and down_seed must come together");
   const c10::cuda::CUDAGuard guard(x.device());
   const int64_t M = gate.size(0), F = gate.size(1);
   const Tensor dgate = padded_like(x, M, F), dup = padded_like(x, M, F), dxa = low_like(x, M, As[kDown].size(0));
@@ -56,20 +57,21 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   const bool makes_hidden = need_dA.get(kDown) && !hidden;
   const Tensor down_x = makes_hidden ? padded_like(x, M, F) : hidden.value_or(gate);  // whose values are not read, without dA
 
+  const Tensor dy_rows = rows_of(dy), x_rows = rows_of(x);
   BackwardOperands first(x);  // dgate and dup from dy
-  first.add(dy, down_x, weights[kDown], As[kDown], Bs[kDown], xas[kDown], dxa, scales[kDown], down_dropout, {}, x.scalar_type());
+  first.add(dy_rows, down_x, weights[kDown], As[kDown], Bs[kDown], xas[kDown], dxa, scales[kDown], down_dropout, {}, x.scalar_type());
   first.params.needs_dx = true;
   first.params.gated = true;
   first.params.activation = activation_of(linear, cubic);
-  first.params.gate = matrix_of(gate);
-  first.params.up = matrix_of(up);
+  first.params.gate = first.read(gate);  // which a hook of saved tensors may have made dense
+  first.params.up = first.read(up);
   first.params.dgate = matrix_of(dgate);
   first.params.dup = matrix_of(dup);
   if (makes_hidden) first.params.hidden = matrix_of(down_x);
   first.launch();
 
   BackwardOperands second(x);  // the rest: what is summed over tokens belongs together, and down's needs hidden
-  const Tensor dys[] = {dgate, dup, dy}, xs[] = {x, x, down_x};
+  const Tensor dys[] = {dgate, dup, dy_rows}, xs[] = {x_rows, x_rows, down_x};
   for (int i = 0; i < 3; ++i) {
     second.add(dys[i], xs[i], weights[i], As[i], Bs[i], xas[i], i == kDown ? dxa : low_like(x, M, As[i].size(0)), scales[i],
                i == kDown ? down_dropout : dropout, {need_dA.get(i), need_dB.get(i), need_dbias.get(i)}, bias_dtypes[i],

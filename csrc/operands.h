@@ -34,6 +34,9 @@ inline at::Tensor addressed(const at::Tensor& matrix, at::ScalarType dtype) {
 // (..., C) as a matrix.
 inline at::Tensor flat(const at::Tensor& tensor) { return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)}); }
 
+// The same, such that the copy engine can address it: for what several parts read, which then is copied once.
+inline at::Tensor rows_of(const at::Tensor& tensor) { return addressed(flat(tensor), tensor.scalar_type()); }
+
 // (M, r) with rows padded to 16 bytes, the last one too: kernels write pairs of columns.
 inline at::Tensor low_like(const at::Tensor& x, int64_t M, int64_t r) {
   const at::Tensor low = at::empty({M, padded(r)}, x.options());
@@ -129,8 +132,8 @@ class BackwardOperands {
         .dy = read_(flat(dy)),
         .x = read_(flat(x)),
         .weight = summed ? read_(weight) : Matrix{},
-        .A = read_(A),
-        .B = read_(B),
+        .A = summed ? read_(A) : matrix_of(A),  // whose sizes alone matter elsewhere
+        .B = summed ? read_(B) : matrix_of(B),
         .xa = read_(xa),
         .dxa = read_.keep(dxa),
         .dropout = dropout,
@@ -141,6 +144,8 @@ class BackwardOperands {
         .scale = scale.data_ptr<float>(),
     };
   }
+
+  Matrix read(const at::Tensor& matrix) { return read_(matrix); }
 
   // x's gradient, or an empty tensor.
   at::Tensor wants_dx(const at::Tensor& x, bool need) {

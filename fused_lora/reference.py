@@ -136,10 +136,14 @@ def gated_backward(dhidden, gate, up, linear, cubic):
     return (d * up.to(compute) * slope).to(gate.dtype), (d * t * s).to(up.dtype)
 
 
+# From gate's and up's seed to down's: with the next seed, its mask would be theirs with rows exchanged.
+DOWN_SEED = 2**32
+
+
 def lora_mlp_ref(x, gate, up, down, act, p=0.0, seed=None):
     """down(act(gate(x)) up(x)) by torch's own autograd; gate, up and down are lora_linear_ref's other arguments."""
     hidden = act(lora_linear_ref(x, **gate, p=p, seed=seed)) * lora_linear_ref(x, **up, p=p, seed=seed)
-    return lora_linear_ref(hidden, **down, p=p, seed=None if seed is None else seed + 1)
+    return lora_linear_ref(hidden, **down, p=p, seed=None if seed is None else seed + DOWN_SEED)
 
 
 def merge_ref_(weight, A, B, scale):

@@ -76,8 +76,10 @@ int64_t backward_partials(const BackwardParams& b) {
   int64_t most_rank = 0, floats = 0;
   for (int i = 0; i < b.parts; ++i) most_rank = std::max(most_rank, b.part[i].A.rows);
   for (int i = 0; i < b.parts; ++i) {
-    const int64_t N = b.part[i].dy.cols;
-    floats += most_partial_floats(b.part[i].x.cols, most_rank) + most_partial_floats(N, most_rank) + most_partial_cols(N);
+    const BackwardPart& part = b.part[i];
+    const int64_t N = part.dy.cols;
+    if (part.dA != nullptr) floats += most_partial_floats(part.x.cols, most_rank);
+    if (part.dB != nullptr || part.dbias != nullptr) floats += most_partial_floats(N, most_rank) + most_partial_cols(N);
   }
   return floats;
 }

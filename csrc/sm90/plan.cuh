@@ -9,7 +9,8 @@
 
 namespace fused_lora::sm90 {
 
-// What one linear of a group adds to a pass: out (M, cols) sums over depth. Backward all have the same cols, and one out.
+// What one linear of a group adds to a pass: out (M, cols) sums over depth. Backward the summed ones have the same cols, and one
+// out.
 struct PassPart {
   int64_t cols, depth, r;       // r = 0: it has no factors
   bool wants_dA, wants_dB;      // backward; sums of dy come with dB

@@ -33,7 +33,7 @@ struct alignas(16) Item {
 
 struct Schedule {
   int row_pairs, group_pairs, groups;
-  int parts, tile_cols[kMostParts];  // of each part's out, backward of the first's; 0 where it is not wanted
+  int parts, tile_cols[kMostParts];  // of each part's out, backward and gated of the first's; 0 where it is not wanted
   int shrinking;                     // parts whose low is wanted
   short shrink_part[kMostParts];     // which those are
   bool rides;         // low comes from the first column of tiles instead of shrink items

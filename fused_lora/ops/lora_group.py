@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends, checks
 from .library import define
-from .lora_linear import _autocast, _autocasts, _kernel_bias
+from .lora_linear import _autocast, _autocasts, _kernel_bias, _scale_on
 from .lora_linear import _backward as _backward_alone
 from .lora_linear import _forward as _forward_alone
 
@@ -49,28 +49,36 @@ def _forward_fake(x, weights, As, Bs, biases, scales, seed, p):
     return ys + [x.new_empty((M, A.shape[0])) for A in As]
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
     """Of biases' gradients, until autograd gives them their biases' dtypes: lists of dtypes reach an op as numbers."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _backward(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias):
     if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
-        wide = [_wide(x)] * len(weights)
+        wide = [wide_dtype(x)] * len(weights)
         dx, dAs, dBs, dbiases = ops.cuda_lora_group_backward(
             dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias, wide
         )
         return [dx, *dAs, *dBs, *dbiases]
     parts = zip(dys, weights, As, Bs, xas, scales, need_dA, need_dB, need_dbias, strict=True)
     grads = [
-        _backward_alone(dy, x, weight, A, B, xa, scale, seed, p, need_dx, dA, dB, _wide(x) if dbias else None)
-        for dy, weight, A, B, xa, scale, dA, dB, dbias in parts
+        _backward_part(dy, x, weight, A, B, xa, scale, seed, p, need_dx, *needs)
+        for dy, weight, A, B, xa, scale, *needs in parts
     ]
     dxs, dAs, dBs, dbiases = zip(*grads, strict=True)
     dx = dxs[0]
     for other in dxs[1:]:
         dx += other
     return [dx, *dAs, *dBs, *dbiases]
+
+
+def _backward_part(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB, need_dbias):
+    """Of one alone; what is not wanted is empty, in the dtype that it would have."""
+    dbias_dtype = wide_dtype(x) if need_dbias else None
+    dx, *grads = _backward_alone(dy, x, weight, A, B, xa, scale, seed, p, need_dx, need_dA, need_dB, dbias_dtype)
+    wanted = zip(grads, (need_dA, need_dB, need_dbias), (A.dtype, B.dtype, wide_dtype(x)), strict=True)
+    return dx, *(grad if need else x.new_empty(0, dtype=dtype) for grad, need, dtype in wanted)
 
 
 def _backward_fake(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_dA, need_dB, need_dbias):
@@ -81,7 +89,7 @@ def _backward_fake(dys, x, weights, As, Bs, xas, scales, seed, p, need_dx, need_
         of(x.shape, need_dx, x.dtype),
         *(of(A.shape, need, A.dtype) for A, need in zip(As, need_dA, strict=True)),
         *(of(B.shape, need, B.dtype) for B, need in zip(Bs, need_dB, strict=True)),
-        *(of(weight.shape[:1], need, _wide(x)) for weight, need in zip(weights, need_dbias, strict=True)),
+        *(of(weight.shape[:1], need, wide_dtype(x)) for weight, need in zip(weights, need_dbias, strict=True)),
     ]
 
 
@@ -179,7 +187,7 @@ def lora_group(
                 raise ValueError(f"B must have 0 columns to match A {tuple(A.shape)}, got {tuple(B.shape)}")
             A, B = A.new_empty(1, *A.shape[1:]), B.new_empty(*B.shape[:1], 1)
         checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
-    scales = [torch.as_tensor(scale, dtype=torch.float32, device=x.device) for scale in scales]
+    scales = [_scale_on(x.device, scale) for scale in scales]
     if p == 0:
         seed = None
     elif seed is None:

@@ -138,6 +138,11 @@ class LoRALinearFunction(torch.autograd.Function):
         return dx, None, dA, dB, dbias, None, None, None
 
 
+def _scale_on(device: torch.device, scale: float | Tensor) -> Tensor:
+    """By a fill, which a CUDA graph can hold; a copy from the host it cannot."""
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=device)
+
+
 def _autocasts(x: Tensor) -> bool:
     kind = x.device.type  # of which `meta` knows no autocast
     return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
@@ -198,8 +203,7 @@ def lora_linear(
     if y is not None:  # else something is wrong, or for another backend
         return y
     checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
+    scale = _scale_on(x.device, scale)
     if p == 0:
         seed = None
     elif seed is None:

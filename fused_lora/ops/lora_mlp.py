@@ -10,11 +10,10 @@ from .. import backends, checks, reference
 from .library import define
 from .lora_group import _backward as _group_backward
 from .lora_group import _backward_fake as _group_backward_fake
-from .lora_group import _columns, _of_parts, _wide
+from .lora_group import _backward_part, _columns, _of_parts, wide_dtype
 from .lora_group import _forward as _group_forward
 from .lora_group import obstacle as group_obstacle
-from .lora_linear import _autocast, _autocasts, _kernel_bias, _rows
-from .lora_linear import _backward as _linear_backward
+from .lora_linear import _autocast, _autocasts, _kernel_bias, _rows, _scale_on
 
 ops = torch.ops.fused_lora
 SAVE = ("all", "less")
@@ -63,14 +62,14 @@ def _backward(
     if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
         dx, dAs, dBs, dbiases = ops.cuda_lora_mlp_backward(
             dy, flat, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB,
-            need_dbias, [_wide(x)] * len(PARTS), linear, cubic,
+            need_dbias, [wide_dtype(x)] * len(PARTS), linear, cubic,
         )  # fmt: skip
         return [dx.view(x.shape) if need_dx else dx, *dAs, *dBs, *dbiases]
     if hidden is None:
         hidden = reference.gated(gate, up, linear, cubic)
-    dhidden, *of_down = _linear_backward(
+    dhidden, *of_down = _backward_part(
         dy, hidden, weights[2], As[2], Bs[2], xas[2], scales[2], down_seed, p, True, need_dA[2], need_dB[2],
-        _wide(x) if need_dbias[2] else None,
+        need_dbias[2],
     )  # fmt: skip
     dsides = reference.gated_backward(dhidden, gate, up, linear, cubic)
     dx, *of_sides = _group_backward(
@@ -158,9 +157,8 @@ def lora_mlp(
         biases (F,), (F,), (N,) or None   ->   y (..., N)
 
     activation is "silu" or "gelu_tanh". All else as in lora_linear; gate and up drop the same entries of x (seed), down
-    those of its own input (seed + 1). On Hopper, for ranks up to 128, the product act(gate) up is made in the launch
-    that computes gate and up, and differentiated in the one that computes its gradient: three launches forward and
-    backward make what the three linears and the product would write and read five times more.
+    those of its own input (seed + 2^32). On Hopper, for ranks up to 128, the product act(gate) up is made in the launch
+    that computes gate and up, and its gradient becomes theirs in the launch that computes it, without being stored.
 
     Saves x, gate(x), up(x) and their product; with save="less" the product is computed again in the backward pass.
 
@@ -182,12 +180,12 @@ def lora_mlp(
         cast = [_autocast(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         x, weights, biases = cast[0][0], [weight for _, weight, _ in cast], [bias for _, _, bias in cast]
     checks.check_lora_mlp(x, weights, As, Bs, biases, scales, p, seed)
-    scales = [torch.as_tensor(scale, dtype=torch.float32, device=x.device) for scale in scales]
+    scales = [_scale_on(x.device, scale) for scale in scales]
     if p == 0:
         seed = None
     elif seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    down_seed = None if seed is None else seed + 1
+    down_seed = None if seed is None else seed + reference.DOWN_SEED
     act = reference.ACTIVATIONS[activation]
     tensors = (x, *As, *Bs, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -39,7 +39,8 @@ def by_formula(linear):
         if linear is lora_linear_ref:
             return lora_mlp_ref(x, *scaled, ACTS[activation], p, seed)
         gate, up = (linear(x, **part, p=p, seed=seed) for part in scaled[:2])
-        return linear(ACTS[activation](gate) * up, **scaled[2], p=p, seed=None if seed is None else seed + 1)
+        down_seed = None if seed is None else seed + reference.DOWN_SEED
+        return linear(ACTS[activation](gate) * up, **scaled[2], p=p, seed=down_seed)
 
     return run
 
@@ -205,3 +206,45 @@ def test_the_formula_of_an_activation(activation):
     expected = torch.autograd.grad(ACTS[activation](t) * u, (t, u), d)
     for got, value in zip(reference.gated_backward(d, t, u, *act), expected, strict=True):
         torch.testing.assert_close(got, value)
+
+
+def op_arguments(device, dtype, need):
+    """Of the two ops: all gradients wanted, or none but dx."""
+    x, parts = make_mlp(48, 40, 51, 24, (8, 5, 7), device, dtype, lora_dtype=torch.float32)
+    columns = [[part[name].detach() for part in parts] for name in ("weight", "A", "B", "bias")]
+    x, act = x.detach(), reference.ACTIVATIONS["silu"]
+    scales = [torch.tensor(SCALE, device=device)] * 3
+    sides = [column[:2] for column in columns]
+    forward = (x, *sides, scales[:2], None, 0.0, *act, True)
+    _, gate, up, *xas = torch.ops.fused_lora.lora_gated_forward(*forward)
+    xas.append(x.new_empty(48, 7).normal_())
+    needs = [need] * 3
+    dy = randn(48, 24, device=device, dtype=dtype)
+    backward = (dy, x, None, gate, up, *columns[:3], xas, scales, None, None, 0.0, True, needs, needs, needs, *act)
+    return forward, backward
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("need", [True, False])
+def test_opcheck(need, device):
+    forward, backward = op_arguments(device, torch.bfloat16, need)
+    torch.library.opcheck(torch.ops.fused_lora.lora_gated_forward.default, forward)
+    torch.library.opcheck(torch.ops.fused_lora.lora_mlp_backward.default, backward)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_saved_tensors_may_be_kept_elsewhere(device):
+    """Copies of them have rows of their own."""
+    x, parts = make_mlp(300, 64, 131, 72, (8, 8, 8), device, torch.bfloat16)
+    dy = randn(300, 72, device=device, dtype=torch.bfloat16)
+    expected = results(fused, x, parts, dy, "silu")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        got = results(fused, x, parts, dy, "silu")
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
+def test_gate_and_down_drop_by_different_masks():
+    seed = torch.tensor(5)
+    masks = [reference.keep_mask(64, 48, 0.5, seed + more) for more in (0, reference.DOWN_SEED)]
+    rows = [{tuple(row) for row in mask.tolist()} for mask in masks]
+    assert not rows[0] & rows[1], "not even in another order"
