@@ -16,8 +16,8 @@ void list(const Pass& pass, int clusters) {
     if (part.wants_dA) chains += chain_flags<C>(part.cols), floats += partial_floats<C>(part.cols);
     if (part.wants_dB) chains += chain_flags<C>(part.depth), floats += partial_floats<C>(part.depth) + partial_cols<C>(part.depth);
     most_chains += most_chain_flags(part.cols) + most_chain_flags(part.depth);
-    most_floats += most_partial_floats(part.cols, pass.most_rank()) + most_partial_floats(part.depth, pass.most_rank()) +
-                   most_partial_cols(part.depth);
+    if (part.wants_dA) most_floats += most_partial_floats(part.cols, pass.most_rank());
+    if (part.wants_dB) most_floats += most_partial_floats(part.depth, pass.most_rank()) + most_partial_cols(part.depth);
   }
   std::printf("%d %d %d %lld %lld %lld %lld %lld", s.row_pairs, s.slice_pairs, s.rides, static_cast<long long>(ready_flags(pass.M)),
               chains, most_chains, floats, most_floats);

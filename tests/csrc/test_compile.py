@@ -53,9 +53,9 @@ def test_no_spills(source, arch, tmp_path):
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_hopper_kernels(source, tmp_path):
     said = compile_to(HOPPER, source, tmp_path / "out.cubin")
-    gated = "gated" in source.stem
-    # Gradients of gate and up are two to four registers too many, kept aside once a box of 64 x 64.
-    assert assert_no_spills(said, allowed=16 if gated and "backward" in source.stem else 0) == (6 if gated else 14)
+    # Gradients of gate and up are two registers too many, kept aside once a box of 64 x 64.
+    gated, spills = "gated" in source.stem, "backward_gated" in source.stem
+    assert assert_no_spills(said, allowed=8 if spills else 0) == (6 if gated else 14)
     # C7510, C7512 and their like: the compiler waits after every product. C7519: it had to add a fence of its own.
     assert not re.findall(r"\(C75\d\d\)", said)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
@@ -69,7 +69,7 @@ def test_hopper_kernels(source, tmp_path):
     for kernel in kernels:
         assert "HGMMA" in kernel
         assert "UTMALDG" in kernel
-        assert not re.search(r"\b(LDL|STL)\b", kernel)
+        assert spills or not re.search(r"\b(LDL|STL)\b", kernel)
         # A step waits for the products of the one before, not for its own.
         assert "gsb0, 0x1" in kernel
 
