@@ -157,7 +157,8 @@ def merge_and_reinit_(layers: list[Layer], stochastic: bool, gpu: Gpu) -> None:
 
 
 def _most_table_bytes(slot: Tensor) -> int:
-    """Of the launches whose layers' copies are in a slot: a number for each program, and the tables' rows."""
+    """Of the launches whose layers' copies are in a slot: a number for each program, the tables' rows, and room for
+    tiles that pieces fill in part."""
     return filled(slot.numel() // BYTES_A_PROGRAM * 4 + MOST_PIECES * 3 * ROW_BYTES + 2**14, ALIGNMENT)
 
 
