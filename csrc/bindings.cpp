@@ -57,7 +57,7 @@ TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
       " -> (Tensor, Tensor[], Tensor[], Tensor[])");
   m.def(
       "cuda_lora_gated_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
-      " Tensor? seed, float p, float linear, float cubic, bool keeps_sides) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? seed, float p, float linear, float cubic, bool keep, bool factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cuda_lora_mlp_backward(Tensor dy, Tensor x, Tensor? hidden, Tensor gate, Tensor up, Tensor[] weights, Tensor[] As,"
       " Tensor[] Bs, Tensor[] xas, Tensor[] scales, Tensor? seed, Tensor? down_seed, float p, bool need_dx, bool[] need_dA,"

@@ -50,8 +50,8 @@ struct ForwardParams {
   int parts;
   ForwardPart part[kMostParts];
   // Two parts of the same width with `gated`: hidden = act(y of the first) y of the second as well, and their ys only where
-  // they have data. All three aligned to 16 bytes.
-  bool gated;
+  // they have data; with `factors` instead of them act(gate) and act'(gate) up. All three aligned to 16 bytes, with one stride.
+  bool gated, factors;
   Activation activation;
   Matrix hidden;
   DType dtype;  // of all matrices, float16 or bfloat16
@@ -74,8 +74,9 @@ struct BackwardParams {
   int parts, summed;  // of the others there is dxa already, and only the gradients of their factors are wanted
   BackwardPart part[kMostParts];
   // One part whose x is hidden = act(gate) up, with `gated`: no gradients of its factors, and instead of dx come dgate, dup and,
-  // where it has data, hidden once more. All aligned to 16 bytes.
-  bool gated;
+  // where it has data, hidden once more. With `factors`, gate and up are act(gate) and act'(gate) up, and hidden has no data. All
+  // aligned to 16 bytes, with one stride.
+  bool gated, factors;
   Activation activation;
   Matrix gate, up, dgate, dup, hidden;
   DType factor_dtype, dtype;  // factor_dtype: dtype or float32

@@ -11,6 +11,11 @@ Tensor padded_like(const Tensor& x, int64_t M, int64_t cols) {
   return at::empty({M, padded(cols)}, x.options()).narrow(1, 0, cols);
 }
 
+// A saved tensor, which a hook may have kept as another one.
+Tensor with_stride_of(const Tensor& like, const Tensor& saved) {
+  return saved.strides() == like.strides() ? saved : padded_like(saved, like.size(0), like.size(1)).copy_(saved);
+}
+
 Activation activation_of(double linear, double cubic) { return {static_cast<float>(linear), static_cast<float>(cubic)}; }
 
 }  // namespace
@@ -24,17 +29,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_gated_forward(const Tens
                                                                       at::TensorList Bs,
                                                                       const c10::List<std::optional<Tensor>>& biases,
                                                                       at::TensorList scales, const std::optional<Tensor>& seed,
-                                                                      double p, double linear, double cubic, bool keeps_sides) {
+                                                                      double p, double linear, double cubic, bool keep, bool factors) {
   TORCH_CHECK(weights.size() == 2 && weights[0].size(0) == weights[1].size(0), "gate and up must have the same out_features");
   const c10::cuda::CUDAGuard guard(x.device());
   ForwardOperands operands(x, weights, As, Bs, biases, scales, seed, p);
   const int64_t M = operands.params.x.rows, F = weights[0].size(0);
   const Tensor hidden = padded_like(x, M, F);
-  const Tensor gate = padded_like(x, keeps_sides ? M : 0, F), up = padded_like(x, keeps_sides ? M : 0, F);
+  const Tensor gate = padded_like(x, keep ? M : 0, F), up = padded_like(x, keep ? M : 0, F);
   operands.params.gated = true;
+  operands.params.factors = keep && factors;
   operands.params.activation = activation_of(linear, cubic);
   operands.params.hidden = matrix_of(hidden);
-  if (keeps_sides) {
+  if (keep) {
     operands.params.part[0].y = matrix_of(gate);
     operands.params.part[1].y = matrix_of(up);
   }
@@ -62,9 +68,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   first.add(dy_rows, down_x, weights[kDown], As[kDown], Bs[kDown], xas[kDown], dxa, scales[kDown], down_dropout, {}, x.scalar_type());
   first.params.needs_dx = true;
   first.params.gated = true;
+  first.params.factors = hidden.has_value();
   first.params.activation = activation_of(linear, cubic);
-  first.params.gate = first.read(gate);  // which a hook of saved tensors may have made dense
-  first.params.up = first.read(up);
+  first.params.gate = first.read(with_stride_of(dgate, gate));
+  first.params.up = first.read(with_stride_of(dgate, up));
   first.params.dgate = matrix_of(dgate);
   first.params.dup = matrix_of(dup);
   if (makes_hidden) first.params.hidden = matrix_of(down_x);

@@ -46,13 +46,13 @@ std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& wei
                                       const std::optional<at::Tensor>& bias, const at::Tensor& scale,
                                       const std::optional<at::Tensor>& seed, double p);
 
-// The ops of lora_mlp.cpp: hidden = act(gate) up with gate, up and both xa; and the backward pass of down(hidden), which makes
-// hidden again where it is not given.
+// The ops of lora_mlp.cpp: hidden = act(gate) up with both xa and, to keep, gate and up or with `factors` act(gate) and
+// act'(gate) up; and the backward pass of down(hidden), which takes those where hidden is given, and otherwise gate and up.
 std::string gated_obstacle(int64_t r);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_forward(
     const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs,
     const c10::List<std::optional<at::Tensor>>& biases, at::TensorList scales, const std::optional<at::Tensor>& seed, double p,
-    double linear, double cubic, bool keeps_sides);
+    double linear, double cubic, bool keep, bool factors);
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_mlp_backward(
     const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& hidden, const at::Tensor& gate, const at::Tensor& up,
     at::TensorList weights, at::TensorList As, at::TensorList Bs, at::TensorList xas, at::TensorList scales,

@@ -127,13 +127,24 @@ def gated(gate, up, linear, cubic):
     return (t * torch.sigmoid(t * (linear + cubic * t * t)) * up.to(compute)).to(gate.dtype)
 
 
+def _value_and_slope(t, linear, cubic):
+    s = torch.sigmoid(t * (linear + cubic * t * t))
+    return t * s, s + t * s * (1 - s) * (linear + 3 * cubic * t * t)
+
+
+def gated_factors(gate, up, linear, cubic):
+    """(act(gate), act'(gate) up): times the gradient of act(gate) up they are up's and gate's."""
+    compute = _compute_dtype(gate.dtype)
+    value, slope = _value_and_slope(gate.to(compute), linear, cubic)
+    return value.to(gate.dtype), (slope * up.to(compute)).to(gate.dtype)
+
+
 def gated_backward(dhidden, gate, up, linear, cubic):
     """(dgate, dup) from the gradient of act(gate) up."""
     compute = _compute_dtype(gate.dtype)
-    t, d = gate.to(compute), dhidden.to(compute)
-    s = torch.sigmoid(t * (linear + cubic * t * t))
-    slope = s + t * s * (1 - s) * (linear + 3 * cubic * t * t)
-    return (d * up.to(compute) * slope).to(gate.dtype), (d * t * s).to(up.dtype)
+    value, slope = _value_and_slope(gate.to(compute), linear, cubic)
+    d = dhidden.to(compute)
+    return (d * (slope * up.to(compute))).to(gate.dtype), (d * value).to(up.dtype)
 
 
 # From gate's and up's seed to down's: with the next seed, its mask would be theirs with rows exchanged.

@@ -7,41 +7,46 @@
 
 namespace fused_lora::sm90 {
 
+// Without kCubic, cubic is 0.
+template <typename T, bool kCubic>
 class Act {
  public:
   __device__ explicit Act(const Activation& activation) : linear_(activation.linear), cubic_(activation.cubic) {}
 
-  template <typename T>
   __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up) const {
     const float2 g = unpack<T>(gate), u = unpack<T>(up);
-    return pack<T>(value(g.x) * u.x, value(g.y) * u.y);
+    return pack<T>(at(g.x).value * u.x, at(g.y).value * u.y);
+  }
+
+  // The same; gate and up become what its gradient is to be multiplied by for up's and for gate's.
+  __device__ __forceinline__ uint32_t hidden_and_factors(uint32_t& gate, uint32_t& up) const {
+    const float2 g = unpack<T>(gate), u = unpack<T>(up);
+    const Both a = at(g.x), b = at(g.y);
+    gate = pack<T>(a.value, b.value);
+    up = pack<T>(a.slope * u.x, b.slope * u.y);
+    return pack<T>(a.value * u.x, b.value * u.y);
   }
 
   // From the gradient of act(gate) up: gate and up become their gradients, and it becomes act(gate) up.
-  template <typename T>
   __device__ __forceinline__ void turn(uint32_t& grad, uint32_t& gate, uint32_t& up) const {
-    float2 d = unpack<T>(grad), g = unpack<T>(gate), u = unpack<T>(up);
-    turn(d.x, g.x, u.x);
-    turn(d.y, g.y, u.y);
-    grad = pack<T>(d.x, d.y);
-    gate = pack<T>(g.x, g.y);
-    up = pack<T>(u.x, u.y);
+    const float2 d = unpack<T>(grad), g = unpack<T>(gate), u = unpack<T>(up);
+    const Both a = at(g.x), b = at(g.y);
+    grad = pack<T>(a.value * u.x, b.value * u.y);
+    gate = pack<T>(d.x * (a.slope * u.x), d.y * (b.slope * u.y));
+    up = pack<T>(d.x * a.value, d.y * b.value);
   }
 
  private:
-  // Far out, exp is infinite or 0, and the quotient 0 or 1.
-  __device__ __forceinline__ float sigmoid(float t) const {
+  struct Both {
+    float value, slope;
+  };
+
+  // Far out, exp is infinite or 0, and the sigmoid 0 or 1.
+  __device__ __forceinline__ Both at(float t) const {
     constexpr float kLog2E = 1.442695041f;
-    return ptx::reciprocal(1.0f + ptx::exp2(-kLog2E * t * (linear_ + cubic_ * t * t)));
-  }
-  __device__ __forceinline__ float value(float t) const { return t * sigmoid(t); }
-  __device__ __forceinline__ void turn(float& grad, float& gate, float& up) const {
-    const float s = sigmoid(gate), act = gate * s;
-    const float slope = s + act * (1.0f - s) * (linear_ + 3.0f * cubic_ * gate * gate);
-    const float dgate = grad * up * slope, dup = grad * act;
-    grad = act * up;
-    gate = dgate;
-    up = dup;
+    const float inner = kCubic ? linear_ + cubic_ * t * t : linear_;
+    const float sigmoid = ptx::reciprocal(1.0f + ptx::exp2(-kLog2E * inner * t)), value = t * sigmoid;
+    return {value, sigmoid + value * (1.0f - sigmoid) * (kCubic ? linear_ + 3.0f * cubic_ * t * t : linear_)};
   }
 
   const float linear_, cubic_;

@@ -41,11 +41,11 @@ struct Consumer {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       multiply(await_stage(), step);
+      if (outbox.pending()) outbox.send_part();  // while this group and the one before it are under way
       if (step > 0) {
         ptx::wgmma_wait<1>();
         release(previous);
       }
-      if (outbox.pending()) outbox.send_part();
       previous = ring.stage;
       ring.advance();
     }
@@ -261,8 +261,7 @@ struct Consumer {
     const bool of_A = item.work == Work::kGradientA;
     const Part& of = p.part[item.part];
     const Gradient& g = of_A ? of.dA : of.dB;
-    const int slice = item.row_pair / p.schedule.slice_pairs;
-    const int row = item.row_pair * kPairRows, tokens = min(p.M - row, p.schedule.slice_pairs * kPairRows);
+    const int row = item.row_pair * kPairRows, tokens = min(p.M, p.schedule.slice_end(item.slice)) - row;
     const int part = (item.col * kCluster + rank) * kConsumers + self.index;
     const int first_col = part * kBlocks * kBox;
     outbox.send_flag();  // the first step may wait for it
@@ -291,7 +290,7 @@ struct Consumer {
       consume(steps, [&](uint32_t stage, int) { multiply_gradient(acc, stage); });
     }
     outbox.empty();
-    const Chain<C, T> chain{p, of, self, g, part, slice, p.schedule.slices()};
+    const Chain<C, T> chain{p, of, self, g, part, item.slice, p.schedule.slices};
     chain.await_turn();
     if (g.sums != nullptr) chain.add_sum(sum);
     chain.add(acc);

@@ -1,178 +1,164 @@
-// What becomes of the tiles of act(gate) up and of its gradient, on their way out of a warpgroup. The work on a box is done half by
-// half, and the two warpgroups of a block do it at different times, so that the tensor cores always have products to do.
+// What becomes of tiles of act(gate) up and of its gradient. The warpgroups that multiply leave boxes in shared memory, and two
+// warps of the one that loads turn them into results: 20 instructions an element in between the products would stop them.
 #pragma once
+
+#include <type_traits>
 
 #include "activation.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
+#include "warpgroup.cuh"
 
 namespace fused_lora::sm90 {
 
-template <typename C, typename T, Epilogue = C::kEpilogue>
-struct Gate;
+// How: with factors that the forward pass has kept, or by the activation itself, without or with its cubic term.
+enum class Form { kFactors, kLinear, kCubic };
 
-// act(gate) up, whose boxes are made of the two halves of a tile's columns; then gate and up themselves, where they are wanted.
-template <typename C, typename T>
-struct Gate<C, T, Epilogue::kGate> {
-  using Out = Outbox<C, T>;
-  static constexpr int kHidden = Out::kMostBoxes / 2, kHiddenParts = 2 * kHidden, kDelay = kHiddenParts;
-  static constexpr int kBoxesAtOnce = kHidden + Out::kMostBoxes;
+// What is done to 8 elements of a row. Forward their gate and up come, backward a gradient as well, and gate and up or the factors.
+template <typename C, typename T, Form kForm>
+struct Gate {
+  static constexpr int kOperands = C::kGateGrads ? 3 : 2;
+  using Operands = uint4[kOperands];
 
-  static __device__ int parts(const Gated& gated) { return kHiddenParts + (gated.wants_sides ? Out::kMostBoxes : 0); }
+  const KernelParams& p;
+  const Act<T, kForm == Form::kCubic> act{p.gated.activation};
 
-  static __device__ __forceinline__ void send(Out& out, int part) {
-    const uint32_t buffer = ptx::shared_address(out.shared.out[out.self.index]);
-    const bool second = part < kHiddenParts && part % 2 == 1;
-    if (!second) out.await_buffer();
-    if (part >= kHiddenParts) {
-      out.write_box(part - kHiddenParts, buffer);
+  static __device__ uint4* at(void* matrix, int64_t offset) { return reinterpret_cast<uint4*>(static_cast<T*>(matrix) + offset); }
+
+  // The results in place of the operands; forward there is one more.
+  __device__ __forceinline__ void turn(Operands& v, uint4& hidden) const {
+    turn_pairs(v, hidden, &uint4::x);
+    turn_pairs(v, hidden, &uint4::y);
+    turn_pairs(v, hidden, &uint4::z);
+    turn_pairs(v, hidden, &uint4::w);
+  }
+  __device__ __forceinline__ void turn_pairs(Operands& v, uint4& hidden, unsigned int uint4::*i) const {
+    if constexpr (!C::kGateGrads) {
+      hidden.*i = p.gated.factors ? act.hidden_and_factors(v[0].*i, v[1].*i) : act.hidden(v[0].*i, v[1].*i);
+    } else if constexpr (kForm == Form::kFactors) {
+      const uint32_t act = v[1].*i;
+      v[1].*i = multiply_pairs<T>(v[0].*i, v[2].*i);
+      v[2].*i = multiply_pairs<T>(v[0].*i, act);
     } else {
-      write_hidden(out, part / 2, second, buffer);
-      if (!second) return;
-    }
-    out.publish_buffer();
-    if (out.self.thread() == 0) copy(out, part < kHiddenParts ? part / 2 : part - kHiddenParts + kHidden, buffer);
-  }
-
-  // Boxes are those of act(gate) up, of gate and of up.
-  static __device__ __forceinline__ void copy(const Out& out, int box, uint32_t buffer) {
-    const KernelParams& p = out.p;
-    const CUtensorMap* to = box < kHidden ? &p.gated.hidden : box < 2 * kHidden ? &p.part[0].out : &p.part[1].out;
-    ptx::tma_store(to, out.first_row, out.first_col + box % kHidden * kBox, buffer);
-    ptx::tma_store_commit();
-  }
-
-  static __device__ __forceinline__ void write_hidden(const Out& out, int box, bool second, uint32_t buffer) {
-    switch (2 * box + second) {
-      case 0: return write_hidden<0, 0>(out, buffer);
-      case 1: return write_hidden<0, 1>(out, buffer);
-      case 2: return write_hidden<1, 0>(out, buffer);
-      default: return write_hidden<1, 1>(out, buffer);
+      act.turn(v[0].*i, v[1].*i, v[2].*i);
+      hidden.*i = v[0].*i;
     }
   }
 
-  template <int kIndex, int kSecond>
-  static __device__ __forceinline__ void write_hidden(const Out& out, uint32_t buffer) {
-    const Act act(out.p.gated.activation);
-    const uint32_t(&gate)[16] = out.boxes[kIndex], (&up)[16] = out.boxes[kHidden + kIndex];
-#pragma unroll
-    for (int j = 2 * kSecond; j < 2 * kSecond + 2; ++j) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = act.hidden<T>(gate[4 * j + i], up[4 * j + i]);
-      ptx::stmatrix(buffer + out.own_chunk(j), pairs);
+  __device__ __forceinline__ void store(const Operands& v, const uint4& hidden, int64_t to) const {
+    if (C::kGateGrads || p.gated.gate != nullptr) {
+      *at(C::kGateGrads ? p.gated.dgate : p.gated.gate, to) = v[kOperands - 2];
+      *at(C::kGateGrads ? p.gated.dup : p.gated.up, to) = v[kOperands - 1];
     }
-  }
-
-  static __device__ void send_at_once(Out& out, uint32_t buffers) {
-    for (int box = 0; box < kHidden; ++box) {
-      for (int second = 0; second < 2; ++second) write_hidden(out, box, second, buffers + box * kBoxBytes);
-    }
-    const int boxes = out.p.gated.wants_sides ? kBoxesAtOnce : kHidden;
-    for (int box = kHidden; box < boxes; ++box) out.write_box(box - kHidden, buffers + box * kBoxBytes);
-    out.publish_buffer();
-    if (out.self.thread() < boxes) copy(out, out.self.thread(), buffers + out.self.thread() * kBoxBytes);
+    if (kForm != Form::kFactors && p.gated.hidden != nullptr) *at(p.gated.hidden, to) = hidden;
   }
 };
 
-// The gradient of act(gate) up. Boxes of gate and up are fetched; some steps later their gradients take their places and go out,
-// and the box becomes act(gate) up, which goes out next where it is wanted.
-template <typename C, typename T>
-struct Gate<C, T, Epilogue::kGateGrad> {
-  using Out = Outbox<C, T>;
-  static constexpr int kFetch = 0, kFirstHalf = 3, kSecondHalf = 4, kHidden = 5, kDelay = 2;
-  static constexpr int kBoxesAtOnce = 3 * Out::kMostBoxes;
+// Of those that a kernel can be asked for.
+template <typename C, typename Run>
+__device__ __forceinline__ void in_form(const Gated& gated, Run run) {
+  if constexpr (C::kGateGrads) {
+    if (gated.factors) return run(std::integral_constant<Form, Form::kFactors>());
+  }
+  if (gated.activation.cubic == 0) return run(std::integral_constant<Form, Form::kLinear>());
+  run(std::integral_constant<Form, Form::kCubic>());
+}
 
-  static __device__ int parts_of_box(const Gated& gated) { return gated.wants_hidden ? kHidden + 1 : kHidden; }
-  static __device__ int parts(const Gated& gated) { return Out::kMostBoxes * parts_of_box(gated); }
+// A thread's share of a box of 64 x 64, of kThreads: each kThreads-th of its 512 chunks of 8 elements, counted along rows.
+template <typename C, int kThreads>
+struct Chunks {
+  static constexpr int kCount = kBox * kBox / 8 / kThreads, kRows = kThreads / 8;  // kRows: from one chunk to the next
+  static_assert(kRows % 8 == 0, "the swizzle is the same in all rows of a thread");
 
-  static __device__ __forceinline__ void send(Out& out, int next_part) {
-    const int per_box = parts_of_box(out.p.gated), box = next_part / per_box, part = next_part % per_box;
-    const uint32_t buffer = ptx::shared_address(out.shared.out[out.self.index]);
-    if (part == kFetch) {
-      if (out.self.thread() == 0) {
-        ptx::tma_store_wait_read<0>();
-        ptx::mbarrier_arrive_expect_tx(full(out), 2 * kBoxBytes);
-        fetch(out, box, buffer);
-      }
-    } else if (part == kFirstHalf) {
-      ptx::mbarrier_wait(full(out), box % 2);  // a tile has an even number of them
-      turn(out, box, false, buffer);
-    } else if (part == kSecondHalf) {
-      turn(out, box, true, buffer);
-      out.publish_buffer();
-      if (out.self.thread() == 0) copy(out, box, buffer);
-    } else if (part == kHidden) {
-      out.await_buffer();
-      out.write_box(box, buffer);
-      out.publish_buffer();
-      if (out.self.thread() == 0) copy_hidden(out, box, buffer);
+  int64_t offset;  // of the first one's elements
+  int rows;        // from its row on, that are in the matrices
+
+  __device__ Chunks(const KernelParams& p, int row, int col) {
+    row += thread() / 8;
+    col += thread() % 8 * 8;
+    offset = row * p.gated.stride + col;
+    rows = col < p.part[0].cols ? p.M - row : 0;
+  }
+
+  static __device__ int thread() { return threadIdx.x % kThreads; }
+  static __device__ uint32_t in_box(int i) { return i * kRows * 128 + swizzled(thread() / 8, thread() % 8); }
+  __device__ bool has(int i) const { return i * kRows < rows; }
+  __device__ int64_t at(const KernelParams& p, int i) const { return offset + i * kRows * p.gated.stride; }
+};
+
+// The warps that gate. Boxes come from one warpgroup and the other in turn; gate and up of the next box are on their way from
+// memory meanwhile.
+template <typename C, typename T, Form kForm>
+struct GateWarps {
+  using Own = Chunks<C, kGateThreads>;
+  using Does = Gate<C, T, kForm>;
+  static constexpr int kBoxes = C::kTileCols / kBox * kConsumers;
+  static constexpr int kTogether = 2;  // chunks, whose chains of instructions hide each other's latencies
+  static_assert(Own::kCount == kGateAhead, "what lies ahead is a box");
+
+  Shared<C>& shared;
+  const KernelParams& p;
+  const Does gate{p};
+  uint32_t full_phase = 0;
+
+  __device__ void run() {
+    for (uint32_t phase = 0;; phase ^= 1) {
+      ptx::mbarrier_wait(&shared.gate_tile_full, phase);
+      const int2 first = shared.gate_tile;
+      if (first.x < 0) return;
+      tile(first.x, first.y);
     }
   }
 
-  static __device__ uint64_t* full(const Out& out) { return &out.shared.gate_full[out.self.index]; }
-
-  static __device__ __forceinline__ void fetch(const Out& out, int box, uint32_t buffer) {
-    const int row = out.first_row, col = out.first_col + box * kBox;
-    ptx::tma_load(buffer, &out.p.gated.gate, row, col, full(out));
-    ptx::tma_load(buffer + kBoxBytes, &out.p.gated.up, row, col, full(out));
-  }
-
-  static __device__ __forceinline__ void copy(const Out& out, int box, uint32_t buffer) {
-    const int row = out.first_row, col = out.first_col + box * kBox;
-    ptx::tma_store(&out.p.gated.dgate, row, col, buffer);
-    ptx::tma_store(&out.p.gated.dup, row, col, buffer + kBoxBytes);
-    ptx::tma_store_commit();
-  }
-
-  static __device__ __forceinline__ void copy_hidden(const Out& out, int box, uint32_t buffer) {
-    ptx::tma_store(&out.p.gated.hidden, out.first_row, out.first_col + box * kBox, buffer);
-    ptx::tma_store_commit();
-  }
-
-  static __device__ __forceinline__ void turn(Out& out, int box, bool second, uint32_t buffer) {
-    switch (2 * box + second) {
-      case 0: return turn<0, 0>(out, buffer);
-      case 1: return turn<0, 1>(out, buffer);
-      case 2: return turn<1, 0>(out, buffer);
-      case 3: return turn<1, 1>(out, buffer);
-      case 4: return turn<2, 0>(out, buffer);
-      case 5: return turn<2, 1>(out, buffer);
-      case 6: return turn<3, 0>(out, buffer);
-      default: return turn<3, 1>(out, buffer);
+  __device__ __forceinline__ void tile(int row, int col) {
+    Own chunks(p, row, col);
+#pragma unroll 1
+    for (int i = 0; i < Own::kCount; i += kTogether) fetch(chunks, i);
+#pragma unroll 1
+    for (int n = 1; n <= kBoxes; ++n) {
+      const int w = (n - 1) % kConsumers;
+      const Own next(p, n == kBoxes ? p.M : row + n % kConsumers * kBox, col + n / kConsumers * kBox);
+      ptx::mbarrier_wait(&shared.gate_full[w], full_phase);
+      run_box(ptx::shared_address(shared.out[w]), chunks, next);
+      ptx::mbarrier_arrive(&shared.gate_empty[w]);
+      if (w + 1 == kConsumers) full_phase ^= 1;
+      chunks = next;
     }
   }
 
-  template <int kIndex, int kSecond>
-  static __device__ __forceinline__ void turn(Out& out, uint32_t buffer) {
-    const Act act(out.p.gated.activation);
-    const uint32_t own = buffer + swizzled(out.self.row(), 0) + out.self.col() * 2;
+  __device__ __forceinline__ void run_box(uint32_t box, const Own& chunks, const Own& next) {
+#pragma unroll(kForm == Form::kFactors ? Own::kCount : 1)
+    for (int i = 0; i < Own::kCount; i += kTogether) {
+      uint4 v[kTogether][Does::kOperands], hidden[kTogether];
+      if constexpr (C::kGateGrads) ptx::async_copies_wait<kGateAhead / kTogether - 1>();
 #pragma unroll
-    for (int i = 8 * kSecond; i < 8 * kSecond + 8; ++i) {
-      const uint32_t at = (own ^ i / 2 << 4) + i % 2 * 8 * 128;
-      uint32_t gate = ptx::load_shared_32(at), up = ptx::load_shared_32(at + kBoxBytes);
-      act.turn<T>(out.boxes[kIndex][i], gate, up);
-      ptx::store_shared_32(at, gate);
-      ptx::store_shared_32(at + kBoxBytes, up);
+      for (int t = 0; t < kTogether; ++t) {
+        v[t][0] = ptx::load_shared(box + Own::in_box(i + t));
+        v[t][1] = ptx::load_shared(C::kGateGrads ? ahead(i + t, 0) : box + kBoxBytes + Own::in_box(i + t));
+        if constexpr (C::kGateGrads) v[t][2] = ptx::load_shared(ahead(i + t, 1));
+      }
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) gate.turn(v[t], hidden[t]);
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        if (chunks.has(i + t)) gate.store(v[t], hidden[t], chunks.at(p, i + t));
+      }
+      fetch(next, i);
     }
   }
 
-  static __device__ void send_at_once(Out& out, uint32_t buffers) {
-    constexpr int kBoxes = Out::kMostBoxes;
-    if (out.self.thread() == 0) {
-      ptx::mbarrier_arrive_expect_tx(full(out), kBoxes * 2 * kBoxBytes);
-      for (int box = 0; box < kBoxes; ++box) fetch(out, box, buffers + 2 * box * kBoxBytes);
+  // Each thread fetches what it reads itself.
+  __device__ uint32_t ahead(int i, int which) const { return ptx::shared_address(&shared.gate_ahead[i][which][Own::thread()]); }
+  __device__ __forceinline__ void fetch(const Own& chunks, int first) const {
+    if constexpr (C::kGateGrads) {
+#pragma unroll
+      for (int i = first; i < first + kTogether; ++i) {
+        if (!chunks.has(i)) continue;
+        ptx::async_copy_16(ahead(i, 0), gate.at(p.gated.gate, chunks.at(p, i)));
+        ptx::async_copy_16(ahead(i, 1), gate.at(p.gated.up, chunks.at(p, i)));
+      }
+      ptx::async_copies_commit();
     }
-    ptx::mbarrier_wait(full(out), 0);
-    for (int box = 0; box < kBoxes; ++box) {
-      for (int second = 0; second < 2; ++second) turn(out, box, second, buffers + 2 * box * kBoxBytes);
-      if (out.p.gated.wants_hidden) out.write_box(box, buffers + (2 * kBoxes + box) * kBoxBytes);
-    }
-    out.publish_buffer();
-    const int box = out.self.thread();
-    if (box >= kBoxes) return;
-    copy(out, box, buffers + 2 * box * kBoxBytes);
-    if (out.p.gated.wants_hidden) copy_hidden(out, box, buffers + (2 * kBoxes + box) * kBoxBytes);
   }
 };
 

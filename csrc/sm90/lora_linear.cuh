@@ -25,7 +25,7 @@ template <typename C>
 __device__ Item await_item(Shared<C>& shared, uint32_t phase) {
   ptx::mbarrier_wait(&shared.item_full, phase);
   const int4 words = *reinterpret_cast<const int4*>(&shared.item);
-  return {static_cast<Work>(words.x & 0xFFFF), static_cast<short>(words.x >> 16), words.y, {words.z}, words.w};
+  return {static_cast<Work>(words.x & 0xFFFF), static_cast<short>(words.x >> 16), words.y, {words.z}, {words.w}};
 }
 
 // The last block whose producer has seen the list's end sets the flags back to zero for the next launch: nobody waits for
@@ -74,7 +74,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   ptx::cluster_wait();
 
   if (warpgroup == 0) {
-    ptx::give_registers<40>();
+    ptx::give_registers<C::kLoadRegisters>();
     if (threadIdx.x == 0) {
       Producer<C, kBackward, kDrops> producer{shared, p, rank};
       for (uint32_t phase = 0;; phase ^= 1) {
@@ -84,12 +84,14 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
       }
     } else if (takes_items) {
       take_items(shared, p, first_item);
+    } else if (C::kGated && threadIdx.x >= kWarpgroup - kGateThreads) {
+      if constexpr (C::kGated) in_form<C>(p.gated, [&](auto form) { GateWarps<C, T, form.value>{shared, p}.run(); });
     }
     __syncwarp();
     if (threadIdx.x < 32) leave(p);
     ptx::cluster_arrive();
   } else {
-    ptx::take_registers<232>();
+    ptx::take_registers<C::kMultiplyRegisters>();
     Consumer<C, T, kBackward, kDrops> consumer{shared, p, rank, {warpgroup - 1}};
     for (uint32_t phase = 0;; phase ^= 1) {
       const Item item = await_item(shared, phase);

@@ -90,13 +90,7 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
   MapMaker map{b.dtype};
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed, b.factor_dtype == b.dtype);
   if (b.gated) {
-    p.gated.gate = map(b.gate);
-    p.gated.up = map(b.up);
-    p.gated.dgate = map(b.dgate);
-    p.gated.dup = map(b.dup);
-    p.gated.wants_hidden = b.hidden.data != nullptr;
-    if (p.gated.wants_hidden) p.gated.hidden = map(b.hidden);
-    p.gated.activation = b.activation;
+    p.gated = {b.gate.data, b.up.data, b.hidden.data, b.dgate.data, b.dup.data, b.gate.stride, b.activation, b.factors};
   } else if (b.needs_dx) {
     set_out(p.part[0], map, b.dx);
   }

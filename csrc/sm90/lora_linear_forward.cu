@@ -14,7 +14,7 @@ Pass pass_of(const ForwardParams& f) {
   return pass;
 }
 
-void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x) {
+void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x, bool gated) {
   part.lhs = map(x);
   part.weight = map(f.weight);
   if (part.r > 0) {
@@ -22,7 +22,7 @@ void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x) 
     part.low = map(f.xa);
     part.up = map(f.B);
   }
-  if (f.y.data != nullptr) set_out(part, map, f.y);
+  if (!gated) set_out(part, map, f.y);
   part.low_data = f.xa.data;
   part.low_stride = f.xa.stride;
   part.scale = f.scale;
@@ -47,13 +47,16 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   KernelParams p = params_of(pass, f.flags);
   MapMaker map{f.dtype};
   for (int i = 0; i < f.parts; ++i) {
-    set_part(p.part[i], map, f.part[i], f.x);
+    set_part(p.part[i], map, f.part[i], f.x, f.gated);
     p.part[i].dropout = f.dropout;
   }
   if (f.gated) {
-    p.gated.hidden = map(f.hidden);
+    p.gated.gate = f.part[0].y.data;
+    p.gated.up = f.part[1].y.data;
+    p.gated.hidden = f.hidden.data;
+    p.gated.stride = f.hidden.stride;
     p.gated.activation = f.activation;
-    p.gated.wants_sides = f.part[0].y.data != nullptr;
+    p.gated.factors = f.factors;
   }
   if (f.parts == 1 && p.part[0].r > 0) p.down_riding = map(f.part[0].A, 16);
   if (map.error != cudaSuccess) return map.error;

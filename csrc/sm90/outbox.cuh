@@ -3,18 +3,10 @@
 #pragma once
 
 #include "fragments.cuh"
+#include "gated.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
 #include "warpgroup.cuh"
-
-namespace fused_lora::sm90 {
-
-template <typename C, typename T>
-struct Outbox;
-
-}  // namespace fused_lora::sm90
-
-#include "gated.cuh"
 
 namespace fused_lora::sm90 {
 
@@ -23,6 +15,7 @@ struct Outbox {
   static constexpr int kMostBoxes = C::kBlockN / kBox;
   static constexpr int kFlagParts = 2;
   static constexpr bool kGated = C::kEpilogue != Epilogue::kPlain;
+  static constexpr int kTileBoxes = C::kTileCols / kBox;
 
   Shared<C>& shared;
   const KernelParams& p;
@@ -37,6 +30,7 @@ struct Outbox {
   static constexpr int kLow = -1, kGradient = -2, kTransposed = -3;  // the last is a gradient, of which registers hold columns
   int* flag = nullptr;
   int next_part = 0, box_count = 0, parts = 0;
+  int gated_boxes = 0;  // that were left to be gated
 
   // A 64 x 2 kCount result for (row, col) of the map's matrix. What was pending goes out before.
   template <int kCount>
@@ -52,8 +46,8 @@ struct Outbox {
     keep(acc, &p.part[part].out, row, col, nullptr);
     what = part;
     if constexpr (kGated) {
-      hold(Gate<C, T>::parts(p.gated), nullptr);
-      next_part = -self.index * Gate<C, T>::kDelay;
+      parts = (kTileBoxes - 1) * p.schedule.gate_spacing + 1;
+      next_part = -self.index * p.schedule.gate_spacing / 2;
     }
   }
 
@@ -115,7 +109,7 @@ struct Outbox {
   __device__ __forceinline__ void send_part() {
     if (kGated && what >= 0) {
       if constexpr (kGated) {
-        if (next_part >= 0) Gate<C, T>::send(*this, next_part);
+        if (next_part >= 0 && next_part % p.schedule.gate_spacing == 0) send_to_gate(next_part / p.schedule.gate_spacing);
       }
     } else if (next_part < box_count) {
       const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
@@ -136,7 +130,26 @@ struct Outbox {
   // Until what left it last has been read.
   __device__ __forceinline__ void await_buffer() const {
     if (self.thread() == 0) ptx::tma_store_wait_read<0>();
+    if (kGated && gated_boxes > 0) ptx::mbarrier_wait(&shared.gate_empty[self.index], (gated_boxes - 1) % 2);
     self.sync();
+  }
+
+  // One box of a tile, forward its two halves' both.
+  __device__ __forceinline__ void send_to_gate(int box) {
+    const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
+    await_buffer();
+    write_box(box, buffer);
+    if constexpr (C::kGates) write_box(box + kTileBoxes, buffer + kBoxBytes);
+    if (box == 0) announce(first_row, first_col);
+    ptx::mbarrier_arrive(&shared.gate_full[self.index]);
+    ++gated_boxes;
+  }
+
+  // Whoever gates has read where the tile before is: it has given back boxes of it.
+  __device__ void announce(int row, int col) {
+    if (self.index > 0 || self.thread() > 0) return;
+    shared.gate_tile = {row, col};
+    ptx::mbarrier_arrive(&shared.gate_tile_full);
   }
 
   // What the warpgroup wrote there is seen by copies.
@@ -176,7 +189,6 @@ struct Outbox {
     }
   }
 
-  // Where an MLP's own activations go, rows are padded.
   __device__ __forceinline__ bool by_hand() const { return !kGated && what >= 0 && p.part[what].out_data != nullptr; }
 
   // A box of out, from shared memory to rows that start anywhere: two at a time, an element a thread.
@@ -217,11 +229,7 @@ struct Outbox {
   __device__ void finish() {
     const bool whole = next_part <= 0 && parts > 0 && what >= 0;
     if (whole && kGated) {
-      ptx::named_barrier(3, kConsumers * kWarpgroup);
-      if constexpr (kGated) {
-        const uint32_t stages = ptx::shared_address(shared.stages[0]);
-        Gate<C, T>::send_at_once(*this, stages + self.index * Gate<C, T>::kBoxesAtOnce * kBoxBytes);
-      }
+      if constexpr (kGated) in_form<C>(p.gated, [&](auto form) { gate_at_once<form.value>(); });
     } else if (whole && box_count == kMostBoxes && !by_hand()) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
@@ -232,6 +240,34 @@ struct Outbox {
       send_all();
     }
     ptx::tma_store_wait_read<0>();
+    if (kGated) announce(-1, 0);
+  }
+
+  template <Form kForm>
+  __device__ void gate_at_once() {
+    ptx::named_barrier(3, kConsumers * kWarpgroup);
+    const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
+    write_boxes<0>(buffers);
+    self.sync();
+    using Own = Chunks<C, kWarpgroup>;
+    const Gate<C, T, kForm> gate{p};
+#pragma unroll(Own::kCount)
+    for (int n = 0; n < kTileBoxes * Own::kCount; ++n) {
+      const int box = n / Own::kCount, i = n % Own::kCount;
+      const Own chunks(p, first_row, first_col + box * kBox);
+      if (!chunks.has(i)) continue;
+      const uint32_t from = buffers + box * kBoxBytes + Own::in_box(i);
+      const int64_t at = chunks.at(p, i);
+      uint4 v[gate.kOperands] = {ptx::load_shared(from)}, hidden;
+      if constexpr (C::kGateGrads) {
+        v[1] = __ldcg(gate.at(p.gated.gate, at));
+        v[2] = __ldcg(gate.at(p.gated.up, at));
+      } else {
+        v[1] = ptx::load_shared(from + kTileBoxes * kBoxBytes);
+      }
+      gate.turn(v, hidden);
+      gate.store(v, hidden, at);
+    }
   }
 
   template <int kFirst>

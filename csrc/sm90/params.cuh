@@ -46,11 +46,13 @@ struct Part {
   int* ready;        // for each 128 rows: warpgroups whose part of low is written
 };
 
-// Of act(gate) up. Forward, gate and up are the outs of the first two parts.
+// Of act(gate) up: matrices of one stride. Forward, gate and up are null where they are not wanted; backward, hidden is. With
+// factors, gate and up are act(gate) and act'(gate) up instead.
 struct Gated {
-  CUtensorMap gate, up, hidden, dgate, dup;
+  void *gate, *up, *hidden, *dgate, *dup;
+  int64_t stride;
   Activation activation;
-  bool wants_sides, wants_hidden;  // forward: gate and up stored too; backward: hidden stored too
+  bool factors;
 };
 
 struct KernelParams {

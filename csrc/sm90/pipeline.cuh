@@ -15,6 +15,8 @@ constexpr int kCluster = 2;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kGateThreads = 64;  // the last two warps of the warpgroup that loads
+constexpr int kGateAhead = 8;     // accesses of each
 
 __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBox); }
 
@@ -28,8 +30,9 @@ struct Config {
   static constexpr int kBlockN = kBlockN_, kBlockR = kBlockR_;
   static constexpr Epilogue kEpilogue = kEpilogue_;
   static constexpr bool kGates = kEpilogue == Epilogue::kGate, kGateGrads = kEpilogue == Epilogue::kGateGrad;
+  static constexpr bool kGated = kEpilogue != Epilogue::kPlain;
   static constexpr int kTileCols = kGates ? kBlockN / 2 : kBlockN;  // of out
-  static constexpr int kOutBoxes = kGateGrads ? 2 : 1;              // of a warpgroup
+  static constexpr int kOutBytes = kGates ? 2 * kBoxBytes : kBoxBytes;  // of a warpgroup
 
   static constexpr int kTileBoxes = 2 + kBlockN / kBox;  // 128 rows of one operand, kBlockN of the other
   // Of rank 16, low can ride on the first column of tiles: its factor's part of a step is a box of its own.
@@ -45,6 +48,9 @@ struct Config {
   static constexpr int kGradientBoxes = kGradientCols / kBox + boxes_of(kBlockR);
 
   static constexpr int kStageBytes = kTileBoxes * kBoxBytes + kRideBytes;
+  // Of a thread of the warpgroup that loads and of one that multiplies: all there are.
+  static constexpr int kLoadRegisters = kGated ? FL_LR : 40, kMultiplyRegisters = kGated ? FL_MR : 232;
+
   static constexpr int kStages = kBlockN == 256 ? 4 : 6;
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
 };
@@ -61,11 +67,14 @@ __device__ __forceinline__ bool rides(const Schedule& schedule, const Item& item
 template <typename C>
 struct Shared {
   uint8_t stages[C::kStages][C::kStageBytes];
-  uint8_t out[kConsumers][C::kOutBoxes * kBoxBytes];
+  uint8_t out[kConsumers][C::kOutBytes];
+  uint4 gate_ahead[C::kGateGrads ? kGateAhead : 1][2][C::kGateGrads ? kGateThreads : 1];  // gate and up from memory
   uint64_t full[C::kStages], empty[C::kStages];
-  uint64_t gate_full[kConsumers];  // boxes of gate and up, in out
   uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster
   Item item;
+  // Between the warpgroups that multiply and the warps that gate: boxes in out, and where the tile is that they are of.
+  uint64_t gate_full[kConsumers], gate_empty[kConsumers], gate_tile_full;
+  int2 gate_tile;  // row and column; -1: none comes any more
 };
 
 template <typename C>
@@ -75,7 +84,9 @@ __device__ void init_barriers(Shared<C>& shared) {
     ptx::mbarrier_init(&shared.full[stage], 1);
     ptx::mbarrier_init(&shared.empty[stage], kCluster * kWarps);
   }
-  for (uint64_t& barrier : shared.gate_full) ptx::mbarrier_init(&barrier, 1);
+  for (uint64_t& barrier : shared.gate_full) ptx::mbarrier_init(&barrier, kWarpgroup);
+  for (uint64_t& barrier : shared.gate_empty) ptx::mbarrier_init(&barrier, kGateThreads);
+  ptx::mbarrier_init(&shared.gate_tile_full, 1);
   ptx::mbarrier_init(&shared.item_full, 1);
   ptx::mbarrier_init(&shared.item_empty, kCluster * (kWarps + 1));
   ptx::fence_mbarrier_init();

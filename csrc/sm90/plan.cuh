@@ -52,6 +52,20 @@ inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
   return !pass.gated && pass.most_rank() <= 128 && 0.56 * narrow_waves < wide_waves;
 }
 
+// Groups such that each one's tiles and what goes with them take all clusters the time of one tile: tiles that run together ask
+// for the same bytes at the same time, and what is short fills the clusters that have none.
+inline void make_waves(Schedule& s, const Pass& pass, int tile_cols, int clusters) {
+  const double steps = static_cast<double>(pass.depth()) / kBox;  // of a tile; those of the others take so much of their time:
+  const double shrink = 0.6 * steps, gradient = 0.95 * kPairRows / kBox * s.gradient_cols();
+  const double waves = s.row_pairs * (tile_cols * steps + shrink + gradient) / (clusters * steps);
+  s.waves = true;
+  s.groups = std::max({1, static_cast<int>(waves + 0.5), ceil_div(s.row_pairs * tile_cols, clusters)});
+  s.groups = std::min(s.groups, s.row_pairs);
+  s.shrink_batch = std::min(s.shrink_batch, 1);
+  s.shrink_lead = 1;
+  s.gradient_lead = 0;
+}
+
 // The list's order was chosen by measurement (docs/hopper.md). A shrink item costs about half a tile: where tiles are long, two
 // at a time keep the clusters in step. Short tiles want shrink and gradient items several groups ahead, since those take longer
 // than a group.
@@ -67,9 +81,9 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   const bool long_tiles = pass.depth() >= 3072, masks_shrink = pass.drops && !pass.backward;  // which makes its items long
   // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
   s.rides = C::kCanRide && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols <= 4;
-  s.group_pairs = s.rides ? 32 : 8;
-  s.groups = ceil_div(s.row_pairs, s.group_pairs);
-  const bool small_groups = s.group_pairs * tile_cols < clusters / 2;
+  const int group_pairs = s.rides ? 32 : 8;
+  s.groups = ceil_div(s.row_pairs, group_pairs);
+  const bool small_groups = group_pairs * tile_cols < clusters / 2;
   for (int i = 0; i < pass.parts; ++i) {
     if (pass.needs_low(i)) s.shrink_part[s.shrinking++] = static_cast<short>(i);
   }
@@ -81,11 +95,13 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   s.tail = long_tiles ? 0 : 4;
   // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
   const bool halves_slices = s.groups == 1 || (pass.drops && pass.depth() >= 2048);
-  s.slice_pairs = halves_slices ? 4 : s.group_pairs;
+  s.gate_spacing = std::max<int>(1, pass.depth() / C::kTileCols);
   for (int i = 0; i < pass.parts; ++i) {
     if (pass.part[i].wants_dA) s.dA_pairs[i] = ceil_div(pass.part[i].cols, kCluster * C::kGradientCols);
     if (pass.part[i].wants_dB) s.dB_pairs[i] = ceil_div(pass.part[i].depth, kCluster * C::kGradientCols);
   }
+  if (pass.backward && long_tiles && !pass.gated && tile_cols > 0 && 5 * tile_cols <= clusters) make_waves(s, pass, tile_cols, clusters);
+  s.slices = s.groups * (halves_slices && s.row_pairs > 4 * s.groups ? 2 : 1);
   return s;
 }
 

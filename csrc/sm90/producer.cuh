@@ -157,7 +157,7 @@ struct Producer {
     const Gradient& g = item.work == Work::kGradientA ? part.dA : part.dB;
     constexpr int kBigBoxes = C::kGradientCols / kBox;
     const int col = (item.col * kCluster + rank) * C::kGradientCols;
-    const int first = item.row_pair * kPairRows, tokens = min(p.M - first, p.schedule.slice_pairs * kPairRows);
+    const int first = item.row_pair * kPairRows, tokens = min(p.M, p.schedule.slice_end(item.slice)) - first;
     const int release_at = lookahead(tokens, kBox);
     for (int i = 0; i < tokens; i += kBox) {
       const int row = first + i;

@@ -3,8 +3,10 @@
 //
 // Rows come in groups whose tiles run together, so that weight and activations stay in L2. The list goes through the groups;
 // before a group's tiles stand the shrink items of a later one, after most of them the gradient items of one near it: memory
-// is asked evenly.
+// is asked evenly. Where a group's tiles are nearly a wave of all clusters, its shrink items follow them too.
 #pragma once
+
+#include <cstdint>
 
 #include "../lora_linear.h"
 
@@ -28,11 +30,14 @@ struct alignas(16) Item {
     int col;    // of a tile, in tiles; of a gradient, in pairs of tiles
     int count;  // of a shrink item's row pairs, `stride` apart
   };
-  int stride;
+  union {
+    int stride;
+    int slice;  // of a gradient: of the rows, those from row_pair on
+  };
 };
 
 struct Schedule {
-  int row_pairs, group_pairs, groups;
+  int row_pairs, groups, slices;  // slices of the rows: a gradient item's; whole ones make a group
   int parts, tile_cols[kMostParts];  // of each part's out, backward and gated of the first's; 0 where it is not wanted
   int shrinking;                     // parts whose low is wanted
   short shrink_part[kMostParts];     // which those are
@@ -41,17 +46,23 @@ struct Schedule {
   int shrink_lead;    // groups between shrink items and the tiles beside them
   int gradient_lead;  // the same of gradient items; negative where they come later than their tiles
   int tail;           // a step's gradient items come before this share of its tiles: the last 1 / tail, or none if 0
+  bool waves;         // a step begins with its tiles
   int dA_pairs[kMostParts], dB_pairs[kMostParts];
-  int slice_pairs;  // row pairs of a gradient item; divides group_pairs
+  int gate_spacing;  // steps of a gated tile between boxes that leave
 
   // Whether another tile waits for what one brings forth. A flag that nobody waits for must not be raised: the launch may be
   // over by then.
   __host__ __device__ bool riding_low_is_awaited() const { return tile_cols[0] > 1; }
 
-  __host__ __device__ int slices() const { return ceil_div(row_pairs, slice_pairs); }
-  __host__ __device__ int pairs(int group) const {
-    return group < 0 || group >= groups ? 0 : min(group_pairs, row_pairs - group * group_pairs);
+  // The first row pair of a part of the rows, of `of` equal ones.
+  __host__ __device__ int first_pair(int part, int of) const {
+    return static_cast<int>(static_cast<int64_t>(part) * row_pairs / of);
   }
+  __host__ __device__ int pairs(int group) const {
+    return group < 0 || group >= groups ? 0 : first_pair(group + 1, groups) - first_pair(group, groups);
+  }
+  // One past the last row of a slice.
+  __host__ __device__ int slice_end(int slice) const { return first_pair(slice + 1, slices) * kPairRows; }
   __host__ __device__ int shrinks(int group) const {
     return shrink_batch == 0 ? 0 : ceil_div(pairs(group), shrink_batch) * shrinking;
   }
@@ -65,7 +76,9 @@ struct Schedule {
     for (int part = 0; part < parts; ++part) cols += dA_pairs[part] + dB_pairs[part];
     return cols;
   }
-  __host__ __device__ int gradients(int group) const { return ceil_div(pairs(group), slice_pairs) * gradient_cols(); }
+  __host__ __device__ int gradients(int group) const {
+    return group < 0 || group >= groups ? 0 : slices / groups * gradient_cols();
+  }
 
   __host__ __device__ int first_step() const { return -max(shrink_lead, gradient_lead); }
   __host__ __device__ int last_step() const { return groups + max(0, -gradient_lead); }
@@ -75,9 +88,11 @@ struct Schedule {
 
   __host__ __device__ Item item(int step, int i) const {
     const int shrink_items = shrinks(step + shrink_lead), gradient_items = gradients(step + gradient_lead);
+    if (waves && i < tiles(step)) return tile(step, i);
+    if (waves) i -= tiles(step);
     if (i < shrink_items) return shrink(step + shrink_lead, i, shrink_items);
     i -= shrink_items;
-    const int before = tiles(step) - (tail == 0 ? 0 : tiles(step) / tail);
+    const int before = waves ? 0 : tiles(step) - (tail == 0 ? 0 : tiles(step) / tail);
     if (i < before) return tile(step, i);
     if (i < before + gradient_items) return gradient(step + gradient_lead, i - before);
     return tile(step, i - gradient_items);
@@ -87,24 +102,24 @@ struct Schedule {
   // another.
   __host__ __device__ Item shrink(int group, int i, int items) const {
     const int first = i / shrinking, stride = items / shrinking;
-    return {Work::kShrink, shrink_part[i % shrinking], group * group_pairs + first,
-            {ceil_div(pairs(group) - first, stride)}, stride};
+    return {Work::kShrink, shrink_part[i % shrinking], first_pair(group, groups) + first,
+            {ceil_div(pairs(group) - first, stride)}, {stride}};
   }
 
   __host__ __device__ Item tile(int group, int i) const {
     int col = i / pairs(group);
     short part = 0;
     for (; col >= tile_cols[part]; ++part) col -= tile_cols[part];
-    return {Work::kTile, part, group * group_pairs + i % pairs(group), {col}, 0};
+    return {Work::kTile, part, first_pair(group, groups) + i % pairs(group), {col}, {0}};
   }
 
   __host__ __device__ Item gradient(int group, int i) const {
     int col = i % gradient_cols();
     short part = 0;
     for (; col >= dA_pairs[part] + dB_pairs[part]; ++part) col -= dA_pairs[part] + dB_pairs[part];
-    const int first = group * group_pairs + i / gradient_cols() * slice_pairs;
-    if (col < dB_pairs[part]) return {Work::kGradientB, part, first, {col}, 0};
-    return {Work::kGradientA, part, first, {col - dB_pairs[part]}, 0};
+    const int slice = group * (slices / groups) + i / gradient_cols(), first = first_pair(slice, slices);
+    if (col < dB_pairs[part]) return {Work::kGradientB, part, first, {col}, {slice}};
+    return {Work::kGradientA, part, first, {col - dB_pairs[part]}, {slice}};
   }
 };
 
@@ -120,7 +135,7 @@ struct Cursor {
       if (index < begin + size) return schedule.item(step, index - begin);
       begin += size;
     }
-    return {Work::kEnd, 0, 0, {0}, 0};
+    return {Work::kEnd, 0, 0, {0}, {0}};
   }
 };
 

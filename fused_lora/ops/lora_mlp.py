@@ -33,27 +33,29 @@ def _padded(rows: int, cols: int, like: Tensor) -> Tensor:
     return like.new_empty(rows, -(-cols // 8) * 8)[:, :cols]
 
 
-def _forward(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides):
+def _forward(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep, factors):
     flat = _rows(x)
     if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
         biases = [_kernel_bias(bias) for bias in biases]
         hidden, gate, up, *xas = ops.cuda_lora_gated_forward(
-            flat, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides
+            flat, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep, factors
         )
         return hidden, gate, up, *(xa.contiguous() for xa in xas)
     gate, up, *xas = _group_forward(flat, weights, As, Bs, biases, scales, seed, p)
     shape = gate.shape
     hidden = _padded(*shape, x).copy_(reference.gated(gate, up, linear, cubic))
-    sides = [_padded(*shape, x).copy_(y) if keep_sides else _padded(0, shape[1], x) for y in (gate, up)]
-    return hidden, *sides, *xas
+    kept = reference.gated_factors(gate, up, linear, cubic) if factors else (gate, up)
+    kept = [_padded(*shape, x).copy_(y) if keep else _padded(0, shape[1], x) for y in kept]
+    return hidden, *kept, *xas
 
 
-def _forward_fake(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep_sides):
+def _forward_fake(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep, factors):
     M, F = _rows(x).shape[0], weights[0].shape[0]
-    sides = [_padded(M if keep_sides else 0, F, x) for _ in range(2)]
-    return _padded(M, F, x), *sides, *(x.new_empty((M, A.shape[0])) for A in As)
+    kept = [_padded(M if keep else 0, F, x) for _ in range(2)]
+    return _padded(M, F, x), *kept, *(x.new_empty((M, A.shape[0])) for A in As)
 
 
+# gate and up, or where hidden was kept the factors that the gradient of hidden is multiplied by.
 def _backward(
     dy, x, hidden, gate, up, weights, As, Bs, xas, scales, seed, down_seed, p, need_dx, need_dA, need_dB, need_dbias,
     linear, cubic,
@@ -65,13 +67,15 @@ def _backward(
             need_dbias, [wide_dtype(x)] * len(PARTS), linear, cubic,
         )  # fmt: skip
         return [dx.view(x.shape) if need_dx else dx, *dAs, *dBs, *dbiases]
-    if hidden is None:
-        hidden = reference.gated(gate, up, linear, cubic)
+    down_x = reference.gated(gate, up, linear, cubic) if hidden is None else hidden
     dhidden, *of_down = _backward_part(
-        dy, hidden, weights[2], As[2], Bs[2], xas[2], scales[2], down_seed, p, True, need_dA[2], need_dB[2],
+        dy, down_x, weights[2], As[2], Bs[2], xas[2], scales[2], down_seed, p, True, need_dA[2], need_dB[2],
         need_dbias[2],
     )  # fmt: skip
-    dsides = reference.gated_backward(dhidden, gate, up, linear, cubic)
+    if hidden is None:
+        dsides = reference.gated_backward(dhidden, gate, up, linear, cubic)
+    else:
+        dsides = dhidden * up, dhidden * gate
     dx, *of_sides = _group_backward(
         dsides, flat, weights[:2], As[:2], Bs[:2], xas[:2], scales[:2], seed, p, need_dx, need_dA[:2], need_dB[:2],
         need_dbias[:2],
@@ -91,7 +95,7 @@ def _backward_fake(
 
 define(
     "lora_gated_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
-    " Tensor? seed, float p, float linear, float cubic, bool keep_sides) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? seed, float p, float linear, float cubic, bool keep, bool factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -111,7 +115,7 @@ class LoRAMLPFunction(torch.autograd.Function):
     def forward(ctx, x, seed, down_seed, p, act, save, *tensors):
         weights, As, Bs, biases, scales = _columns(tensors, len(PARTS))
         hidden, gate, up, *xas = ops.lora_gated_forward(
-            x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, True
+            x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, True, save == "all"
         )
         down = (weights[2], As[2], Bs[2], biases[2], scales[2])
         y, xa = ops.lora_linear_forward(hidden, *down, down_seed, p)
@@ -160,7 +164,8 @@ def lora_mlp(
     those of its own input (seed + 2^32). On Hopper, for ranks up to 128, the product act(gate) up is made in the launch
     that computes gate and up, and its gradient becomes theirs in the launch that computes it, without being stored.
 
-    Saves x, gate(x), up(x) and their product; with save="less" the product is computed again in the backward pass.
+    Saves x, the product, and what its gradient is to be multiplied by, act(gate(x)) and act'(gate(x)) up(x). With save="less"
+    it saves x, gate(x) and up(x), and the backward pass computes the others again.
 
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. Gated MLPs: Shazeer 2020, arXiv:2002.05202.
@@ -190,6 +195,6 @@ def lora_mlp(
     tensors = (x, *As, *Bs, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return LoRAMLPFunction.apply(x, seed, down_seed, p, act, save, *weights, *As, *Bs, *biases, *scales)
-    hidden, *_ = ops.lora_gated_forward(x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, False)
+    hidden, *_ = ops.lora_gated_forward(x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, False, False)
     y, _ = ops.lora_linear_forward(hidden, weights[2], As[2], Bs[2], biases[2], scales[2], down_seed, p)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -105,7 +105,7 @@ def shrunk(item):
 
 
 def check(each, sizes, items):
-    row_pairs, slice_pairs, rides, ready, chains, most_chains, floats, most_floats, *of_parts = sizes
+    row_pairs, slices, rides, ready, chains, most_chains, floats, most_floats, *of_parts = sizes
     assert row_pairs == -(-each.M // PAIR_ROWS)
     assert ready == 2 * row_pairs
     assert chains <= most_chains
@@ -128,7 +128,10 @@ def check(each, sizes, items):
         waited_for = needed if each.backward or each.gated else [part for part in needed if part == i]
         assert all(low[part, pair] < number for part in waited_for) or (rides and col == 0)
     gradients = 0
-    firsts = range(0, row_pairs, slice_pairs)
+    firsts = [i * row_pairs // slices for i in range(slices)]
+    ends = dict(zip(firsts, [*firsts[1:], row_pairs], strict=True))
+    before = dict(zip(firsts[1:], firsts[:-1], strict=True))
+    assert len(ends) == slices, "none is empty"
     for work, place, wants in ((GRADIENT_A, 1, "wants_a"), (GRADIENT_B, 2, "wants_b")):
         sums = places(items, lambda item, work=work: [item[1:4]] if item[0] == work else [])
         wanted = set()
@@ -138,9 +141,9 @@ def check(each, sizes, items):
         assert set(sums) == wanted
         gradients += len(sums)
         for i, first, col in sums:
-            assert first == 0 or sums[i, first - slice_pairs, col] < sums[i, first, col], "slices are chained in order"
+            assert first == 0 or sums[i, before[first], col] < sums[i, first, col], "slices are chained in order"
             if work == GRADIENT_A:
-                waited_for = range(first, min(first + slice_pairs, row_pairs))
+                waited_for = range(first, ends[first])
                 assert i >= each.summed or all(low[i, pair] < sums[i, first, col] for pair in waited_for)
     assert len(items) == len(set(low.values())) * (not rides) + len(tiles) + gradients
 

@@ -215,7 +215,7 @@ def op_arguments(device, dtype, need):
     x, act = x.detach(), reference.ACTIVATIONS["silu"]
     scales = [torch.tensor(SCALE, device=device)] * 3
     sides = [column[:2] for column in columns]
-    forward = (x, *sides, scales[:2], None, 0.0, *act, True)
+    forward = (x, *sides, scales[:2], None, 0.0, *act, True, factors)
     _, gate, up, *xas = torch.ops.fused_lora.lora_gated_forward(*forward)
     xas.append(x.new_empty(48, 7).normal_())
     needs = [need] * 3
