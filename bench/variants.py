@@ -106,25 +106,34 @@ def compiled(problem: Problem) -> Variant:
     return Variant(lambda x: formula(x, weight, A, B, scale), {"A": A, "B": B})
 
 
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+    # With beta=0 the uninitialised memory is never read.
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """In place, but where it is compiled: torch 2.11 makes zeros of such gradients on a GPU."""
+    return torch.addmm(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
+
+
 class AddmmLoRA(torch.autograd.Function):
     """The best honest unfused torch: no elementwise pass over (M, N) or (M, K), the scale inside the GEMMs."""
 
     @staticmethod
     def forward(ctx, x, weight, A, B, scale):
-        y = F.linear(x, weight)
-        # With beta=0 the uninitialised memory is never read.
-        xa = x.new_empty(x.shape[0], A.shape[0]).addmm_(x, A.T, beta=0, alpha=scale)
+        xa = _scaled_product(x, A.T, scale)
         ctx.save_for_backward(x, weight, A, B, xa)
         ctx.scale = scale
-        return y.addmm_(xa, B.T)
+        return _add_product(F.linear(x, weight), xa, B.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, A, B, xa = ctx.saved_tensors
-        dxa = dy.new_empty(dy.shape[0], A.shape[0]).addmm_(dy, B, beta=0, alpha=ctx.scale)
-        dx = (dy @ weight).addmm_(dxa, A)
-        return dx, None, dxa.T @ x, dy.T @ xa, None
+        dxa = _scaled_product(dy, B, ctx.scale)
+        return _add_product(dy @ weight, dxa, A), None, dxa.T @ x, dy.T @ xa, None
 
 
 def addmm(problem: Problem) -> Variant:

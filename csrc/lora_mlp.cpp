@@ -6,7 +6,7 @@ namespace {
 
 using at::Tensor;
 
-// (M, cols) with rows padded to 16 bytes.
+// (M, cols) with padded rows.
 Tensor padded_like(const Tensor& x, int64_t M, int64_t cols) {
   return at::empty({M, padded(cols)}, x.options()).narrow(1, 0, cols);
 }

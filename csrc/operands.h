@@ -12,7 +12,11 @@
 
 namespace fused_lora {
 
-inline int64_t padded(int64_t cols) { return (cols + 7) / 8 * 8; }
+// Of a matrix with `cols` columns: elements from one row to the next, as in padding.py.
+inline int64_t padded(int64_t cols) {
+  const int64_t wide = (cols + 63) / 64 * 64;
+  return (wide - cols) * 16 <= cols ? wide : (cols + 7) / 8 * 8;
+}
 
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;  // the kernels count them in an int
 
@@ -21,7 +25,7 @@ inline bool addressable(const at::Tensor& matrix) {
          reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
 }
 
-// A matrix in `dtype` that the copy engine can address: the matrix itself, or a copy with rows padded to 16 bytes.
+// A matrix in `dtype` that the copy engine can address: the matrix itself, or a copy with padded rows.
 inline at::Tensor addressed(const at::Tensor& matrix, at::ScalarType dtype) {
   if (matrix.numel() == 0 || (matrix.scalar_type() == dtype && addressable(matrix))) return matrix;
   const at::Tensor copy = at::empty_strided(matrix.sizes(), {padded(matrix.size(1)), 1}, matrix.options().dtype(dtype));
@@ -37,7 +41,7 @@ inline at::Tensor flat(const at::Tensor& tensor) { return tensor.dim() == 2 ? te
 // The same, such that the copy engine can address it: for what several parts read, which then is copied once.
 inline at::Tensor rows_of(const at::Tensor& tensor) { return addressed(flat(tensor), tensor.scalar_type()); }
 
-// (M, r) with rows padded to 16 bytes, the last one too: kernels write pairs of columns.
+// (M, r) with padded rows, the last one too: kernels write pairs of columns.
 inline at::Tensor low_like(const at::Tensor& x, int64_t M, int64_t r) {
   const at::Tensor low = at::empty({M, padded(r)}, x.options());
   return r == padded(r) ? low : low.narrow(1, 0, r);

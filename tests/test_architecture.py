@@ -17,11 +17,12 @@ MAX_LINES = 300
 ROOMS = {
     "checks": set(),
     "reference": set(),
-    "kernels": {"checks", "reference"},
+    "padding": set(),
+    "kernels": {"checks", "reference", "padding"},
     "_C": set(),  # csrc, built
     "backends": {"kernels", "_C"},
-    "ops": {"backends", "kernels", "checks", "reference"},
-    "modules": {"ops", "checks", "reference"},
+    "ops": {"backends", "kernels", "checks", "reference", "padding"},
+    "modules": {"ops", "checks", "reference", "padding"},
     "relora": {"modules", "ops", "checks", "reference"},
     "pretrain": {"relora", "modules", "ops", "checks", "reference"},
     "integrations": {"relora", "modules", "ops", "checks", "reference"},

@@ -41,11 +41,11 @@ struct Consumer {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       multiply(await_stage(), step);
-      if (outbox.pending()) outbox.send_part();  // while this group and the one before it are under way
       if (step > 0) {
         ptx::wgmma_wait<1>();
         release(previous);
       }
+      if (outbox.pending()) outbox.send_part();
       previous = ring.stage;
       ring.advance();
     }
@@ -294,7 +294,7 @@ struct Consumer {
     chain.await_turn();
     if (g.sums != nullptr) chain.add_sum(sum);
     chain.add(acc);
-    if (!chain.last()) return outbox.hold(0, chain.flag());
+    if (!chain.last()) return outbox.hold_flag(chain.flag());
     if (g.out == nullptr) return;
     if (g.copied) {
       outbox.keep_gradient(acc, g, first_col);

@@ -151,11 +151,12 @@ struct MapMaker {
 };
 
 // out (M, N), contiguous: by the copy engine where its rows are multiples of 16 bytes.
-inline void set_out(Part& part, MapMaker& map, const Matrix& out) {
+inline void set_out(KernelParams& p, Part& part, MapMaker& map, const Matrix& out) {
   if (out.stride % 8 == 0) {
     part.out = map(out);
   } else {
     part.out_data = static_cast<uint16_t*>(out.data);
+    p.rows_start_anywhere = true;
   }
 }
 

@@ -1,5 +1,6 @@
-// One pass of the LoRA linear in one launch: a persistent kernel of clusters of two blocks, each with a thread that loads and
-// two warpgroups that multiply, and one thread that takes work items for both. docs/hopper.md tells its story.
+// One pass of the LoRA linear in one launch: a persistent kernel of clusters of two blocks, each with a thread that loads, two
+// warpgroups that multiply and two warps that finish what the copy engine cannot store, and one thread that takes work items for
+// both blocks. docs/hopper.md tells its story.
 #pragma once
 
 #include "consumer.cuh"
@@ -84,8 +85,8 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
       }
     } else if (takes_items) {
       take_items(shared, p, first_item);
-    } else if (C::kGated && threadIdx.x >= kWarpgroup - kGateThreads) {
-      if constexpr (C::kGated) in_form<C>(p.gated, [&](auto form) { GateWarps<C, T, form.value>{shared, p}.run(); });
+    } else if (threadIdx.x >= kWarpgroup - kFinishThreads) {
+      run_finisher<C, T>(shared, p);
     }
     __syncwarp();
     if (threadIdx.x < 32) leave(p);

@@ -92,7 +92,7 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
   if (b.gated) {
     p.gated = {b.gate.data, b.up.data, b.hidden.data, b.dgate.data, b.dup.data, b.gate.stride, b.activation, b.factors};
   } else if (b.needs_dx) {
-    set_out(p.part[0], map, b.dx);
+    set_out(p, p.part[0], map, b.dx);
   }
   if (map.error != cudaSuccess) return map.error;
   p.part[0].dA.partial = b.partial;

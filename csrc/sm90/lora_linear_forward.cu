@@ -14,7 +14,7 @@ Pass pass_of(const ForwardParams& f) {
   return pass;
 }
 
-void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x, bool gated) {
+void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x, bool gated) {
   part.lhs = map(x);
   part.weight = map(f.weight);
   if (part.r > 0) {
@@ -22,7 +22,7 @@ void set_part(Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x, 
     part.low = map(f.xa);
     part.up = map(f.B);
   }
-  if (!gated) set_out(part, map, f.y);
+  if (!gated) set_out(p, part, map, f.y);
   part.low_data = f.xa.data;
   part.low_stride = f.xa.stride;
   part.scale = f.scale;
@@ -47,7 +47,7 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   KernelParams p = params_of(pass, f.flags);
   MapMaker map{f.dtype};
   for (int i = 0; i < f.parts; ++i) {
-    set_part(p.part[i], map, f.part[i], f.x, f.gated);
+    set_part(p, p.part[i], map, f.part[i], f.x, f.gated);
     p.part[i].dropout = f.dropout;
   }
   if (f.gated) {

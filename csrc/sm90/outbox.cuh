@@ -2,8 +2,8 @@
 // tensor cores nor the stages wait for a tile's 64 kB to be stored.
 #pragma once
 
+#include "finisher.cuh"
 #include "fragments.cuh"
-#include "gated.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
 #include "warpgroup.cuh"
@@ -14,23 +14,23 @@ template <typename C, typename T>
 struct Outbox {
   static constexpr int kMostBoxes = C::kBlockN / kBox;
   static constexpr int kFlagParts = 2;
-  static constexpr bool kGated = C::kEpilogue != Epilogue::kPlain;
+  static constexpr bool kGated = C::kGated;
   static constexpr int kTileBoxes = C::kTileCols / kBox;
 
   Shared<C>& shared;
   const KernelParams& p;
   const Warpgroup self;
 
-  // Parts: boxes of 64 x 64 in 16 registers each, or what gated boxes go through; where somebody waits for the result, a step in
-  // which its bytes arrive, and its flag.
+  // Parts: boxes of 64 x 64 in 16 registers each, for the finisher with steps between them; where somebody waits for the result, a
+  // step in which its bytes arrive, and its flag.
   uint32_t boxes[kMostBoxes][16];
-  const CUtensorMap* map;
+  int map;                   // where among the parameters: half a pointer, since registers are scarce
   int first_row, first_col;  // in the map's matrix
-  int what;                  // part of the group whose out it is, or one of these
-  static constexpr int kLow = -1, kGradient = -2, kTransposed = -3;  // the last is a gradient, of which registers hold columns
-  int* flag = nullptr;
+  int what;                  // part of the group whose tile goes to the finisher, or one of these
+  static constexpr int kOut = -1, kLow = -2, kGradient = -3, kTransposed = -4;  // the last is a gradient, of which registers hold columns
+  int flag = kNoFlag;        // among the launch's
+  static constexpr int kNoFlag = -1;
   int next_part = 0, box_count = 0, parts = 0;
-  int gated_boxes = 0;  // that were left to be gated
 
   // A 64 x 2 kCount result for (row, col) of the map's matrix. What was pending goes out before.
   template <int kCount>
@@ -44,11 +44,10 @@ struct Outbox {
   template <int kCount>
   __device__ __forceinline__ void keep_out(const float (&acc)[kCount], int part, int row, int col) {
     keep(acc, &p.part[part].out, row, col, nullptr);
-    what = part;
-    if constexpr (kGated) {
-      parts = (kTileBoxes - 1) * p.schedule.gate_spacing + 1;
-      next_part = -self.index * p.schedule.gate_spacing / 2;
-    }
+    what = kGated || p.part[part].out_data != nullptr ? part : kOut;
+    if (!to_finisher()) return;
+    parts = (kTileBoxes - 1) * p.schedule.finish_spacing + 1;
+    next_part = -self.index * p.schedule.finish_spacing / 2;
   }
 
   // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
@@ -68,7 +67,7 @@ struct Outbox {
   }
 
   __device__ __forceinline__ void address(const CUtensorMap* of, int row, int col, int is) {
-    map = of;
+    map = static_cast<int>(reinterpret_cast<const char*>(of) - reinterpret_cast<const char*>(&p));
     first_row = row;
     first_col = col;
     what = is;
@@ -77,8 +76,13 @@ struct Outbox {
   __device__ __forceinline__ void hold(int count, int* raise_when_out) {
     next_part = 0;
     box_count = count;
-    flag = raise_when_out;
-    parts = count + (flag == nullptr ? 0 : kFlagParts);
+    flag = raise_when_out == nullptr ? kNoFlag : static_cast<int>(raise_when_out - p.next_item);
+    parts = count + (flag == kNoFlag ? 0 : kFlagParts);
+  }
+
+  __device__ __forceinline__ void hold_flag(int* raise) {
+    what = kLow;
+    hold(0, raise);
   }
 
   __device__ __forceinline__ bool pending() const { return next_part < parts; }
@@ -103,53 +107,55 @@ struct Outbox {
 
   // Before steps that may wait for a flag which is still pending here.
   __device__ __forceinline__ void send_flag() {
-    if (flag != nullptr) send_all();
+    if (flag != kNoFlag) send_all();
   }
 
   __device__ __forceinline__ void send_part() {
-    if (kGated && what >= 0) {
-      if constexpr (kGated) {
-        if (next_part >= 0 && next_part % p.schedule.gate_spacing == 0) send_to_gate(next_part / p.schedule.gate_spacing);
-      }
+    if (to_finisher()) {
+      const int spacing = p.schedule.finish_spacing;
+      if (next_part >= 0 && next_part % spacing == 0) send_to_finisher(next_part / spacing);
     } else if (next_part < box_count) {
       const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
       await_buffer();
       write_box(next_part, buffer);
       publish_buffer();
-      if (by_hand()) {
-        store_box(buffer, first_row, first_col + next_part * kBox);
-      } else if (self.thread() == 0) {
-        copy_out(buffer, next_part);
-      }
+      if (self.thread() == 0) copy_out(buffer, next_part);
     } else if (next_part + 1 == parts) {
-      raise(flag, box_count > 0);
+      raise(p.next_item + flag, box_count > 0);
     }
     ++next_part;
   }
 
   // Until what left it last has been read.
   __device__ __forceinline__ void await_buffer() const {
-    if (self.thread() == 0) ptx::tma_store_wait_read<0>();
-    if (kGated && gated_boxes > 0) ptx::mbarrier_wait(&shared.gate_empty[self.index], (gated_boxes - 1) % 2);
+    if (self.thread() == 0) {
+      ptx::tma_store_wait_read<0>();
+      if (kGated || p.rows_start_anywhere) ptx::mbarrier_wait(&shared.finish_empty[self.index], shared.finish_phase[self.index]);
+    }
     self.sync();
   }
 
-  // One box of a tile, forward its two halves' both.
-  __device__ __forceinline__ void send_to_gate(int box) {
+  // One box of a tile, of a gated forward one both halves'.
+  __device__ __forceinline__ void send_to_finisher(int box) {
     const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
     await_buffer();
     write_box(box, buffer);
     if constexpr (C::kGates) write_box(box + kTileBoxes, buffer + kBoxBytes);
-    if (box == 0) announce(first_row, first_col);
-    ptx::mbarrier_arrive(&shared.gate_full[self.index]);
-    ++gated_boxes;
+    if (box == 0) announce(first_row, first_col, what);
+    if (self.thread() == 0) shared.finish_phase[self.index] ^= 1;
+    ptx::mbarrier_arrive(&shared.finish_full[self.index]);
   }
 
-  // Whoever gates has read where the tile before is: it has given back boxes of it.
-  __device__ void announce(int row, int col) {
-    if (self.index > 0 || self.thread() > 0) return;
-    shared.gate_tile = {row, col};
-    ptx::mbarrier_arrive(&shared.gate_tile_full);
+  // A tile that the copy engine cannot store.
+  __device__ __forceinline__ bool to_finisher() const { return what >= 0; }
+
+  // The finisher has read where the tile before is: it has given back boxes of it.
+  __device__ __forceinline__ void announce(int row, int col, int part) {
+    const uint4 tile = {static_cast<uint32_t>(row), static_cast<uint32_t>(col), static_cast<uint32_t>(part), 0};
+    if (self.thread() == 0 && self.index == 0) {
+      ptx::store_shared(ptx::shared_address(&shared.finish_tile), tile);
+      ptx::mbarrier_arrive(&shared.finish_tile_full);
+    }
   }
 
   // What the warpgroup wrote there is seen by copies.
@@ -189,26 +195,12 @@ struct Outbox {
     }
   }
 
-  __device__ __forceinline__ bool by_hand() const { return !kGated && what >= 0 && p.part[what].out_data != nullptr; }
-
-  // A box of out, from shared memory to rows that start anywhere: two at a time, an element a thread.
-  __device__ __forceinline__ void store_box(uint32_t buffer, int row, int col) const {
-    const int c = self.thread() % kBox, cols = p.part[what].cols;
-    if (col + c >= cols) return;
-    uint16_t* out = p.part[what].out_data + col + c;
-#pragma unroll 8
-    for (int i = self.thread() / kBox; i < kBox; i += kWarpgroup / kBox) {
-      const uint16_t value = ptx::load_shared_16(buffer + swizzled(i, c / 8) + c % 8 * 2);
-      if (row + i < p.M) out[int64_t{row + i} * cols] = value;
-    }
-  }
-
   // Boxes lie side by side, but for those of a gradient: boxes_of(r) for each 64 of its columns.
   __device__ __forceinline__ void copy_out(uint32_t buffer, int box) {
     const int ranks = boxes_of(C::kBlockR), across = box / ranks * kBox, along = box % ranks * kBox;
     const int row = first_row + (what > kGradient ? 0 : what == kTransposed ? along : across);
     const int col = first_col + (what > kGradient ? box * kBox : what == kTransposed ? across : along);
-    ptx::tma_store(map, row, col, buffer);
+    ptx::tma_store(reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(&p) + map), row, col, buffer);
     ptx::tma_store_commit();
   }
 
@@ -227,37 +219,42 @@ struct Outbox {
 
   // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    const bool whole = next_part <= 0 && parts > 0 && what >= 0;
-    if (whole && kGated) {
-      if constexpr (kGated) in_form<C>(p.gated, [&](auto form) { gate_at_once<form.value>(); });
-    } else if (whole && box_count == kMostBoxes && !by_hand()) {
+    if (next_part <= 0 && parts > 0 && what >= kOut) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
       write_boxes<0>(buffers);
       publish_buffer();
-      if (self.thread() < parts) copy_out(buffers + self.thread() * kBoxBytes, self.thread());
+      finish_tile(buffers);
     } else {
       send_all();
     }
     ptx::tma_store_wait_read<0>();
-    if (kGated) announce(-1, 0);
+    if (kGated || p.rows_start_anywhere) announce(-1, 0, 0);
+  }
+
+  __device__ __forceinline__ void finish_tile(uint32_t buffers) {
+    if constexpr (kGated) {
+      in_form<C>(p.gated, [&](auto form) { gate_tile<form.value>(buffers); });
+    } else if (to_finisher()) {
+      for (int box = 0; box < kTileBoxes; ++box) {
+        store_rows<kWarpgroup>(p, p.part[what], first_row, first_col + box * kBox, buffers + box * kBoxBytes);
+      }
+    } else if (self.thread() < kTileBoxes) {
+      copy_out(buffers + self.thread() * kBoxBytes, self.thread());
+    }
   }
 
   template <Form kForm>
-  __device__ void gate_at_once() {
-    ptx::named_barrier(3, kConsumers * kWarpgroup);
-    const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
-    write_boxes<0>(buffers);
-    self.sync();
-    using Own = Chunks<C, kWarpgroup>;
+  __device__ __forceinline__ void gate_tile(uint32_t buffers) {
+    using Own = Chunks<kWarpgroup>;
     const Gate<C, T, kForm> gate{p};
 #pragma unroll(Own::kCount)
     for (int n = 0; n < kTileBoxes * Own::kCount; ++n) {
       const int box = n / Own::kCount, i = n % Own::kCount;
-      const Own chunks(p, first_row, first_col + box * kBox);
-      if (!chunks.has(i)) continue;
+      const Own own(p, first_row, first_col + box * kBox);
+      if (!own.has(i)) continue;
       const uint32_t from = buffers + box * kBoxBytes + Own::in_box(i);
-      const int64_t at = chunks.at(p, i);
+      const int64_t at = own.at(p, i);
       uint4 v[gate.kOperands] = {ptx::load_shared(from)}, hidden;
       if constexpr (C::kGateGrads) {
         v[1] = __ldcg(gate.at(p.gated.gate, at));

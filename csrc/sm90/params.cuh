@@ -61,7 +61,8 @@ struct KernelParams {
   CUtensorMap down_riding;
   Schedule schedule;
   int M, parts, summed;  // summed: those that tiles are made of, which come first
-  DType factor_dtype;  // of A's and B's gradients
+  bool rows_start_anywhere;  // in some part's out
+  DType factor_dtype;        // of A's and B's gradients
   // Zeros before and after a launch: next_item, exited and the parts' flags follow one another, flags in all.
   int* next_item;
   int* exited;

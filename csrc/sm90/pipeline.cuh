@@ -15,8 +15,8 @@ constexpr int kCluster = 2;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kGateThreads = 64;  // the last two warps of the warpgroup that loads
-constexpr int kGateAhead = 8;     // accesses of each
+constexpr int kFinishThreads = 64;  // the last two warps of the warpgroup that loads
+constexpr int kGateAhead = 8;       // accesses of each
 
 __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBox); }
 
@@ -32,6 +32,7 @@ struct Config {
   static constexpr bool kGates = kEpilogue == Epilogue::kGate, kGateGrads = kEpilogue == Epilogue::kGateGrad;
   static constexpr bool kGated = kEpilogue != Epilogue::kPlain;
   static constexpr int kTileCols = kGates ? kBlockN / 2 : kBlockN;  // of out
+  static constexpr int kFinishBoxes = kConsumers * kTileCols / kBox;  // of a tile
   static constexpr int kOutBytes = kGates ? 2 * kBoxBytes : kBoxBytes;  // of a warpgroup
 
   static constexpr int kTileBoxes = 2 + kBlockN / kBox;  // 128 rows of one operand, kBlockN of the other
@@ -49,7 +50,7 @@ struct Config {
 
   static constexpr int kStageBytes = kTileBoxes * kBoxBytes + kRideBytes;
   // Of a thread of the warpgroup that loads and of one that multiplies: all there are.
-  static constexpr int kLoadRegisters = kGated ? FL_LR : 40, kMultiplyRegisters = kGated ? FL_MR : 232;
+  static constexpr int kLoadRegisters = kGated ? 72 : 40, kMultiplyRegisters = kGated ? 216 : 232;
 
   static constexpr int kStages = kBlockN == 256 ? 4 : 6;
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
@@ -68,13 +69,14 @@ template <typename C>
 struct Shared {
   uint8_t stages[C::kStages][C::kStageBytes];
   uint8_t out[kConsumers][C::kOutBytes];
-  uint4 gate_ahead[C::kGateGrads ? kGateAhead : 1][2][C::kGateGrads ? kGateThreads : 1];  // gate and up from memory
+  uint4 gate_ahead[C::kGateGrads ? kGateAhead : 1][2][C::kGateGrads ? kFinishThreads : 1];  // gate and up from memory
   uint64_t full[C::kStages], empty[C::kStages];
   uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster
   Item item;
-  // Between the warpgroups that multiply and the warps that gate: boxes in out, and where the tile is that they are of.
-  uint64_t gate_full[kConsumers], gate_empty[kConsumers], gate_tile_full;
-  int2 gate_tile;  // row and column; -1: none comes any more
+  // Between the warpgroups that multiply and the finisher: boxes in out, and the tile that they are of.
+  uint64_t finish_full[kConsumers], finish_empty[kConsumers], finish_tile_full;
+  uint32_t finish_phase[kConsumers];  // of finish_empty, which ends when the finisher has given back the last box
+  int4 finish_tile;  // row, column and part; -1: none comes any more
 };
 
 template <typename C>
@@ -84,9 +86,10 @@ __device__ void init_barriers(Shared<C>& shared) {
     ptx::mbarrier_init(&shared.full[stage], 1);
     ptx::mbarrier_init(&shared.empty[stage], kCluster * kWarps);
   }
-  for (uint64_t& barrier : shared.gate_full) ptx::mbarrier_init(&barrier, kWarpgroup);
-  for (uint64_t& barrier : shared.gate_empty) ptx::mbarrier_init(&barrier, kGateThreads);
-  ptx::mbarrier_init(&shared.gate_tile_full, 1);
+  for (uint64_t& barrier : shared.finish_full) ptx::mbarrier_init(&barrier, kWarpgroup);
+  for (uint32_t& phase : shared.finish_phase) phase = 1;
+  for (uint64_t& barrier : shared.finish_empty) ptx::mbarrier_init(&barrier, kFinishThreads);
+  ptx::mbarrier_init(&shared.finish_tile_full, 1);
   ptx::mbarrier_init(&shared.item_full, 1);
   ptx::mbarrier_init(&shared.item_empty, kCluster * (kWarps + 1));
   ptx::fence_mbarrier_init();

@@ -81,9 +81,9 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   const bool long_tiles = pass.depth() >= 3072, masks_shrink = pass.drops && !pass.backward;  // which makes its items long
   // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
   s.rides = C::kCanRide && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols <= 4;
-  const int group_pairs = s.rides ? 32 : 8;
-  s.groups = ceil_div(s.row_pairs, group_pairs);
-  const bool small_groups = group_pairs * tile_cols < clusters / 2;
+  const int most_pairs = s.rides ? 32 : 8;  // of a group
+  s.groups = ceil_div(s.row_pairs, most_pairs);
+  const bool small_groups = most_pairs * tile_cols < clusters / 2;
   for (int i = 0; i < pass.parts; ++i) {
     if (pass.needs_low(i)) s.shrink_part[s.shrinking++] = static_cast<short>(i);
   }
@@ -95,13 +95,15 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   s.tail = long_tiles ? 0 : 4;
   // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
   const bool halves_slices = s.groups == 1 || (pass.drops && pass.depth() >= 2048);
-  s.gate_spacing = std::max<int>(1, pass.depth() / C::kTileCols);
+  s.finish_spacing = std::max<int>(1, pass.depth() / C::kTileCols);
   for (int i = 0; i < pass.parts; ++i) {
     if (pass.part[i].wants_dA) s.dA_pairs[i] = ceil_div(pass.part[i].cols, kCluster * C::kGradientCols);
     if (pass.part[i].wants_dB) s.dB_pairs[i] = ceil_div(pass.part[i].depth, kCluster * C::kGradientCols);
   }
   if (pass.backward && long_tiles && !pass.gated && tile_cols > 0 && 5 * tile_cols <= clusters) make_waves(s, pass, tile_cols, clusters);
-  s.slices = s.groups * (halves_slices && s.row_pairs > 4 * s.groups ? 2 : 1);
+  s.group_pairs = s.row_pairs / s.groups;
+  s.longer = s.row_pairs % s.groups;
+  s.slices = s.groups * (halves_slices && s.group_pairs >= 4 ? 2 : 1);
   return s;
 }
 

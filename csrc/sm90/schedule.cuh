@@ -6,8 +6,6 @@
 // is asked evenly. Where a group's tiles are nearly a wave of all clusters, its shrink items follow them too.
 #pragma once
 
-#include <cstdint>
-
 #include "../lora_linear.h"
 
 namespace fused_lora::sm90 {
@@ -37,7 +35,8 @@ struct alignas(16) Item {
 };
 
 struct Schedule {
-  int row_pairs, groups, slices;  // slices of the rows: a gradient item's; whole ones make a group
+  int row_pairs, groups, group_pairs, longer;  // the first `longer` groups have one pair more than group_pairs
+  int slices;  // of the rows, a gradient item's: groups, or their halves
   int parts, tile_cols[kMostParts];  // of each part's out, backward and gated of the first's; 0 where it is not wanted
   int shrinking;                     // parts whose low is wanted
   short shrink_part[kMostParts];     // which those are
@@ -48,21 +47,22 @@ struct Schedule {
   int tail;           // a step's gradient items come before this share of its tiles: the last 1 / tail, or none if 0
   bool waves;         // a step begins with its tiles
   int dA_pairs[kMostParts], dB_pairs[kMostParts];
-  int gate_spacing;  // steps of a gated tile between boxes that leave
+  int finish_spacing;  // steps of a tile between boxes of the one before that leave for the finisher
 
   // Whether another tile waits for what one brings forth. A flag that nobody waits for must not be raised: the launch may be
   // over by then.
   __host__ __device__ bool riding_low_is_awaited() const { return tile_cols[0] > 1; }
 
-  // The first row pair of a part of the rows, of `of` equal ones.
-  __host__ __device__ int first_pair(int part, int of) const {
-    return static_cast<int>(static_cast<int64_t>(part) * row_pairs / of);
-  }
+  __host__ __device__ int first_pair(int group) const { return group * group_pairs + min(group, longer); }
   __host__ __device__ int pairs(int group) const {
-    return group < 0 || group >= groups ? 0 : first_pair(group + 1, groups) - first_pair(group, groups);
+    return group < 0 || group >= groups ? 0 : group_pairs + (group < longer ? 1 : 0);
   }
-  // One past the last row of a slice.
-  __host__ __device__ int slice_end(int slice) const { return first_pair(slice + 1, slices) * kPairRows; }
+  __host__ __device__ int slice_first(int slice) const {
+    if (slices == groups) return first_pair(slice);
+    return first_pair(slice / 2) + slice % 2 * ceil_div(pairs(slice / 2), 2);
+  }
+  // One past the last row.
+  __host__ __device__ int slice_end(int slice) const { return slice_first(slice + 1) * kPairRows; }
   __host__ __device__ int shrinks(int group) const {
     return shrink_batch == 0 ? 0 : ceil_div(pairs(group), shrink_batch) * shrinking;
   }
@@ -76,8 +76,9 @@ struct Schedule {
     for (int part = 0; part < parts; ++part) cols += dA_pairs[part] + dB_pairs[part];
     return cols;
   }
+  __host__ __device__ int group_slices() const { return slices == groups ? 1 : 2; }
   __host__ __device__ int gradients(int group) const {
-    return group < 0 || group >= groups ? 0 : slices / groups * gradient_cols();
+    return group < 0 || group >= groups ? 0 : group_slices() * gradient_cols();
   }
 
   __host__ __device__ int first_step() const { return -max(shrink_lead, gradient_lead); }
@@ -102,7 +103,7 @@ struct Schedule {
   // another.
   __host__ __device__ Item shrink(int group, int i, int items) const {
     const int first = i / shrinking, stride = items / shrinking;
-    return {Work::kShrink, shrink_part[i % shrinking], first_pair(group, groups) + first,
+    return {Work::kShrink, shrink_part[i % shrinking], first_pair(group) + first,
             {ceil_div(pairs(group) - first, stride)}, {stride}};
   }
 
@@ -110,14 +111,14 @@ struct Schedule {
     int col = i / pairs(group);
     short part = 0;
     for (; col >= tile_cols[part]; ++part) col -= tile_cols[part];
-    return {Work::kTile, part, first_pair(group, groups) + i % pairs(group), {col}, {0}};
+    return {Work::kTile, part, first_pair(group) + i % pairs(group), {col}, {0}};
   }
 
   __host__ __device__ Item gradient(int group, int i) const {
     int col = i % gradient_cols();
     short part = 0;
     for (; col >= dA_pairs[part] + dB_pairs[part]; ++part) col -= dA_pairs[part] + dB_pairs[part];
-    const int slice = group * (slices / groups) + i / gradient_cols(), first = first_pair(slice, slices);
+    const int slice = group * group_slices() + i / gradient_cols(), first = slice_first(slice);
     if (col < dB_pairs[part]) return {Work::kGradientB, part, first, {col}, {slice}};
     return {Work::kGradientA, part, first, {col - dB_pairs[part]}, {slice}};
   }

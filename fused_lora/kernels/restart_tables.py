@@ -8,6 +8,7 @@ from math import ceil
 import torch
 import triton.language as tl
 
+from ..padding import padded
 from . import tiles
 from .launch import Layout, Plan, planned
 from .restart import fill_up_kernel, reinit_kernel, restart_kernel
@@ -67,7 +68,7 @@ def is_open(matrix: torch.Tensor) -> bool:
     """To 16-byte accesses along its rows: columns adjacent, rows aligned, of a multiple of 8 or filled up to one."""
     layout = Layout.of(matrix)
     end = matrix.storage_offset() + (layout.rows - 1) * layout.stride_row + filled(layout.cols)
-    own = layout.cols % 8 == 0 or layout.stride_row == filled(layout.cols)
+    own = layout.cols % 8 == 0 or layout.stride_row in (filled(layout.cols), padded(layout.cols))
     inside = end * matrix.element_size() <= matrix.untyped_storage().nbytes()
     return layout.stride_col == 1 and layout.stride_row % 8 == 0 and layout.aligned and own and inside
 

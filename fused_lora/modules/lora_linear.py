@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks, ops
+from .. import checks, ops, padding
 
 
 class LoRALinear(nn.Module):
@@ -50,6 +50,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.merged = False
+        self.pads_rows = True  # of weight, on a GPU, where its rows would not start at multiples of 16 bytes
         self.group = None  # LoRAGroup sets it
         like = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight = like.weight.requires_grad_(False)
@@ -59,6 +60,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(out_features, r, **factor))
         self.register_buffer("scale", self._new_scale(self.weight.device), persistent=False)
         self.reset_lora_parameters()
+        self._pad_rows()
 
     @property
     def scaling(self) -> float:
@@ -72,7 +74,16 @@ class LoRALinear(nn.Module):
         # .to(dtype) would round the scale and .to_empty() would lose it: it is made anew wherever the weight now lives.
         super()._apply(fn, recurse)
         self.scale = self._new_scale(self.weight.device)
+        self._pad_rows()
         return self
+
+    def __setstate__(self, state):  # of a copy too, whose weight is dense
+        super().__setstate__(state)
+        self._pad_rows()
+
+    def _pad_rows(self) -> None:
+        if self.pads_rows:
+            padding.pad_rows_(self.weight)
 
     def set_lora_alpha(self, lora_alpha: float) -> None:
         """Changes the scale in place: nothing recompiles, and captured CUDA graphs see it."""
@@ -99,9 +110,11 @@ class LoRALinear(nn.Module):
         lora_dtype=None,
         train_bias: bool = False,
     ) -> "LoRALinear":
-        """A LoRALinear on the linear's own parameters (no copy), which it freezes, the bias unless train_bias."""
+        """A LoRALinear on the linear's own parameters, which it freezes, the bias unless train_bias. They are not copied,
+        but a 16-bit weight on a GPU with in_features that are no multiple of 8 moves to padded rows (pads_rows)."""
         layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
         layer.freeze_base(train_bias)
+        layer._pad_rows()
         return layer
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .. import checks
+from .. import checks, padding
 from .lora_group import LoRAGroup
 from .lora_linear import LoRALinear
 from .lora_mlp import LoRAMLP, has_hooks, recognise
@@ -89,6 +89,7 @@ def replace_linear(
     lora_dtype: torch.dtype | None = None,
     train_bias: bool = False,
     fuse: str = "auto",
+    pad_rows: bool = True,
 ) -> ReplaceReport:
     """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
 
@@ -99,6 +100,10 @@ def replace_linear(
     With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
     become a LoRAGroup, which computes them together, and a module whose forward is down(act(gate(x)) up(x)) of three
     replaced layers becomes a LoRAMLP, which computes them as one; with "off" each stays alone.
+
+    On a GPU, 16-bit weights with in_features that are no multiple of 8 move to rows that start at multiples of 128
+    bytes; shapes, state dicts and results stay as they were. pad_rows=False leaves them dense, as FSDP2 wants them, and
+    each pass on Hopper copies them.
 
     Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
     """
@@ -118,6 +123,10 @@ def replace_linear(
                 parent._modules[child_name] = layers[id(child)]
     for layer in layers.values():
         layer.freeze_base(train_bias)
+        layer.pads_rows = pad_rows
+    if pad_rows:
+        for layer in layers.values():
+            padding.pad_rows_(layer.weight)
     if fuse == "auto":
         report.mlps = _fuse_mlps(model, report.replaced)
         report.groups = _group(model, set(report.replaced))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backends, checks, reference
+from .. import backends, checks, padding, reference
 from .library import define
 from .lora_group import _backward as _group_backward
 from .lora_group import _backward_fake as _group_backward_fake
@@ -28,11 +28,6 @@ def obstacle(
     return found or backends.gated_obstacle(tuple(A.shape[0] for A in As))
 
 
-def _padded(rows: int, cols: int, like: Tensor) -> Tensor:
-    """(rows, cols) whose rows start at multiples of 8 elements, as the copy engine wants them."""
-    return like.new_empty(rows, -(-cols // 8) * 8)[:, :cols]
-
-
 def _forward(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep, factors):
     flat = _rows(x)
     if x.numel() > 0 and obstacle(x.device, x.dtype, weights, As, Bs) is None:
@@ -43,16 +38,16 @@ def _forward(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep, f
         return hidden, gate, up, *(xa.contiguous() for xa in xas)
     gate, up, *xas = _group_forward(flat, weights, As, Bs, biases, scales, seed, p)
     shape = gate.shape
-    hidden = _padded(*shape, x).copy_(reference.gated(gate, up, linear, cubic))
+    hidden = padding.empty(*shape, x).copy_(reference.gated(gate, up, linear, cubic))
     kept = reference.gated_factors(gate, up, linear, cubic) if factors else (gate, up)
-    kept = [_padded(*shape, x).copy_(y) if keep else _padded(0, shape[1], x) for y in kept]
+    kept = [padding.empty(*shape, x).copy_(y) if keep else padding.empty(0, shape[1], x) for y in kept]
     return hidden, *kept, *xas
 
 
 def _forward_fake(x, weights, As, Bs, biases, scales, seed, p, linear, cubic, keep, factors):
     M, F = _rows(x).shape[0], weights[0].shape[0]
-    kept = [_padded(M if keep else 0, F, x) for _ in range(2)]
-    return _padded(M, F, x), *kept, *(x.new_empty((M, A.shape[0])) for A in As)
+    kept = [padding.empty(M if keep else 0, F, x) for _ in range(2)]
+    return padding.empty(M, F, x), *kept, *(x.new_empty((M, A.shape[0])) for A in As)
 
 
 # gate and up, or where hidden was kept the factors that the gradient of hidden is multiplied by.
@@ -95,7 +90,8 @@ def _backward_fake(
 
 define(
     "lora_gated_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
-    " Tensor? seed, float p, float linear, float cubic, bool keep, bool factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? seed, float p, float linear, float cubic, bool keep, bool factors)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -164,8 +160,8 @@ def lora_mlp(
     those of its own input (seed + 2^32). On Hopper, for ranks up to 128, the product act(gate) up is made in the launch
     that computes gate and up, and its gradient becomes theirs in the launch that computes it, without being stored.
 
-    Saves x, the product, and what its gradient is to be multiplied by, act(gate(x)) and act'(gate(x)) up(x). With save="less"
-    it saves x, gate(x) and up(x), and the backward pass computes the others again.
+    Saves x, the product, and what its gradient is to be multiplied by: act(gate(x)) and act'(gate(x)) up(x). With
+    save="less" it saves x, gate(x) and up(x), and the backward pass computes the others again.
 
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. Gated MLPs: Shazeer 2020, arXiv:2002.05202.
@@ -195,6 +191,8 @@ def lora_mlp(
     tensors = (x, *As, *Bs, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return LoRAMLPFunction.apply(x, seed, down_seed, p, act, save, *weights, *As, *Bs, *biases, *scales)
-    hidden, *_ = ops.lora_gated_forward(x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, False, False)
+    hidden, *_ = ops.lora_gated_forward(
+        x, weights[:2], As[:2], Bs[:2], biases[:2], scales[:2], seed, p, *act, False, False
+    )
     y, _ = ops.lora_linear_forward(hidden, weights[2], As[2], Bs[2], biases[2], scales[2], down_seed, p)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -19,7 +19,7 @@ void list(const Pass& pass, int clusters) {
     if (part.wants_dA) most_floats += most_partial_floats(part.cols, pass.most_rank());
     if (part.wants_dB) most_floats += most_partial_floats(part.depth, pass.most_rank()) + most_partial_cols(part.depth);
   }
-  std::printf("%d %d %d %lld %lld %lld %lld %lld", s.row_pairs, s.slices, s.rides, static_cast<long long>(ready_flags(pass.M)),
+  std::printf("%d %d %d %d %lld %lld %lld %lld %lld", s.row_pairs, s.groups, s.slices, s.rides, static_cast<long long>(ready_flags(pass.M)),
               chains, most_chains, floats, most_floats);
   for (int i = 0; i < pass.parts; ++i) std::printf(" %d %d %d", s.tile_cols[i], s.dA_pairs[i], s.dB_pairs[i]);
   std::printf(" ;");

@@ -25,10 +25,10 @@ def compile_to(target, source, out) -> str:
     return done.stderr
 
 
-def assert_no_spills(said: str, allowed: int = 0) -> int:
-    """How many kernels there were; each may keep so many bytes of registers in memory."""
+def assert_no_spills(said: str) -> int:
+    """How many kernels there were."""
     frames = [int(size) for size in re.findall(r"(\d+) bytes stack frame, \d+ bytes spill stores", said)]
-    assert max(frames) <= allowed
+    assert max(frames) == 0
     return len(frames)
 
 
@@ -53,9 +53,8 @@ def test_no_spills(source, arch, tmp_path):
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_hopper_kernels(source, tmp_path):
     said = compile_to(HOPPER, source, tmp_path / "out.cubin")
-    # Gradients of gate and up are two registers too many, kept aside once a box of 64 x 64.
-    gated, spills = "gated" in source.stem, "backward_gated" in source.stem
-    assert assert_no_spills(said, allowed=8 if spills else 0) == (6 if gated else 14)
+    count = 6 if "gated" in source.stem else 14
+    assert assert_no_spills(said) == count
     # C7510, C7512 and their like: the compiler waits after every product. C7519: it had to add a fence of its own.
     assert not re.findall(r"\(C75\d\d\)", said)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
@@ -65,11 +64,14 @@ def test_hopper_kernels(source, tmp_path):
         pytest.skip("needs cuobjdump")
     sass = subprocess.run([command, "-sass", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True)
     kernels = sass.stdout.split("Function : ")[1:]
-    assert len(kernels) == (6 if "gated" in source.stem else 14)
+    assert len(kernels) == count
     for kernel in kernels:
         assert "HGMMA" in kernel
         assert "UTMALDG" in kernel
-        assert spills or not re.search(r"\b(LDL|STL)\b", kernel)
+        assert not re.search(r"\b(LDL|STL)\b", kernel)
+        # Where the compiler takes a loop of products for divergent, it makes their descriptors in vector registers, and
+        # moves each before its product: 2 to 4% slower.
+        assert len(re.findall(r"\bR2UR\b", kernel)) < 5 * len(re.findall(r"\bHGMMA\b", kernel))
         # A step waits for the products of the one before, not for its own.
         assert "gsb0, 0x1" in kernel
 

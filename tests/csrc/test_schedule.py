@@ -104,8 +104,16 @@ def shrunk(item):
     return [(part, first + i * stride) for i in range(count)] if work == SHRINK else []
 
 
+def slice_firsts(row_pairs, groups, slices):
+    """The first row pairs of groups, the longer ones first, or of their halves."""
+    each, longer = divmod(row_pairs, groups)
+    pairs = [each + (group < longer) for group in range(groups)]
+    lengths = pairs if slices == groups else [half for n in pairs for half in (n - n // 2, n // 2)]
+    return [0, *itertools.accumulate(lengths[:-1])]
+
+
 def check(each, sizes, items):
-    row_pairs, slices, rides, ready, chains, most_chains, floats, most_floats, *of_parts = sizes
+    row_pairs, groups, slices, rides, ready, chains, most_chains, floats, most_floats, *of_parts = sizes
     assert row_pairs == -(-each.M // PAIR_ROWS)
     assert ready == 2 * row_pairs
     assert chains <= most_chains
@@ -128,7 +136,7 @@ def check(each, sizes, items):
         waited_for = needed if each.backward or each.gated else [part for part in needed if part == i]
         assert all(low[part, pair] < number for part in waited_for) or (rides and col == 0)
     gradients = 0
-    firsts = [i * row_pairs // slices for i in range(slices)]
+    firsts = slice_firsts(row_pairs, groups, slices)
     ends = dict(zip(firsts, [*firsts[1:], row_pairs], strict=True))
     before = dict(zip(firsts[1:], firsts[:-1], strict=True))
     assert len(ends) == slices, "none is empty"
@@ -154,7 +162,7 @@ def test_all_work_once_and_in_an_order_that_can_finish(list_work):
     assert len(listed) == len(passes)
     for each, (sizes, items) in zip(passes, listed, strict=True):
         check(each, sizes, items)
-    assert {bool(sizes[2]) for sizes, _ in listed} == {True, False}, "some ride and some do not"
+    assert {bool(sizes[3]) for sizes, _ in listed} == {True, False}, "some ride and some do not"
 
 
 def test_the_check_can_fail(list_work):

@@ -99,10 +99,11 @@ def test_mlps_of_many_rows(M, K, F_, N, ranks, p):
 def test_the_same_bits_each_time():
     x, parts = make_mlp(9000, 520, 1037, 520, (128, 64, 16), "cuda", torch.bfloat16)
     dy = randn(9000, 520, device="cuda", dtype=torch.bfloat16)
-    first = results(fused, x, parts, dy, "silu")
-    for save in ("all", "less") * 3:
-        for name, value in results(fused, x, parts, dy, "silu", save=save).items():
-            assert torch.equal(value, first[name]), name
+    for save in ("all", "less"):
+        first = results(fused, x, parts, dy, "silu", save=save)
+        for _ in range(3):
+            for name, value in results(fused, x, parts, dy, "silu", save=save).items():
+                assert torch.equal(value, first[name]), name
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -110,10 +111,10 @@ def test_the_same_bits_each_time():
 def test_only_what_is_wanted(frozen, device):
     x, parts = make_mlp(300, 64, 136, 72, (8, 8, 8), device, torch.bfloat16)
     dy = randn(300, 72, device=device, dtype=torch.bfloat16)
-    whole = results(fused, x, parts, dy, "silu")
+    wholes = {save: results(fused, x, parts, dy, "silu", save=save) for save in ("all", "less")}
     for tensor in [x] if frozen == "x" else [part[frozen] for part in parts]:
         tensor.requires_grad_(False)
-    for save in ("all", "less"):
+    for save, whole in wholes.items():
         for name, value in results(fused, x, parts, dy, "silu", save=save).items():
             assert torch.equal(value, whole[name]), name
 
@@ -206,9 +207,11 @@ def test_the_formula_of_an_activation(activation):
     expected = torch.autograd.grad(ACTS[activation](t) * u, (t, u), d)
     for got, value in zip(reference.gated_backward(d, t, u, *act), expected, strict=True):
         torch.testing.assert_close(got, value)
+    of_up, of_gate = reference.gated_factors(t, u, *act)
+    torch.testing.assert_close((d * of_gate, d * of_up), expected)
 
 
-def op_arguments(device, dtype, need):
+def op_arguments(device, dtype, need, factors):
     """Of the two ops: all gradients wanted, or none but dx."""
     x, parts = make_mlp(48, 40, 51, 24, (8, 5, 7), device, dtype, lora_dtype=torch.float32)
     columns = [[part[name].detach() for part in parts] for name in ("weight", "A", "B", "bias")]
@@ -216,18 +219,36 @@ def op_arguments(device, dtype, need):
     scales = [torch.tensor(SCALE, device=device)] * 3
     sides = [column[:2] for column in columns]
     forward = (x, *sides, scales[:2], None, 0.0, *act, True, factors)
-    _, gate, up, *xas = torch.ops.fused_lora.lora_gated_forward(*forward)
+    hidden, gate, up, *xas = torch.ops.fused_lora.lora_gated_forward(*forward)
     xas.append(x.new_empty(48, 7).normal_())
     needs = [need] * 3
     dy = randn(48, 24, device=device, dtype=dtype)
-    backward = (dy, x, None, gate, up, *columns[:3], xas, scales, None, None, 0.0, True, needs, needs, needs, *act)
+    backward = (
+        dy,
+        x,
+        hidden if factors else None,
+        gate,
+        up,
+        *columns[:3],
+        xas,
+        scales,
+        None,
+        None,
+        0.0,
+        True,
+        needs,
+        needs,
+        needs,
+        *act,
+    )
     return forward, backward
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("need", [True, False])
-def test_opcheck(need, device):
-    forward, backward = op_arguments(device, torch.bfloat16, need)
+@pytest.mark.parametrize("factors", [True, False])
+def test_opcheck(factors, need, device):
+    forward, backward = op_arguments(device, torch.bfloat16, need, factors)
     torch.library.opcheck(torch.ops.fused_lora.lora_gated_forward.default, forward)
     torch.library.opcheck(torch.ops.fused_lora.lora_mlp_backward.default, backward)
 

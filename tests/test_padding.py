@@ -1,0 +1,86 @@
+"""Rows at multiples of 128 bytes, and weights that move to them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lora import LoRALinear, padding, replace_linear
+from tests.accuracy import assert_accurate
+
+gpu = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("cols", "expected"),
+    [(1, 8), (8, 8), (151, 152), (1009, 1024), (2736, 2752), (5461, 5504), (5504, 5504), (50257, 50304)],
+)
+def test_few_columns_more_than_there_are(cols, expected):
+    assert padding.padded(cols) == expected
+    rows = padding.empty(3, cols, torch.zeros(1, dtype=torch.float16))
+    assert rows.shape == (3, cols)
+    assert rows.stride() == (expected, 1)
+    assert rows.dtype is torch.float16
+
+
+def test_on_a_cpu_rows_stay_where_they_are():
+    weight = nn.Parameter(torch.zeros(4, 13, dtype=torch.bfloat16))
+    data = weight.data_ptr()
+    padding.pad_rows_(weight)
+    assert weight.data_ptr() == data
+
+
+def net(device="cuda", dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 141), nn.Linear(141, 24), nn.Linear(24, 8)).to(device, dtype)
+
+
+@gpu
+def test_a_converted_weight_moves_and_is_the_same():
+    model = net()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    objects = dict(model.named_parameters())
+    replace_linear(model, r=4)
+    assert [layer.weight.stride(0) for layer in model] == [64, 144, 24]
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert parameter is objects[name]
+            assert torch.equal(parameter, before[name])
+
+
+@gpu
+def test_it_stays_so_through_what_happens_to_modules():
+    model = net()
+    replace_linear(model, r=4)
+    moved = copy.deepcopy(model).cpu().cuda()
+    loaded = net()
+    replace_linear(loaded, r=4)
+    loaded.load_state_dict(model.cpu().state_dict())
+    for other in (moved, loaded, copy.deepcopy(loaded), model.cuda()):
+        assert other[1].weight.stride() == (144, 1)
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), moved.parameters(), strict=True))
+    assert LoRALinear(141, 24, 4, device="cuda", dtype=torch.float16).weight.stride() == (144, 1)
+    assert LoRALinear(141, 24, 4, device="cuda").weight.is_contiguous(), "float32 does not go through the copy engine"
+
+
+@gpu
+def test_dense_where_asked_for():
+    model = net()
+    replace_linear(model, r=4, pad_rows=False)
+    assert all(layer.weight.is_contiguous() for layer in model.cpu().cuda())
+
+
+@gpu
+def test_merged_in_place_with_nothing_written_beyond_the_rows():
+    model = net()
+    replace_linear(model, r=4)
+    layer = model[1]
+    nn.init.normal_(layer.lora_B)
+    whole = layer.weight.data.as_strided((24, 144), (144, 1))
+    whole[:, 141:] = 7
+    exact = layer.weight.double() + layer.scale.double() * layer.lora_B.double() @ layer.lora_A.double()
+    plain = torch.addmm(layer.weight.contiguous(), layer.lora_B, layer.lora_A, alpha=layer.scale.item())
+    layer.merge_()
+    assert_accurate("weight", layer.weight.detach(), exact, plain)
+    assert (whole[:, 141:] == 7).all()
