@@ -10,9 +10,9 @@ TINY = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 1e-6, torch.fl
 def assert_accurate(name, got, exact, torch_result):
     """|got - exact| against |torch_result - exact|, exact in float64.
 
-    Largest error at most twice torch's, or what three roundings may cost the largest entry, those of two operands and of
-    the result; mean error at most 1.2 times torch's, and the mean signed errors small: a cast that truncates passes the
-    first rule alone. The slack is TINY of the exact result's size; a NaN fails everything.
+    Largest error at most twice torch's, or what three roundings may cost the largest entry, those of two operands and
+    of the result; mean error at most 1.2 times torch's, and the mean signed errors small: a cast that truncates passes
+    the first rule alone. The slack is TINY of the exact result's size; a NaN fails everything.
     """
     slack = TINY[torch_result.dtype] * max(exact.abs().max().item(), 1e-30) if exact.numel() else 0.0
     got_error, torch_error = got.double() - exact, torch_result.double() - exact
