@@ -65,7 +65,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
 
   const Tensor dy_rows = rows_of(dy), x_rows = rows_of(x);
   BackwardOperands first(x);  // dgate and dup from dy
-  first.add(dy_rows, down_x, weights[kDown], As[kDown], Bs[kDown], xas[kDown], dxa, scales[kDown], down_dropout, {}, x.scalar_type());
+  first.add(dy_rows, dgate, weights[kDown], As[kDown], Bs[kDown], xas[kDown], dxa, scales[kDown], down_dropout, {}, x.scalar_type());
   first.params.needs_dx = true;
   first.params.gated = true;
   first.params.factors = hidden.has_value();

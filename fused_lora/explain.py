@@ -85,7 +85,10 @@ def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, 
         for name, columns in (("forward", N), ("backward", K))
     ]
     notes = ["x, dy or a weight whose rows do not start at multiples of 16 bytes is copied first"]
-    for name, size, copied in (("in_features", K, "x is"), ("out_features", N, "dy is")):
+    for name, size, copied in (
+        ("in_features", K, "x is, and the weight unless its rows are padded,"),
+        ("out_features", N, "dy is"),
+    ):
         if size % 8:
             notes.append(f"{name}={size} is not a multiple of 8: {copied} copied to padded rows")
     if factor_dtype != dtype:

@@ -133,10 +133,14 @@ def _value_and_slope(t, linear, cubic):
 
 
 def gated_factors(gate, up, linear, cubic):
-    """(act(gate), act'(gate) up): times the gradient of act(gate) up they are up's and gate's."""
+    """(act(gate), act'(gate) up): times the gradient of act(gate) up they are up's and gate's. Finite in float16, or a
+    gradient of 0 would become NaN."""
     compute = _compute_dtype(gate.dtype)
     value, slope = _value_and_slope(gate.to(compute), linear, cubic)
-    return value.to(gate.dtype), (slope * up.to(compute)).to(gate.dtype)
+    of_gate = slope * up.to(compute)
+    if gate.dtype is torch.float16:
+        of_gate = of_gate.clamp(-65504, 65504)
+    return value.to(gate.dtype), of_gate.to(gate.dtype)
 
 
 def gated_backward(dhidden, gate, up, linear, cubic):

@@ -1,6 +1,7 @@
 """Rows at multiples of 128 bytes, and weights that move to them."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -57,7 +58,15 @@ def test_it_stays_so_through_what_happens_to_modules():
     loaded = net()
     replace_linear(loaded, r=4)
     loaded.load_state_dict(model.cpu().state_dict())
-    for other in (moved, loaded, copy.deepcopy(loaded), model.cuda()):
+    assigned = net()
+    replace_linear(assigned, r=4)
+    dense = {name: value.contiguous() for name, value in model.cuda().state_dict().items()}
+    assigned.load_state_dict(dense, assign=True)
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    read = torch.load(kept, weights_only=False)
+    for other in (moved, loaded, copy.deepcopy(loaded), assigned, read, model):
         assert other[1].weight.stride() == (144, 1)
         assert all(torch.equal(a, b) for a, b in zip(other.parameters(), moved.parameters(), strict=True))
     assert LoRALinear(141, 24, 4, device="cuda", dtype=torch.float16).weight.stride() == (144, 1)
@@ -68,7 +77,30 @@ def test_it_stays_so_through_what_happens_to_modules():
 def test_dense_where_asked_for():
     model = net()
     replace_linear(model, r=4, pad_rows=False)
-    assert all(layer.weight.is_contiguous() for layer in model.cpu().cuda())
+    assert all(layer.weight.is_contiguous() for layer in copy.deepcopy(model).cpu().cuda())
+    assert LoRALinear(141, 24, 4, device="cuda", dtype=torch.float16, pad_rows=False).weight.is_contiguous()
+    assert LoRALinear.from_linear(net()[1], 4, pad_rows=False).weight.is_contiguous()
+
+
+@gpu
+def test_what_shares_its_memory_stays_where_it_is():
+    whole = torch.randn(48, 141, device="cuda", dtype=torch.bfloat16)
+    linear = nn.Linear(141, 24, bias=False, device="meta", dtype=torch.bfloat16)
+    linear.weight = nn.Parameter(whole[:24])
+    assert LoRALinear.from_linear(linear, 4).weight.data_ptr() == whole.data_ptr()
+
+
+def test_a_layer_from_before_there_was_the_choice():
+    layer = LoRALinear(13, 8, 4)
+    del layer.__dict__["pads_rows"]
+    again = copy.deepcopy(layer).to(torch.bfloat16)
+    assert again.weight.dtype is torch.bfloat16
+
+
+def test_not_by_default_where_a_process_group_is(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not LoRALinear(13, 8, 4).pads_rows
+    assert LoRALinear(13, 8, 4, pad_rows=True).pads_rows
 
 
 @gpu

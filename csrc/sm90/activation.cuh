@@ -23,7 +23,7 @@ class Act {
     const float2 g = unpack<T>(gate), u = unpack<T>(up);
     const Both a = at(g.x), b = at(g.y);
     gate = pack<T>(a.value, b.value);
-    up = pack<T>(a.slope * u.x, b.slope * u.y);
+    up = pack_finite<T>(a.slope * u.x, b.slope * u.y);
     return pack<T>(a.value * u.x, b.value * u.y);
   }
 

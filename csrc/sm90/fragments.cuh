@@ -1,6 +1,8 @@
 // Operands in shared memory as the tensor cores are told of them, and their results in 16 bits.
 #pragma once
 
+#include <type_traits>
+
 #include "../ptx/wgmma.cuh"
 #include "tensor_map.h"
 
@@ -42,6 +44,17 @@ template <typename T>
 __device__ __forceinline__ uint32_t pack(float a, float b) {
   const auto pair = Round<T>::pair(a, b);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// What float16 cannot hold becomes its largest number.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_finite(float a, float b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    constexpr float kMost = 65504;
+    a = fminf(fmaxf(a, -kMost), kMost);
+    b = fminf(fmaxf(b, -kMost), kMost);
+  }
+  return pack<T>(a, b);
 }
 
 template <typename T>

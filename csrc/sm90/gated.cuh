@@ -34,9 +34,9 @@ struct Gate {
     if constexpr (!C::kGateGrads) {
       hidden.*i = p.gated.factors ? act.hidden_and_factors(v[0].*i, v[1].*i) : act.hidden(v[0].*i, v[1].*i);
     } else if constexpr (kForm == Form::kFactors) {
-      const uint32_t act = v[1].*i;
+      const uint32_t value = v[1].*i;
       v[1].*i = multiply_pairs<T>(v[0].*i, v[2].*i);
-      v[2].*i = multiply_pairs<T>(v[0].*i, act);
+      v[2].*i = multiply_pairs<T>(v[0].*i, value);
     } else {
       act.turn(v[0].*i, v[1].*i, v[2].*i);
       hidden.*i = v[0].*i;

@@ -150,7 +150,7 @@ struct MapMaker {
   }
 };
 
-// out (M, N), contiguous: by the copy engine where its rows are multiples of 16 bytes.
+// out (M, N), contiguous: by the copy engine where its rows are multiples of 16 bytes, else by the finisher.
 inline void set_out(KernelParams& p, Part& part, MapMaker& map, const Matrix& out) {
   if (out.stride % 8 == 0) {
     part.out = map(out);

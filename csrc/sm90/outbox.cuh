@@ -15,7 +15,7 @@ struct Outbox {
   static constexpr int kMostBoxes = C::kBlockN / kBox;
   static constexpr int kFlagParts = 2;
   static constexpr bool kGated = C::kGated;
-  static constexpr int kTileBoxes = C::kTileCols / kBox;
+  static constexpr int kOutBoxes = C::kTileCols / kBox;
 
   Shared<C>& shared;
   const KernelParams& p;
@@ -46,7 +46,7 @@ struct Outbox {
     keep(acc, &p.part[part].out, row, col, nullptr);
     what = kGated || p.part[part].out_data != nullptr ? part : kOut;
     if (!to_finisher()) return;
-    parts = (kTileBoxes - 1) * p.schedule.finish_spacing + 1;
+    parts = (kOutBoxes - 1) * p.schedule.finish_spacing + 1;
     next_part = -self.index * p.schedule.finish_spacing / 2;
   }
 
@@ -140,7 +140,7 @@ struct Outbox {
     const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
     await_buffer();
     write_box(box, buffer);
-    if constexpr (C::kGates) write_box(box + kTileBoxes, buffer + kBoxBytes);
+    if constexpr (C::kGates) write_box(box + kOutBoxes, buffer + kBoxBytes);
     if (box == 0) announce(first_row, first_col, what);
     if (self.thread() == 0) shared.finish_phase[self.index] ^= 1;
     ptx::mbarrier_arrive(&shared.finish_full[self.index]);
@@ -236,10 +236,10 @@ struct Outbox {
     if constexpr (kGated) {
       in_form<C>(p.gated, [&](auto form) { gate_tile<form.value>(buffers); });
     } else if (to_finisher()) {
-      for (int box = 0; box < kTileBoxes; ++box) {
+      for (int box = 0; box < kOutBoxes; ++box) {
         store_rows<kWarpgroup>(p, p.part[what], first_row, first_col + box * kBox, buffers + box * kBoxBytes);
       }
-    } else if (self.thread() < kTileBoxes) {
+    } else if (self.thread() < kOutBoxes) {
       copy_out(buffers + self.thread() * kBoxBytes, self.thread());
     }
   }
@@ -249,7 +249,7 @@ struct Outbox {
     using Own = Chunks<kWarpgroup>;
     const Gate<C, T, kForm> gate{p};
 #pragma unroll(Own::kCount)
-    for (int n = 0; n < kTileBoxes * Own::kCount; ++n) {
+    for (int n = 0; n < kOutBoxes * Own::kCount; ++n) {
       const int box = n / Own::kCount, i = n % Own::kCount;
       const Own own(p, first_row, first_col + box * kBox);
       if (!own.has(i)) continue;
@@ -260,7 +260,7 @@ struct Outbox {
         v[1] = __ldcg(gate.at(p.gated.gate, at));
         v[2] = __ldcg(gate.at(p.gated.up, at));
       } else {
-        v[1] = ptx::load_shared(from + kTileBoxes * kBoxBytes);
+        v[1] = ptx::load_shared(from + kOutBoxes * kBoxBytes);
       }
       gate.turn(v, hidden);
       gate.store(v, hidden, at);

@@ -16,7 +16,7 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kFinishThreads = 64;  // the last two warps of the warpgroup that loads
-constexpr int kGateAhead = 8;       // accesses of each
+constexpr int kGateAhead = 8;       // chunks of each thread, a box
 
 __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBox); }
 

@@ -100,10 +100,11 @@ Schedule make_schedule(const Pass& pass, int clusters) {
     if (pass.part[i].wants_dA) s.dA_pairs[i] = ceil_div(pass.part[i].cols, kCluster * C::kGradientCols);
     if (pass.part[i].wants_dB) s.dB_pairs[i] = ceil_div(pass.part[i].depth, kCluster * C::kGradientCols);
   }
-  if (pass.backward && long_tiles && !pass.gated && tile_cols > 0 && 5 * tile_cols <= clusters) make_waves(s, pass, tile_cols, clusters);
+  const bool few_cols = tile_cols > 0 && 5 * tile_cols <= clusters;
+  if (pass.backward && long_tiles && few_cols && !pass.gated) make_waves(s, pass, tile_cols, clusters);
   s.group_pairs = s.row_pairs / s.groups;
   s.longer = s.row_pairs % s.groups;
-  s.slices = s.groups * (halves_slices && s.group_pairs >= 4 ? 2 : 1);
+  s.slices = s.groups * (halves_slices && s.group_pairs > 4 ? 2 : 1);
   return s;
 }
 

@@ -3,7 +3,7 @@
 //
 // Rows come in groups whose tiles run together, so that weight and activations stay in L2. The list goes through the groups;
 // before a group's tiles stand the shrink items of a later one, after most of them the gradient items of one near it: memory
-// is asked evenly. Where a group's tiles are nearly a wave of all clusters, its shrink items follow them too.
+// is asked evenly. Where groups are waves, tiles come first, then the next group's shrink items, then gradient items.
 #pragma once
 
 #include "../lora_linear.h"

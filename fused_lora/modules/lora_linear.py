@@ -1,5 +1,6 @@
 """LoRALinear: the frozen linear and its low-rank update, as one module."""
 
+import copy
 import math
 
 import torch
@@ -20,9 +21,15 @@ class LoRALinear(nn.Module):
     lora_B zero, so a new layer computes what the linear did. lora_dropout acts on the update's input in training.
     While merged, forward is the plain linear on the merged weight, and state_dict holds that weight.
 
+    On a GPU, a 16-bit weight with in_features that are no multiple of 8 lies in padded rows: a view of the same shape,
+    which safetensors wants .contiguous(). pad_rows=False leaves it dense, as FSDP needs it; the default pads it where
+    torch.distributed is not initialized.
+
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
+
+    pads_rows = True  # of layers that were pickled before there was the choice
 
     def __init__(
         self,
@@ -36,6 +43,7 @@ class LoRALinear(nn.Module):
         device=None,
         dtype=None,
         lora_dtype=None,
+        pad_rows: bool | None = None,
     ):
         checks.check_rank(r)
         checks.check_scale("lora_alpha", lora_alpha)
@@ -50,7 +58,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.merged = False
-        self.pads_rows = True  # of weight, on a GPU, where its rows would not start at multiples of 16 bytes
+        self.pads_rows = padding.by_default() if pad_rows is None else pad_rows
         self.group = None  # LoRAGroup sets it
         like = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight = like.weight.requires_grad_(False)
@@ -77,9 +85,15 @@ class LoRALinear(nn.Module):
         self._pad_rows()
         return self
 
-    def __setstate__(self, state):  # of a copy too, whose weight is dense
-        super().__setstate__(state)
-        self._pad_rows()
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pad_rows()  # what was assigned may be dense
+
+    def __deepcopy__(self, memo):
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        new._pad_rows()  # a parameter's copy is dense
+        return new
 
     def _pad_rows(self) -> None:
         if self.pads_rows:
@@ -109,11 +123,15 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
         lora_dtype=None,
         train_bias: bool = False,
+        pad_rows: bool | None = None,
     ) -> "LoRALinear":
-        """A LoRALinear on the linear's own parameters, which it freezes, the bias unless train_bias. They are not copied,
-        but a 16-bit weight on a GPU with in_features that are no multiple of 8 moves to padded rows (pads_rows)."""
+        """A LoRALinear on the linear's own parameters, which it freezes, the bias unless train_bias.
+
+        Nothing is copied, but where a weight moves to padded rows.
+        """
         layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
         layer.freeze_base(train_bias)
+        layer.pads_rows = layer.pads_rows if pad_rows is None else pad_rows
         layer._pad_rows()
         return layer
 

@@ -89,7 +89,7 @@ def replace_linear(
     lora_dtype: torch.dtype | None = None,
     train_bias: bool = False,
     fuse: str = "auto",
-    pad_rows: bool = True,
+    pad_rows: bool | None = None,
 ) -> ReplaceReport:
     """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
 
@@ -102,8 +102,8 @@ def replace_linear(
     replaced layers becomes a LoRAMLP, which computes them as one; with "off" each stays alone.
 
     On a GPU, 16-bit weights with in_features that are no multiple of 8 move to rows that start at multiples of 128
-    bytes; shapes, state dicts and results stay as they were. pad_rows=False leaves them dense, as FSDP2 wants them, and
-    each pass on Hopper copies them.
+    bytes, as views of the same shape, which safetensors wants .contiguous(). pad_rows=False leaves them dense, as FSDP
+    needs them, and each pass on Hopper copies them; the default pads them where torch.distributed is not initialized.
 
     Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
     """
@@ -123,10 +123,8 @@ def replace_linear(
                 parent._modules[child_name] = layers[id(child)]
     for layer in layers.values():
         layer.freeze_base(train_bias)
-        layer.pads_rows = pad_rows
-    if pad_rows:
-        for layer in layers.values():
-            padding.pad_rows_(layer.weight)
+        layer.pads_rows = padding.by_default() if pad_rows is None else pad_rows
+        layer._pad_rows()
     if fuse == "auto":
         report.mlps = _fuse_mlps(model, report.replaced)
         report.groups = _group(model, set(report.replaced))
