@@ -10,7 +10,6 @@ Under torchrun, each rank takes a step's micro-batches as DistributedDataParalle
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -29,6 +28,7 @@ from fused_lora.pretrain.llama import Llama, next_token_loss
 
 from .record import RESULTS, circumstances, slug
 from .step_arms import ARMS, CASES, CPU_CASES, FLOOR, FULL, Case, factors, flops
+from .step_report import table, write
 from .timing import interleave
 
 EAGER, COMPILED = "eager", "compiled"
@@ -207,34 +207,6 @@ def best_batch(case: Case, mode: str, name: str, device: torch.device) -> tuple[
         case = replace(case, batch=2 * case.batch)
 
 
-def table(case: Case, results: dict[str, dict]) -> str:
-    """Markdown, a row for each arm; ratios are to full-rank training in the same mode."""
-    lines = [
-        f"### {case}",
-        "",
-        "| | mode | tokens/s | examples/s | over full-rank | ceiling | with its warm start | TFLOP/s | peak GiB |",
-        "|---" * 9 + "|",
-    ]
-    for mode, arms in results.items():
-        full = arms.get(FULL)
-        for name in ARMS:
-            if name not in arms:
-                continue
-            arm = arms[name]
-            speedup = arm["tokens_per_second"] / full["tokens_per_second"] if full else float("nan")
-            ceiling = flops(case, FULL) / flops(case, name)
-            whole = 1 / (case.warm_start + (1 - case.warm_start) / speedup)
-            peak = arm["peak_bytes"]
-            best = f" ({arm['best'][1]:,.0f} at {arm['best'][0]})" if "best" in arm else ""
-            cells = (
-                ARMS[name][0], mode, f"{arm['tokens_per_second']:,.0f}{best}", f"{arm['examples_per_second']:,.1f}",
-                f"{speedup:.2f}", f"{ceiling:.2f}", f"{whole:.2f}", f"{arm['tflops']:.0f}",
-                "-" if peak is None else f"{peak / 2**30:.1f}",
-            )  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _case(text: str) -> Case:
     for case in CASES + CPU_CASES:
         if case.preset == text:
@@ -272,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     method = {"rounds": options.rounds, "ranks": ranks, "accumulate": options.accumulate}
     text = f"{ranks} ranks, {options.accumulate} micro-batches a step.\n\n" if ranks > 1 else ""
     record = circumstances(device, torch.bfloat16) | method | {"cases": {}}
+    measured = []
     folder = options.out or RESULTS / (slug(device) + (f"-x{ranks}" if ranks > 1 else ""))
     with tqdm(total=len(cases) * len(options.modes), desc="steps", disable=not first) as bar:
         for case in cases:
@@ -287,10 +260,9 @@ def main(arguments: list[str] | None = None) -> int:
                 bar.update()
             text += table(case, results) + "\n"
             record["cases"][str(case)] = results
+            measured.append((case, results))
             if first:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "steps.md").write_text(text)
-                (folder / "steps.json").write_text(json.dumps(record, indent=1) + "\n")
+                write(folder, text, record, measured)
     if first:
         print(text)
     if torch.distributed.is_initialized():

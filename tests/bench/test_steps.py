@@ -7,7 +7,8 @@ import torch
 
 from bench import steps
 from bench.step_arms import ARMS, FLOOR, FULL, PACKAGE, Case, flops
-from bench.steps import COMPILED, EAGER, Arm, available, check, main, table
+from bench.step_report import table
+from bench.steps import COMPILED, EAGER, Arm, available, check, main
 
 CASE = Case("tiny", 2, 16, blocks=1)
 CPU = torch.device("cpu")
@@ -91,3 +92,4 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     stored = json.loads((tmp_path / "steps.json").read_text())
     assert stored["cases"][str(CASE)][COMPILED][PACKAGE]["tokens_per_second"] > 0
     assert (tmp_path / "steps.md").read_text().count("**fused_lora**") == 2
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
