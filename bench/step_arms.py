@@ -110,7 +110,8 @@ def _with_peft(model: Llama, r: int) -> nn.Module:
 
 
 def _fused(model: Llama, r: int) -> nn.Module:
-    replace_linear(model, r=r, lora_alpha=LORA_ALPHA, target_modules=LINEARS)
+    # DistributedDataParallel takes padded weights, which are not the default where a process group is.
+    replace_linear(model, r=r, lora_alpha=LORA_ALPHA, target_modules=LINEARS, pad_rows=True)
     return model
 
 
