@@ -19,6 +19,7 @@ COLORS = {
     "full_rank": "#b0aca6",
 }
 INK, FAINT = "#2b2b2b", "#d8d8d8"
+DASHED = {"color": INK, "linewidth": 1.4, "linestyle": (0, (3, 1.5))}
 
 
 def _draw_bar(axes, x: float, width: float, name: str, outcome: dict) -> None:
@@ -45,9 +46,23 @@ def _draw_group(axes, center: float, record: dict, names: list[str], mode: str) 
     for i, name in enumerate(names):
         _draw_bar(axes, center + (i - (len(names) - 1) / 2) * width, width, name, outcomes[name])
     floor = record["floors"][FORWARD_BACKWARD]["flops"]
-    axes.plot(
-        [center - 0.45, center + 0.45], [floor, floor], color=INK, linewidth=1.4, linestyle=(0, (3, 1.5)), zorder=4
-    )
+    draw_limit(axes, center, floor)
+
+
+def draw_limit(axes, center: float, height: float) -> None:
+    """A dashed line across a group of bars."""
+    axes.plot([center - 0.45, center + 0.45], [height] * 2, zorder=4, **DASHED)
+
+
+def draw_frame(axes, ticks: list[str]) -> None:
+    """A line at 1, and a tick for each group of bars."""
+    axes.axhline(1, color=INK, linewidth=1.4, zorder=4)
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=9)
+    axes.set_xlim(-0.55, len(ticks) - 0.45)
+    axes.tick_params(length=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7, zorder=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
 
 
 def _legend(axes, names: list[str], labels: dict[str, str]) -> None:
@@ -57,24 +72,12 @@ def _legend(axes, names: list[str], labels: dict[str, str]) -> None:
     handles = [Patch(color=COLORS.get(name, "#888888"), label=labels[name].replace("*", "")) for name in names]
     handles += [
         Line2D([], [], color=INK, linewidth=1.4, label="frozen floor: no adapter"),
-        Line2D([], [], color=INK, linewidth=1.4, linestyle=(0, (3, 1.5)), label="FLOP floor"),
+        Line2D([], [], label="FLOP floor", **DASHED),
     ]
     axes.legend(
         handles=handles, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.02), frameon=False, fontsize=9,
         columnspacing=1.6, handlelength=1.6,
     )  # fmt: skip
-
-
-def _style(axes, records: list[dict]) -> None:
-    ticks = ["{M} tokens\n{K} -> {N}\nr = {r}".format(**record["shape"]) for record in records]
-    axes.set_xticks(range(len(records)), ticks, fontsize=9)
-    axes.set_xlim(-0.55, len(records) - 0.45)
-    axes.set_ylim(0, CEILING + 0.05)
-    axes.set_ylabel("time / frozen linear's time", fontsize=10)
-    axes.tick_params(length=0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.7, zorder=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
 
 
 def draw(results: dict, path: Path) -> None:
@@ -88,8 +91,9 @@ def draw(results: dict, path: Path) -> None:
     axes = figure.subplots()
     for i, record in enumerate(records):
         _draw_group(axes, i, record, names, mode)
-    axes.axhline(1, color=INK, linewidth=1.4, zorder=4)
-    _style(axes, records)
+    draw_frame(axes, ["{M} tokens\n{K} -> {N}\nr = {r}".format(**record["shape"]) for record in records])
+    axes.set_ylim(0, CEILING + 0.05)
+    axes.set_ylabel("time / frozen linear's time", fontsize=10)
     _legend(axes, names, results["variants"])
     about = results["environment"]
     kind = "kernel time" if mode == GRAPH else "whole call"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .plot import COLORS, FAINT, INK
+from .plot import COLORS, DASHED, INK, draw_frame, draw_limit
 from .step_arms import ARMS, FLOOR, FULL, PACKAGE, Case, flops
 
 BARS = [name for name in ARMS if name not in (FULL, FLOOR)]
@@ -21,10 +21,7 @@ def _draw_group(axes, center: float, case: Case, arms: dict[str, dict]) -> None:
                 x, speed + 0.02, f"{speed:.2f}", ha="center", va="bottom", fontsize=9, fontweight="bold",
                 color=COLORS[PACKAGE], zorder=5, bbox={"color": "white", "pad": 0.5},
             )  # fmt: skip
-    ceiling = flops(case, FULL) / flops(case, PACKAGE)
-    axes.plot(
-        [center - 0.45, center + 0.45], [ceiling] * 2, color=INK, linewidth=1.4, linestyle=(0, (3, 1.5)), zorder=4
-    )
+    draw_limit(axes, center, flops(case, FULL) / flops(case, PACKAGE))
 
 
 def _legend(axes, names: list[str]) -> None:
@@ -34,7 +31,7 @@ def _legend(axes, names: list[str]) -> None:
     handles = [Patch(color=COLORS.get(name, FLOOR_COLOR), label=ARMS[name][0].replace("*", "")) for name in names]
     handles += [
         Line2D([], [], color=INK, linewidth=1.4, label="full-rank training"),
-        Line2D([], [], color=INK, linewidth=1.4, linestyle=(0, (3, 1.5)), label="ReLoRA's ceiling, by FLOPs"),
+        Line2D([], [], label="ReLoRA's ceiling, by FLOPs", **DASHED),
     ]
     axes.legend(handles=handles, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.02), frameon=False, fontsize=9)
 
@@ -49,14 +46,8 @@ def draw(measured: list[tuple[Case, dict[str, dict]]], about: str, path: Path) -
     axes = figure.subplots()
     for i, (case, _, arms) in enumerate(groups):
         _draw_group(axes, i, case, arms)
-    axes.axhline(1, color=INK, linewidth=1.4, zorder=4)
-    axes.set_xticks(range(len(groups)), [f"{case.preset}\n{mode}" for case, mode, _ in groups], fontsize=9)
-    axes.set_xlim(-0.55, len(groups) - 0.45)
+    draw_frame(axes, [f"{case.preset}\n{mode}" for case, mode, _ in groups])
     axes.set_ylabel("tokens a second / full-rank training's", fontsize=10)
-    axes.tick_params(length=0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.7, zorder=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
     _legend(axes, [name for name in (*BARS, FLOOR) if any(name in arms for *_, arms in groups)])
     figure.suptitle(f"Whole training steps: {about}", fontsize=12)
     figure.savefig(path, dpi=150)

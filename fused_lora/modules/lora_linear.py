@@ -129,20 +129,18 @@ class LoRALinear(nn.Module):
 
         Nothing is copied, but where a weight moves to padded rows.
         """
-        layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype)
-        layer.freeze_base(train_bias)
-        layer.pads_rows = layer.pads_rows if pad_rows is None else pad_rows
-        layer._pad_rows()
+        layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows)
+        layer.take_base(train_bias)
         return layer
 
     @classmethod
-    def beside(cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype) -> "LoRALinear":
-        """from_linear without the freezing: what can fail, before anything of the linear is changed."""
+    def beside(cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows) -> "LoRALinear":
+        """from_linear without take_base: what can fail, before anything of the linear is changed."""
         checks.check_matrix("linear.weight", linear.weight)
         with torch.device("meta"):
             layer = cls(
                 linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, linear.bias is not None,
-                use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype,
+                use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype, pad_rows=pad_rows,
             )  # fmt: skip
         # Only the factors are allocated: a to_empty() would hold a second weight for a moment.
         device = linear.weight.device
@@ -153,11 +151,15 @@ class LoRALinear(nn.Module):
         layer.reset_lora_parameters()
         return layer.train(linear.training)
 
-    def freeze_base(self, train_bias: bool = False) -> None:
-        """weight, and bias unless train_bias, stop requiring gradients; a bias to be trained starts requiring one."""
+    def take_base(self, train_bias: bool = False) -> None:
+        """weight, and bias unless train_bias, stop requiring gradients; a bias to be trained starts requiring one.
+
+        weight moves to padded rows where that was chosen.
+        """
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
+        self._pad_rows()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:

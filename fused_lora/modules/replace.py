@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .. import checks, padding
+from .. import checks
 from .lora_group import LoRAGroup
 from .lora_linear import LoRALinear
 from .lora_mlp import LoRAMLP, has_hooks, recognise
@@ -115,16 +115,15 @@ def replace_linear(
     report, targets = find_linears(model, target_modules, exclude_modules)
     # Everything that can fail comes before the first change.
     layers = {
-        id(linear): LoRALinear.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype) for linear in targets
+        id(linear): LoRALinear.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows)
+        for linear in targets
     }
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():  # named_children would skip a module's second name
             if id(child) in layers:
                 parent._modules[child_name] = layers[id(child)]
     for layer in layers.values():
-        layer.freeze_base(train_bias)
-        layer.pads_rows = padding.by_default() if pad_rows is None else pad_rows
-        layer._pad_rows()
+        layer.take_base(train_bias)
     if fuse == "auto":
         report.mlps = _fuse_mlps(model, report.replaced)
         report.groups = _group(model, set(report.replaced))
