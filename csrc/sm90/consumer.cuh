@@ -92,16 +92,24 @@ struct Consumer {
   }
 
   __device__ int shrink_steps(const Part& part) const { return ceil_div(part.depth, C::kShrinkHalves * kBox); }
-  __device__ uint32_t shrink_box(uint32_t stage, int half) const { return stage + (2 * half + self.index) * kBoxBytes; }
+  __device__ uint32_t left_box(uint32_t stage, int i) const { return stage + (2 * i + self.index) * kBoxBytes; }
 
   __device__ __forceinline__ void multiply_shrink(float (&acc)[C::kBlockR / 2], uint32_t stage) {
+    multiply_boxes<C::kShrinkHalves, kSlices>(acc, stage, boxes_of(C::kBlockR));
+  }
+
+  // Boxes of the left operand by their first slices times those of the right one behind them, `right` for each.
+  template <int kBoxes, int kFirstSlices, int kCount>
+  __device__ __forceinline__ void multiply_boxes(float (&acc)[kCount], uint32_t stage, int right) {
     ptx::wgmma_fence();
 #pragma unroll
-    for (int half = 0; half < C::kShrinkHalves; ++half) {
-      const uint64_t lhs = descriptor<false>(shrink_box(stage, half));
-      const uint64_t rhs = descriptor<kBackward>(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes);
+    for (int i = 0; i < kBoxes; ++i) {
+      const uint64_t lhs = descriptor<false>(left_box(stage, i));
+      const uint64_t rhs = descriptor<kBackward>(stage + (2 * kBoxes + i * right) * kBoxBytes);
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
+      for (int s = 0; s < kFirstSlices; ++s) {
+        ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
+      }
     }
     ptx::wgmma_commit();
   }
@@ -114,7 +122,7 @@ struct Consumer {
     consume(shrink_steps(part), [&](uint32_t stage, int step) {
 #pragma unroll
       for (int half = 0; half < C::kShrinkHalves; ++half) {
-        mask.apply(shrink_box(stage, half), (step * C::kShrinkHalves + half) * kBox);
+        mask.apply(left_box(stage, half), (step * C::kShrinkHalves + half) * kBox);
       }
       publish_shared();
       multiply_shrink(acc, stage);
@@ -137,13 +145,18 @@ struct Consumer {
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
     if constexpr (kMasked) {
-      multiply_steps(acc, 0, terms.rank_steps, terms.first);
+      multiply_ranks(acc, terms);
       mask_out(acc, tile_row + self.index * kBox, item.col * C::kBlockN);
-      multiply_steps(acc, terms.steps, 0, terms.first);
+      multiply_depth(acc, terms);
+    } else if constexpr (C::kGates) {
+      multiply_depth(acc, terms);
+      outbox.empty();  // its registers are needed
+      add_ranks(acc);
     } else if (rides<C, kBackward, kDrops>(p.schedule, item)) {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, tile_row);
     } else {
-      multiply_steps(acc, terms.steps, terms.rank_steps, terms.first);
+      multiply_depth(acc, terms);
+      multiply_ranks(acc, terms);
     }
     const int col = item.col * C::kTileCols;
     if constexpr (C::kGates) {
@@ -155,9 +168,6 @@ struct Consumer {
     outbox.keep_out(acc, kBackward ? 0 : item.part, tile_row + self.index * kBox, col);
   }
 
-  // Whether a tile sums over the ranks of all parts: backward, and of two linears at once, whose factors have zeros beside them.
-  static constexpr bool kWalksParts = kBackward || C::kGates;
-
   // What a tile sums over: steps over depth, those over ranks, and the part whose ranks come first.
   struct Terms {
     int steps, rank_steps, first;
@@ -165,24 +175,54 @@ struct Consumer {
 
   __device__ Terms terms_of(const Item& item) const {
     Terms terms{boxes_of(p.part[item.part].depth), boxes_of(p.part[item.part].r), item.part};
-    for (int i = 1; kWalksParts && i < p.summed; ++i) {
-      if (kBackward) terms.steps += boxes_of(p.part[i].depth);
+    for (int i = 1; kBackward && i < p.summed; ++i) {
+      terms.steps += boxes_of(p.part[i].depth);
       terms.rank_steps += boxes_of(p.part[i].r);
     }
     return terms;
   }
 
-  // Steps over depth, then over the ranks of the parts from `of` on.
-  __device__ __forceinline__ void multiply_steps(float (&acc)[C::kBlockN / 2], int steps, int rank_steps, int of) {
-    int left = kWalksParts ? 0 : p.part[of].r + kBox;  // of a part's ranks
-    consume(steps + rank_steps, [&](uint32_t stage, int step) {
-      const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
-      if (step >= steps) {
-        left -= kBox;
-        while (kWalksParts && left <= 0) left = p.part[of++].r;
-      }
-      multiply_slices<kSlices>(acc, lhs, rhs, step < steps ? kBox : left);
+  // A loop of its own, since instructions between products take time from them.
+  __device__ __forceinline__ void multiply_depth(float (&acc)[C::kBlockN / 2], const Terms& terms) {
+    consume(terms.steps, [&](uint32_t stage, int) { multiply_step(acc, stage, kBox); });
+  }
+
+  __device__ __forceinline__ void multiply_ranks(float (&acc)[C::kBlockN / 2], const Terms& terms) {
+    int of = terms.first, left = kBackward ? 0 : p.part[of].r + kBox;  // of a part's ranks
+    consume(terms.rank_steps, [&](uint32_t stage, int) {
+      left -= kBox;
+      while (kBackward && left <= 0) left = p.part[of++].r;
+      multiply_step(acc, stage, left);
     });
+  }
+
+  __device__ __forceinline__ void multiply_step(float (&acc)[C::kBlockN / 2], uint32_t stage, int left) {
+    const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
+    multiply_slices<kSlices>(acc, lhs, rhs, left);
+  }
+
+  // Of a gated tile: 64 columns at a time, which are one linear's, with sums of their own. Products in flight may not use parts
+  // of each other's registers, and there are none for more columns.
+  __device__ __forceinline__ void add_ranks(float (&acc)[C::kBlockN / 2]) {
+    constexpr int kBoxes = C::kBlockN / kBox;
+    const int first = p.part[0].r > 0 ? 0 : kBoxes / 2, last = p.part[1].r > 0 ? kBoxes : kBoxes / 2;
+#pragma unroll 1
+    for (int box = first; box < last; ++box) {
+      float sum[kBox / 2] = {};
+      multiply_boxes<boxes_of(C::kBlockR), C::kBlockR < kBox ? C::kBlockR / 16 : kSlices>(sum, await_stage(), 1);
+      ptx::wgmma_wait<0>();
+      release(ring.stage);
+      ring.advance();
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        if (b == box) add_box(acc, b, sum);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_box(float (&acc)[C::kBlockN / 2], int box, const float (&sum)[kBox / 2]) {
+#pragma unroll
+    for (int i = 0; i < kBox / 2; ++i) acc[box * kBox / 2 + i] += sum[i];
   }
 
   // The columns of one of a gated tile's two linears.

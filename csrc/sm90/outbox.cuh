@@ -31,6 +31,7 @@ struct Outbox {
   int flag = kNoFlag;        // among the launch's
   static constexpr int kNoFlag = -1;
   int next_part = 0, box_count = 0, parts = 0;
+  int pause = 0;  // steps until the finisher may take the next box
 
   // A 64 x 2 kCount result for (row, col) of the map's matrix. What was pending goes out before.
   template <int kCount>
@@ -46,8 +47,8 @@ struct Outbox {
     keep(acc, &p.part[part].out, row, col, nullptr);
     what = kGated || p.part[part].out_data != nullptr ? part : kOut;
     if (!to_finisher()) return;
-    parts = (kOutBoxes - 1) * p.schedule.finish_spacing + 1;
-    next_part = -self.index * p.schedule.finish_spacing / 2;
+    parts = kOutBoxes;
+    pause = self.index * p.schedule.finish_spacing / 2;
   }
 
   // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
@@ -112,8 +113,9 @@ struct Outbox {
 
   __device__ __forceinline__ void send_part() {
     if (to_finisher()) {
-      const int spacing = p.schedule.finish_spacing;
-      if (next_part >= 0 && next_part % spacing == 0) send_to_finisher(next_part / spacing);
+      if (--pause >= 0) return;
+      send_to_finisher(next_part);
+      pause = p.schedule.finish_spacing - 1;
     } else if (next_part < box_count) {
       const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
       await_buffer();
@@ -219,7 +221,7 @@ struct Outbox {
 
   // After the last item. A whole tile goes out at once through stages, which nothing fills any more.
   __device__ void finish() {
-    if (next_part <= 0 && parts > 0 && what >= kOut) {
+    if (next_part == 0 && parts > 0 && what >= kOut) {
       ptx::named_barrier(3, kConsumers * kWarpgroup);
       const uint32_t buffers = ptx::shared_address(shared.stages[self.index]);
       write_boxes<0>(buffers);

@@ -13,6 +13,7 @@ struct Producer {
   Shared<C>& shared;
   const KernelParams& p;
   const int rank;  // of the block in its cluster
+  static constexpr int kRankBoxes = boxes_of(C::kBlockR);
   static constexpr int kHalf = C::kTileCols / kBox;  // boxes of one of two linears in a gated tile
   Ring<C::kStages> ring{};
 
@@ -110,9 +111,7 @@ struct Producer {
     if (!(kBackward && kDrops)) tile_ranks(first, last, row, col, riding);
   }
 
-  // Of two linears at once: half of the right operand is each one's. Over the ranks of one, the other's half is zeros, from
-  // outside its matrix: products of half the width would cost what they save, since registers of products under way cannot be
-  // divided.
+  // Of two linears at once: half of the right operand is each one's. Steps over ranks are one linear's, of all ranks and 64 columns.
   __device__ void tile_gated(const Item& item) {
     const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kTileCols;
     const int depth = p.part[0].depth, release_at = lookahead(depth, kBox);
@@ -126,13 +125,13 @@ struct Producer {
     }
     for (int i = 0; i < 2; ++i) {
       const Part& part = p.part[i];
-      if (part.r > 0) wait_for_low(part, row);
+      if (part.r == 0) continue;
+      wait_for_low(part, row);
 #pragma unroll 1
-      for (int k = 0; k < part.r; k += kBox) {
-        const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes);
-        load<false>(stage, &part.low, row, k, 2);
-        load_right(stage + (2 + i * kHalf) * kBoxBytes, &part.up, col, k, kHalf);
-        load_right(stage + (2 + (1 - i) * kHalf) * kBoxBytes, &part.up, boxes_of(part.cols) * kBox, k, kHalf);
+      for (int box = 0; box < kHalf; ++box) {
+        const uint32_t stage = begin_step(3 * kRankBoxes * kBoxBytes);
+        for (int k = 0; k < kRankBoxes; ++k) load<false>(stage + 2 * k * kBoxBytes, &part.low, row, k * kBox, 2);
+        load_for_both<true>(stage + 2 * kRankBoxes * kBoxBytes, &part.up, col + box * kBox, 0, kRankBoxes);
         ring.advance();
       }
     }
