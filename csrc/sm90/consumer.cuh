@@ -15,6 +15,8 @@ struct Consumer {
   const Warpgroup self;
   Outbox<C, T> outbox{shared, p, self};
   Ring<C::kStages> ring{};
+  int in_flight = kNone;  // the stage whose products are
+  static constexpr int kNone = -1;
 
   __device__ __forceinline__ void run(const Item& item) {
     if (item.work == Work::kShrink) return shrink(item);
@@ -36,21 +38,30 @@ struct Consumer {
   // multiply(stage's address, step) for each step: one group of products each, of which one is always in flight.
   template <typename Multiply>
   __device__ __forceinline__ void consume(int steps, Multiply multiply) {
-    if (steps == 0) return;
-    int previous = 0;
+    issue(steps, multiply);
+    drain();
+  }
+
+  // The same, with the last group still in flight, also while others into the same accumulators follow.
+  template <typename Multiply>
+  __device__ __forceinline__ void issue(int steps, Multiply multiply) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       multiply(await_stage(), step);
-      if (step > 0) {
+      if (in_flight != kNone) {
         ptx::wgmma_wait<1>();
-        release(previous);
+        release(in_flight);
       }
       if (outbox.pending()) outbox.send_part();
-      previous = ring.stage;
+      in_flight = ring.stage;
       ring.advance();
     }
+  }
+
+  __device__ __forceinline__ void drain() {
     ptx::wgmma_wait<0>();
-    release(previous);
+    if (in_flight != kNone) release(in_flight);
+    in_flight = kNone;
   }
 
   // The first ceil(left / 16) <= kMost slices of 16 of a step, as one group. Straight code for each count: a group that spans
@@ -145,18 +156,22 @@ struct Consumer {
     float acc[C::kBlockN / 2] = {};
     const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
     if constexpr (kMasked) {
-      multiply_ranks(acc, terms);
+      issue_ranks(acc, terms);
+      drain();
       mask_out(acc, tile_row + self.index * kBox, item.col * C::kBlockN);
-      multiply_depth(acc, terms);
+      issue_depth(acc, terms);
+      drain();
     } else if constexpr (C::kGates) {
-      multiply_depth(acc, terms);
+      issue_depth(acc, terms);
+      drain();
       outbox.empty();  // its registers are needed
       add_ranks(acc);
     } else if (rides<C, kBackward, kDrops>(p.schedule, item)) {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, tile_row);
     } else {
-      multiply_depth(acc, terms);
-      multiply_ranks(acc, terms);
+      issue_depth(acc, terms);
+      issue_ranks(acc, terms);
+      drain();
     }
     const int col = item.col * C::kTileCols;
     if constexpr (C::kGates) {
@@ -183,13 +198,13 @@ struct Consumer {
   }
 
   // A loop of its own, since instructions between products take time from them.
-  __device__ __forceinline__ void multiply_depth(float (&acc)[C::kBlockN / 2], const Terms& terms) {
-    consume(terms.steps, [&](uint32_t stage, int) { multiply_step(acc, stage, kBox); });
+  __device__ __forceinline__ void issue_depth(float (&acc)[C::kBlockN / 2], const Terms& terms) {
+    issue(terms.steps, [&](uint32_t stage, int) { multiply_step(acc, stage, kBox); });
   }
 
-  __device__ __forceinline__ void multiply_ranks(float (&acc)[C::kBlockN / 2], const Terms& terms) {
+  __device__ __forceinline__ void issue_ranks(float (&acc)[C::kBlockN / 2], const Terms& terms) {
     int of = terms.first, left = kBackward ? 0 : p.part[of].r + kBox;  // of a part's ranks
-    consume(terms.rank_steps, [&](uint32_t stage, int) {
+    issue(terms.rank_steps, [&](uint32_t stage, int) {
       left -= kBox;
       while (kBackward && left <= 0) left = p.part[of++].r;
       multiply_step(acc, stage, left);

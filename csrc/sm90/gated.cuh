@@ -45,10 +45,10 @@ struct Gate {
 
   __device__ __forceinline__ void store(const Operands& v, const uint4& hidden, int64_t to) const {
     if (C::kGateGrads || p.gated.gate != nullptr) {
-      *at(C::kGateGrads ? p.gated.dgate : p.gated.gate, to) = v[kOperands - 2];
-      *at(C::kGateGrads ? p.gated.dup : p.gated.up, to) = v[kOperands - 1];
+      ptx::store_global(at(C::kGateGrads ? p.gated.dgate : p.gated.gate, to), v[kOperands - 2]);
+      ptx::store_global(at(C::kGateGrads ? p.gated.dup : p.gated.up, to), v[kOperands - 1]);
     }
-    if (kForm != Form::kFactors && p.gated.hidden != nullptr) *at(p.gated.hidden, to) = hidden;
+    if (kForm != Form::kFactors && p.gated.hidden != nullptr) ptx::store_global(at(p.gated.hidden, to), hidden);
   }
 };
 

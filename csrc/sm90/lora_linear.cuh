@@ -8,17 +8,15 @@
 
 namespace fused_lora::sm90 {
 
-// One thread of a cluster takes items off the list for both blocks; `index` is the first.
+// One thread of a cluster takes items off the list for both blocks, after the first `item`.
 template <typename C>
-__device__ void take_items(Shared<C>& shared, const KernelParams& p, int index) {
-  Cursor cursor(p.schedule);
+__device__ void take_items(Shared<C>& shared, const KernelParams& p, Cursor cursor, Item item) {
   for (uint32_t phase = 0;; phase ^= 1) {
-    const Item item = cursor.item(p.schedule, index);
     const int4 words = make_int4(static_cast<int>(item.work) | item.part << 16, item.row_pair, item.col, item.stride);
     for (int rank = 0; rank < kCluster; ++rank) ptx::publish_at(&shared.item, &shared.item_full, rank, words);
     if (item.work == Work::kEnd) return;
     ptx::mbarrier_wait(&shared.item_empty, phase);
-    index = atomicAdd(p.next_item, 1);
+    item = cursor.item(p.schedule, atomicAdd(p.next_item, 1));
   }
 }
 
@@ -70,7 +68,9 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   if (threadIdx.x == 0) init_barriers(shared);
   if (threadIdx.x == kWarpgroup - 1) prefetch_maps<kBackward>(p);
   const bool takes_items = rank == 0 && threadIdx.x == 32;
-  const int first_item = takes_items ? atomicAdd(p.next_item, 1) : 0;  // on its way while the barriers are made
+  Cursor cursor(p.schedule);
+  Item first_item{};
+  if (takes_items) first_item = cursor.item(p.schedule, atomicAdd(p.next_item, 1));  // while the barriers are made
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
@@ -84,7 +84,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
         producer.run(item);
       }
     } else if (takes_items) {
-      take_items(shared, p, first_item);
+      take_items(shared, p, cursor, first_item);
     } else if (threadIdx.x >= kWarpgroup - kFinishThreads) {
       run_finisher<C, T>(shared, p);
     }

@@ -33,8 +33,6 @@ struct Gradient {
 
 // One linear of a group. Forward all read one lhs; backward the summed ones add to one out, which is the first's.
 struct Part {
-  CUtensorMap lhs, weight, down, low, up, out;
-  Gradient dA, dB;
   uint16_t* out_data;  // where the copy engine cannot write out, whose rows start anywhere: its elements; else null
   int cols, depth, r;  // out (M, cols), sums over depth
   void* low_data;
@@ -44,6 +42,8 @@ struct Part {
   const void* bias;
   DType bias_dtype;  // of bias or its gradient
   int* ready;        // for each 128 rows: warpgroups whose part of low is written
+  CUtensorMap lhs, weight, down, low, up, out;
+  Gradient dA, dB;
 };
 
 // Of act(gate) up: matrices of one stride. Forward, gate and up are null where they are not wanted; backward, hidden is. With
@@ -55,10 +55,8 @@ struct Gated {
   bool factors;
 };
 
+// What is read first lies together: each line of the constant cache comes from memory at a launch's start.
 struct KernelParams {
-  Part part[kMostParts];
-  Gated gated;
-  CUtensorMap down_riding;
   Schedule schedule;
   int M, parts, summed;  // summed: those that tiles are made of, which come first
   bool rows_start_anywhere;  // in some part's out
@@ -67,6 +65,9 @@ struct KernelParams {
   int* next_item;
   int* exited;
   int flags;
+  Part part[kMostParts];
+  Gated gated;
+  CUtensorMap down_riding;
 };
 
 }  // namespace fused_lora::sm90

@@ -52,18 +52,38 @@ inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
   return !pass.gated && pass.most_rank() <= 128 && 0.56 * narrow_waves < wide_waves;
 }
 
+// How the list is cut; the counts follow from it.
+struct Cut {
+  int groups;
+  bool halves_slices;
+  int shrink_batch;  // row pairs of a shrink item; 0 without them
+  int tail;          // a step's gradient items come before this share of its tiles: the last 1 / tail, or none if 0
+};
+
 // Groups such that each one's tiles and what goes with them take all clusters the time of one tile: tiles that run together ask
 // for the same bytes at the same time, and what is short fills the clusters that have none.
-inline void make_waves(Schedule& s, const Pass& pass, int tile_cols, int clusters) {
+inline void make_waves(Schedule& s, Cut& cut, const Pass& pass, int tile_cols, int clusters) {
   const double steps = static_cast<double>(pass.depth()) / kBox;  // of a tile; those of the others take so much of their time:
-  const double shrink = 0.6 * steps, gradient = 0.95 * kPairRows / kBox * s.gradient_cols();
+  const double shrink = 0.6 * steps, gradient = 0.95 * kPairRows / kBox * s.gradient_cols;
   const double waves = s.row_pairs * (tile_cols * steps + shrink + gradient) / (clusters * steps);
   s.waves = true;
-  s.groups = std::max({1, static_cast<int>(waves + 0.5), ceil_div(s.row_pairs * tile_cols, clusters)});
-  s.groups = std::min(s.groups, s.row_pairs);
-  s.shrink_batch = std::min(s.shrink_batch, 1);
+  cut.groups = std::max({1, static_cast<int>(waves + 0.5), ceil_div(s.row_pairs * tile_cols, clusters)});
+  cut.groups = std::min(cut.groups, s.row_pairs);
+  cut.shrink_batch = std::min(cut.shrink_batch, 1);
   s.shrink_lead = 1;
   s.gradient_lead = 0;
+}
+
+inline Counts counts_of(const Schedule& s, const Cut& cut, int pairs, int tile_cols) {
+  Counts counts{pairs};
+  counts.tiles = pairs * tile_cols;
+  counts.first_tiles = s.waves ? 0 : counts.tiles - (cut.tail == 0 ? 0 : counts.tiles / cut.tail);
+  counts.gradients = (cut.halves_slices ? 2 : 1) * s.gradient_cols;
+  if (cut.shrink_batch > 0) {
+    counts.shrink_stride = ceil_div(pairs, cut.shrink_batch);
+    counts.shrinks = counts.shrink_stride * s.shrinking;
+  }
+  return counts;
 }
 
 // The list's order was chosen by measurement (docs/hopper.md). A shrink item costs about half a tile: where tiles are long, two
@@ -72,6 +92,7 @@ inline void make_waves(Schedule& s, const Pass& pass, int tile_cols, int cluster
 template <typename C>
 Schedule make_schedule(const Pass& pass, int clusters) {
   Schedule s{};
+  Cut cut{};
   s.row_pairs = ceil_div(pass.M, kPairRows);
   s.parts = pass.parts;
   int tile_cols = 0;
@@ -82,29 +103,33 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
   s.rides = C::kCanRide && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols <= 4;
   const int most_pairs = s.rides ? 32 : 8;  // of a group
-  s.groups = ceil_div(s.row_pairs, most_pairs);
+  cut.groups = ceil_div(s.row_pairs, most_pairs);
   const bool small_groups = most_pairs * tile_cols < clusters / 2;
   for (int i = 0; i < pass.parts; ++i) {
     if (pass.needs_low(i)) s.shrink_part[s.shrinking++] = static_cast<short>(i);
   }
   if (s.shrinking > 0 && !s.rides) {
-    s.shrink_batch = long_tiles && C::kBlockN == 256 && C::kBlockR <= 128 && !masks_shrink ? 2 : 1;
+    cut.shrink_batch = long_tiles && C::kBlockN == 256 && C::kBlockR <= 128 && !masks_shrink ? 2 : 1;
     s.shrink_lead = pass.backward && small_groups ? 4 : 1;
   }
   s.gradient_lead = pass.backward && small_groups ? std::min(2, std::max(0, s.shrink_lead - 1)) : 0;
-  s.tail = long_tiles ? 0 : 4;
-  // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
-  const bool halves_slices = s.groups == 1 || (pass.drops && pass.depth() >= 2048);
+  cut.tail = long_tiles ? 0 : 4;
   s.finish_spacing = std::max<int>(1, pass.depth() / C::kTileCols);
   for (int i = 0; i < pass.parts; ++i) {
     if (pass.part[i].wants_dA) s.dA_pairs[i] = ceil_div(pass.part[i].cols, kCluster * C::kGradientCols);
     if (pass.part[i].wants_dB) s.dB_pairs[i] = ceil_div(pass.part[i].depth, kCluster * C::kGradientCols);
+    s.gradient_cols += s.dA_pairs[i] + s.dB_pairs[i];
   }
+  // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
+  cut.halves_slices = cut.groups == 1 || (pass.drops && pass.depth() >= 2048);
   const bool few_cols = tile_cols > 0 && 5 * tile_cols <= clusters;
-  if (pass.backward && long_tiles && few_cols && !pass.gated) make_waves(s, pass, tile_cols, clusters);
-  s.group_pairs = s.row_pairs / s.groups;
-  s.longer = s.row_pairs % s.groups;
-  s.slices = s.groups * (halves_slices && s.group_pairs > 4 ? 2 : 1);
+  if (pass.backward && long_tiles && few_cols && !pass.gated) make_waves(s, cut, pass, tile_cols, clusters);
+  const int pairs = s.row_pairs / cut.groups;
+  cut.halves_slices = cut.halves_slices && pairs > 4;
+  s.groups = cut.groups;
+  s.longer = s.row_pairs % cut.groups;
+  s.slices = s.groups * (cut.halves_slices ? 2 : 1);
+  for (int more = 0; more < 2; ++more) s.counts[more] = counts_of(s, cut, pairs + more, tile_cols);
   return s;
 }
 

@@ -34,91 +34,84 @@ struct alignas(16) Item {
   };
 };
 
+// Of one group: its row pairs, how far the row pairs of a shrink item are apart, and its items; of tiles also how many come
+// before the gradient items of a step.
+struct Counts {
+  int pairs, shrink_stride, shrinks, tiles, first_tiles, gradients;
+};
+
+// Every item waits for its number to be understood, so the counts stand ready and nothing is divided that need not be.
 struct Schedule {
-  int row_pairs, groups, group_pairs, longer;  // the first `longer` groups have one pair more than group_pairs
-  int slices;  // of the rows, a gradient item's: groups, or their halves
+  int row_pairs, groups, longer;
+  Counts counts[2];  // of a group, and of the first `longer` ones, which have one row pair more
+  int slices;        // of the rows, a gradient item's: groups, or their halves
   int parts, tile_cols[kMostParts];  // of each part's out, backward and gated of the first's; 0 where it is not wanted
   int shrinking;                     // parts whose low is wanted
   short shrink_part[kMostParts];     // which those are
   bool rides;         // low comes from the first column of tiles instead of shrink items
-  int shrink_batch;   // row pairs of a shrink item; 0 without them
   int shrink_lead;    // groups between shrink items and the tiles beside them
   int gradient_lead;  // the same of gradient items; negative where they come later than their tiles
-  int tail;           // a step's gradient items come before this share of its tiles: the last 1 / tail, or none if 0
   bool waves;         // a step begins with its tiles
-  int dA_pairs[kMostParts], dB_pairs[kMostParts];
+  int dA_pairs[kMostParts], dB_pairs[kMostParts], gradient_cols;  // the last is their sum
   int finish_spacing;  // steps of a tile between boxes of the one before that leave for the finisher
 
   // Whether another tile waits for what one brings forth. A flag that nobody waits for must not be raised: the launch may be
   // over by then.
   __host__ __device__ bool riding_low_is_awaited() const { return tile_cols[0] > 1; }
 
-  __host__ __device__ int first_pair(int group) const { return group * group_pairs + min(group, longer); }
-  __host__ __device__ int pairs(int group) const {
-    return group < 0 || group >= groups ? 0 : group_pairs + (group < longer ? 1 : 0);
+  __host__ __device__ int first_pair(int group) const { return group * counts[0].pairs + min(group, longer); }
+  __host__ __device__ Counts of(int group) const {
+    return group < 0 || group >= groups ? Counts{} : counts[group < longer];
   }
   __host__ __device__ int slice_first(int slice) const {
     if (slices == groups) return first_pair(slice);
-    return first_pair(slice / 2) + slice % 2 * ceil_div(pairs(slice / 2), 2);
+    return first_pair(slice / 2) + slice % 2 * ceil_div(of(slice / 2).pairs, 2);
   }
   // One past the last row.
   __host__ __device__ int slice_end(int slice) const { return slice_first(slice + 1) * kPairRows; }
-  __host__ __device__ int shrinks(int group) const {
-    return shrink_batch == 0 ? 0 : ceil_div(pairs(group), shrink_batch) * shrinking;
-  }
-  __host__ __device__ int tiles(int group) const {
-    int cols = 0;
-    for (int part = 0; part < parts; ++part) cols += tile_cols[part];
-    return pairs(group) * cols;
-  }
-  __host__ __device__ int gradient_cols() const {
-    int cols = 0;
-    for (int part = 0; part < parts; ++part) cols += dA_pairs[part] + dB_pairs[part];
-    return cols;
-  }
-  __host__ __device__ int group_slices() const { return slices == groups ? 1 : 2; }
-  __host__ __device__ int gradients(int group) const {
-    return group < 0 || group >= groups ? 0 : group_slices() * gradient_cols();
-  }
 
   __host__ __device__ int first_step() const { return -max(shrink_lead, gradient_lead); }
   __host__ __device__ int last_step() const { return groups + max(0, -gradient_lead); }
   __host__ __device__ int size(int step) const {
-    return shrinks(step + shrink_lead) + tiles(step) + gradients(step + gradient_lead);
+    return of(step + shrink_lead).shrinks + of(step).tiles + of(step + gradient_lead).gradients;
   }
 
   __host__ __device__ Item item(int step, int i) const {
-    const int shrink_items = shrinks(step + shrink_lead), gradient_items = gradients(step + gradient_lead);
-    if (waves && i < tiles(step)) return tile(step, i);
-    if (waves) i -= tiles(step);
-    if (i < shrink_items) return shrink(step + shrink_lead, i, shrink_items);
-    i -= shrink_items;
-    const int before = waves ? 0 : tiles(step) - (tail == 0 ? 0 : tiles(step) / tail);
-    if (i < before) return tile(step, i);
-    if (i < before + gradient_items) return gradient(step + gradient_lead, i - before);
-    return tile(step, i - gradient_items);
+    const Counts own = of(step);
+    const int shrinks = of(step + shrink_lead).shrinks, gradients = of(step + gradient_lead).gradients;
+    if (waves && i < own.tiles) return tile(step, i);
+    if (waves) i -= own.tiles;
+    if (i < shrinks) return shrink(step + shrink_lead, i);
+    i -= shrinks;
+    if (i < own.first_tiles) return tile(step, i);
+    if (i < own.first_tiles + gradients) return gradient(step + gradient_lead, i - own.first_tiles);
+    return tile(step, i - gradients);
   }
 
   // The group's row pairs dealt to its items in turn: the first of each come first. The same rows of all parts follow one
   // another.
-  __host__ __device__ Item shrink(int group, int i, int items) const {
-    const int first = i / shrinking, stride = items / shrinking;
-    return {Work::kShrink, shrink_part[i % shrinking], first_pair(group) + first,
-            {ceil_div(pairs(group) - first, stride)}, {stride}};
+  __host__ __device__ Item shrink(int group, int i) const {
+    const Counts own = of(group);
+    const int first = shrinking == 1 ? i : i / shrinking;
+    int count = 1;
+    while (first + count * own.shrink_stride < own.pairs) ++count;
+    return {Work::kShrink, shrink_part[i - first * shrinking], first_pair(group) + first, {count}, {own.shrink_stride}};
   }
 
   __host__ __device__ Item tile(int group, int i) const {
-    int col = i / pairs(group);
+    const int pairs = of(group).pairs, first_col = i / pairs;
+    int col = first_col;
     short part = 0;
     for (; col >= tile_cols[part]; ++part) col -= tile_cols[part];
-    return {Work::kTile, part, first_pair(group) + i % pairs(group), {col}, {0}};
+    return {Work::kTile, part, first_pair(group) + i - first_col * pairs, {col}, {0}};
   }
 
   __host__ __device__ Item gradient(int group, int i) const {
-    int col = i % gradient_cols();
+    const bool second = i >= gradient_cols;  // half of the group
+    int col = i - (second ? gradient_cols : 0);
     short part = 0;
     for (; col >= dA_pairs[part] + dB_pairs[part]; ++part) col -= dA_pairs[part] + dB_pairs[part];
-    const int slice = group * group_slices() + i / gradient_cols(), first = slice_first(slice);
+    const int slice = slices == groups ? group : 2 * group + second, first = slice_first(slice);
     if (col < dB_pairs[part]) return {Work::kGradientB, part, first, {col}, {slice}};
     return {Work::kGradientA, part, first, {col - dB_pairs[part]}, {slice}};
   }
