@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_lora import replace_linear
+from fused_lora import padding, replace_linear
 from fused_lora.relora import ReLoRA
 from fused_lora.relora.shards import whole
 from tests.relora.test_controller import Net
@@ -47,6 +47,31 @@ def replicated(rank, ddp):
     return states
 
 
+def with_padded_rows(rank, padded):
+    """Weights and losses of a converted net under DDP, which begins with rank 0's weights everywhere."""
+    net = Net().bfloat16()
+    replace_linear(net, 3, 5.0, exclude_modules=["head"])
+    for layer in (net.attn, net.mlp):
+        data = layer.weight.data
+        layer.weight.data = padding.empty(*data.shape, data).copy_(data) if padded else data
+        if rank > 0:
+            layer.weight.data.zero_()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    losses = []
+    for step in range(4):
+        with model.no_sync():
+            model(inputs(step, rank).bfloat16()).float().square().mean().backward()
+        loss = model(inputs(10 + step, rank).bfloat16()).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(layer.weight.is_contiguous() != padded for layer in (net.attn, net.mlp))
+    return losses, {name: value.clone() for name, value in net.state_dict().items()}
+
+
 def sharded(rank, shards):
     """The same, by FSDP2 or on one rank; whole weights."""
     net = Net()
@@ -80,6 +105,7 @@ def train(rank, address, how, argument, results):
 
 def on_all_ranks(how, argument, folder):
     """What how(rank, argument) gives on each rank."""
+    folder.mkdir(exist_ok=True)
     context = mp.get_context("spawn")
     results = context.JoinableQueue()
     address = f"file://{folder}/rendezvous"
@@ -105,6 +131,15 @@ def test_ranks_stay_together(ddp, tmp_path):
             assert torch.equal(value, second[name]), f"{name} after step {step}"
     for before, after in zip(states[0][4:7], states[0][5:8], strict=True):
         assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_padded_rows_under_ddp(tmp_path):
+    padded, dense = (on_all_ranks(with_padded_rows, pads, tmp_path / str(pads)) for pads in (True, False))
+    for rank in range(RANKS):
+        assert padded[rank][0] == dense[rank][0]
+        for name, value in dense[0][1].items():
+            assert torch.equal(padded[rank][1][name], value), name
+        assert padded[rank][1]["attn.weight"].any()
 
 
 def test_shards_are_those_of_one_rank(tmp_path):
