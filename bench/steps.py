@@ -236,9 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
     if ranks > 1:
         if options.best:
             raise SystemExit("--best is for one process: ranks could disagree")
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     cases = options.cases or (CASES if device.type == "cuda" else CPU_CASES)
     method = {"rounds": options.rounds, "ranks": ranks, "accumulate": options.accumulate}
