@@ -1,6 +1,10 @@
 """Whole training steps: every arm computes what it should, and one that does not has no speed."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +97,25 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert stored["cases"][str(CASE)][COMPILED][PACKAGE]["tokens_per_second"] > 0
     assert (tmp_path / "steps.md").read_text().count("**fused_lora**") == 2
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_ranks_with_micro_batches(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "bench.steps",
+    ]
+    options = ["--accumulate", "2", "--rounds", "1", "--modes", EAGER, "--arms", FULL, PACKAGE, "--out", str(tmp_path)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        command + options, cwd=Path(__file__).parents[2], env=environment, check=True, capture_output=True, timeout=240
+    )
+    stored = json.loads((tmp_path / "steps.json").read_text())
+    assert stored["ranks"] == 2
+    assert stored["accumulate"] == 2
+    assert (tmp_path / "steps.md").read_text().startswith("2 ranks, 2 micro-batches a step.")
