@@ -6,7 +6,7 @@ from .plot import COLORS, DASHED, INK, draw_frame, draw_limit
 from .step_arms import ARMS, FLOOR, FULL, PACKAGE, Case, flops
 
 BARS = [name for name in ARMS if name not in (FULL, FLOOR)]
-FLOOR_COLOR = "#b0aca6"
+FLOOR_COLOR = COLORS[FULL]  # which is a line here
 
 
 def _draw_group(axes, center: float, case: Case, arms: dict[str, dict]) -> None:

@@ -94,7 +94,6 @@ Schedule make_schedule(const Pass& pass, int clusters) {
   Schedule s{};
   Cut cut{};
   s.row_pairs = ceil_div(pass.M, kPairRows);
-  s.parts = pass.parts;
   int tile_cols = 0;
   for (int i = 0; pass.wants_out && i < (pass.backward || pass.gated ? 1 : pass.parts); ++i) {
     tile_cols += s.tile_cols[i] = ceil_div(pass.part[i].cols, C::kTileCols);

@@ -45,7 +45,7 @@ struct Schedule {
   int row_pairs, groups, longer;
   Counts counts[2];  // of a group, and of the first `longer` ones, which have one row pair more
   int slices;        // of the rows, a gradient item's: groups, or their halves
-  int parts, tile_cols[kMostParts];  // of each part's out, backward and gated of the first's; 0 where it is not wanted
+  int tile_cols[kMostParts];         // of each part's out, backward and gated of the first's; 0 where it is not wanted
   int shrinking;                     // parts whose low is wanted
   short shrink_part[kMostParts];     // which those are
   bool rides;         // low comes from the first column of tiles instead of shrink items

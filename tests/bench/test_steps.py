@@ -100,20 +100,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_two_ranks_with_micro_batches(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "bench.steps",
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench.steps"]
     options = ["--accumulate", "2", "--rounds", "1", "--modes", EAGER, "--arms", FULL, PACKAGE, "--out", str(tmp_path)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *options]
     subprocess.run(
-        command + options, cwd=Path(__file__).parents[2], env=environment, check=True, capture_output=True, timeout=240
+        command, cwd=Path(__file__).parents[2], env=environment, check=True, capture_output=True, timeout=240
     )
     stored = json.loads((tmp_path / "steps.json").read_text())
     assert stored["ranks"] == 2
