@@ -44,9 +44,9 @@ class Act {
   // Far out, exp is infinite or 0, and the sigmoid 0 or 1.
   __device__ __forceinline__ Both at(float t) const {
     constexpr float kLog2E = 1.442695041f;
-    const float inner = kCubic ? linear_ + cubic_ * t * t : linear_;
+    const float square = cubic_ * t * t, inner = kCubic ? linear_ + square : linear_;
     const float sigmoid = ptx::reciprocal(1.0f + ptx::exp2(-kLog2E * inner * t)), value = t * sigmoid;
-    return {value, sigmoid + value * (1.0f - sigmoid) * (kCubic ? linear_ + 3.0f * cubic_ * t * t : linear_)};
+    return {value, sigmoid + value * (1.0f - sigmoid) * (kCubic ? linear_ + 3.0f * square : linear_)};
   }
 
   const float linear_, cubic_;

@@ -35,10 +35,10 @@ struct BoxOf {
       : warpgroup(n % kConsumers), row(tile.x + warpgroup * kBox), col(tile.y + n / kConsumers * kBox) {}
 };
 
-template <typename C, typename T, Form kForm>
+template <typename C, typename T, typename F>
 struct GateBoxes {
   using Own = Chunks<kFinishThreads>;
-  using Does = Gate<C, T, kForm>;
+  using Does = Gate<C, T, F>;
   static constexpr int kTogether = 2;  // chunks, whose chains of instructions hide each other's latencies
   static_assert(Own::kCount == kGateAhead, "what lies ahead is a box");
 
@@ -60,7 +60,7 @@ struct GateBoxes {
   // Gate and up of the next box are on their way from memory meanwhile.
   __device__ __forceinline__ void finish(const int4& tile, int n, uint32_t box) const {
     const Own own = chunks(tile, n), next = chunks(tile, n + 1);
-#pragma unroll(kForm == Form::kFactors ? Own::kCount : 1)
+#pragma unroll(C::kGateGrads && F::kFactors ? Own::kCount : 1)
     for (int i = 0; i < Own::kCount; i += kTogether) {
       uint4 v[kTogether][Does::kOperands], hidden[kTogether];
       if constexpr (C::kGateGrads) ptx::async_copies_wait<kGateAhead / kTogether - 1>();
@@ -174,7 +174,7 @@ __device__ __forceinline__ void finish_tiles(Shared<C>& shared, const Boxes& box
 template <typename C, typename T>
 __device__ void run_finisher(Shared<C>& shared, const KernelParams& p) {
   if constexpr (C::kGated) {
-    in_form<C>(p.gated, [&](auto form) { finish_tiles<C>(shared, GateBoxes<C, T, form.value>{shared, p}); });
+    in_form<C>(p.gated, [&](auto form) { finish_tiles<C>(shared, GateBoxes<C, T, decltype(form)>{shared, p}); });
   } else if (p.rows_start_anywhere) {
     finish_tiles<C>(shared, StoreRows<C>{p});
   }

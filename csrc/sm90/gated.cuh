@@ -1,25 +1,27 @@
 // What is done to the elements of tiles of act(gate) up and of its gradient.
 #pragma once
 
-#include <type_traits>
-
 #include "activation.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
 
 namespace fused_lora::sm90 {
 
-// How: with factors that the forward pass has kept, or by the activation itself, without or with its cubic term.
-enum class Form { kFactors, kLinear, kCubic };
+// How: whether factors of the gradient are made, or backward are what it is multiplied by, and whether the activation has its
+// cubic term. A kernel asks for that once: a branch between elements would have each wait for the one before.
+template <bool kFactors_, bool kCubic_>
+struct Form {
+  static constexpr bool kFactors = kFactors_, kCubic = kCubic_;
+};
 
 // 8 elements of a row. Forward their gate and up come, backward a gradient as well, and gate and up or the factors.
-template <typename C, typename T, Form kForm>
+template <typename C, typename T, typename F>
 struct Gate {
   static constexpr int kOperands = C::kGateGrads ? 3 : 2;
   using Operands = uint4[kOperands];
 
   const KernelParams& p;
-  const Act<T, kForm == Form::kCubic> act{p.gated.activation};
+  const Act<T, F::kCubic> act{p.gated.activation};
 
   static __device__ uint4* at(void* matrix, int64_t offset) { return reinterpret_cast<uint4*>(static_cast<T*>(matrix) + offset); }
 
@@ -32,8 +34,8 @@ struct Gate {
   }
   __device__ __forceinline__ void turn_pairs(Operands& v, uint4& hidden, unsigned int uint4::*i) const {
     if constexpr (!C::kGateGrads) {
-      hidden.*i = p.gated.factors ? act.hidden_and_factors(v[0].*i, v[1].*i) : act.hidden(v[0].*i, v[1].*i);
-    } else if constexpr (kForm == Form::kFactors) {
+      hidden.*i = F::kFactors ? act.hidden_and_factors(v[0].*i, v[1].*i) : act.hidden(v[0].*i, v[1].*i);
+    } else if constexpr (F::kFactors) {
       const uint32_t value = v[1].*i;
       v[1].*i = multiply_pairs<T>(v[0].*i, v[2].*i);
       v[2].*i = multiply_pairs<T>(v[0].*i, value);
@@ -48,18 +50,18 @@ struct Gate {
       ptx::store_global(at(C::kGateGrads ? p.gated.dgate : p.gated.gate, to), v[kOperands - 2]);
       ptx::store_global(at(C::kGateGrads ? p.gated.dup : p.gated.up, to), v[kOperands - 1]);
     }
-    if (kForm != Form::kFactors && p.gated.hidden != nullptr) ptx::store_global(at(p.gated.hidden, to), hidden);
+    if (!(C::kGateGrads && F::kFactors) && p.gated.hidden != nullptr) ptx::store_global(at(p.gated.hidden, to), hidden);
   }
 };
 
-// Of those that a kernel can be asked for.
 template <typename C, typename Run>
 __device__ __forceinline__ void in_form(const Gated& gated, Run run) {
-  if constexpr (C::kGateGrads) {
-    if (gated.factors) return run(std::integral_constant<Form, Form::kFactors>());
+  const bool cubic = gated.activation.cubic != 0;
+  if (!gated.factors) return cubic ? run(Form<false, true>()) : run(Form<false, false>());
+  if constexpr (!C::kGateGrads) {
+    if (cubic) return run(Form<true, true>());
   }
-  if (gated.activation.cubic == 0) return run(std::integral_constant<Form, Form::kLinear>());
-  run(std::integral_constant<Form, Form::kCubic>());
+  run(Form<true, false>());  // backward they are enough
 }
 
 }  // namespace fused_lora::sm90
