@@ -2,6 +2,7 @@
 # make test   everything that can be checked on this machine
 # make bench  time every variant on this machine and write bench/results/<gpu>/
 # make bench-step  whole training steps of the paper's models: bench/results/<gpu>/steps.md
+# make bench-blocks  q, k, v and MLPs as one and layer by layer: bench/results/<gpu>/blocks.md
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
 # make sanitize  csrc's kernels under compute-sanitizer's four tools
 # make lint   ruff; make build: the optional CUDA extension, in place
@@ -16,7 +17,7 @@ PACKAGES ?= $(if $(GPU),torch>=2.10,torch==2.13.0 triton==3.7.1)
 WORKERS ?= $(if $(GPU),8,auto)
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test bench bench-step profile sanitize lint build
+.PHONY: demo test bench bench-step bench-blocks profile sanitize lint build
 
 demo: $(READY)
 	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
@@ -30,6 +31,9 @@ bench: $(READY)
 
 bench-step: $(READY)
 	$(PYTHON) -m bench.steps
+
+bench-blocks: $(READY)
+	$(PYTHON) -m bench.blocks
 
 # The CUDA kernels' ranges are in a domain of their own, those of Triton's launches in the default one.
 RANGES := --nvtx $(foreach pass,forward backward,--nvtx-include "fused_lora@$(pass)/" --nvtx-include "fused_lora.$(pass)/")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import record, timing
-from .clock import CLOCK
+from .clock import CLOCK, show
 from .measure import MEASURED, UNAVAILABLE, Measurements
 from .shapes import PASSES, shapes_for
 from .variants import PACKAGE, VARIANTS
@@ -35,7 +35,9 @@ def cases():
 
 def extra_info(shape, pass_name: str, mode: str, variant: str) -> dict:
     """What pytest-benchmark's JSON keeps beside the samples, which it has already."""
-    info = record.environment(measurements()) | {"shape": asdict(shape)}
+    info = record.environment(measurements().device, measurements().dtype, measurements().rounds) | {
+        "shape": asdict(shape)
+    }
     info |= record.case(measurements(), shape, pass_name, mode, variant)
     info.pop("samples_us", None)
     if variant == PACKAGE:
@@ -59,5 +61,4 @@ def test_lora_linear(benchmark, shape, pass_name, mode, variant):
     benchmark.extra_info.update(extra_info(shape, pass_name, mode, variant))
     if outcome.status != MEASURED:
         pytest.fail(f"{variant}: {outcome.reason}")
-    CLOCK.now, CLOCK.samples = 0.0, iter(outcome.samples)
-    benchmark.pedantic(CLOCK.step, rounds=len(outcome.samples))
+    show(benchmark, outcome.samples)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import timing
-from .clock import CLOCK
+from .clock import CLOCK, show
 from .restarts import COPY, TRANSFER, Model, variants
 
 ON_GPU = torch.cuda.is_available()
@@ -50,5 +50,4 @@ def test_merge_and_reinit(benchmark, name):
         "time over the floor's for the same bytes": round(floor_moved / statistics.median(floor_samples) / rate, 3),
         "floor": floor,
     })  # fmt: skip
-    CLOCK.now, CLOCK.samples = 0.0, iter(samples)
-    benchmark.pedantic(CLOCK.step, rounds=len(samples))
+    show(benchmark, samples)

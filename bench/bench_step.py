@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from .clock import CLOCK
+from .clock import CLOCK, show
 from .step_arms import ARMS, CASES, CPU_CASES, FULL, flops
 from .steps import COMPILED, EAGER, available, measure
 
@@ -44,5 +44,4 @@ def test_step(benchmark, case, mode, arm):
     own["ceiling over full-rank"] = flops(case, FULL) / flops(case, arm)
     benchmark.group = f"{case}, {mode}"
     benchmark.extra_info.update(own)
-    CLOCK.now, CLOCK.samples = 0.0, iter(samples)
-    benchmark.pedantic(CLOCK.step, rounds=len(samples))
+    show(benchmark, samples)

@@ -15,3 +15,9 @@ class SampleClock:
 
 
 CLOCK = SampleClock()
+
+
+def show(benchmark, samples) -> None:
+    """Hands recorded seconds to a test's pytest-benchmark, whose timer is CLOCK.read."""
+    CLOCK.now, CLOCK.samples = 0.0, iter(samples)
+    benchmark.pedantic(CLOCK.step, rounds=len(samples))

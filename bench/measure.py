@@ -5,6 +5,7 @@ A shape is prepared once: every variant built and checked. A (shape, pass, mode)
 
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,11 @@ def outcome_of(error: Exception) -> Outcome:
         status = FAILED
     lines = str(error).strip().splitlines() or [""]
     return Outcome(status, reason=lines[0] if status == WRONG else f"{type(error).__name__}: {lines[0]}")
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @dataclass
@@ -82,7 +88,7 @@ class Measurements:
 
     def __init__(self, device=None, dtype=None, rounds: int = timing.ROUNDS, variants: dict[str, Kind] | None = None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.dtype = dtype or dtype_on(self.device)
         self.rounds = rounds
         self.variants = dict(VARIANTS if variants is None else variants)
         self._prepared: dict[Shape, Prepared] = {}
@@ -142,14 +148,20 @@ def _measure_calls(prepared: Prepared, backward: bool, rounds: int, mode: str) -
 
 def _measure_graphs(prepared: Prepared, backward: bool, rounds: int, variants: dict[str, Kind]) -> dict[str, Outcome]:
     """Captures each variant and checks what its graph writes before any is timed."""
-    problem, graphs, refused, kept = prepared.problem, {}, {}, []
+    problem, graphs, refused = prepared.problem, {}, {}
     for name, variant in prepared.ready.items():
         try:
-            graph, results = timing.capture(lambda variant=variant: run(variant, problem, backward))
-            timing.replay_over_nan(graph, results)
-            check_results(results, prepared.expected[variants[name].work], problem.x.dtype)
-            graphs[name] = graph
-            kept.append(results)
+            call = lambda variant=variant: run(variant, problem, backward)  # noqa: E731
+            graphs[name] = checked_graph(call, prepared.expected[variants[name].work], problem.x.dtype)
         except Exception as error:
             refused[name] = outcome_of(error)
     return refused | _measured(timing.time_graphs(graphs, rounds))
+
+
+def checked_graph(call: Callable[[], tuple[torch.Tensor, ...]], expected: dict[str, torch.Tensor], dtype: torch.dtype):
+    """call() as a graph with the results that it writes, for timing.time_graphs. Raises WrongResultError where they are
+    not what is expected."""
+    graph, results = timing.capture(call)
+    timing.replay_over_nan(graph, results)
+    check_results(results, expected, dtype)
+    return graph, results

@@ -4,6 +4,7 @@ import datetime
 import platform
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,11 +60,11 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict:
     }
 
 
-def environment(measurements: Measurements) -> dict:
+def environment(device: torch.device, dtype: torch.dtype, rounds: int) -> dict:
     """The circumstances, and the method."""
-    return circumstances(measurements.device, measurements.dtype) | {
-        "rounds": measurements.rounds,
-        "flush_bytes": FLUSH_BYTES if measurements.device.type == "cuda" else 0,
+    return circumstances(device, dtype) | {
+        "rounds": rounds,
+        "flush_bytes": FLUSH_BYTES if device.type == "cuda" else 0,
     }
 
 
@@ -170,3 +171,21 @@ def is_sound(records: list[dict], package: str) -> bool:
         for name, outcome in outcomes.items()
     ]
     return all(status == MEASURED if name == package else status != WRONG for name, status in cases)
+
+
+def write_files(
+    folder: Path, texts: dict[str, str], picture: str = "", draw: Callable[[Path], None] | None = None
+) -> list[Path]:
+    """Files of these names and, where matplotlib is installed, the picture; the paths written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    written = [folder / name for name in texts]
+    if draw is None:
+        return written
+    try:
+        draw(folder / picture)
+    except ModuleNotFoundError as error:
+        print(f"no {picture}: {error}")
+        return written
+    return [*written, folder / picture]

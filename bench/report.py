@@ -8,7 +8,7 @@ import torch
 
 from .measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from .plot import draw
-from .record import environment, shape_record, skipped_record
+from .record import environment, shape_record, skipped_record, write_files
 from .shapes import FORWARD, FORWARD_BACKWARD, PASSES, Shape
 from .timing import EAGER, GRAPH, HOST, modes
 from .variants import FLOOR, PACKAGE
@@ -44,7 +44,7 @@ def collect(
     """Measures every shape; on_progress hears of each (pass, mode) before it starts, on_shape gets what there is after
     each shape. One dict, ready for JSON."""
     results = {
-        "environment": environment(measurements),
+        "environment": environment(measurements.device, measurements.dtype, measurements.rounds),
         "variants": {name: kind.label for name, kind in measurements.variants.items()},
         "shapes": [],
     }
@@ -54,7 +54,8 @@ def collect(
     return results
 
 
-def _rows(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
@@ -85,7 +86,7 @@ def ratio_table(results: dict, mode: str, pass_name: str) -> list[str]:
     for name, label in results["variants"].items():
         cell = _floor_cell if name == FLOOR else _ratio_cell
         rows.append([label, *(cell(shape_outcomes[name]) for shape_outcomes in outcomes)])
-    return _rows(["M, K, N, r", *map(_title, records)], rows)
+    return table(["M, K, N, r", *map(_title, records)], rows)
 
 
 def memory_table(results: dict) -> list[str]:
@@ -95,7 +96,7 @@ def memory_table(results: dict) -> list[str]:
     for name, label in results["variants"].items():
         cells = [record["memory"].get(name) for record in records]
         rows.append([label, *(f"{cell['MB']:.0f} ({cell['Mr']:.1f})" if cell else "-" for cell in cells)])
-    return _rows(["M, K, N, r", *map(_title, records)], rows)
+    return table(["M, K, N, r", *map(_title, records)], rows)
 
 
 def _spent(passes: dict, name: str) -> dict[str, tuple[float, int, int]] | None:
@@ -118,7 +119,7 @@ def account_table(results: dict) -> list[str]:
             over = us / (frozen_us * flops / frozen_flops)
             rates = f"{flops / us * 1e-6:.0f}", f"{over:.3f}", f"{moved / us * 1e-6:.2f}"
             rows.append([_title(record), name, f"{us:.0f}", *rates])
-    return _rows(["M, K, N, r", "pass", "us", "TFLOP/s", "over its FLOP floor", "least bytes, TB/s"], rows)
+    return table(["M, K, N, r", "pass", "us", "TFLOP/s", "over its FLOP floor", "least bytes, TB/s"], rows)
 
 
 def reasons(results: dict) -> list[str]:
@@ -137,19 +138,20 @@ def reasons(results: dict) -> list[str]:
     return [f"* {text}" for text in found]
 
 
-def _method(about: dict) -> str:
+def method(about: dict) -> str:
+    """How it was measured, and on what."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
     flush = f"cold L2 ({about['flush_bytes'] // 2**20} MiB zeroed before each step), " if about["flush_bytes"] else ""
     return (
         f"{about['device']}, {about['dtype']}, {about['date']}; {versions}. Random data, {flush}variants interleaved "
-        f"in one process, median of {about['rounds']} rounds. Ratios to the frozen floor of the same run: the same "
-        "linear with W frozen and no adapter. The forward keeps what its backward needs."
+        f"in one process, median of {about['rounds']} rounds. Ratios to the frozen floor of the same run: the "
+        "same with W frozen and no adapter. The forward keeps what its backward needs."
     )
 
 
 def markdown(results: dict) -> str:
     """All tables, forward + backward first, and the reasons for missing numbers."""
-    lines = [_method(results["environment"]), ""]
+    lines = [method(results["environment"]), ""]
     records = _measured_shapes(results)
     for (mode, pass_name), title in TITLES.items():
         if records and mode in records[0]["times"]:
@@ -167,13 +169,5 @@ def markdown(results: dict) -> str:
 
 def write(results: dict, folder: Path) -> list[Path]:
     """results.json, table.md and, where matplotlib is installed, forward_backward.png; the paths written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, table, image = (folder / name for name in ("results.json", "table.md", "forward_backward.png"))
-    data.write_text(json.dumps(results, indent=1) + "\n")
-    table.write_text(markdown(results))
-    try:
-        draw(results, image)
-    except ModuleNotFoundError as error:
-        print(f"no {image.name}: {error}. Later, elsewhere: python -m bench --redraw {data}")
-        return [data, table]
-    return [data, table, image]
+    texts = {"results.json": json.dumps(results, indent=1) + "\n", "table.md": markdown(results)}
+    return write_files(folder, texts, "forward_backward.png", lambda path: draw(results, path))

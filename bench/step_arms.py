@@ -9,7 +9,7 @@ from fused_lora import LoRALinear, replace_linear
 from fused_lora.pretrain.llama import Llama, LlamaConfig
 from fused_lora.pretrain.presets import PRESETS
 
-from .variants import AddmmLoRA, _unfused_formula
+from .variants import AddmmLoRA, unfused_formula
 
 LINEARS = r".*\.(self_attn|mlp)\..*"
 LORA_ALPHA = 32.0
@@ -86,12 +86,17 @@ def _addmm(x: Tensor, *tensors) -> Tensor:
     return AddmmLoRA.apply(x.flatten(0, -2), *tensors).view(*x.shape[:-1], -1)
 
 
-def _with_formula(formula: Callable) -> Callable:
+def with_formula(layers: nn.Module, r: int, formula: Callable) -> None:
+    """Replaces every nn.Linear."""
+    for part in list(layers.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(part, name, Unfused(child, r, formula))
+
+
+def _model_with(formula: Callable) -> Callable:
     def convert(model: Llama, r: int) -> nn.Module:
-        for block in model.layers:
-            for part in (block.self_attn, block.mlp):
-                for name, linear in list(part.named_children()):
-                    setattr(part, name, Unfused(linear, r, formula))
+        with_formula(model.layers, r, formula)
         return model
 
     return convert
@@ -115,18 +120,23 @@ def _fused(model: Llama, r: int) -> nn.Module:
     return model
 
 
-def _frozen(model: Llama, r: int) -> nn.Module:
-    for module in model.layers.modules():
+def freeze_linears(layers: nn.Module) -> None:
+    """Weights of every nn.Linear; they have no biases."""
+    for module in layers.modules():
         if isinstance(module, nn.Linear):
             module.weight.requires_grad_(False)
+
+
+def _frozen(model: Llama, r: int) -> nn.Module:
+    freeze_linears(model.layers)
     return model
 
 
 ARMS = {
     FULL: ("full-rank", lambda model, r: model),
     PACKAGE: ("**fused_lora**", _fused),
-    "unfused": ("ReLoRA, unfused", _with_formula(_unfused_formula)),
-    "addmm": ("ReLoRA, addmm", _with_formula(_addmm)),
+    "unfused": ("ReLoRA, unfused", _model_with(unfused_formula)),
+    "addmm": ("ReLoRA, addmm", _model_with(_addmm)),
     "peft": ("PEFT", _with_peft),
     FLOOR: ("linears frozen, no adapter (the floor)", _frozen),
 }

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from .record import write_files
 from .step_arms import ARMS, FULL, Case, flops
 from .step_plot import draw
 
@@ -35,13 +36,10 @@ def table(case: Case, results: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, text: str, record: dict, measured: list[tuple[Case, dict]]) -> None:
-    """steps.md, steps.json and, where matplotlib is installed and there is full-rank training, steps.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "steps.md").write_text(text)
-    (folder / "steps.json").write_text(json.dumps(record, indent=1) + "\n")
-    if any(FULL in arms for _, by_mode in measured for arms in by_mode.values()):
-        try:
-            draw(measured, f"{record['device']}, {record['dtype']}", folder / "steps.png")
-        except ModuleNotFoundError as error:
-            print(f"no steps.png: {error}")
+def write(folder: Path, text: str, results: dict, measured: list[tuple[Case, dict]]) -> list[Path]:
+    """steps.md, steps.json and, where matplotlib is installed and there is full-rank training, steps.png; the paths."""
+    texts = {"steps.md": text, "steps.json": json.dumps(results, indent=1) + "\n"}
+    if not any(FULL in arms for _, by_mode in measured for arms in by_mode.values()):
+        return write_files(folder, texts)
+    about = f"{results['device']}, {results['dtype']}"
+    return write_files(folder, texts, "steps.png", lambda path: draw(measured, about, path))

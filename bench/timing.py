@@ -92,11 +92,13 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
-def time_graphs(graphs: dict, rounds: int) -> Samples:
-    """Mode graph. Nothing waits between steps: the flush covers the time that launching the graph takes."""
+def time_graphs(graphs: dict[str, tuple], rounds: int) -> Samples:
+    """Mode graph, of what capture returned. Nothing waits between steps: the flush covers the time that launching the
+    graph takes."""
     flush = _flush_buffer()
 
-    def time_once(graph):
+    def time_once(captured):
+        graph, _ = captured
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()

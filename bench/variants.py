@@ -89,20 +89,21 @@ def full_rank(problem: Problem) -> Variant:
     return Variant(lambda x: F.linear(x, weight), {"weight": weight})
 
 
-def _unfused_formula(x, weight, A, B, scale: float):
+def unfused_formula(x, weight, A, B, scale: float):
+    """As everybody writes it."""
     return F.linear(x, weight) + scale * F.linear(F.linear(x, A), B)
 
 
 def unfused(problem: Problem) -> Variant:
-    """The formula as everybody writes it, eager, with torch's own autograd."""
+    """The formula, eager, with torch's own autograd."""
     weight, A, B, scale = problem.weight, problem.A, problem.B, problem.scale
-    return Variant(lambda x: _unfused_formula(x, weight, A, B, scale), {"A": A, "B": B})
+    return Variant(lambda x: unfused_formula(x, weight, A, B, scale), {"A": A, "B": B})
 
 
 def compiled(problem: Problem) -> Variant:
     """torch.compile of the same formula, default mode, static shapes."""
     weight, A, B, scale = problem.weight, problem.A, problem.B, problem.scale
-    formula = torch.compile(_unfused_formula, dynamic=False, fullgraph=True)
+    formula = torch.compile(unfused_formula, dynamic=False, fullgraph=True)
     return Variant(lambda x: formula(x, weight, A, B, scale), {"A": A, "B": B})
 
 
