@@ -3,7 +3,6 @@
 All ways of a block are measured together, interleaved; see blocks.py.
 """
 
-import functools
 import statistics
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from . import timing
 from .block_ways import CPU_BLOCKS, GPU_BLOCKS
 from .blocks import measure
-from .clock import CLOCK, show
+from .clock import CLOCK, remembered, show
 from .shapes import PASSES
 from .variants import FLOOR
 
@@ -20,7 +19,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
-@functools.lru_cache(maxsize=1)  # only one block is in memory at a time
+@remembered
 def results(block):
     return measure(block, timing.ROUNDS, DEVICE)
 

@@ -3,12 +3,10 @@
 All arms of a (model, mode) are measured together, their steps in turn; see steps.py.
 """
 
-import functools
-
 import pytest
 import torch
 
-from .clock import CLOCK, show
+from .clock import CLOCK, remembered, show
 from .step_arms import ARMS, CASES, CPU_CASES, FULL, flops
 from .steps import COMPILED, EAGER, available, measure
 
@@ -17,7 +15,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROUNDS = 8
 
 
-@functools.lru_cache(maxsize=1)  # only one case is in memory at a time
+@remembered
 def results(case, mode):
     return measure(case, mode, list(ARMS), ROUNDS, DEVICE)
 

@@ -128,8 +128,9 @@ def gated(gate, up, linear, cubic):
 
 
 def _value_and_slope(t, linear, cubic):
-    s = torch.sigmoid(t * (linear + cubic * t * t))
-    return t * s, s + t * s * (1 - s) * (linear + 3 * cubic * t * t)
+    square = (cubic * t * t).clamp(max=1e30)  # an infinite one times 0 would be NaN
+    s = torch.sigmoid(t * (linear + square))
+    return t * s, s + t * s * (1 - s) * (linear + 3 * square)
 
 
 def gated_factors(gate, up, linear, cubic):

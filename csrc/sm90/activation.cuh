@@ -41,10 +41,10 @@ class Act {
     float value, slope;
   };
 
-  // Far out, exp is infinite or 0, and the sigmoid 0 or 1.
+  // Far out, exp is infinite or 0, and the sigmoid 0 or 1; an infinite square would make 0 of it NaN.
   __device__ __forceinline__ Both at(float t) const {
-    constexpr float kLog2E = 1.442695041f;
-    const float square = cubic_ * t * t, inner = kCubic ? linear_ + square : linear_;
+    constexpr float kLog2E = 1.442695041f, kFar = 1e30f;
+    const float square = fminf(cubic_ * t * t, kFar), inner = kCubic ? linear_ + square : linear_;
     const float sigmoid = ptx::reciprocal(1.0f + ptx::exp2(-kLog2E * inner * t)), value = t * sigmoid;
     return {value, sigmoid + value * (1.0f - sigmoid) * (kCubic ? linear_ + 3.0f * square : linear_)};
   }

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..ops.lora_mlp import SAVE, obstacle
@@ -76,6 +77,8 @@ class LoRAMLP:
 
     def why_not(self, x: Tensor) -> str | None:
         """Why the forward that it had is called for x, or None."""
+        if _has_any_global_hook():
+            return "there are hooks of every module's"
         layers = self._structure.layers(self)
         for layer in layers:
             if type(layer) is not LoRALinear:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import timing
+from bench.clock import remembered
 from bench.measure import FAILED, MEASURED, UNAVAILABLE, WRONG, Measurements
 from bench.record import case, is_sound, quartiles, shape_record
 from bench.shapes import FORWARD, FORWARD_BACKWARD, Shape, flops
@@ -116,3 +117,20 @@ def test_a_captured_step_is_checked_and_timed():
 def test_peak_memory_counts_results():
     assert timing.peak_memory(lambda: torch.empty(2**20, device="cuda")) == 4 * 2**20
     assert frozen is VARIANTS[FLOOR].factory
+
+
+def test_a_case_that_fails_is_measured_once_too():
+    calls = []
+
+    @remembered
+    def measure(case):
+        calls.append(case)
+        if case == "bad":
+            raise RuntimeError("it broke")
+        return case
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="it broke"):
+            measure("bad")
+    assert (measure("good"), measure("good")) == ("good", "good")
+    assert calls == ["bad", "good"]

@@ -120,6 +120,8 @@ def broken_rules(fused):
     yield lambda: mlp.w1.merge_(), lambda: mlp.w1.unmerge_()
     yield lambda: handles.append(mlp.w3.register_forward_hook(lambda *_: None)), lambda: handles.pop().remove()
     yield lambda: handles.append(mlp.act.register_forward_hook(lambda *_: None)), lambda: handles.pop().remove()
+    every = nn.modules.module.register_module_forward_hook
+    yield lambda: handles.append(every(lambda *_: None)), lambda: handles.pop().remove()
     yield lambda: setattr(mlp.w2, "forward", mlp.w2.forward), lambda: delattr(mlp.w2, "forward")
     yield lambda: mlp.w1.eval(), lambda: mlp.w1.train()
     yield lambda: setattr(mlp.w2, "lora_dropout", 0.5), lambda: setattr(mlp.w2, "lora_dropout", 0.0)

@@ -138,6 +138,17 @@ def test_rows_of_zeros_and_far_values_stay_finite(device):
             assert value.isfinite().all(), name
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("activation", ACTS)
+@pytest.mark.parametrize("save", ["all", "less"])
+def test_gates_whose_square_is_infinite(device, activation, save):
+    x, parts = make_mlp(256, 64, 136, 64, (8, 8, 8), device, torch.bfloat16)
+    with torch.no_grad():
+        parts[0]["weight"] *= 1e20
+    for name, value in results(fused, x, parts, torch.ones_like(x), activation, save=save).items():
+        assert value.isfinite().all(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_whole(dtype):
     x, parts = make_mlp(48, 40, 51, 24, (8, 5, 7), "cpu", dtype)
