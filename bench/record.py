@@ -60,6 +60,12 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict:
     }
 
 
+def described(about: dict) -> str:
+    """The circumstances as a text."""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
+    return f"{about['device']}, {about['dtype']}, {about['date']}; {versions}."
+
+
 def environment(device: torch.device, dtype: torch.dtype, rounds: int) -> dict:
     """The circumstances, and the method."""
     return circumstances(device, dtype) | {

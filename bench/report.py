@@ -8,7 +8,7 @@ import torch
 
 from .measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from .plot import draw
-from .record import environment, shape_record, skipped_record, write_files
+from .record import described, environment, shape_record, skipped_record, write_files
 from .shapes import FORWARD, FORWARD_BACKWARD, PASSES, Shape
 from .timing import EAGER, GRAPH, HOST, modes
 from .variants import FLOOR, PACKAGE
@@ -140,12 +140,11 @@ def reasons(results: dict) -> list[str]:
 
 def method(about: dict) -> str:
     """How it was measured, and on what."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
     flush = f"cold L2 ({about['flush_bytes'] // 2**20} MiB zeroed before each step), " if about["flush_bytes"] else ""
     return (
-        f"{about['device']}, {about['dtype']}, {about['date']}; {versions}. Random data, {flush}variants interleaved "
-        f"in one process, median of {about['rounds']} rounds. Ratios to the frozen floor of the same run: the "
-        "same with W frozen and no adapter. The forward keeps what its backward needs."
+        f"{described(about)} Random data, {flush}variants interleaved in one process, median of {about['rounds']} "
+        "rounds. Ratios to the frozen floor of the same run: the same with W frozen and no adapter. The forward keeps "
+        "what its backward needs."
     )
 
 

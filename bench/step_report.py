@@ -3,9 +3,18 @@
 import json
 from pathlib import Path
 
-from .record import write_files
+from .record import described, write_files
 from .step_arms import ARMS, FULL, Case, flops
 from .step_plot import draw
+
+
+def method(about: dict) -> str:
+    """How it was measured, and on what."""
+    ranks = f", on {about['ranks']} ranks, {about['accumulate']} micro-batches a step" if about["ranks"] > 1 else ""
+    return (
+        f"{described(about)} Random tokens{ranks}; a model's arms of one mode take their steps in turn, median of "
+        f"{about['rounds']} rounds.\n"
+    )
 
 
 def table(case: Case, results: dict[str, dict]) -> str:

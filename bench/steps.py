@@ -28,7 +28,7 @@ from fused_lora.pretrain.llama import Llama, next_token_loss
 
 from .record import RESULTS, circumstances, slug
 from .step_arms import ARMS, CASES, CPU_CASES, FLOOR, FULL, Case, factors, flops
-from .step_report import table, write
+from .step_report import method, table, write
 from .timing import interleave
 
 EAGER, COMPILED = "eager", "compiled"
@@ -241,9 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     cases = options.cases or (CASES if device.type == "cuda" else CPU_CASES)
-    method = {"rounds": options.rounds, "ranks": ranks, "accumulate": options.accumulate}
-    text = f"{ranks} ranks, {options.accumulate} micro-batches a step.\n\n" if ranks > 1 else ""
-    record = circumstances(device, torch.bfloat16) | method | {"cases": {}}
+    about = {"rounds": options.rounds, "ranks": ranks, "accumulate": options.accumulate}
+    record = circumstances(device, torch.bfloat16) | about | {"cases": {}}
+    text = method(record) + "\n"
     measured = []
     folder = options.out or RESULTS / (slug(device) + (f"-x{ranks}" if ranks > 1 else ""))
     with tqdm(total=len(cases) * len(options.modes), desc="steps", disable=not first) as bar:

@@ -92,7 +92,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(steps, "CPU_CASES", (CASE,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--rounds", "1", "--arms", FULL, PACKAGE, "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("### tiny, 2 x 16, 1 blocks")
+    assert "median of 1 rounds.\n\n### tiny, 2 x 16, 1 blocks" in capsys.readouterr().out
     stored = json.loads((tmp_path / "steps.json").read_text())
     assert stored["cases"][str(CASE)][COMPILED][PACKAGE]["tokens_per_second"] > 0
     assert (tmp_path / "steps.md").read_text().count("**fused_lora**") == 2
@@ -110,4 +110,4 @@ def test_two_ranks_with_micro_batches(tmp_path):
     stored = json.loads((tmp_path / "steps.json").read_text())
     assert stored["ranks"] == 2
     assert stored["accumulate"] == 2
-    assert (tmp_path / "steps.md").read_text().startswith("2 ranks, 2 micro-batches a step.")
+    assert "on 2 ranks, 2 micro-batches a step" in (tmp_path / "steps.md").read_text()
