@@ -2,7 +2,7 @@
 # make test   everything that can be checked on this machine
 # make bench  time every variant on this machine and write bench/results/<gpu>/
 # make bench-step  whole training steps of the paper's models: bench/results/<gpu>/steps.md
-# make bench-blocks  q, k, v and MLPs as one and layer by layer: bench/results/<gpu>/blocks.md
+# make bench-blocks  q, k, v and MLPs as one and layer by layer, odd widths: bench/results/<gpu>/blocks.md
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
 # make sanitize  csrc's kernels under compute-sanitizer's four tools
 # make lint   ruff; make build: the optional CUDA extension, in place

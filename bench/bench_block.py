@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only -k block`: groups, gated MLPs and layers of odd widths, by each way.
+"""`pytest bench --benchmark-only -k test_block`: groups, gated MLPs and layers of odd widths, by each way.
 
 All ways of a block are measured together, interleaved; see blocks.py.
 """
@@ -21,6 +21,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 @remembered
 def results(block):
+    """See blocks.measure."""
     return measure(block, timing.ROUNDS, DEVICE)
 
 
@@ -38,9 +39,13 @@ def cases():
 @pytest.mark.parametrize(("block", "pass_name", "way"), list(cases()))
 def test_block(benchmark, block, pass_name, way):
     found = results(block)
-    samples, floor = (found[name]["seconds"][pass_name] for name in (way, FLOOR))
+    if "reason" in found[way]:
+        pytest.fail(f"{way}: {found[way]['reason']}")
+    samples = found[way]["seconds"][pass_name]
     benchmark.group = f"{block}, {pass_name}"
-    benchmark.extra_info["over the frozen floor"] = statistics.median(samples) / statistics.median(floor)
+    if "seconds" in found[FLOOR]:
+        floor = statistics.median(found[FLOOR]["seconds"][pass_name])
+        benchmark.extra_info["over the frozen floor"] = statistics.median(samples) / floor
     if "kept_bytes" in found[way]:
         benchmark.extra_info["bytes that the forward pass keeps"] = found[way]["kept_bytes"]
     show(benchmark, samples)

@@ -1,27 +1,29 @@
 """The blocks of layers that are timed, and the ways to compute them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fused_lora import replace_linear
-from fused_lora.modules.lora_mlp import LoRAMLP
 from fused_lora.pretrain.llama import MLP, LlamaConfig
+from fused_lora.reference import lora_linear_ref, lora_mlp_ref
 
-from .step_arms import LORA_ALPHA, factors, freeze_linears, with_formula
-from .variants import FLOOR, PACKAGE, unfused_formula
+from .step_arms import Unfused, factors, freeze_linears, with_formula
+from .variants import FLOOR, PACKAGE, SCALE, unfused_formula
 
 ALONE, LESS, UNFUSED = "alone", "less", "unfused"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class Projections(nn.Module):
-    """Up to three linears that read one x."""
+    """Linears that read one x."""
 
     def __init__(self, K: int, widths: tuple[int, ...]):
         super().__init__()
-        for name, N in zip(("q_proj", "k_proj", "v_proj"), widths, strict=False):
+        for name, N in zip(PROJECTIONS[: len(widths)], widths, strict=True):
             self.add_module(name, nn.Linear(K, N, bias=False))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -30,7 +32,7 @@ class Projections(nn.Module):
 
 @dataclass(frozen=True)
 class Block:
-    """M tokens through a linear K -> N for each N of widths; gated: through an MLP K -> N -> K."""
+    """M tokens through up to three linears K -> N, one for each N of widths; gated: through an MLP K -> N -> K."""
 
     M: int
     K: int
@@ -38,95 +40,106 @@ class Block:
     gated: bool = False
     r: int = 128
 
+    def __post_init__(self):
+        most = 1 if self.gated else len(PROJECTIONS)
+        if not 1 <= len(self.widths) <= most:
+            raise ValueError(f"widths must be 1 to {most}, got {self.widths}")
+
     def __str__(self) -> str:
-        middle = f"{self.K} -> {', '.join(map(str, self.widths))}"
-        return f"{self.M} tokens, " + (f"MLP {middle} -> {self.K}" if self.gated else middle)
+        layers = f"{self.K} -> {', '.join(map(str, self.widths))}"
+        return f"{self.M} tokens, " + (f"MLP {layers} -> {self.K}" if self.gated else layers)
 
     @property
     def out_widths(self) -> tuple[int, ...]:
+        """Columns of each output."""
         return (self.K,) if self.gated else self.widths
 
     @property
-    def linears(self) -> int:
+    def count(self) -> int:
+        """Of its linears."""
         return 3 if self.gated else len(self.widths)
 
     def plain(self) -> nn.Module:
-        """Of nn.Linear."""
+        """It, of nn.Linear."""
         if not self.gated:
             return Projections(self.K, self.widths)
         return MLP(LlamaConfig(self.K, *self.widths, num_hidden_layers=1, num_attention_heads=1))
 
     def ways(self) -> list[str]:
-        """Those that exist here."""
+        """Names of those that exist here."""
         return [name for name, way in WAYS.items() if way.exists(self)]
 
 
+INTO, OUT_OF = Block(16384, 2048, (5504,)), Block(16384, 5504, (2048,))
+# A width that is no multiple of 8, and the same block beside it whose width is one.
+NEIGHBOURS = {replace(INTO, widths=(5461,)): INTO, replace(OUT_OF, K=5461): OUT_OF}
 GPU_BLOCKS = (
     Block(16384, 2048, (2048, 2048, 2048)),
     Block(16384, 2048, (2048, 512, 512)),
     Block(16384, 2048, (5504,), gated=True),
     Block(16384, 2048, (5461,), gated=True),
     Block(24576, 1024, (2736,), gated=True),
-    Block(16384, 2048, (5504,)),
-    Block(16384, 2048, (5461,)),
-    Block(16384, 5504, (2048,)),
-    Block(16384, 5461, (2048,)),
+    *(block for pair in NEIGHBOURS.items() for block in reversed(pair)),
 )
-NEIGHBOURS = ((GPU_BLOCKS[6], GPU_BLOCKS[5]), (GPU_BLOCKS[8], GPU_BLOCKS[7]))
 CPU_BLOCKS = (Block(32, 64, (64, 32), r=8), Block(32, 64, (85,), gated=True, r=8), Block(32, 85, (64,), r=8))
 
 
-def _frozen(block: nn.Module, r: int) -> None:
-    freeze_linears(block)
+def _frozen(layers: nn.Module, block: Block) -> None:
+    freeze_linears(layers)
 
 
-def _fused(block: nn.Module, r: int, fuse: str = "auto", save: str = "all") -> None:
-    replace_linear(block, r=r, lora_alpha=LORA_ALPHA, fuse=fuse)
-    if isinstance(block, LoRAMLP):
-        block.save = save
+def _alone(layers: nn.Module, block: Block) -> None:
+    replace_linear(layers, block.r, SCALE * block.r, fuse="off")
 
 
-def _alone(block: nn.Module, r: int) -> None:
-    _fused(block, r, fuse="off")
+def _fused(layers: nn.Module, block: Block) -> None:
+    report = replace_linear(layers, block.r, SCALE * block.r)
+    if block.count > 1 and not (report.mlps if block.gated else report.groups):
+        raise RuntimeError(f"{block} was not fused: {report}")
 
 
-def _less(block: nn.Module, r: int) -> None:
-    _fused(block, r, save="less")
+def _less(layers: nn.Module, block: Block) -> None:
+    _fused(layers, block)
+    layers.save = "less"
 
 
-def _unfused(block: nn.Module, r: int) -> None:
-    with_formula(block, r, unfused_formula)
+def _unfused(layers: nn.Module, block: Block) -> None:
+    with_formula(layers, block.r, SCALE, unfused_formula)
 
 
 @dataclass(frozen=True)
 class Way:
-    """What a block's nn.Linear layers become, in place. compiled: the whole block is, by torch.compile."""
+    """What a block's nn.Linear layers become, in place.
+
+    compiled: the whole block is, by torch.compile. adapters: there are some. exists: whether a block has it.
+    """
 
     label: str
-    convert: Callable[[nn.Module, int], None]
+    convert: Callable[[nn.Module, Block], None]
     compiled: bool = True
     adapters: bool = True
     exists: Callable[[Block], bool] = lambda block: True
 
 
 WAYS = {
-    FLOOR: Way("frozen, no adapters (the floor)", _frozen, adapters=False),
+    FLOOR: Way("frozen, no adapters (the floor), compiled", _frozen, adapters=False),
     PACKAGE: Way("**fused_lora**", _fused, compiled=False),
     LESS: Way('fused_lora, `save="less"`', _less, compiled=False, exists=lambda block: block.gated),
-    ALONE: Way("fused_lora, layer by layer", _alone, exists=lambda block: block.linears > 1),
-    UNFUSED: Way("unfused", _unfused),
+    ALONE: Way("fused_lora, layer by layer, compiled", _alone, exists=lambda block: block.count > 1),
+    UNFUSED: Way("unfused, compiled", _unfused),
 }
 
 
 @dataclass
-class Problem:
+class Inputs:
     """x (M, K), and the gradients of a block's outputs."""
 
     x: Tensor
     dys: list[Tensor]
 
     @classmethod
-    def make(cls, block: Block, device: torch.device, dtype: torch.dtype) -> "Problem":
+    def make(cls, block: Block, device: torch.device, dtype: torch.dtype) -> "Inputs":
+        """Normal, x asking for its gradient."""
         generator = torch.Generator(device).manual_seed(1)
 
         def normal(columns: int) -> Tensor:
@@ -134,40 +147,45 @@ class Problem:
 
         return cls(normal(block.K).requires_grad_(), [normal(N) for N in block.out_widths])
 
-    def to(self, dtype: torch.dtype) -> "Problem":
-        return Problem(self.x.detach().to(dtype).requires_grad_(), [dy.to(dtype) for dy in self.dys])
-
 
 def build(block: Block, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The same weights and factors by every way."""
+    """The same weights and factors by every way; the update about as large as the base product."""
     generator = torch.Generator(device).manual_seed(0)
     with device:
-        module = block.plain().to(dtype)
+        layers = block.plain().to(dtype)
     with torch.no_grad():
-        for weight in module.parameters():
+        for weight in layers.parameters():
             weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
-        WAYS[name].convert(module, block.r)
-        for A, B in factors(module):
+        WAYS[name].convert(layers, block)
+        for A, B in factors(layers):
             A.normal_(std=A.shape[1] ** -0.5, generator=generator)
             B.normal_(std=B.shape[1] ** -0.5, generator=generator)
-    return module
+    return layers
 
 
-def run(module: nn.Module, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
+def run_block(layers: nn.Module, inputs: Inputs, backward: bool) -> tuple[Tensor, ...]:
     """Outputs; and with backward the gradients of x and of each A and B."""
-    found = module(problem.x)
+    found = layers(inputs.x)
     ys = found if isinstance(found, tuple) else (found,)
     if not backward:
         return ys
-    trained = [factor for pair in factors(module) for factor in pair]
-    return (*ys, *torch.autograd.grad(ys, [problem.x, *trained], problem.dys))
+    trained = [factor for pair in factors(layers) for factor in pair]
+    return (*ys, *torch.autograd.grad(ys, [inputs.x, *trained], inputs.dys))
 
 
-def reference(block: Block, adapters: bool, problem: Problem) -> dict[str, Tensor]:
-    """What run returns, by name, from the formula one precision up: in float32 for 16 bits."""
-    wide = torch.float32 if problem.x.dtype.itemsize == 2 else torch.float64
-    module = build(block, UNFUSED if adapters else FLOOR, problem.x.device, problem.x.dtype).to(wide)
-    results = [result.detach() for result in run(module, problem.to(wide), backward=True)]
-    names = [f"y{i}" for i in range(len(problem.dys))] + ["x"]
-    names += [f"{factor}{i}" for i in range(len(factors(module))) for factor in "AB"]
-    return dict(zip(names, results, strict=True))
+def expected_results(block: Block, adapters: bool, inputs: Inputs) -> dict[str, Tensor]:
+    """What run_block returns, by name, from fused_lora.reference one precision up: in float32 for 16 bits."""
+    dtype = inputs.x.dtype
+    wide = torch.float32 if dtype.itemsize == 2 else torch.float64
+    layers = build(block, UNFUSED, inputs.x.device, dtype).to(wide)
+    parts = [
+        {"weight": linear.weight, "A": linear.lora_A, "B": linear.lora_B, "scale": SCALE if adapters else 0.0}
+        for linear in layers.modules()
+        if isinstance(linear, Unfused)
+    ]
+    x = inputs.x.detach().to(wide).requires_grad_()
+    ys = [lora_mlp_ref(x, *parts, F.silu)] if block.gated else [lora_linear_ref(x, **part) for part in parts]
+    trained = {f"{factor}{i}": part[factor] for i, part in enumerate(parts) for factor in "AB" if adapters}
+    grads = torch.autograd.grad(ys, [x, *trained.values()], [dy.to(wide) for dy in inputs.dys])
+    names = [*(f"y{i}" for i in range(len(ys))), "x", *trained]
+    return dict(zip(names, [*(y.detach() for y in ys), *grads], strict=True))

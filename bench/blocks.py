@@ -1,13 +1,14 @@
 """Blocks of layers by each way to compute them: `python -m bench.blocks`.
 
 Linears that read one x, gated MLPs, and single layers 5461 wide beside the same ones 5504 wide. Every way is checked
-against the formula in float32 and then timed as `python -m bench` does it: kernel time on a GPU, the ways interleaved.
+against fused_lora.reference and then timed as `python -m bench` does it: kernel time on a GPU, the ways interleaved.
 """
 
 import argparse
 import gc
-import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,81 +16,107 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import timing
-from .block_report import markdown
-from .block_ways import CPU_BLOCKS, GPU_BLOCKS, WAYS, Block, Problem, build, reference, run
+from .block_report import entry, markdown, write
+from .block_ways import CPU_BLOCKS, GPU_BLOCKS, WAYS, Block, Inputs, build, expected_results, run_block
 from .check import check_results
-from .measure import checked_graph, dtype_on
-from .record import RESULTS, environment, slug, write_files
+from .measure import checked_graph, dtype_on, outcome_of
+from .record import RESULTS, environment, slug
 from .shapes import FORWARD_BACKWARD, PASSES
+from .variants import PACKAGE
 
 
-def _kept_bytes(module: nn.Module, problem: Problem) -> int:
+def _kept_bytes(layers: nn.Module, inputs: Inputs) -> int:
     """What a forward pass leaves allocated, its outputs among it."""
-    run(module, problem, backward=False)
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    ys = run(module, problem, backward=False)
-    kept = torch.cuda.memory_allocated() - before
+    run_block(layers, inputs, backward=False)
+    with timing.no_garbage_collection():
+        before = torch.cuda.memory_allocated()
+        ys = run_block(layers, inputs, backward=False)
+        kept = torch.cuda.memory_allocated() - before
     del ys
     return kept
 
 
-def _time(
-    modules: dict[str, nn.Module],
-    problem: Problem,
-    expected: dict[bool, dict[str, Tensor]],
-    backward: bool,
-    rounds: int,
-) -> timing.Samples:
-    """Seconds by way. Raises WrongResultError, naming the result, where one is not the formula's."""
-    calls = {name: lambda module=module: run(module, problem, backward) for name, module in modules.items()}
-    dtype = problem.x.dtype
-    if not problem.x.is_cuda:
-        for name, call in calls.items():
-            check_results(call(), expected[WAYS[name].adapters], dtype)
-        return timing.time_eager(calls, rounds, "cpu")
-    graphs = {name: checked_graph(call, expected[WAYS[name].adapters], dtype) for name, call in calls.items()}
-    return timing.time_graphs(graphs, rounds)
+@dataclass
+class Measurement:
+    """One block: what its ways work on and should find, and by way "seconds" of each pass or the "reason" for none."""
+
+    block: Block
+    inputs: Inputs
+    expected: dict[bool, dict[str, Tensor]]  # by whether there are adapters
+    found: dict[str, dict]
+
+    @classmethod
+    def make(cls, block: Block, device: torch.device) -> "Measurement":
+        inputs = Inputs.make(block, device, dtype_on(device))
+        expected = {adapters: expected_results(block, adapters, inputs) for adapters in (False, True)}
+        return cls(block, inputs, expected, {name: {} for name in block.ways()})
+
+    def attempt(self, name: str, do: Callable[[], object]):
+        """do(), or None where it fails: a way that has failed once is left alone."""
+        if "reason" in self.found[name]:
+            return None
+        try:
+            return do()
+        except Exception as error:
+            self.found[name] = {"reason": outcome_of(error).reason}
+            return None
+
+    def prepare(self, name: str) -> nn.Module:
+        layers = build(self.block, name, self.inputs.x.device, self.inputs.x.dtype)
+        if WAYS[name].compiled:
+            layers.compile(dynamic=False, fullgraph=True)
+        return layers
+
+    def checked(self, name: str, layers: nn.Module, backward: bool):
+        """What is timed: a graph with its results, or on a CPU a call. Raises WrongResultError, naming the result."""
+
+        def call():
+            return run_block(layers, self.inputs, backward)
+
+        expected, dtype = self.expected[WAYS[name].adapters], self.inputs.x.dtype
+        if self.inputs.x.is_cuda:
+            return checked_graph(call, expected, dtype)
+        check_results(call(), expected, dtype)
+        return call
+
+    def time(self, layers: dict[str, nn.Module], backward: bool, rounds: int) -> timing.Samples:
+        tried = {
+            name: self.attempt(name, lambda name=name: self.checked(name, layers[name], backward)) for name in layers
+        }
+        ready = {name: what for name, what in tried.items() if what is not None}
+        return timing.time_graphs(ready, rounds) if self.inputs.x.is_cuda else timing.time_eager(ready, rounds, "cpu")
 
 
 def measure(block: Block, rounds: int, device: torch.device) -> dict[str, dict]:
-    """By way: "seconds" of each pass, and on a GPU "kept_bytes" of the forward pass. Raises as _time does."""
+    """By way: "seconds" of each pass, on a GPU "kept_bytes" of the forward pass; or a "reason" why not."""
     torch.compiler.reset()
-    dtype = dtype_on(device)
-    problem = Problem.make(block, device, dtype)
-    expected = {adapters: reference(block, adapters, problem) for adapters in (False, True)}
-    modules = {name: build(block, name, device, dtype) for name in block.ways()}
-    for name, module in modules.items():
-        if WAYS[name].compiled:
-            module.compile(dynamic=False)
-    found = {name: {"seconds": {}} for name in modules}
+    measurement = Measurement.make(block, device)
+    found = measurement.found
+    tried = {name: measurement.attempt(name, lambda name=name: measurement.prepare(name)) for name in found}
+    layers = {name: each for name, each in tried.items() if each is not None}
     for pass_name in PASSES:
-        samples = _time(modules, problem, expected, pass_name == FORWARD_BACKWARD, rounds)
-        for name, seconds in samples.items():
-            found[name]["seconds"][pass_name] = seconds
-    if device.type == "cuda":
-        for name, module in modules.items():
-            found[name]["kept_bytes"] = _kept_bytes(module, problem)
+        for name, seconds in measurement.time(layers, pass_name == FORWARD_BACKWARD, rounds).items():
+            found[name].setdefault("seconds", {})[pass_name] = seconds
+    for name in layers if device.type == "cuda" else ():
+        if "seconds" in found[name]:
+            found[name]["kept_bytes"] = _kept_bytes(layers[name], measurement.inputs)
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """0, or 1 where this package has no time."""
     parser = argparse.ArgumentParser(prog="python -m bench.blocks", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=timing.ROUNDS)
     parser.add_argument("--out", type=Path, help="the folder to write (bench/results/<device>)")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = {}
+    results = environment(device, dtype_on(device), options.rounds) | {"blocks": []}
     for block in tqdm(GPU_BLOCKS if device.type == "cuda" else CPU_BLOCKS, desc="blocks"):
-        results[block] = measure(block, options.rounds, device)
+        results["blocks"].append(entry(block, measure(block, options.rounds, device)))
+        write(results, options.out or RESULTS / slug(device))  # so that what is stopped keeps what it has measured
         gc.collect()
-    about = environment(device, dtype_on(device), options.rounds)
-    record = about | {"blocks": {str(block): found for block, found in results.items()}}
-    text = markdown(results, about)
-    print(text)
-    texts = {"blocks.md": text, "blocks.json": json.dumps(record, indent=1) + "\n"}
-    write_files(options.out or RESULTS / slug(device), texts)
-    return 0
+    print(markdown(results))
+    return 0 if all("seconds" in each["ways"][PACKAGE] for each in results["blocks"]) else 1
 
 
 if __name__ == "__main__":

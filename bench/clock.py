@@ -1,6 +1,7 @@
 """How pytest-benchmark is shown samples that were taken elsewhere, interleaved with those of other variants."""
 
 import functools
+import traceback
 from collections.abc import Callable
 
 
@@ -21,19 +22,20 @@ CLOCK = SampleClock()
 
 
 def remembered(measure: Callable) -> Callable:
-    """measure, whose last result stands for the same arguments; an exception too, which is raised anew."""
+    """measure, whose last result stands for the same arguments; a failure too, told anew as it was: an exception that
+    was kept would keep the tensors of its frames."""
 
     @functools.lru_cache(maxsize=1)  # only one case is in memory at a time
     def attempt(*case):
         try:
             return measure(*case), None
-        except Exception as error:
-            return None, error.with_traceback(None)  # whose frames hold the case's tensors
+        except Exception:
+            return None, traceback.format_exc()
 
     def result(*case):
-        found, error = attempt(*case)
-        if error is not None:
-            raise error
+        found, failure = attempt(*case)
+        if failure is not None:
+            raise RuntimeError(failure)
         return found
 
     return result

@@ -4,7 +4,7 @@ import datetime
 import platform
 import re
 import statistics
-from collections.abc import Callable
+import subprocess
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,8 +43,18 @@ def slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+def _commit() -> str | None:
+    """Of the checkout that this is, with "-dirty" where it has changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict:
-    """Device, versions and date: what a time means nothing without."""
+    """Device, versions, commit and date: what a time means nothing without."""
     return {
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -57,13 +67,8 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict:
             "peft": _version("peft"),
             "fused_lora": fused_lora.__version__,
         },
+        "commit": _commit(),
     }
-
-
-def described(about: dict) -> str:
-    """The circumstances as a text."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
-    return f"{about['device']}, {about['dtype']}, {about['date']}; {versions}."
 
 
 def environment(device: torch.device, dtype: torch.dtype, rounds: int) -> dict:
@@ -177,21 +182,3 @@ def is_sound(records: list[dict], package: str) -> bool:
         for name, outcome in outcomes.items()
     ]
     return all(status == MEASURED if name == package else status != WRONG for name, status in cases)
-
-
-def write_files(
-    folder: Path, texts: dict[str, str], picture: str = "", draw: Callable[[Path], None] | None = None
-) -> list[Path]:
-    """Files of these names and, where matplotlib is installed, the picture; the paths written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    written = [folder / name for name in texts]
-    if draw is None:
-        return written
-    try:
-        draw(folder / picture)
-    except ModuleNotFoundError as error:
-        print(f"no {picture}: {error}")
-        return written
-    return [*written, folder / picture]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from .document import described, table, write_files
 from .measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from .plot import draw
-from .record import described, environment, shape_record, skipped_record, write_files
+from .record import environment, shape_record, skipped_record
 from .shapes import FORWARD, FORWARD_BACKWARD, PASSES, Shape
 from .timing import EAGER, GRAPH, HOST, modes
 from .variants import FLOOR, PACKAGE
@@ -52,12 +53,6 @@ def collect(
         results["shapes"].append(_collect_shape(measurements, shape, on_progress))
         on_shape(results)
     return results
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def _measured_shapes(results: dict) -> list[dict]:
@@ -169,4 +164,4 @@ def markdown(results: dict) -> str:
 def write(results: dict, folder: Path) -> list[Path]:
     """results.json, table.md and, where matplotlib is installed, forward_backward.png; the paths written."""
     texts = {"results.json": json.dumps(results, indent=1) + "\n", "table.md": markdown(results)}
-    return write_files(folder, texts, "forward_backward.png", lambda path: draw(results, path))
+    return write_files(folder, texts, {"forward_backward.png": lambda path: draw(results, path)})

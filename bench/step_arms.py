@@ -71,10 +71,10 @@ def flops(case: Case, arm: str) -> float:
 class Unfused(nn.Module):
     """A frozen linear with factors, by a formula (x, weight, A, B, scale) -> y."""
 
-    def __init__(self, linear: nn.Linear, r: int, formula: Callable):
+    def __init__(self, linear: nn.Linear, r: int, scale: float, formula: Callable):
         super().__init__()
         N, K = linear.weight.shape
-        self.weight, self.scale, self.formula = linear.weight.requires_grad_(False), LORA_ALPHA / r, formula
+        self.weight, self.scale, self.formula = linear.weight.requires_grad_(False), scale, formula
         self.lora_A = nn.Parameter(self.weight.new_empty(r, K))
         self.lora_B = nn.Parameter(self.weight.new_empty(N, r))
 
@@ -86,17 +86,17 @@ def _addmm(x: Tensor, *tensors) -> Tensor:
     return AddmmLoRA.apply(x.flatten(0, -2), *tensors).view(*x.shape[:-1], -1)
 
 
-def with_formula(layers: nn.Module, r: int, formula: Callable) -> None:
-    """Replaces every nn.Linear."""
+def with_formula(layers: nn.Module, r: int, scale: float, formula: Callable) -> None:
+    """Replaces every nn.Linear by an Unfused."""
     for part in list(layers.modules()):
         for name, child in list(part.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(part, name, Unfused(child, r, formula))
+                setattr(part, name, Unfused(child, r, scale, formula))
 
 
 def _model_with(formula: Callable) -> Callable:
     def convert(model: Llama, r: int) -> nn.Module:
-        with_formula(model.layers, r, formula)
+        with_formula(model.layers, r, LORA_ALPHA / r, formula)
         return model
 
     return convert

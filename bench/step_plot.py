@@ -36,7 +36,7 @@ def _legend(axes, names: list[str]) -> None:
     axes.legend(handles=handles, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.02), frameon=False, fontsize=9)
 
 
-def draw(measured: list[tuple[Case, dict[str, dict]]], about: str, path: Path) -> None:
+def draw(measured: list[tuple[Case, dict[str, dict]]], about: dict, path: Path) -> None:
     """Writes the PNG of what has full-rank training beside it: (case, results by mode and arm). ModuleNotFoundError
     without matplotlib."""
     from matplotlib.figure import Figure
@@ -49,5 +49,5 @@ def draw(measured: list[tuple[Case, dict[str, dict]]], about: str, path: Path) -
     draw_frame(axes, [f"{case.preset}\n{mode}" for case, mode, _ in groups])
     axes.set_ylabel("tokens a second / full-rank training's", fontsize=10)
     _legend(axes, [name for name in (*BARS, FLOOR) if any(name in arms for *_, arms in groups)])
-    figure.suptitle(f"Whole training steps: {about}", fontsize=12)
+    figure.suptitle(f"Whole training steps: {about['device']}, {about['dtype']}", fontsize=12)
     figure.savefig(path, dpi=150)

@@ -1,54 +1,88 @@
-"""Tables of whole training steps, and what is written of them."""
+"""From whole training steps to files: steps.json, steps.md and steps.png in one folder."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from .record import described, write_files
-from .step_arms import ARMS, FULL, Case, flops
+from .document import described, table, write_files
+from .record import quartiles
+from .step_arms import ARMS, CASES, CPU_CASES, FULL, Case, flops
 from .step_plot import draw
 
+HEADER = [
+    "", "mode", "tokens/s", "spread", "examples/s", "over full-rank", "ceiling", "with its warm start", "TFLOP/s",
+    "peak GiB",
+]  # fmt: skip
 
-def method(about: dict) -> str:
-    """How it was measured, and on what."""
-    ranks = f", on {about['ranks']} ranks, {about['accumulate']} micro-batches a step" if about["ranks"] > 1 else ""
+
+def entry(case: Case, modes: dict[str, dict]) -> dict:
+    """What results hold of a case."""
+    return {"case": asdict(case), "modes": modes}
+
+
+def measured(results: dict) -> list[tuple[Case, dict[str, dict]]]:
+    """(case, results by mode and arm)."""
+    return [(Case(**each["case"]), each["modes"]) for each in results["cases"]]
+
+
+def merged(runs: list[dict]) -> dict:
+    """Runs of different cases or modes on one device, at one commit, as one; in the order of CASES."""
+    about = {key: value for key, value in runs[0].items() if key not in ("cases", "date", "command")}
+    by_case: dict[Case, dict] = {}
+    for run in runs:
+        for key, value in about.items():
+            if run[key] != value:
+                raise ValueError(f"runs must have one {key}, got {value} and {run[key]}")
+        for case, modes in measured(run):
+            by_case[case] = by_case.get(case, {}) | modes
+    presets = [case.preset for case in CASES + CPU_CASES]
+    cases = sorted(by_case, key=lambda case: presets.index(case.preset))
+    command = "; ".join(dict.fromkeys(run["command"] for run in runs))
+    return runs[0] | {"command": command, "cases": [entry(case, by_case[case]) for case in cases]}
+
+
+def _method(about: dict) -> str:
+    ranks = f"on {about['ranks']} ranks, " if about["ranks"] > 1 else ""
+    batches = f"{about['accumulate']} micro-batches a step, " if about["accumulate"] > 1 else ""
     return (
-        f"{described(about)} Random tokens{ranks}; a model's arms of one mode take their steps in turn, median of "
-        f"{about['rounds']} rounds.\n"
+        f"{described(about)} Random tokens, {ranks}{batches}a model's arms of one mode taking their steps in turn: the "
+        f"median, and from the first to the third quartile as its spread. By `{about['command']}`.\n"
     )
 
 
-def table(case: Case, results: dict[str, dict]) -> str:
-    """Markdown, a row for each arm; ratios are to full-rank training in the same mode."""
-    lines = [
-        f"### {case}",
-        "",
-        "| | mode | tokens/s | examples/s | over full-rank | ceiling | with its warm start | TFLOP/s | peak GiB |",
-        "|---" * 9 + "|",
-    ]
-    for mode, arms in results.items():
-        full = arms.get(FULL)
-        for name in ARMS:
-            if name not in arms:
-                continue
-            arm = arms[name]
-            speedup = arm["tokens_per_second"] / full["tokens_per_second"] if full else float("nan")
-            ceiling = flops(case, FULL) / flops(case, name)
-            whole = 1 / (case.warm_start + (1 - case.warm_start) / speedup)
-            peak = arm["peak_bytes"]
-            best = f" ({arm['best'][1]:,.0f} at {arm['best'][0]})" if "best" in arm else ""
-            cells = (
-                ARMS[name][0], mode, f"{arm['tokens_per_second']:,.0f}{best}", f"{arm['examples_per_second']:,.1f}",
-                f"{speedup:.2f}", f"{ceiling:.2f}", f"{whole:.2f}", f"{arm['tflops']:.0f}",
-                "-" if peak is None else f"{peak / 2**30:.1f}",
-            )  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _row(case: Case, mode: str, name: str, arms: dict[str, dict]) -> list[str]:
+    arm, full = arms[name], arms.get(FULL)
+    speedup = arm["tokens_per_second"] / full["tokens_per_second"] if full else float("nan")
+    q1, median, q3 = quartiles(arm["samples"])
+    best = f" ({arm['best'][1]:,.0f} at {arm['best'][0]})" if "best" in arm else ""
+    return [
+        ARMS[name][0], mode, f"{arm['tokens_per_second']:,.0f}{best}", f"{(q3 - q1) / median:.1%}",
+        f"{arm['examples_per_second']:,.1f}", f"{speedup:.2f}", f"{flops(case, FULL) / flops(case, name):.2f}",
+        f"{1 / (case.warm_start + (1 - case.warm_start) / speedup):.2f}", f"{arm['tflops']:.0f}",
+        "-" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.1f}",
+    ]  # fmt: skip
 
 
-def write(folder: Path, text: str, results: dict, measured: list[tuple[Case, dict]]) -> list[Path]:
+def step_table(case: Case, modes: dict[str, dict]) -> list[str]:
+    """Lines of Markdown, a row for each arm; ratios are to full-rank training in the same mode."""
+    rows = [_row(case, mode, name, arms) for mode, arms in modes.items() for name in ARMS if name in arms]
+    return table(HEADER, rows)
+
+
+def markdown(results: dict) -> str:
+    """All tables."""
+    lines = [_method(results)]
+    for case, modes in measured(results):
+        counts = sorted({len(arm["samples"]) for arms in modes.values() for arm in arms.values()})
+        rounds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        lines += [f"### {case}: {rounds} rounds", "", *step_table(case, modes), ""]
+    return "\n".join(lines)
+
+
+def write(results: dict, folder: Path) -> list[Path]:
     """steps.md, steps.json and, where matplotlib is installed and there is full-rank training, steps.png; the paths."""
-    texts = {"steps.md": text, "steps.json": json.dumps(results, indent=1) + "\n"}
-    if not any(FULL in arms for _, by_mode in measured for arms in by_mode.values()):
-        return write_files(folder, texts)
-    about = f"{results['device']}, {results['dtype']}"
-    return write_files(folder, texts, "steps.png", lambda path: draw(measured, about, path))
+    texts = {"steps.md": markdown(results), "steps.json": json.dumps(results, indent=1) + "\n"}
+    with_full = any(FULL in arms for _, modes in measured(results) for arms in modes.values())
+    return write_files(
+        folder, texts, {"steps.png": lambda path: draw(measured(results), results, path)} if with_full else {}
+    )

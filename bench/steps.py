@@ -10,7 +10,9 @@ Under torchrun, each rank takes a step's micro-batches as DistributedDataParalle
 
 import argparse
 import gc
+import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -28,8 +30,8 @@ from fused_lora.pretrain.llama import Llama, next_token_loss
 
 from .record import RESULTS, circumstances, slug
 from .step_arms import ARMS, CASES, CPU_CASES, FLOOR, FULL, Case, factors, flops
-from .step_report import method, table, write
-from .timing import interleave
+from .step_report import entry, markdown, merged, write
+from .timing import interleave, no_garbage_collection
 
 EAGER, COMPILED = "eager", "compiled"
 # Of one step's results, relative, between two ways to compute them in 16 bits.
@@ -144,15 +146,13 @@ def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[
 
 def peak_bytes(arm: Arm) -> int:
     """What the arm holds, and what a step takes beside it: as if it were alone."""
-    gc.collect()  # what other arms' steps left in cycles would be freed during this one
-    gc.disable()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    arm.step()
-    torch.cuda.synchronize()
-    gc.enable()
-    return arm.bytes_held() + torch.cuda.max_memory_allocated() - before
+    with no_garbage_collection():  # what other arms' steps left in cycles would be freed during this one
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        arm.step()
+        torch.cuda.synchronize()
+        return arm.bytes_held() + torch.cuda.max_memory_allocated() - before
 
 
 def available(names: list[str]) -> list[str]:
@@ -225,46 +225,72 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="sequences of a micro-batch, instead of each case's own")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--best", action="store_true", help="each arm at its best micro-batch too")
-    parser.add_argument("--out", type=Path, help="the folder to write (bench/results/<device>)")
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="the folder to write (bench/results/<device>, best/ in it if --best)")
+    parser.add_argument(
+        "--redraw", type=Path, nargs="+", metavar="JSON", help="measure nothing: tables and picture of steps.json files"
+    )
+    options = parser.parse_args(arguments)
+    if options.best and (options.accumulate > 1 or _ranks() > 1):
+        parser.error("--best is for one process and one micro-batch a step: ranks could disagree")
+    return options
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _command(arguments: list[str] | None) -> str:
+    launcher = f"torchrun --nproc-per-node {_ranks()} -m" if _ranks() > 1 else "python -m"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--out" in words:  # where results went is no part of how they were measured
+        place = words.index("--out")
+        del words[place : place + 2]
+    return shlex.join([*launcher.split(), "bench.steps", *words])
+
+
+def _folder(options: argparse.Namespace, device: torch.device) -> Path:
+    name = slug(device) + (f"-x{_ranks()}" if _ranks() > 1 else "")
+    return options.out or RESULTS / name / ("best" if options.best else "")
+
+
+def _measure_all(options: argparse.Namespace, device: torch.device, results: dict, first: bool) -> None:
+    """Fills results["cases"]; the first rank writes after every case, so that what is stopped keeps what it has."""
+    cases = options.cases or (CASES if device.type == "cuda" else CPU_CASES)
+    with tqdm(total=len(cases) * len(options.modes), desc="steps", disable=not first) as bar:
+        for case in cases:
+            case = replace(case, batch=options.batch) if options.batch else case
+            modes = {}
+            for mode in options.modes:
+                bar.set_postfix_str(f"{case}, {mode}")
+                modes[mode] = measure(case, mode, options.arms, options.rounds, device, options.accumulate)
+                _free(device)
+                if options.best:
+                    for name, arm in modes[mode].items():
+                        arm["best"] = best_batch(case, mode, name, device)
+                bar.update()
+            results["cases"].append(entry(case, modes))
+            if first:
+                write(results, _folder(options, device))
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """0, or an exception where an arm is wrong."""
     options = parse(arguments)
+    if options.redraw:
+        results = merged([json.loads(path.read_text()) for path in options.redraw])
+        print("\n".join(f"wrote {path}" for path in write(results, options.out or options.redraw[0].parent)))
+        return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        if options.best:
-            raise SystemExit("--best is for one process: ranks could disagree")
+    if _ranks() > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    cases = options.cases or (CASES if device.type == "cuda" else CPU_CASES)
-    about = {"rounds": options.rounds, "ranks": ranks, "accumulate": options.accumulate}
-    record = circumstances(device, torch.bfloat16) | about | {"cases": {}}
-    text = method(record) + "\n"
-    measured = []
-    folder = options.out or RESULTS / (slug(device) + (f"-x{ranks}" if ranks > 1 else ""))
-    with tqdm(total=len(cases) * len(options.modes), desc="steps", disable=not first) as bar:
-        for case in cases:
-            case = replace(case, batch=options.batch) if options.batch else case
-            results = {}
-            for mode in options.modes:
-                bar.set_postfix_str(f"{case}, {mode}")
-                results[mode] = measure(case, mode, options.arms, options.rounds, device, options.accumulate)
-                _free(device)
-                if options.best:
-                    for name, arm in results[mode].items():
-                        arm["best"] = best_batch(case, mode, name, device)
-                bar.update()
-            text += table(case, results) + "\n"
-            record["cases"][str(case)] = results
-            measured.append((case, results))
-            if first:
-                write(folder, text, record, measured)
+    method = {"ranks": _ranks(), "accumulate": options.accumulate, "command": _command(arguments)}
+    results = circumstances(device, torch.bfloat16) | method | {"cases": []}
+    _measure_all(options, device, results, first)
     if first:
-        print(text)
+        print(markdown(results))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -35,7 +35,8 @@ def modes(device_type: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _no_garbage_collection():
+def no_garbage_collection():
+    """Collects first, and then not before the end."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -53,7 +54,7 @@ def interleave(calls: Calls, rounds: int, time_once: Callable) -> dict[str, list
     """
     samples = {name: [] for name in calls}
     names = list(calls)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for number in range(WARM_UP_ROUNDS + rounds):
             first = number % max(len(names), 1)
             for name in names[first:] + names[:first]:

@@ -7,8 +7,8 @@
 
 namespace fused_lora::sm90 {
 
-// How: whether factors of the gradient are made, or backward are what it is multiplied by, and whether the activation has its
-// cubic term. A kernel asks for that once: a branch between elements would have each wait for the one before.
+// kFactors: forward makes the factors that backward multiplies the gradient by, and backward reads them. kCubic: the activation
+// has its cubic term. Chosen once a kernel: a branch between elements would have each wait for the one before.
 template <bool kFactors_, bool kCubic_>
 struct Form {
   static constexpr bool kFactors = kFactors_, kCubic = kCubic_;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void in_form(const Gated& gated, Run run) {
   if constexpr (!C::kGateGrads) {
     if (cubic) return run(Form<true, true>());
   }
-  run(Form<true, false>());  // backward they are enough
+  run(Form<true, false>());  // backward multiplies by them and has no activation, cubic or not
 }
 
 }  // namespace fused_lora::sm90

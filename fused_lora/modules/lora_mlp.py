@@ -37,7 +37,8 @@ class LoRAMLP:
 
     Children, parameters, buffers, hooks and attributes stay as they are, and the class is a subclass of what it was.
     The forward that it had is called instead wherever it could give something else or be faster: while a layer is
-    merged, has hooks, is replaced, or drops by a rule of its own, and where the kernels do not fuse such an MLP.
+    merged, has hooks, is replaced, or drops by a rule of its own, while all modules have hooks, and where the kernels
+    do not fuse such an MLP.
 
     save: "all", or "less" to compute act(gate) up again in the backward pass instead of keeping it.
     """
@@ -78,7 +79,7 @@ class LoRAMLP:
     def why_not(self, x: Tensor) -> str | None:
         """Why the forward that it had is called for x, or None."""
         if _has_any_global_hook():
-            return "there are hooks of every module's"
+            return "hooks are registered for all modules"
         layers = self._structure.layers(self)
         for layer in layers:
             if type(layer) is not LoRALinear:

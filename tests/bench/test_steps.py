@@ -11,7 +11,7 @@ import torch
 
 from bench import steps
 from bench.step_arms import ARMS, FLOOR, FULL, PACKAGE, Case, flops
-from bench.step_report import table
+from bench.step_report import entry, merged, step_table
 from bench.steps import COMPILED, EAGER, Arm, available, check, main
 
 CASE = Case("tiny", 2, 16, blocks=1)
@@ -79,11 +79,25 @@ def test_flops():
 
 def test_the_table_compares_with_full_rank_and_adds_the_warm_start():
     case = Case("1.3b")
-    arm = {"samples": [1.0], "examples_per_second": 4.0, "tflops": 7.0, "peak_bytes": 2**31}
-    results = {EAGER: {FULL: arm | {"tokens_per_second": 100.0}, PACKAGE: arm | {"tokens_per_second": 400.0}}}
-    (row,) = [line for line in table(case, results).splitlines() if "**fused_lora**" in line]
+    arm = {"samples": [1.0, 1.0, 1.5, 1.5], "examples_per_second": 4.0, "tflops": 7.0, "peak_bytes": 2**31}
+    modes = {EAGER: {FULL: arm | {"tokens_per_second": 100.0}, PACKAGE: arm | {"tokens_per_second": 400.0}}}
+    (row,) = [line for line in step_table(case, modes) if "**fused_lora**" in line]
     # A third of the steps at speed 1 and two thirds at 4 take half of the time.
-    assert row == "| **fused_lora** | eager | 400 | 4.0 | 4.00 | 1.28 | 2.00 | 7 | 2.0 |"
+    assert row == "| **fused_lora** | eager | 400 | 40.0% | 4.0 | 4.00 | 1.28 | 2.00 | 7 | 2.0 |"
+
+
+def test_runs_of_one_commit_can_be_merged():
+    first, second = Case("1.3b"), Case("350m", 48)
+    run = {"device": "A GPU", "commit": "abc", "date": "2026-01-01"}
+    runs = [
+        run | {"command": "one", "cases": [entry(first, {EAGER: {}}), entry(second, {EAGER: {}})]},
+        run | {"command": "two", "cases": [entry(first, {COMPILED: {}})]},
+    ]
+    results = merged(runs)
+    assert results["cases"] == [entry(second, {EAGER: {}}), entry(first, {EAGER: {}, COMPILED: {}})]
+    assert results["command"] == "one; two"
+    with pytest.raises(ValueError, match="one commit, got abc and def"):
+        merged([runs[0], runs[1] | {"commit": "def"}])
 
 
 # Of torch.compile, which looks at .grad of what it traces.
@@ -92,9 +106,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(steps, "CPU_CASES", (CASE,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--rounds", "1", "--arms", FULL, PACKAGE, "--out", str(tmp_path)]) == 0
-    assert "median of 1 rounds.\n\n### tiny, 2 x 16, 1 blocks" in capsys.readouterr().out
+    assert "### tiny, 2 x 16, 1 blocks: 1 rounds" in capsys.readouterr().out
     stored = json.loads((tmp_path / "steps.json").read_text())
-    assert stored["cases"][str(CASE)][COMPILED][PACKAGE]["tokens_per_second"] > 0
+    assert stored["cases"][0]["modes"][COMPILED][PACKAGE]["tokens_per_second"] > 0
+    text = (tmp_path / "steps.md").read_text()
+    assert main(["--redraw", str(tmp_path / "steps.json"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "steps.md").read_text() == text
     assert (tmp_path / "steps.md").read_text().count("**fused_lora**") == 2
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
@@ -110,4 +127,17 @@ def test_two_ranks_with_micro_batches(tmp_path):
     stored = json.loads((tmp_path / "steps.json").read_text())
     assert stored["ranks"] == 2
     assert stored["accumulate"] == 2
-    assert "on 2 ranks, 2 micro-batches a step" in (tmp_path / "steps.md").read_text()
+    text = (tmp_path / "steps.md").read_text()
+    assert "on 2 ranks, 2 micro-batches a step, " in text
+    assert (
+        "By `torchrun --nproc-per-node 2 -m bench.steps --accumulate 2 --rounds 1 --modes eager --arms full_rank fused_lora`."
+        in text
+    )
+
+
+@pytest.mark.parametrize(("ranks", "options"), [("2", []), ("1", ["--accumulate", "2"])])
+def test_the_best_micro_batch_is_for_one_process(ranks, options, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(SystemExit):
+        main(["--best", *options])
+    assert "--best is for one process" in capsys.readouterr().err

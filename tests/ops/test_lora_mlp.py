@@ -139,13 +139,12 @@ def test_rows_of_zeros_and_far_values_stay_finite(device):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("activation", ACTS)
 @pytest.mark.parametrize("save", ["all", "less"])
-def test_gates_whose_square_is_infinite(device, activation, save):
+def test_gates_whose_square_is_infinite(device, save):
     x, parts = make_mlp(256, 64, 136, 64, (8, 8, 8), device, torch.bfloat16)
     with torch.no_grad():
-        parts[0]["weight"] *= 1e20
-    for name, value in results(fused, x, parts, torch.ones_like(x), activation, save=save).items():
+        parts[0]["weight"] *= 1e20  # gates of either sign
+    for name, value in results(fused, x, parts, torch.ones_like(x), "gelu_tanh", save=save).items():
         assert value.isfinite().all(), name
 
 
