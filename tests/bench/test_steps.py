@@ -139,3 +139,17 @@ def test_the_best_micro_batch_is_for_one_process(ranks, options, monkeypatch, ca
     with pytest.raises(SystemExit):
         main(["--best", *options])
     assert "--best is for one process" in capsys.readouterr().err
+
+
+def test_the_best_micro_batch(monkeypatch):
+    rates = {2: 100.0, 4: 99.0, 8: 130.0, 16: 128.0}
+
+    def measure(case, mode, names, rounds, device):
+        if case.batch > 16:
+            raise torch.OutOfMemoryError
+        return {names[0]: {"tokens_per_second": rates[case.batch]}}
+
+    monkeypatch.setattr(steps, "measure", measure)
+    assert steps.best_batch(CASE, EAGER, PACKAGE, CPU) == (8, 130.0)
+    rates[4] = 90.0
+    assert steps.best_batch(CASE, EAGER, PACKAGE, CPU) == (2, 100.0)
