@@ -68,11 +68,11 @@ def some_passes(count):
     rng = random.Random(0)
     for _ in range(count):
         backward, wants_out, gated = rng.random() < 0.7, rng.random() < 0.8, rng.random() < 0.3
-        shared = rng.choice([1, 17, 64, 512, 1001, rng.randint(1, 14400)])
+        shared = rng.choice([1, 17, 64, 151, 512, 1001, 8191, 50257, rng.randint(1, 14400)])
         parts = []
         for i in range((1 if backward else 2) if gated else rng.choice([1, 1, 2, 3, 4])):
             own, r = (
-                rng.choice([1, 136, 512, 4096, rng.randint(1, 14400)]),
+                rng.choice([1, 136, 151, 512, 4096, 8191, 50257, rng.randint(1, 14400)]),
                 rng.choice([0, 1, 16, 17, 64, 100, 128, *([] if gated else [129, 256])]),
             )
             own = parts[0].cols if gated and i else own
