@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from .clock import CLOCK, remembered, show
-from .step_arms import ARMS, CASES, CPU_CASES, FULL, flops
+from .step_arms import ARMS
+from .step_cases import CASES, CPU_CASES, FULL, flops
 from .steps import COMPILED, EAGER, available, measure
 
 ON_GPU = torch.cuda.is_available()

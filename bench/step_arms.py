@@ -1,71 +1,21 @@
-"""The models whose training steps are timed, and the ways to train their linears."""
+"""The ways to train a model's linears, and a model that is trained by one of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fused_lora import LoRALinear, replace_linear
-from fused_lora.pretrain.llama import Llama, LlamaConfig
-from fused_lora.pretrain.presets import PRESETS
+from fused_lora.pretrain.llama import Llama, next_token_loss
 
-from .variants import AddmmLoRA, unfused_formula
+from .step_cases import FULL, Case
+from .variants import FLOOR, PACKAGE, AddmmLoRA, unfused_formula
 
 LINEARS = r".*\.(self_attn|mlp)\..*"
 LORA_ALPHA = 32.0
-FLOOR, PACKAGE, FULL = "frozen", "fused_lora", "full_rank"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model of the paper, and how many sequences of how many tokens a micro-batch has; blocks: fewer than it has."""
-
-    preset: str
-    batch: int = 16
-    seq_len: int = 512
-    blocks: int | None = None
-
-    @property
-    def model(self) -> LlamaConfig:
-        model = SEVEN_B if self.preset == "7b" else PRESETS[self.preset].model
-        return replace(model, num_hidden_layers=self.blocks) if self.blocks else model
-
-    @property
-    def r(self) -> int:
-        return 128 if self.preset == "7b" else PRESETS[self.preset].r
-
-    @property
-    def warm_start(self) -> float:
-        """The share of the steps that train all weights, in the paper."""
-        if self.preset == "7b":
-            return 1 / 3
-        return PRESETS[self.preset].warm_start_steps / PRESETS[self.preset].total_steps
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.seq_len
-
-    def __str__(self) -> str:
-        return f"{self.preset}, {self.batch} x {self.seq_len}" + (f", {self.blocks} blocks" if self.blocks else "")
-
-
-SEVEN_B = LlamaConfig(4096, 11008, 32, 32, 32_000, initializer_range=0.02)
-CASES = (
-    Case("60m", 96), Case("130m", 64), Case("350m", 48), Case("1.3b"), Case("1.3b-5504"), Case("7b", blocks=4),
-)  # fmt: skip
-CPU_CASES = (Case("tiny", 4, 64),)
-
-
-def flops(case: Case, arm: str) -> float:
-    """Of a step: two for each multiplication, the lower half of attention, and nothing that is computed twice."""
-    model, M = case.model, case.tokens
-    hidden, wide = model.hidden_size, model.intermediate_size
-    shapes = [(hidden, hidden)] * 4 + [(hidden, wide)] * 3
-    linear = sum(K * N for K, N in shapes)
-    low = sum(3 * case.r * (K + N) for K, N in shapes)
-    products = {FLOOR: 2 * linear, FULL: 3 * linear}.get(arm, 2 * linear + low)
-    attention = 3 * case.seq_len * hidden
-    return 2 * M * (model.num_hidden_layers * (products + attention) + 3 * hidden * model.vocab_size)
 
 
 class Unfused(nn.Module):
@@ -151,3 +101,74 @@ def factors(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             found.append((module.lora_A["default"].weight, module.lora_B["default"].weight))
     return found
+
+
+@dataclass
+class Arm:
+    """A model with its loss, its optimizer and the micro-batches of a step."""
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    batches: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def make(cls, case: Case, name: str, device: torch.device, compiled: bool, accumulate: int = 1) -> "Arm":
+        """The same weights, factors and tokens for every arm of a case."""
+        torch.manual_seed(0)
+        with device:
+            model = Llama(case.model).to(torch.bfloat16)
+        model = ARMS[name][1](model, case.r)
+        generator = torch.Generator(device).manual_seed(1)
+        with torch.no_grad():
+            for A, B in factors(model):
+                A.normal_(std=A.shape[1] ** -0.5, generator=generator)
+                B.normal_(std=0.02, generator=generator)
+        if compiled:
+            for block in model.layers:
+                block.compile(fullgraph=name != "peft")
+        if torch.distributed.is_initialized():
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
+        shape = (case.batch, case.seq_len + 1)
+        tokens = [
+            torch.randint(case.model.vocab_size, shape, generator=generator, device=device) for _ in range(accumulate)
+        ]
+        loss = torch.compile(next_token_loss, fullgraph=True) if compiled else next_token_loss
+        return cls(model, loss, optimizer, [(each[:, :-1], each[:, 1:]) for each in tokens])
+
+    def gradients(self) -> Tensor:
+        """Of all micro-batches; the last one's loss."""
+        for i, (tokens, targets) in enumerate(self.batches):
+            last = i + 1 == len(self.batches)
+            waits = isinstance(self.model, DistributedDataParallel) and not last
+            with self.model.no_sync() if waits else nullcontext():
+                loss = self.loss(self.model(tokens), targets)
+                loss.backward()
+        return loss
+
+    def step(self) -> Tensor:
+        loss = self.gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def results(self) -> dict[str, float]:
+        """The loss, and the gradients' norms of the embedding and of all A and B, of a step that is not taken."""
+        loss = self.gradients()
+        model = getattr(self.model, "module", self.model)
+        found = {"loss": loss.item(), "embedding's gradient": model.embed_tokens.weight.grad.float().norm().item()}
+        for i, name in enumerate("AB"):
+            grads = [pair[i].grad for pair in factors(model)]
+            if grads:
+                found[f"{name}'s gradients"] = torch.stack([grad.float().norm() for grad in grads]).norm().item()
+        self.optimizer.zero_grad()
+        return found
+
+    def bytes_held(self) -> int:
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in states if isinstance(v, Tensor))]
+        if isinstance(self.model, DistributedDataParallel):  # whose buckets hold the gradients for good
+            tensors += [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from .plot import COLORS, DASHED, INK, draw_frame, draw_limit
-from .step_arms import ARMS, FLOOR, FULL, PACKAGE, Case, flops
+from .step_arms import ARMS
+from .step_cases import FULL, Case, flops
+from .variants import FLOOR, PACKAGE
 
 BARS = [name for name in ARMS if name not in (FULL, FLOOR)]
 FLOOR_COLOR = COLORS[FULL]  # which is a line here

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from .document import described, table, write_files
 from .record import quartiles
-from .step_arms import ARMS, CASES, CPU_CASES, FULL, Case, flops
+from .step_arms import ARMS
+from .step_cases import CASES, CPU_CASES, FULL, Case, flops
 from .step_plot import draw
 
 HEADER = [

@@ -16,22 +16,18 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fused_lora.pretrain.llama import Llama, next_token_loss
-
 from .record import RESULTS, circumstances, slug
-from .step_arms import ARMS, CASES, CPU_CASES, FLOOR, FULL, Case, factors, flops
+from .step_arms import ARMS, Arm
+from .step_cases import CASES, CPU_CASES, FULL, Case, flops
 from .step_report import entry, markdown, merged, write
 from .timing import interleave, no_garbage_collection
+from .variants import FLOOR
 
 EAGER, COMPILED = "eager", "compiled"
 # Of one step's results, relative, between two ways to compute them in 16 bits.
@@ -40,77 +36,6 @@ TOLERANCE = 0.03
 BEST_ROUNDS = 5
 # Table 4 counts examples of this many tokens.
 EXAMPLE = 512
-
-
-@dataclass
-class Arm:
-    """A model with its loss, its optimizer and the micro-batches of a step."""
-
-    model: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
-    batches: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def make(cls, case: Case, name: str, device: torch.device, compiled: bool, accumulate: int = 1) -> "Arm":
-        """The same weights, factors and tokens for every arm of a case."""
-        torch.manual_seed(0)
-        with device:
-            model = Llama(case.model).to(torch.bfloat16)
-        model = ARMS[name][1](model, case.r)
-        generator = torch.Generator(device).manual_seed(1)
-        with torch.no_grad():
-            for A, B in factors(model):
-                A.normal_(std=A.shape[1] ** -0.5, generator=generator)
-                B.normal_(std=0.02, generator=generator)
-        if compiled:
-            for block in model.layers:
-                block.compile(fullgraph=name != "peft")
-        if torch.distributed.is_initialized():
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
-        shape = (case.batch, case.seq_len + 1)
-        tokens = [
-            torch.randint(case.model.vocab_size, shape, generator=generator, device=device) for _ in range(accumulate)
-        ]
-        loss = torch.compile(next_token_loss, fullgraph=True) if compiled else next_token_loss
-        return cls(model, loss, optimizer, [(each[:, :-1], each[:, 1:]) for each in tokens])
-
-    def gradients(self) -> Tensor:
-        """Of all micro-batches; the last one's loss."""
-        for i, (tokens, targets) in enumerate(self.batches):
-            last = i + 1 == len(self.batches)
-            waits = isinstance(self.model, DistributedDataParallel) and not last
-            with self.model.no_sync() if waits else nullcontext():
-                loss = self.loss(self.model(tokens), targets)
-                loss.backward()
-        return loss
-
-    def step(self) -> Tensor:
-        loss = self.gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-    def results(self) -> dict[str, float]:
-        """The loss, and the gradients' norms of the embedding and of all A and B, of a step that is not taken."""
-        loss = self.gradients()
-        model = getattr(self.model, "module", self.model)
-        found = {"loss": loss.item(), "embedding's gradient": model.embed_tokens.weight.grad.float().norm().item()}
-        for i, name in enumerate("AB"):
-            grads = [pair[i].grad for pair in factors(model)]
-            if grads:
-                found[f"{name}'s gradients"] = torch.stack([grad.float().norm() for grad in grads]).norm().item()
-        self.optimizer.zero_grad()
-        return found
-
-    def bytes_held(self) -> int:
-        states = (value for state in self.optimizer.state.values() for value in state.values())
-        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in states if isinstance(v, Tensor))]
-        if isinstance(self.model, DistributedDataParallel):  # whose buckets hold the gradients for good
-            tensors += [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check(arms: dict[str, Arm]) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from bench import steps
-from bench.step_arms import ARMS, FLOOR, FULL, PACKAGE, Case, flops
+from bench.step_arms import ARMS, Arm
+from bench.step_cases import FULL, Case, flops
 from bench.step_report import entry, merged, step_table
-from bench.steps import COMPILED, EAGER, Arm, available, check, main
+from bench.steps import COMPILED, EAGER, available, check, main
+from bench.variants import FLOOR, PACKAGE
 
 CASE = Case("tiny", 2, 16, blocks=1)
 CPU = torch.device("cpu")
