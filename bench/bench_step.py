@@ -9,11 +9,10 @@ import torch
 from .clock import CLOCK, remembered, show
 from .step_arms import ARMS
 from .step_cases import CASES, CPU_CASES, FULL, flops
-from .steps import COMPILED, EAGER, available, measure
+from .steps import COMPILED, EAGER, ROUNDS, available, measure
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-ROUNDS = 8
 
 
 @remembered

@@ -5,6 +5,7 @@ against fused_lora.reference and then timed as `python -m bench` does it: kernel
 """
 
 import argparse
+import functools
 import gc
 import sys
 from collections.abc import Callable
@@ -23,17 +24,6 @@ from .measure import checked_graph, dtype_on, outcome_of
 from .record import RESULTS, environment, slug
 from .shapes import FORWARD_BACKWARD, PASSES
 from .variants import PACKAGE
-
-
-def _kept_bytes(layers: nn.Module, inputs: Inputs) -> int:
-    """What a forward pass leaves allocated, its outputs among it."""
-    run_block(layers, inputs, backward=False)
-    with timing.no_garbage_collection():
-        before = torch.cuda.memory_allocated()
-        ys = run_block(layers, inputs, backward=False)
-        kept = torch.cuda.memory_allocated() - before
-    del ys
-    return kept
 
 
 @dataclass
@@ -99,7 +89,8 @@ def measure(block: Block, rounds: int, device: torch.device) -> dict[str, dict]:
             found[name].setdefault("seconds", {})[pass_name] = seconds
     for name in layers if device.type == "cuda" else ():
         if "seconds" in found[name]:
-            found[name]["kept_bytes"] = _kept_bytes(layers[name], measurement.inputs)
+            forward = functools.partial(run_block, layers[name], measurement.inputs, backward=False)
+            found[name]["kept_bytes"] = timing.kept_memory(forward)
     return found
 
 

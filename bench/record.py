@@ -1,6 +1,7 @@
 """What is written down about a measurement: environment, floors, medians, ratios. Plain dicts, ready for JSON."""
 
 import datetime
+import functools
 import platform
 import re
 import statistics
@@ -43,14 +44,20 @@ def slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@functools.cache
 def _commit() -> str | None:
-    """Of the checkout that this is, with "-dirty" where it has changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    """Of the checkout that this is, with "-dirty" where more than results has changed since."""
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("diff", "--name-only", "HEAD", "--", ":/", f":(exclude){RESULTS.name}")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
 
 
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict:

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fused_lora.pretrain.ranks import Ranks, joined
+
 from .record import RESULTS, circumstances, slug
 from .step_arms import ARMS, Arm
 from .step_cases import CASES, CPU_CASES, FULL, Case, flops
@@ -32,8 +34,8 @@ from .variants import FLOOR
 EAGER, COMPILED = "eager", "compiled"
 # Of one step's results, relative, between two ways to compute them in 16 bits.
 TOLERANCE = 0.03
-# Of each micro-batch that is tried.
-BEST_ROUNDS = 5
+# Of a case; and of each micro-batch that is tried.
+ROUNDS, BEST_ROUNDS = 8, 5
 # Table 4 counts examples of this many tokens.
 EXAMPLE = 512
 
@@ -149,7 +151,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", type=_case, nargs="+", help="models (all that are for this device)")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS))
     parser.add_argument("--modes", choices=(EAGER, COMPILED), nargs="+", default=[EAGER, COMPILED])
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--batch", type=int, help="sequences of a micro-batch, instead of each case's own")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--best", action="store_true", help="each arm at its best micro-batch too")
@@ -164,6 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _ranks() -> int:
+    """As torchrun says, before they have met."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -176,15 +179,16 @@ def _command(arguments: list[str] | None) -> str:
     return shlex.join([*launcher.split(), "bench.steps", *words])
 
 
-def _folder(options: argparse.Namespace, device: torch.device) -> Path:
-    name = slug(device) + (f"-x{_ranks()}" if _ranks() > 1 else "")
+def _folder(options: argparse.Namespace, ranks: Ranks) -> Path:
+    name = slug(ranks.device) + (f"-x{ranks.world}" if ranks.world > 1 else "")
     return options.out or RESULTS / name / ("best" if options.best else "")
 
 
-def _measure_all(options: argparse.Namespace, device: torch.device, results: dict, first: bool) -> None:
+def _measure_all(options: argparse.Namespace, ranks: Ranks, results: dict) -> None:
     """Fills results["cases"]; the first rank writes after every case, so that what is stopped keeps what it has."""
+    device = ranks.device
     cases = options.cases or (CASES if device.type == "cuda" else CPU_CASES)
-    with tqdm(total=len(cases) * len(options.modes), desc="steps", disable=not first) as bar:
+    with tqdm(total=len(cases) * len(options.modes), desc="steps", disable=not ranks.first) as bar:
         for case in cases:
             case = replace(case, batch=options.batch) if options.batch else case
             modes = {}
@@ -197,8 +201,8 @@ def _measure_all(options: argparse.Namespace, device: torch.device, results: dic
                         arm["best"] = best_batch(case, mode, name, device)
                 bar.update()
             results["cases"].append(entry(case, modes))
-            if first:
-                write(results, _folder(options, device))
+            if ranks.first:
+                write(results, _folder(options, ranks))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,19 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
         results = merged([json.loads(path.read_text()) for path in options.redraw])
         print("\n".join(f"wrote {path}" for path in write(results, options.out or options.redraw[0].parent)))
         return 0
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if _ranks() > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    method = {"ranks": _ranks(), "accumulate": options.accumulate, "command": _command(arguments)}
-    results = circumstances(device, torch.bfloat16) | method | {"cases": []}
-    _measure_all(options, device, results, first)
-    if first:
-        print(markdown(results))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    with joined("cuda" if torch.cuda.is_available() else "cpu") as ranks:
+        method = {"ranks": ranks.world, "accumulate": options.accumulate, "command": _command(arguments)}
+        results = circumstances(ranks.device, torch.bfloat16) | method | {"cases": []}
+        _measure_all(options, ranks, results)
+        if ranks.first:
+            print(markdown(results))
     return 0
 
 

@@ -179,6 +179,17 @@ def time_host(calls: Calls, rounds: int) -> Samples:
     return interleave(calls, rounds, time_once)
 
 
+def kept_memory(call: Callable[[], object]) -> int:
+    """Bytes that call() leaves allocated while its results live. GPU only."""
+    call()
+    with no_garbage_collection():
+        before = torch.cuda.memory_allocated()
+        results = call()
+        kept = torch.cuda.memory_allocated() - before
+    del results
+    return kept
+
+
 def peak_memory(call: Callable[[], object]) -> int:
     """Bytes that call() allocates at its peak beyond what was allocated before it, its results included. GPU only."""
     # Workspaces that stay allocated come with the first call.

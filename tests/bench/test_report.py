@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from bench import record
 from bench.__main__ import main
 from bench.measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from bench.record import slug
@@ -110,3 +111,14 @@ def test_main_rejects_a_shape_that_is_none(capsys):
     with pytest.raises(SystemExit):
         main(["--shapes", "1,2,3"])
     assert "M,K,N,r" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("changed", "expected"), [("", "abc"), ("setup.py", "abc-dirty"), (None, None)])
+def test_results_name_their_commit(changed, expected, monkeypatch):
+    def git(command, *rest):
+        if changed is None:
+            raise FileNotFoundError("no git")
+        return "abc" if command == "rev-parse" else changed
+
+    monkeypatch.setattr(record, "_git", git)
+    assert record._commit.__wrapped__() == expected
