@@ -69,12 +69,18 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name} must be finite, got {scale}")
 
 
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the scale of a weight of that dtype."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def check_scale_on(name: str, scale: float | Tensor, weight: Tensor) -> None:
-    """A finite number, or one float32 element beside the weight (whose value is not looked at: that would wait)."""
+    """A finite number, or one element beside the weight (whose value is not looked at: that would wait): float32, or
+    float64 where the weight is."""
     if not isinstance(scale, Tensor):
         return check_scale(name, scale)
-    if scale.dtype is not torch.float32:
-        raise TypeError(f"{name} must be a float or a float32 tensor, got {scale.dtype}")
+    if scale.dtype not in (torch.float32, scale_dtype(weight.dtype)):
+        raise TypeError(f"{name} must be a float or a float32 tensor, got {scale.dtype} beside {weight.dtype}")
     if scale.requires_grad:
         raise ValueError(f"{name} must not require a gradient: there is none of it here")
     if scale.numel() != 1 or scale.dim() > 1 or scale.device != weight.device:
