@@ -189,14 +189,21 @@ class LoRALinear(Scaled):
         self._settle()
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):  # fx.symbolic_trace keeps the layer whole, as it does nn.Linear
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+        if isinstance(input, fx.Proxy):
+            return self._traced(input)
         if self.merged:
             return F.linear(input, self.weight, self.bias)
         if self.group is not None:
             return self.group.output(self, input)
         p, weight = self.lora_dropout if self.training else 0.0, self.weight
         return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight), p)
+
+    def _traced(self, input: fx.Proxy) -> fx.Proxy:
+        """A call of the whole layer, as fx.symbolic_trace makes of nn.Linear."""
+        path = input.tracer.path_of_module(self)
+        if not path:
+            raise TypeError("a LoRALinear is a leaf of fx.symbolic_trace: trace a module that contains it")
+        return input.tracer.create_proxy("call_module", path, (input,), {})
 
     def merge_(self) -> "LoRALinear":
         """weight += scale B A in place; forward is then a plain linear.

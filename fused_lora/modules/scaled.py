@@ -66,12 +66,14 @@ class Scaled(nn.Module):
 
     def _scale_beside(self, weight: Tensor) -> Tensor:
         # weight moves by many ways, not all of which a module hears of: _apply, an assignment, DataParallel's replicas.
-        scale, dtype = self._scale, checks.scale_dtype(weight.dtype)
-        if scale is None or scale.dtype is not dtype or scale.device != weight.device:
-            # Made where gradients are off for good, it could not be saved for a backward.
-            with torch.inference_mode(False):
-                scale = self._scale = torch.full((), self.scaling, dtype=dtype, device=weight.device)
+        scale, wide = self._scale, weight.dtype is torch.float64
+        if scale is None or scale.device != weight.device or (scale.dtype is torch.float64) is not wide:
+            scale = self._scale = self._new_scale(weight)
         return scale
+
+    @torch.inference_mode(False)  # a tensor of inference mode could not be saved for a later backward
+    def _new_scale(self, weight: Tensor) -> Tensor:
+        return torch.full((), self.scaling, dtype=checks.scale_dtype(weight.dtype), device=weight.device)
 
     def _rescale(self, name: str, value: float) -> None:
         if self.merged:

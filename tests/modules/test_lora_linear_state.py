@@ -1,0 +1,499 @@
+"""What a LoRALinear's state is, whole and in one place: merged, the scale, and weights that others share."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_model, save_model
+from torch import fx, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
+
+from fused_lora import LoRALinear, replace_linear
+from fused_lora.ops import merge_and_reinit_
+from tests.relora.test_distributed import on_all_ranks
+
+FLAG = "_extra_state"
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 7)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def trained(merged=False, seed=0, dtype=torch.float32):
+    """A net whose updates are not zero; lora_alpha / r is 5/3."""
+    torch.manual_seed(seed)
+    net = Net().to(dtype)
+    for layer in replace_linear(net, 3, 5.0).layers(net):
+        nn.init.normal_(layer.lora_B)
+        if merged:
+            layer.merge_()
+    return net
+
+
+def inputs(dtype=torch.float32):
+    return torch.randn(6, 12, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def is_state(model, state):
+    own = model.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[name], state[name]) for name in own)
+
+
+# merged
+
+
+def by_load_state_dict(source, target, tmp_path):
+    assert str(target.load_state_dict(source.state_dict())) == "<All keys matched successfully>"
+
+
+def by_assignment(source, target, tmp_path):
+    target.load_state_dict(copied(source), assign=True)
+
+
+def by_torch_save(source, target, tmp_path):
+    kept = io.BytesIO()
+    torch.save(source.state_dict(), kept)
+    kept.seek(0)
+    target.load_state_dict(torch.load(kept, weights_only=True))
+
+
+def by_safetensors(source, target, tmp_path):
+    save_model(source, str(tmp_path / "model.safetensors"))
+    assert load_model(target, tmp_path / "model.safetensors") == (set(), [])
+
+
+def by_distributed_checkpoint(source, target, tmp_path):
+    dcp.save(get_model_state_dict(source), checkpoint_id=tmp_path)
+    template = get_model_state_dict(target)
+    dcp.load(template, checkpoint_id=tmp_path)
+    set_model_state_dict(target, template)
+
+
+def by_a_full_state_dict(source, target, tmp_path):
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    set_model_state_dict(target, get_model_state_dict(source, options=options), options=options)
+
+
+def by_a_cast_state_dict(source, target, tmp_path):
+    target.load_state_dict({name: tensor.float() for name, tensor in source.state_dict().items()})
+
+
+WAYS = [
+    by_load_state_dict, by_assignment, by_torch_save, by_safetensors, by_distributed_checkpoint, by_a_full_state_dict,
+    by_a_cast_state_dict,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("into_merged", [True, False])
+@pytest.mark.parametrize("from_merged", [True, False])
+def test_merged_goes_with_the_weight(from_merged, into_merged, way, tmp_path):
+    source, target = trained(from_merged), trained(into_merged, seed=1)
+    way(source, target, tmp_path)
+    assert [target.first.merged, target.second.merged] == [from_merged] * 2
+    assert torch.equal(target(inputs()), source(inputs()))
+    if from_merged:
+        target.first.unmerge_()
+        torch.testing.assert_close(target(inputs()), source(inputs()))
+
+
+def test_from_meta():
+    source = trained(merged=True)
+    with torch.device("meta"):
+        target = trained()
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert target.first.scale.device.type == "cpu"
+    assert torch.equal(target(inputs()), source(inputs()))
+    target.first.unmerge_()
+    torch.testing.assert_close(target(inputs()), source(inputs()))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_checkpoint_from_before_merged_was_in_it(merged):
+    source, target = trained(), trained(merged, seed=1)
+    state = {name: tensor for name, tensor in source.state_dict().items() if FLAG not in name}
+    assert str(target.load_state_dict(state)) == "<All keys matched successfully>"
+    assert torch.equal(target(inputs()), source(inputs()))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_linears_checkpoint(merged):
+    plain, target = Net(), trained(merged)
+    missing, unexpected = target.load_state_dict(plain.state_dict(), strict=False)
+    factors = {f"{layer}.{name}" for layer in ("first", "second") for name in ("lora_A", "lora_B")}
+    assert (set(missing), unexpected) == (factors, [])
+    for layer in (target.first, target.second):
+        assert not layer.merged
+        nn.init.zeros_(layer.lora_B)
+    torch.testing.assert_close(target(inputs()), plain(inputs()))
+
+
+@pytest.mark.parametrize("from_merged", [True, False])
+def test_factors_alone(from_merged):
+    """They are an update of whatever weight an unmerged layer has; what the file says of another weight is ignored."""
+    source, target = trained(from_merged), trained(seed=1)
+    weight = target.second.weight.clone()
+    state = {name: tensor for name, tensor in source.state_dict().items() if "lora" in name or FLAG in name}
+    target.load_state_dict(state, strict=False)
+    assert not target.second.merged
+    assert torch.equal(target.second.weight, weight)
+    assert torch.equal(target.second.lora_A, source.second.lora_A)
+    x = torch.randn(4, 10)
+    update = 5 / 3 * x @ source.second.lora_A.T @ source.second.lora_B.T
+    torch.testing.assert_close(target.second(x), nn.functional.linear(x, weight, target.second.bias) + update)
+
+
+@pytest.mark.parametrize("names", [["lora_A", "lora_B"], ["lora_B"]], ids=str)
+@pytest.mark.parametrize("assign", [True, False])
+def test_factors_alone_are_refused_by_a_merged_layer(names, assign):
+    target = trained(merged=True)
+    before = copied(target)
+    state = {f"second.{name}": tensor for name, tensor in trained(seed=1).second.state_dict().items() if name in names}
+    with pytest.raises(RuntimeError, match=r"second: the layer's weight is merged.*unmerge_\(\) first"):
+        target.load_state_dict(state, strict=False, assign=assign)
+    assert is_state(target, before)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_merged_weight_without_its_factors_is_refused(merged):
+    target = trained(merged, seed=1).second
+    before = copied(target)
+    state = trained(merged=True).second.state_dict()
+    del state["lora_A"]
+    with pytest.raises(RuntimeError, match=r"LoRALinear: the checkpoint's weight is merged.*got weight and lora_B"):
+        target.load_state_dict(state, strict=False)
+    assert is_state(target, before)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("bad", ["weight", "bias", "lora_B"])
+def test_what_does_not_fit_leaves_the_layer_as_it_was(bad, assign):
+    target = trained(seed=1)
+    state = copied(trained(merged=True))
+    state[f"second.{bad}"] = torch.zeros(5, 5)
+    before = copied(target.second)
+    with pytest.raises(RuntimeError, match=f"size mismatch for second.{bad}.*5, 5"):
+        target.load_state_dict(state, assign=assign)
+    assert is_state(target.second, before)
+    state[f"second.{bad}"] = None
+    with pytest.raises(RuntimeError, match=f"mismatch for second.{bad}: the checkpoint has NoneType"):
+        target.load_state_dict(state, assign=assign)
+    assert is_state(target.second, before)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_names_that_a_hook_changes(merged):
+    source, target = trained(merged).second, trained(seed=1).second
+    state = source.state_dict()
+    state["kernel"] = state.pop("weight")
+    if not merged:
+        del state[FLAG]
+
+    def rename(module, state, *_):
+        state["weight"] = state.pop("kernel")
+
+    target.register_load_state_dict_pre_hook(rename)
+    target.load_state_dict(state)
+    assert target.merged is merged
+    x = torch.randn(4, 10)
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_copies_and_pickles(merged):
+    net = trained(merged)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert is_state(twin, net.state_dict())
+        if not merged:
+            twin.second.lora_alpha = 2.0
+        assert net.second.scale.item() == pytest.approx(5 / 3)
+
+
+def as_once_pickled(layer):
+    """With its attributes of the time when the scale was a buffer."""
+    state = dict(layer.__dict__)
+    for name in ("r", "lora_alpha", "use_rslora"):
+        state[name] = state.pop(f"_{name}")
+    state["_buffers"] = {"scale": state.pop("_scale").float()}
+    state["_non_persistent_buffers_set"] = {"scale"}
+    old = LoRALinear.__new__(LoRALinear)
+    old.__setstate__(copy.deepcopy(state))
+    return old
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_layer_that_was_pickled_when_the_scale_was_a_buffer(dtype):
+    layer = trained(dtype=dtype).first
+    old = as_once_pickled(layer)
+    assert torch.equal(old(inputs(dtype)), layer(inputs(dtype)))
+    assert list(old.named_buffers()) == []
+    assert repr(old) == repr(layer)
+    old.lora_alpha = 9.0
+    assert old.scale.item() == 3.0
+    assert torch.equal(copy.deepcopy(old)(inputs(dtype)), old(inputs(dtype)))
+
+
+def broadcast(rank, _):
+    """From rank 0, which alone has a checkpoint of a merged net."""
+    net = trained(seed=1)
+    state = trained(merged=True).state_dict() if rank == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(net, state, options=options)
+    return [net.first.merged, net.second.merged], net(inputs()).detach()
+
+
+def sharded(rank, folder):
+    """A checkpoint of a merged net, loaded into shards by FSDP2."""
+    net, merged = trained(seed=1), trained(merged=True)
+    for model in (net, merged):
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    dcp.save(get_model_state_dict(merged), checkpoint_id=folder)
+    template = get_model_state_dict(net)
+    dcp.load(template, checkpoint_id=folder)
+    set_model_state_dict(net, template)
+    return [net.first.merged, net.second.merged], net(inputs()).detach()
+
+
+def with_buffers_in_16_bits(rank, folder):
+    """FSDP1 with a buffer_dtype, which is for rotary tables and not for a scale; and its whole state dict."""
+    net = FullyShardedDataParallel(
+        trained(), device_id=torch.device("cpu"), mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16),
+        use_orig_params=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        y = net(inputs())
+    net.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert torch.equal(net(inputs()), y)
+    return [net.first.merged, net.second.merged], y
+
+
+@pytest.mark.parametrize(
+    ("how", "merged"), [(broadcast, True), (sharded, True), (with_buffers_in_16_bits, False)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_on_several_ranks(how, merged, tmp_path):
+    folder = tmp_path / "ranks"
+    want = trained(merged)(inputs()).detach()
+    for flags, y in on_all_ranks(how, tmp_path / "checkpoint", folder).values():
+        assert flags == [merged] * 2
+        torch.testing.assert_close(y, want)
+
+
+# factors that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("act", ["merge_", "unmerge_", "to_linear"])
+def test_a_factor_that_is_not_finite_is_not_merged(act, name, value):
+    layer = trained(merged=act == "unmerge_").first
+    with torch.no_grad():
+        getattr(layer, name)[-1, -1] = value
+    before = copied(layer)
+    del before[name]
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        getattr(layer, act)()
+    after = layer.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_merging_where_nothing_can_be_looked_at():
+    layer = trained().first
+    want = layer(inputs())
+    torch.compile(lambda: layer.merge_().merged, fullgraph=True, backend="aot_eager")()
+    assert layer.merged
+    torch.testing.assert_close(layer(inputs()), want)
+    on_meta = LoRALinear(5, 4, 2, device="meta")
+    assert on_meta.merge_().merged
+
+
+@pytest.mark.gpu
+def test_merging_in_a_cuda_graph():
+    layer = trained().first.cuda()
+    want = layer.weight + 5 / 3 * layer.lora_B @ layer.lora_A
+    layer.merge_().unmerge_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.merge_()
+    graph.replay()
+    torch.testing.assert_close(layer.weight, want)
+
+
+def test_factors_do_not_begin_anew_while_merged():
+    layer = trained(merged=True).first
+    before = copied(layer)
+    with pytest.raises(RuntimeError, match="call unmerge_"):
+        layer.reset_lora_parameters()
+    assert is_state(layer, before)
+
+
+# scale
+
+
+STAYING = [
+    lambda layer: layer.to(layer.weight.device),
+    lambda layer: layer.float(),
+    lambda layer: layer.to(torch.bfloat16).half(),
+    lambda layer: layer.requires_grad_(False).eval(),
+    lambda layer: layer.load_state_dict(copied(layer)),
+    lambda layer: layer.load_state_dict(copied(layer), assign=True),
+    lambda layer: setattr(layer, "lora_alpha", 2.0),
+    lambda layer: setattr(layer, "use_rslora", True),
+    lambda layer: layer.to_empty(device=layer.weight.device),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("act", STAYING)
+def test_the_scale_is_one_tensor_while_the_weight_stays(act, device):
+    layer = LoRALinear(5, 4, 2, 3.0, device=device)
+    scale = layer.scale
+    act(layer)
+    assert layer.scale is scale
+
+
+def replica(layer):
+    """As DataParallel makes it, with parameters that are plain tensors."""
+    twin = layer._replicate_for_data_parallel()
+    for name in ("weight", "lora_A", "lora_B", "bias"):
+        setattr(twin, name, getattr(layer, name).detach().double())
+    return twin
+
+
+def assigned(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().double(), requires_grad=False)
+    return layer
+
+
+def written(layer):
+    layer.weight.data = layer.weight.data.double()
+    return layer
+
+
+def loaded(layer):
+    state = {name: tensor.double() for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    return layer
+
+
+@pytest.mark.parametrize("move", [lambda layer: layer.double(), replica, assigned, written, loaded])
+def test_the_scale_follows_the_weight(move):
+    layer = LoRALinear(5, 4, 3, 2.0)
+    moved = move(layer)
+    assert moved.scale.dtype is torch.float64
+    assert moved.scale.item() == 2 / 3
+    assert moved.scale is moved.scale
+
+
+def test_a_scale_that_inference_made_is_trained_with():
+    layer = written(LoRALinear(5, 4, 3, 2.0))
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    layer.lora_alpha = 3.0
+
+
+def test_no_buffer():
+    layer = LoRALinear(5, 4, 3)
+    assert list(layer.buffers()) == []
+    with pytest.raises(AttributeError):
+        layer.scale = torch.ones(())
+    with pytest.raises(AttributeError):
+        layer.r = 4
+
+
+@pytest.mark.parametrize(("name", "value", "scaling"), [("lora_alpha", 6.0, 1.5), ("use_rslora", True, 1.0)])
+def test_what_the_scale_follows_from_can_be_set(name, value, scaling):
+    layer = LoRALinear(12, 10, 4, 2.0)
+    nn.init.normal_(layer.lora_B)
+    scale, x = layer.scale, inputs()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    before = compiled(x)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        setattr(layer, name, value)
+        after = compiled(x)
+    assert (layer.scale, layer.scaling, layer.scale.item()) == (scale, scaling, scaling)
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(after - plain, (before - plain) * scaling / 0.5)
+    layer.merge_()
+    with pytest.raises(RuntimeError, match=f"{name} cannot change while the update is merged"):
+        setattr(layer, name, value)
+
+
+def test_a_bad_alpha_is_refused():
+    layer = LoRALinear(12, 10, 4, 2.0)
+    with pytest.raises(ValueError, match="lora_alpha must be finite"):
+        layer.lora_alpha = float("inf")
+    assert (layer.lora_alpha, layer.scale.item()) == (2.0, 0.5)
+
+
+def test_float64_is_computed_with_a_scale_of_float64():
+    layer = trained(dtype=torch.float64).first
+    x, A, B = inputs(torch.float64), layer.lora_A.detach(), layer.lora_B.detach()
+    y = layer(x)
+    y.sum().backward()
+    update = 5 / 3 * B @ A
+    exact = {"rtol": 1e-13, "atol": 1e-14}
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.weight + update, layer.bias), **exact)
+    torch.testing.assert_close(layer.lora_A.grad, 5 / 3 * B.sum(0)[:, None] * x.sum(0), **exact)
+    weight = layer.weight.clone()
+    torch.testing.assert_close(layer.to_linear().weight.detach(), weight + update, **exact)
+    torch.testing.assert_close(layer.merge_().weight.detach(), weight + update, **exact)
+    layer.unmerge_()
+    merge_and_reinit_([layer.weight], [A], [B], [layer.scale], [0])
+    torch.testing.assert_close(layer.weight.detach(), weight + update, **exact)
+
+
+# as nn.Linear is called
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_input_by_its_name(merged):
+    layer = trained(merged).first
+    assert torch.equal(layer(input=inputs()), layer(inputs()))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("keyword", [True, False])
+def test_symbolic_trace_keeps_the_layer(merged, keyword):
+    class Calls(Net):
+        def forward(self, x):
+            return self.second(input=torch.relu(self.first(x))) if keyword else super().forward(x)
+
+    net = Calls()
+    net.load_state_dict(Net().state_dict())
+    replace_linear(net, 3, 5.0)
+    net.load_state_dict(trained(merged).state_dict())
+    traced = fx.symbolic_trace(net)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["first", "second"]
+    assert isinstance(traced.second, LoRALinear)
+    assert torch.equal(traced(inputs()), net(inputs()))
+    if not merged:
+        net.second.lora_alpha = 9.0
+        assert torch.equal(traced(inputs()), net(inputs()))
+
+
+def test_symbolic_trace_of_the_layer_alone():
+    with pytest.raises(TypeError, match="trace a module that contains it"):
+        fx.symbolic_trace(trained().first)
