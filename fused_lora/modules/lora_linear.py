@@ -228,10 +228,8 @@ class LoRALinear(Scaled):
         return self
 
     def _check_finite(self) -> None:
-        """Waits for the device once; where that cannot be, in torch.compile and a CUDA graph, nothing is looked at."""
-        if torch.compiler.is_compiling() or self.weight.is_meta:
-            return
-        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        """Waits for the device once. In a CUDA graph, which cannot wait, and on meta there is nothing to look at."""
+        if self.weight.is_meta or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         finite = torch.stack([self.lora_A.isfinite().all(), self.lora_B.isfinite().all()]).tolist()
         for name, is_finite in zip(("lora_A", "lora_B"), finite, strict=True):

@@ -23,6 +23,10 @@ from tests.relora.test_distributed import on_all_ranks
 
 FLAG = "_extra_state"
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Function'> should not be instantiated:DeprecationWarning", "ignore:torch.distributed is disabled"
+)
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -119,7 +123,7 @@ def test_from_meta():
     source = trained(merged=True)
     with torch.device("meta"):
         target = trained()
-    target.load_state_dict(source.state_dict(), assign=True)
+    target.load_state_dict(copied(source), assign=True)
     assert target.first.scale.device.type == "cpu"
     assert torch.equal(target(inputs()), source(inputs()))
     target.first.unmerge_()
@@ -251,7 +255,7 @@ def test_a_layer_that_was_pickled_when_the_scale_was_a_buffer(dtype):
     assert torch.equal(copy.deepcopy(old)(inputs(dtype)), old(inputs(dtype)))
 
 
-def broadcast(rank, _):
+def broadcast(rank):
     """From rank 0, which alone has a checkpoint of a merged net."""
     net = trained(seed=1)
     state = trained(merged=True).state_dict() if rank == 0 else {}
@@ -272,7 +276,7 @@ def sharded(rank, folder):
     return [net.first.merged, net.second.merged], net(inputs()).detach()
 
 
-def with_buffers_in_16_bits(rank, folder):
+def with_buffers_in_16_bits():
     """FSDP1 with a buffer_dtype, which is for rotary tables and not for a scale; and its whole state dict."""
     net = FullyShardedDataParallel(
         trained(), device_id=torch.device("cpu"), mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16),
@@ -286,16 +290,15 @@ def with_buffers_in_16_bits(rank, folder):
     return [net.first.merged, net.second.merged], y
 
 
-@pytest.mark.parametrize(
-    ("how", "merged"), [(broadcast, True), (sharded, True), (with_buffers_in_16_bits, False)],
-    ids=lambda value: getattr(value, "__name__", ""),
-)  # fmt: skip
-def test_on_several_ranks(how, merged, tmp_path):
-    folder = tmp_path / "ranks"
-    want = trained(merged)(inputs()).detach()
-    for flags, y in on_all_ranks(how, tmp_path / "checkpoint", folder).values():
-        assert flags == [merged] * 2
-        torch.testing.assert_close(y, want)
+def on_ranks(rank, folder):
+    return [broadcast(rank), sharded(rank, folder), with_buffers_in_16_bits()]
+
+
+def test_on_several_ranks(tmp_path):
+    for rank in on_all_ranks(on_ranks, tmp_path / "checkpoint", tmp_path / "ranks").values():
+        for merged, (flags, y) in zip((True, True, False), rank, strict=True):
+            assert flags == [merged] * 2
+            torch.testing.assert_close(y, trained(merged)(inputs()).detach())
 
 
 # factors that are not finite
@@ -316,14 +319,20 @@ def test_a_factor_that_is_not_finite_is_not_merged(act, name, value):
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
-def test_merging_where_nothing_can_be_looked_at():
+def test_merging_under_compile():
     layer = trained().first
     want = layer(inputs())
-    torch.compile(lambda: layer.merge_().merged, fullgraph=True, backend="aot_eager")()
+    merge = torch.compile(lambda layer: layer.merge_(), backend="aot_eager")
+    merge(layer)
     assert layer.merged
     torch.testing.assert_close(layer(inputs()), want)
-    on_meta = LoRALinear(5, 4, 2, device="meta")
-    assert on_meta.merge_().merged
+    layer.unmerge_().lora_A.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="lora_A must be finite"):
+        merge(layer)
+
+
+def test_merging_on_meta():
+    assert LoRALinear(5, 4, 2, device="meta").merge_().merged
 
 
 @pytest.mark.gpu
