@@ -169,6 +169,12 @@ class LoRALinear(nn.Module):
         p = self.lora_dropout if self.training else 0.0
         return ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scale, p)
 
+    def part(self) -> ops.Part | None:
+        """What the layer adds to a pass that it shares with others; None while that is no LoRA linear."""
+        if self.merged:
+            return None
+        return ops.Part(self.weight, self.lora_A, self.lora_B, self.bias, self.scale)
+
     def merge_(self) -> "LoRALinear":
         """weight += scale B A in place; forward is then a plain linear. Raises RuntimeError if merged already."""
         if self.merged:
