@@ -35,7 +35,7 @@ def forget():
 def extension(monkeypatch):
     """A CUDA extension whose kernels take ranks up to 256."""
     built = types.ModuleType("fused_lora._C")
-    built.lora_linear_obstacle = lambda r: "r is above 256" if r > 256 else ""
+    built.rank_obstacle = lambda r: "r is above 256" if r > 256 else ""
     monkeypatch.setitem(sys.modules, "fused_lora._C", built)
     monkeypatch.setattr(fused_lora, "_C", built, raising=False)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)

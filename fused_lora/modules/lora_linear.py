@@ -205,6 +205,13 @@ class LoRALinear(Scaled):
             raise TypeError("a LoRALinear is a leaf of fx.symbolic_trace: trace a module that contains it")
         return input.tracer.create_proxy("call_module", path, (input,), {})
 
+    def part(self) -> ops.Part | None:
+        """What the layer adds to a pass that it shares with others; None while that is no LoRA linear."""
+        if self.merged:
+            return None
+        weight = self.weight
+        return ops.Part(weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight))
+
     def merge_(self) -> "LoRALinear":
         """weight += scale B A in place; forward is then a plain linear.
 

@@ -73,7 +73,7 @@ class Scaled(nn.Module):
 
     @torch.inference_mode(False)  # a tensor of inference mode could not be saved for a later backward
     def _new_scale(self, weight: Tensor) -> Tensor:
-        return torch.full((), self.scaling, dtype=checks.scale_dtype(weight.dtype), device=weight.device)
+        return torch.full((), self.scaling, dtype=checks.scale_dtype(weight), device=weight.device)
 
     def _rescale(self, name: str, value: float) -> None:
         if self.merged:
