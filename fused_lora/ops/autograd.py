@@ -98,9 +98,7 @@ def _again(dy, x, part, p, need_dx, needs):
     return [x.new_empty(0) if grad is None else grad for grad in (dx, of_part.A, of_part.B, of_part.bias)]
 
 
-LIBRARY.define(
-    "lora_linear_again(Tensor dy, Tensor x, Tensor?[] part, float p, bool need_dx, bool[] needs) -> Tensor[]"
-)
+LIBRARY.define("lora_linear_again(Tensor dy, Tensor x, Tensor?[] part, float p, bool need_dx, bool[] needs) -> Tensor[]")
 LIBRARY.impl("lora_linear_again", _again, "CompositeImplicitAutograd")
 
 

@@ -1,4 +1,4 @@
-"""Whether the update is in the weight goes where the weight goes, and what is called or merged is called or merged whole."""
+"""What a LoRALinear is, merged or not, goes with its weight; and it takes what nn.Linear takes."""
 
 import copy
 import io
@@ -9,11 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_model, save_model
 from torch import fx, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 
@@ -45,6 +41,10 @@ def trained(merged=False, seed=0, dtype=torch.float32):
         if merged:
             layer.merge_()
     return net
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 def inputs(dtype=torch.float32):
@@ -127,6 +127,33 @@ def test_from_meta():
     assert torch.equal(target(inputs()), source(inputs()))
     target.first.unmerge_()
     torch.testing.assert_close(target(inputs()), source(inputs()))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_from_pretrained(merged, tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Adapted(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            replace_linear(self, 2, 3.0, exclude_modules=["lm_head"])
+
+    model = Adapted(transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=50,
+    )).eval()  # fmt: skip
+    for layer in layers_of(model):
+        nn.init.normal_(layer.lora_B)
+        if merged:
+            layer.merge_()
+    model.save_pretrained(tmp_path)
+    again, report = Adapted.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    for layer in layers_of(again):
+        assert layer.merged is merged
+        layer.take_base()  # transformers thaws what it loads
+    tokens = torch.arange(10)[None]
+    assert torch.equal(again.eval()(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("merged", [True, False])
