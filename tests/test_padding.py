@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 
 import numpy as np
 import pytest
@@ -141,17 +140,24 @@ def test_memory_that_another_library_reads_is_not_alone():
     assert array.shape == (4, 13)
 
 
-@pytest.mark.parametrize("make", [
-    lambda layer: layer,
-    lambda layer: LoRALinear.from_linear(nn.Linear(13, 4), 2),
-    lambda layer: copy.deepcopy(layer),
-    lambda layer: layer.to(torch.bfloat16).float(),
-    lambda layer: pickle.loads(pickle.dumps(layer)),
-    lambda layer: layer.to("meta").to_empty(device="cpu"),
-], ids=["new", "from_linear", "deepcopy", "cast", "pickle", "to_empty"])  # fmt: skip
-def test_a_layers_weight_is_alone(make):
+WHEN_IT_MOVES = {
+    "new": lambda layer: LoRALinear(13, 4, 2),
+    "from_linear": lambda layer: LoRALinear.from_linear(nn.Linear(13, 4), 2),
+    "replace_linear": lambda layer: replace_linear(nn.Sequential(nn.Linear(13, 4)), 2),
+    "deepcopy": lambda layer: copy.deepcopy(nn.Sequential(layer)),
+    "cast": lambda layer: nn.Sequential(layer).to(torch.bfloat16),
+    "to_empty": lambda layer: layer.to("meta").to_empty(device="cpu"),
+    "load_state_dict": lambda layer: layer.load_state_dict(LoRALinear(13, 4, 2).state_dict()),
+}
+
+
+@pytest.mark.parametrize("act", WHEN_IT_MOVES.values(), ids=WHEN_IT_MOVES.keys())
+def test_a_weight_is_alone_when_it_is_to_move(act, monkeypatch):
     """Else it would stay dense for good."""
-    assert padding.is_alone(make(LoRALinear(13, 4, 2)).weight)
+    layer, found = LoRALinear(13, 4, 2), []
+    monkeypatch.setattr(padding, "pad_rows_", lambda weight: found.append(padding.is_alone(weight)))
+    act(layer)
+    assert found[-1]
 
 
 def test_an_assigned_weight_is_alone_when_the_dict_is_gone():
