@@ -15,8 +15,8 @@ def test_every_choice_is_legal(gpu):
     for M, N, (itemsize, precision) in product((1, 100, 2048, 40_000), (1, 512, 5461), kinds):
         tma = gpu.has_tma and itemsize == 2
         assert tiles.legal(tiles.expand_tile(M, N, gpu, itemsize, tma, precision), gpu, itemsize, tma)
-    for M, r, (itemsize, precision) in product((1, 2048, 40_000), (1, 16, 17, 128, 512), kinds):
-        assert tiles.legal(tiles.shrink_tile(M, r, gpu, itemsize, precision), gpu, itemsize, False)
+    for r, (itemsize, precision) in product((1, 16, 17, 128, 512), kinds):
+        assert tiles.legal(tiles.shrink_tile(r, gpu, itemsize, precision), gpu, itemsize, False)
         assert tiles.legal(tiles.factor_grad_tile(r, gpu, itemsize, precision), gpu, itemsize, False)
 
 
