@@ -50,6 +50,7 @@ class Tile:
 
 
 MAX_ACCUMULATORS = 128  # fp32 registers a thread, of 255, that an accumulator may take
+MAX_WARPS = 32  # of a block
 
 # 128x256 is what feeds Hopper's tensor cores at full rate: at 128x128 shared memory serves 160 bytes a cycle of 128.
 # (block_m, block_n, block_k, warps, wanted stages, relative speed of one full wave)
@@ -75,14 +76,22 @@ def shared_memory(tile: Tile, itemsize: int, tma: bool) -> int:
 
 
 def legal(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> bool:
-    """Whether a tile may be launched on this GPU: shared memory, accumulator registers, instruction shape."""
+    """Whether a tile may be launched on this GPU: powers of two, shared memory, accumulator registers, instruction
+    shape."""
+    if not all(map(_is_power_of_two, (tile.block_m, tile.block_n, tile.block_k, tile.num_warps))):
+        return False
     accumulators = tile.block_m * tile.block_n / (32 * tile.num_warps)
     return (
         shared_memory(tile, itemsize, tma) <= gpu.shared_memory
         and accumulators <= MAX_ACCUMULATORS
         and min(tile.block_m, tile.block_n, tile.block_k) >= 16
+        and tile.num_warps <= MAX_WARPS
         and tile.num_stages >= 1
     )
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def _fit(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> Tile:
