@@ -1,10 +1,13 @@
 """Checkpoints: what is saved comes back, and a killed process leaves only whole ones."""
 
+import fcntl
+import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -86,6 +89,104 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert_whole(tmp_path / "step-0000001")
 
 
+def test_the_mask_of_new_files_is_left_alone(tmp_path, monkeypatch):
+    """It is the whole process's: other threads make files meanwhile."""
+    masks = []
+    monkeypatch.setattr(os, "umask", masks.append)
+    checkpoint.save(tmp_path, 1, *contents(1))
+    assert masks == []
+
+
+def save_when_told(folder, inside, go_on):
+    """In a process of its own: stops in the middle of a save."""
+    write = torch.save
+
+    def waiting(training, path):
+        inside.set()
+        assert go_on.wait(60)
+        write(training, path)
+
+    checkpoint.torch.save = waiting
+    checkpoint.save(folder, 7, *contents(7))
+
+
+def test_what_another_process_is_writing_survives(tmp_path):
+    context = multiprocessing.get_context("fork")
+    inside, go_on = context.Event(), context.Event()
+    other = context.Process(target=save_when_told, args=(tmp_path, inside, go_on))
+    other.start()
+    assert inside.wait(60)
+    assert_whole(checkpoint.save(tmp_path, 8, *contents(8)))
+    assert len(list(tmp_path.glob(".writing-*"))) == 1
+    go_on.set()
+    other.join(60)
+    assert other.exitcode == 0
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000007", "step-0000008"]
+    assert_whole(tmp_path / "step-0000007")
+
+
+def test_what_another_thread_is_writing_survives(tmp_path, monkeypatch):
+    inside, go_on, write = Event(), Event(), torch.save
+
+    def waiting(training, path):
+        if training["step"] == 7:
+            inside.set()
+            assert go_on.wait(60)
+        write(training, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", waiting)
+    other = Thread(target=checkpoint.save, args=(tmp_path, 7, *contents(7)))
+    other.start()
+    assert inside.wait(60)
+    checkpoint.save(tmp_path, 8, *contents(8))
+    go_on.set()
+    other.join()
+    assert_whole(tmp_path / "step-0000007")
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path):
+    context = multiprocessing.get_context("fork")
+    inside, go_on = context.Event(), context.Event()
+    other = context.Process(target=save_when_told, args=(tmp_path, inside, go_on))
+    other.start()
+    assert inside.wait(60)
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    assert len(list(tmp_path.glob(".writing-*"))) == 1
+    checkpoint.save(tmp_path, 8, *contents(8))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000008"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    (tmp_path / ".writing-other").mkdir()
+    (tmp_path / ".writing-other" / checkpoint.MANIFEST).touch()
+    assert_whole(checkpoint.save(tmp_path, 8, *contents(8)))
+    assert (tmp_path / ".writing-other").exists()
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """Each keeps the newest, so that they also delete each other's."""
+    context = multiprocessing.get_context("fork")
+
+    def run(first):
+        for step in range(first, first + 40):
+            checkpoint.save(tmp_path, step, *contents(step))
+
+    runs = [context.Process(target=run, args=(first,)) for first in (100, 1000)]
+    for each in runs:
+        each.start()
+    for each in runs:
+        each.join()
+        assert each.exitcode == 0
+    whole = checkpoint.checkpoints(tmp_path)
+    assert [path.name for path in whole] == ["step-0001038", "step-0001039"]
+    assert sorted(tmp_path.iterdir()) == whole
+
+
 def save_for_ever(folder, began):
     step = 1
     while True:
@@ -110,7 +211,7 @@ def test_fifty_kills_while_saving(tmp_path):
             assert_whole(place)
 
 
-@pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"step": 3'])
+@pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"step": 3', '{"bytes": 3}', "3"])
 def test_a_damaged_manifest_is_named(tmp_path, manifest):
     place = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {})
     (place / checkpoint.MANIFEST).write_text(manifest)
@@ -124,4 +225,39 @@ def test_a_damaged_file_of_the_right_size_is_refused(tmp_path, name):
     size = (place / name).stat().st_size
     (place / name).write_bytes(b"\xff" * size)
     with pytest.raises(ValueError, match=r"step-0000003 is damaged"):
+        checkpoint.load(place)
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.TRAINING])
+def test_every_changed_byte_is_seen(tmp_path, name):
+    place = checkpoint.save(tmp_path, 3, *contents(3))
+    whole = (place / name).read_bytes()
+    message = f"step-0000003 is damaged: {name} is not what was written, by its checksum"
+    for at in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
+        (place / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(place)
+    (place / name).write_bytes(whole)
+    assert_whole(place)
+
+
+def test_a_checkpoint_from_before_there_were_checksums(tmp_path):
+    place = checkpoint.save(tmp_path, 3, *contents(3))
+    manifest = json.loads((place / checkpoint.MANIFEST).read_text())
+    del manifest["sha256"]
+    (place / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert_whole(place)
+
+
+class Surprise:
+    """What runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit",)
+
+
+def test_nothing_runs_when_one_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # which is about calls that do not say
+    place = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {"x": Surprise()})
+    with pytest.raises(ValueError, match="step-0000003 is damaged"):
         checkpoint.load(place)
