@@ -10,6 +10,7 @@ from torch import distributed, multiprocessing
 
 from fused_lora import backends
 from fused_lora.kernels import autotune, tiles
+from fused_lora.kernels.launch import record_launches
 from fused_lora.kernels.tiles import KNOWN_GPUS, Tile
 from tests.accuracy import assert_accurate
 from tests.kernels.problem import RESULTS, Problem
@@ -68,6 +69,23 @@ def test_an_entry_that_is_not_legal_is_measured_anew(entry, gpu, monkeypatch):
     assert tuned(gpu, runs) == FASTER
     assert len(runs) == 2
     assert json.loads(Path(gpu.tile_cache).read_text())["other"] == [64, 64, 32, 4, 3]
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(64, 128, 64, 4, 2), Tile(128, 128, 64, 8, 7)], ids=["legal", "legal without tma"]
+)
+@pytest.mark.parametrize("name", ["H100", "A100"])
+def test_kernels_say_what_is_legal_for_them(name, tile, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune.TileFile, "get", lambda self, key: tile)
+    gpu = replace(KNOWN_GPUS[name], tile_cache=str(tmp_path / "tiles.json"))
+    with record_launches() as records:
+        Problem.random(256, 128, 256, 16, torch.bfloat16).kernels(gpu)
+    metas = [plan.meta for plan, _ in records if plan.name.startswith("expand")]
+    sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    found = {Tile(*(meta[size] for size in sizes)) for meta in metas}
+    assert len(metas) == 2
+    assert (found == {tile}) == tiles.legal(tile, gpu, 2, gpu.has_tma)
+    assert all(tiles.legal(each, gpu, 2, gpu.has_tma) for each in found)
 
 
 def test_threads_measure_once(gpu, monkeypatch):

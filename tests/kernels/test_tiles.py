@@ -25,6 +25,11 @@ def test_what_is_illegal():
     assert not tiles.legal(Tile(128, 256, 64, 8, 4), gpu, 2, False)  # shared memory
     assert not tiles.legal(Tile(128, 256, 16, 4, 1), gpu, 2, False)  # accumulator registers
     assert not tiles.legal(Tile(8, 64, 32, 4, 2), gpu, 2, False)  # instruction shape
+    for wrong in [(96, 64, 32, 4, 2), (64, 0, 32, 4, 2), (64, 64, -32, 4, 2), (64, 64, 48, 4, 2)]:
+        assert not tiles.legal(Tile(*wrong), gpu, 2, False)  # powers of two
+    for warps in (0, -4, 3, 64):
+        assert not tiles.legal(Tile(64, 64, 32, warps, 2), gpu, 2, False)
+    assert not tiles.legal(Tile(64, 64, 32, 4, 0), gpu, 2, False)
     assert tiles.legal(Tile(128, 128, 32, 8, 3), gpu, 2, False)
 
 
