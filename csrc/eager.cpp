@@ -1,4 +1,5 @@
 // One part as an autograd function in C++, which costs a call half of what one in Python does.
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -36,9 +37,10 @@ bool chosen(const Tensor& x) {
   return major == 9 && minor == 0;
 }
 
-// As in ops/autograd.py: who must see plain torch. An exporter traces, too.
+// As in ops/autograd.py: who must see plain torch. An exporter traces, too. A mode (that counts, or saves by name) sees the ops
+// of every backend.
 bool watched() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || torch::jit::tracer::isTracing();
 }
 

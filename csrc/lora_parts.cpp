@@ -142,7 +142,7 @@ std::vector<Tensor> lora_parts_backward(at::TensorList dys, at::TensorList xs, c
     const bool summed = !dxa.has_value();
     TORCH_CHECK(i == 0 || !summed || params.summed == static_cast<int>(i), "parts with a dxa must come last");
     const int64_t K = part.weight.size(1), N = part.weight.size(0), r = part.A.size(0);
-    if (i == 0 || !xs[i].is_same(xs[i - 1])) rows = act.empty() ? rows_of(xs[i]) : flat(xs[i]);
+    if (i == 0 || !xs[i].is_same(xs[i - 1])) rows = act.empty() ? rows_of(xs[i]) : flat(xs[i]);  // a gated pass reads no x
     params.summed += summed;
     made.push_back(dxa ? *dxa : padded_like(x, rows.size(0), r));
     const Tensor dA = grads[i] = grad_of(part.A, part.A.sizes(), needs.get(i));
@@ -150,7 +150,7 @@ std::vector<Tensor> lora_parts_backward(at::TensorList dys, at::TensorList xs, c
     const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), {N}, needs.get(2 * count + i));
     params.part[i] = {
         .dy = read(flat(dys[i])),
-        .x = operand_of(rows),
+        .x = read.keep(rows),
         .weight = summed ? read(part.weight) : Operand{},
         .A = summed ? read(part.A) : operand_of(part.A),  // whose sizes alone matter elsewhere
         .B = summed ? read(part.B) : operand_of(part.B),

@@ -59,7 +59,8 @@ inline Operand dense_operand(const at::Tensor& tensor, int64_t cols) {
 class Readable {
  public:
   explicit Readable(at::ScalarType dtype) : dtype_(dtype) {}
-  Operand operator()(const at::Tensor& matrix) { return operand_of(kept_.emplace_back(addressed(matrix, dtype_))); }
+  Operand operator()(const at::Tensor& matrix) { return keep(addressed(matrix, dtype_)); }
+  Operand keep(const at::Tensor& matrix) { return operand_of(kept_.emplace_back(matrix)); }
 
  private:
   at::ScalarType dtype_;

@@ -121,6 +121,8 @@ def _check_seed(seed: Tensor, weight: Tensor) -> None:
 
 def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
     """All of lora_linear's arguments."""
+    if torch.jit.is_tracing():  # whose sizes are tensors
+        return
     check_factors(weight, A, B)
     _check_dense("x", x)
     if x.device != weight.device:

@@ -284,7 +284,7 @@ def test_every_capability_gets_legal_tiles(capability):
                 assert all(tiles.legal(tile, gpu, itemsize, tma) for tile in chosen)
             for r in (1, 16, 17, 100, 256, 512):
                 for tile in (
-                    tiles.shrink_tile(8192, r, gpu, itemsize, precision),
+                    tiles.shrink_tile(r, gpu, itemsize, precision),
                     tiles.factor_grad_tile(r, gpu, itemsize, precision),
                     tiles.merge_tile(r, gpu, itemsize),
                 ):

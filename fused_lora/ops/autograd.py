@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import flops
 from .library import LIBRARY
 from .parts import Part, columns, flatten, trains, unflatten
 
@@ -16,6 +17,8 @@ def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
     """The ys of parts that read x, checked and complete."""
     if watched():
         return linears(x, parts, p)
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        flops.show()
     if trains(x, parts):
         return LoRAPartsFunction.apply(x, p, *flatten(parts))
     return tuple(ops.lora_parts_forward(x, flatten(parts), p, [], "none")[: len(parts)])
@@ -68,6 +71,13 @@ def of_inputs(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | 
     return flatten([Part(None, dA, dB, dbias, None, None) for dA, dB, dbias in each])
 
 
+def _with_bias(part: Part) -> Part:
+    """Of a linear's bias no value was saved, and any will do."""
+    if part.bias is None or part.bias.numel() > 0:
+        return part
+    return part._replace(bias=part.bias.new_zeros(len(part.weight)).requires_grad_())
+
+
 def differentiates_again() -> bool:
     """Whether the backward pass that runs is to be differentiated itself. Compiled ones are not."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -75,11 +85,7 @@ def differentiates_again() -> bool:
 
 def by_formula(formula: Callable, dys: Sequence[Tensor], x: Tensor, parts: list[Part], need_dx: bool, needs) -> tuple:
     """The backward pass of ys = formula(x, parts) in plain torch, whose results can be differentiated."""
-    # The ys are linear in biases, whose values were not saved.
-    parts = [
-        part if part.bias is None else part._replace(bias=part.bias.new_zeros(len(part.weight)).requires_grad_())
-        for part in parts
-    ]
+    parts = [_with_bias(part) for part in parts]
     needs, inputs = (need_dx, *needs), (x, *flatten(parts))
     # Twins of the inputs: what is wanted are partial derivatives, also where one input was made from another.
     twins = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
@@ -98,13 +104,15 @@ def _again(dy, x, part, p, need_dx, needs):
     return [x.new_empty(0) if grad is None else grad for grad in (dx, of_part.A, of_part.B, of_part.bias)]
 
 
-LIBRARY.define("lora_linear_again(Tensor dy, Tensor x, Tensor?[] part, float p, bool need_dx, bool[] needs) -> Tensor[]")
+LIBRARY.define(
+    "lora_linear_again(Tensor dy, Tensor x, Tensor?[] part, float p, bool need_dx, bool[] needs) -> Tensor[]"
+)
 LIBRARY.impl("lora_linear_again", _again, "CompositeImplicitAutograd")
 
 
 def watched() -> bool:
-    """Whether somebody looks on who must see plain torch: a transformation of torch.func, a forward-mode derivative, or a
-    tracer that writes programs for elsewhere."""
+    """Whether somebody looks on who must see plain torch: a transformation of torch.func, a forward-mode derivative,
+    or a tracer that writes programs for elsewhere."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
     return (
@@ -117,17 +125,9 @@ def watched() -> bool:
 
 def linears(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
     """The ys of parts in plain torch, in x's dtype."""
-    dtype = x.dtype
-    return tuple(
-        reference.lora_linear_ref(
-            x,
-            part.weight,
-            part.A.to(dtype),
-            part.B.to(dtype),
-            part.bias if part.bias is None else part.bias.to(dtype),
-            part.scale,
-            p,
-            part.seed,
-        )  # fmt: skip
-        for part in parts
-    )
+    return tuple(_linear(x, *part, p) for part in parts)
+
+
+def _linear(x, weight, A, B, bias, scale, seed, p) -> Tensor:
+    bias = bias if bias is None else bias.to(x.dtype)
+    return reference.lora_linear_ref(x, weight, A.to(x.dtype), B.to(x.dtype), bias, scale, p, seed)

@@ -23,5 +23,5 @@ def lora_group(x: Tensor, parts: Sequence[Part], p: float = 0.0, seed: Tensor | 
     if not parts:
         raise ValueError("parts must have at least one entry")
     x, parts = of_parts.autocast(x, parts)
-    of_parts.check(x, parts, p, seed, [f"part {i}" for i in range(len(parts))])
+    of_parts.check(x, map(of_parts.with_factors, parts), p, seed, [f"part {i}" for i in range(len(parts))])
     return apply(x, of_parts.complete(x, parts, of_parts.drawn_seed(x, p, seed)), p)

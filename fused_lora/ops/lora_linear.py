@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from . import parts as of_parts
 from .autograd import apply
 from .parts import Part
@@ -48,8 +48,8 @@ def lora_linear(
     to evaluate.
 
     Gradients: dxa = scale dy B, dx = dy W + mask(dxa A) / (1 - p), dA = dxa^T dropout(x), dB = dy^T xa, in the
-    dtypes of x, A and B, and that of bias. Saves x and xa = scale dropout(x) A^T (M, r). Second derivatives, forward-mode
-    ones and torch.func's transformations are computed by the formula in plain torch.
+    dtypes of x, A and B, and that of bias. Saves x and xa = scale dropout(x) A^T (M, r). Second derivatives,
+    forward-mode ones and torch.func's transformations are computed by the formula in plain torch.
 
     Raises ValueError or TypeError naming the argument for a shape, dtype or device; weight.requires_grad is one.
     LoRA: Hu et al. 2021, arXiv:2106.09685.
@@ -60,6 +60,6 @@ def lora_linear(
     if y is not None:  # else something is wrong, or for another backend
         return y
     part = Part(weight, A, B, bias, scale)
-    of_parts.check(x, [part], p, seed, [""])
+    checks.check_lora_linear(x, *part[:-1], p, seed)
     seed = of_parts.drawn_seed(x, p, seed)
     return apply(x, of_parts.complete(x, [part], seed), p)[0]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from . import parts as of_parts
-from .autograd import by_formula, differentiates_again, linears, of_inputs, saved, wanted_of, watched
+from .autograd import by_formula, differentiates_again, linears, of_inputs, wanted_of, watched
 from .lora_parts import ops, rows_of
 from .parts import Part, flatten, unflatten
 
@@ -23,7 +23,7 @@ class LoRAMLPFunction(torch.autograd.Function):
         hidden, first, second, *xas = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, keep)
         y, xa = ops.lora_parts_forward(hidden, flatten(parts[2:]), p, [], "none")
         kept = hidden if save == "all" else None
-        ctx.save_for_backward(x, first, second, kept, *xas, xa, *flatten(map(saved, parts)))
+        ctx.save_for_backward(x, first, second, kept, *xas, xa, *flat)
         ctx.p, ctx.act = p, act
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 

@@ -216,12 +216,12 @@ define(
     _forward,
     _forward_fake,
 )
-# A part with a dxa, made by a pass before, has no share in dx. Of a bias only the dtype is read. needs is of dAs, dBs and
-# dbiases. With act there is one part, which reads act(gate) up: of it come dgate, dup, act(gate) up and dxa, from `gated`:
-# gate and up, or their factors, where the third is empty.
+# A part with a dxa, made by a pass before, has no share in dx. Of a bias only the dtype is read. needs is of dAs, dBs
+# and dbiases. With act there is one part, which reads act(gate) up: of it come dgate, dup, act(gate) up and dxa, from
+# `gated`: gate and up, or their factors, where the third is empty.
 define(
-    "lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p, bool need_dx,"
-    " bool[] needs, float[] act, Tensor[] gated, bool factors) -> Tensor[]",
+    "lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p,"
+    " bool need_dx, bool[] needs, float[] act, Tensor[] gated, bool factors) -> Tensor[]",
     _backward,
     _backward_fake,
 )

@@ -1,6 +1,6 @@
 """A part is what one linear adds to a pass. It is described here once: ops take a list of them as one flat list."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,17 +72,17 @@ def autocast(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Part]]:
     return x.to(dtype), cast
 
 
-def check(x: Tensor, parts: Sequence[Part], p: float, seed: Tensor | None, names: Sequence[str]) -> None:
+def check(x: Tensor, parts: Iterable[Part], p: float, seed: Tensor | None, names: Sequence[str]) -> None:
     """All tensors of parts that read x; errors begin with the part's name."""
     for name, part in zip(names, parts, strict=True):
         try:
-            checks.check_lora_linear(x, *_with_factors(part)[:-1], p, seed)
+            checks.check_lora_linear(x, *part[:-1], p, seed)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}" if name else str(error)) from None
+            raise type(error)(f"{name}: {error}") from None
 
 
-def _with_factors(part: Part) -> Part:
-    """A part of rank 0 is checked as one of rank 1."""
+def with_factors(part: Part) -> Part:
+    """A part of rank 0 as one of rank 1, to be checked."""
     A, B = part.A, part.B
     if not isinstance(A, Tensor) or not isinstance(B, Tensor) or A.shape[:1] != (0,):
         return part
