@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..relora.controller import BASES, PRECISIONS
+from ..relora.options import BASES, PRECISIONS
 from .data import Data, prepare
 from .options import METHODS, Options
 from .presets import PRESETS, Preset
