@@ -137,6 +137,7 @@ class ReLoRA:
         self._check_running()
         if not self.layers:
             raise RuntimeError("the warm start is not over")
+        reshard(self.model)
         states_of(self.optimizer, self._factors())  # raises before anything is merged
         self._merge()
         seed = mix(self.seed, self.cycle, -1)
@@ -174,7 +175,6 @@ class ReLoRA:
         cycle = self.cycle + 1
         rounding = "stochastic" if self.precision == "stochastic" else "nearest"
         seeds = {name: self._seed_of(name, cycle) for name in self.layers}
-        reshard(self.model)
         merge_layers(self.layers, seeds, self.lows, rounding)
         self.cycle = cycle
 
@@ -242,9 +242,11 @@ class ReLoRA:
             )
 
     def _check_states(self) -> bool:
-        """Whether the optimizer has states of what restarts; ValueError if a restart could not reset them."""
-        parameters = parts_to_train(self.model, self._lora).values()
-        return self.reset_every is None or bool(states_of(self.optimizer, parameters))
+        """Whether the optimizer's states are known, or need not be; ValueError if a restart could not reset them."""
+        if self.reset_every is None or not self.optimizer.state:
+            return self.reset_every is None
+        reshard(self.model)
+        return bool(states_of(self.optimizer, parts_to_train(self.model, self._lora).values()))
 
     def _factors(self) -> list[Tensor]:
         return [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
