@@ -16,6 +16,7 @@ from .optimizer_reset import check_kind, optimizer_reset, states_of
 from .options import check_options
 from .seeds import mix
 from .shards import is_sharded, keep, local, reshard, whole
+from .uninterrupted import uninterrupted
 from .wrapping import (
     check_model,
     check_scheduler,
@@ -56,6 +57,7 @@ class ReLoRA:
       are streamed at each restart.
     * base: "trained" keeps the weights. For the rows of the paper's first table, without a warm start: "zero" starts
       from weights of zero with both factors random, "absent" is that without restarts.
+    * step(), restart() and finish() are done or not begun: Ctrl-C waits for their end.
     * Every random number comes from (seed, cycle, layer), so that all ranks begin each cycle with the same factors.
 
     Raises ValueError or TypeError naming the argument, before anything is changed. An optimizer that is not torch's own
@@ -116,6 +118,7 @@ class ReLoRA:
         refuse_other_phases(optimizer)
 
     @torch.no_grad()
+    @uninterrupted()
     def step(self) -> dict[str, float] | None:
         """Counts an optimizer step, and restarts if one is due: then the shares of the moments that were zeroed."""
         self._check_running()
@@ -132,6 +135,7 @@ class ReLoRA:
         return self.restart() if self.reset_every and since > 0 and since % self.reset_every == 0 else None
 
     @torch.no_grad()
+    @uninterrupted()
     def restart(self) -> dict[str, float]:
         """Merges every layer's update, begins its factors anew, and resets the optimizer's moments of them."""
         self._check_running()
@@ -144,6 +148,7 @@ class ReLoRA:
         return optimizer_reset(self.optimizer, self._factors(), generator=seed, **self._reset)
 
     @torch.no_grad()
+    @uninterrupted()
     def finish(self) -> nn.Module:
         """Ends the run, at its last step or anywhere: the model without a trace of ReLoRA, which it also returns.
 
