@@ -2,6 +2,8 @@
 
     python -m examples.table1 --text corpus.txt.xz                 ten runs for each of two seeds, preset "small"
     python -m examples.table1 --text corpus.txt --preset tiny      in minutes on a CPU, too small to order the rows
+    python -m examples.table1 --text corpus.txt.xz --rows "all four" "warm start only" --lr 1e-3 2e-3 --seeds 0
+                                                                   some rows, at two rates of the low-rank phase
 
 Each is a `python -m fused_lora.pretrain` of its own, one at a time on each GPU; those that were killed are resumed.
 Writes table1_output/table.md, curves.png and a folder for each run.
@@ -50,9 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("table1_output"))
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    names = [name for name, _, _ in ROWS]
+    parser.add_argument(
+        "--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of: {'; '.join(names)}"
+    )
+    parser.add_argument(
+        "--lr", type=float, nargs="+", help="rates of the low-rank phase, each for every row (preset's)"
+    )
     parser.add_argument("flags", nargs="*", help="after --: more flags for every run, such as --compile")
     args = parser.parse_args(arguments)
-    runs = [(row, seed) for seed in args.seeds for row in ROWS]
+    rows = rows_of(args.rows, args.lr)
+    runs = [(row, seed) for seed in args.seeds for row in rows]
     if args.text:  # once for all
         args.data = args.data or args.output / "tokens"
         prepare(args.text, args.data, PRESETS[args.preset].model.vocab_size)
@@ -70,13 +80,25 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    table = write_table(args.output, args.seeds, statuses)
-    plot({name: folder_of(args.output, name, args.seeds[0]) for name, _, _ in ROWS}, args.output / "curves.png")
+    table = write_table(args.output, rows, args.seeds, statuses)
+    plot({name: folder_of(args.output, name, args.seeds[0]) for name, _, _ in rows}, args.output / "curves.png")
     print(table)
     failed = [key for key, status in statuses.items() if status not in (0, DIVERGED)]
     for name, seed in failed:
         print(f"{name}, seed {seed}: {last_words(folder_of(args.output, name, seed))}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def rows_of(names: list[str], rates: list[float] | None) -> list[tuple]:
+    """Those of ROWS, in their order; with rates, each once for every rate, which the paper's figures are not of."""
+    rows = [row for row in ROWS if row[0] in names]
+    if rates is None:
+        return rows
+    return [
+        (f"{name}, {rate:g}", f"{flags} --relora-learning-rate {rate}", None)
+        for rate in rates
+        for name, flags, _ in rows
+    ]
 
 
 def visible_gpus() -> list[str]:
@@ -121,13 +143,13 @@ def cell(folder: Path, status: int | None) -> str:
     return "diverged" if status == DIVERGED else "-"
 
 
-def write_table(output: Path, seeds: list[int], statuses: dict[tuple[str, int], int]) -> str:
+def write_table(output: Path, rows: list[tuple], seeds: list[int], statuses: dict[tuple[str, int], int]) -> str:
     """Markdown, a column for each seed."""
     lines = [
         "| ingredients | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | paper, 130M |",
         "|---" * (len(seeds) + 3) + "|",
     ]
-    for name, _, paper in ROWS:
+    for name, _, paper in rows:
         cells = [cell(folder_of(output, name, seed), statuses.get((name, seed))) for seed in seeds]
         numbers = [float(value) for value in cells if value[0].isdigit()]
         mean = f"{statistics.fmean(numbers):.2f}" if len(numbers) == len(cells) else "-"

@@ -12,7 +12,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import tiles
 from .restart_tables import (
     Beginning,
     Filling,
@@ -21,6 +20,7 @@ from .restart_tables import (
     fill_up_launch,
     filled,
     is_open,
+    merge_kind,
     merge_launch,
     reinit_launch,
     table_bytes,
@@ -83,13 +83,14 @@ class Layer:
             yield replace(self, weight=self.weight[rows], B=self.B[rows], low=self.low[rows])
 
     def kind(self) -> tuple:
-        """What the layers of a launch have in common."""
-        matrices = [self.weight] if self.low is None or self.is_streamed else [self.weight, self.low]
-        rows = [(is_open(matrix), matrix.stride(1) == 1, matrix.shape[1] % 8 == 0) for matrix in matrices]
-        dtypes = self.weight.dtype, self.factor_dtype, self.low is not None
+        """What the layers of a launch have in common: their merges, and the copies that are made for them."""
+        low = self.low
+        if self.is_streamed:  # its copy is contiguous, and there is none yet
+            low = torch.empty(low.shape, dtype=low.dtype, device="meta")
         copied = ((factor.dtype, factor.stride(1) == 1) for factor in (self.A, self.B))
         fillings = (kind if is_copied else None for kind, is_copied in zip(copied, self.staged, strict=True))
-        return self.is_streamed, *dtypes, *rows, *fillings, tiles.rank_block(filled(len(self.A)), 256)
+        merge = merge_kind(self.weight, low, self.factor_dtype, filled(len(self.A)))
+        return self.is_streamed, merge, *fillings
 
 
 class Portion:

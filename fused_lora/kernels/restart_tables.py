@@ -45,18 +45,21 @@ class Update:
     low: torch.Tensor | None
 
     def kind(self) -> tuple:
-        """What a launch's layers have in common."""
-        written = [matrix for matrix in (self.weight, self.low) if matrix is not None]
-        unit, aligned = all(matrix.stride(1) == 1 for matrix in written), all(map(is_open, written))
-        filled_up = aligned and self.weight.shape[1] % 8 != 0
-        dtypes = self.weight.dtype, self.A.dtype
-        return *dtypes, self.low is not None, unit, aligned, filled_up, tiles.rank_block(len(self.A), 256)
+        return merge_kind(self.weight, self.low, self.A.dtype, len(self.A))
 
     def row(self, first: int) -> list[int]:
         (N, K), (r, A_cols) = self.weight.shape, self.A.shape
         matrices = (self.weight, self.weight if self.low is None else self.low, self.A, self.B)
         fields = [field for matrix in matrices for field in (matrix.data_ptr(), *matrix.stride())]
         return [self.scale.data_ptr(), N, K, A_cols, r, self.seed, first, *fields]
+
+
+def merge_kind(weight: torch.Tensor, low: torch.Tensor | None, factor_dtype: torch.dtype, r: int) -> tuple:
+    """What a launch's layers have in common, of a merge that reads factors of this dtype and rank."""
+    written = [matrix for matrix in (weight, low) if matrix is not None]
+    unit, aligned = all(matrix.stride(1) == 1 for matrix in written), all(map(is_open, written))
+    filled_up = aligned and weight.shape[1] % 8 != 0
+    return weight.dtype, factor_dtype, low is not None, unit, aligned, filled_up, tiles.rank_block(r, 256)
 
 
 def filled(size: int, unit: int = 8) -> int:

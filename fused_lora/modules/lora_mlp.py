@@ -66,6 +66,14 @@ class LoRAMLP:
         return mlp
 
     @staticmethod
+    def unfuse(mlp: nn.Module) -> nn.Module:
+        """Makes a LoRAMLP what it was before, in place, and returns it."""
+        mlp.__class__ = type(mlp).__bases__[1]
+        for name in ("_structure", "_act", "save"):
+            vars(mlp).pop(name, None)
+        return mlp
+
+    @staticmethod
     def obstacle(layers: list[nn.Module]) -> str | None:
         """Why gate, up and down cannot be computed as one, or None."""
         if not all(isinstance(layer, LoRALinear) for layer in layers):

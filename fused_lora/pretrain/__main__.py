@@ -4,6 +4,7 @@
     python -m fused_lora.pretrain --text book.txt --preset small
     python -m fused_lora.pretrain --data tokens --preset 130m --method full --output pretrain_output/full
     torchrun --nproc-per-node 8 -m fused_lora.pretrain --text corpus.txt.xz --preset 1.3b --compile
+    python -m fused_lora.pretrain.export pretrain_output/relora folder       what transformers' from_pretrained loads
 
 Documents are what stands between blank lines; one in a hundred is held out. Prints the held-out perplexity at the end.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..relora.controller import BASES, PRECISIONS
+from ..relora.options import BASES, PRECISIONS
 from .data import Data, prepare
 from .options import METHODS, Options
 from .presets import PRESETS, Preset

@@ -19,7 +19,7 @@ from .logs import Logs
 from .plot import plot
 from .trainer import Trainer
 
-CHECKPOINTS, BEGIN, CURVES = "checkpoints", "begin", "curves.png"
+CHECKPOINTS, BEGIN, CURVES, TOKENIZER = "checkpoints", "begin", "curves.png", "tokenizer.json"
 
 
 class DivergedError(RuntimeError):
@@ -47,7 +47,7 @@ def run(trainer: Trainer, data: Data, output: Path, intervals: Intervals, resume
     """Trains to the end; the held-out perplexity there.
 
     In `output`: checkpoints/ with the newest two, begin/ with the one at the end of the warm start (what came after is
-    measured from it), train.csv, held_out.csv, tensorboard/ and curves.png.
+    measured from it), train.csv, held_out.csv, tensorboard/, curves.png and tokenizer.json.
     Raises ValueError for a folder with a run in it, unless it is to be resumed, and for a text whose held-out part is
     shorter than a window; DivergedError for a loss of NaN; StoppedError after SIGINT and SIGTERM.
     """
@@ -61,6 +61,9 @@ def run(trainer: Trainer, data: Data, output: Path, intervals: Intervals, resume
         trainer.load(saved[-1])
     elif trainer.ranks.first:
         shutil.rmtree(output / BEGIN, ignore_errors=True)  # of a run that left nothing else
+    if trainer.ranks.first:
+        output.mkdir(parents=True, exist_ok=True)
+        data.tokenizer.save(str(output / TOKENIZER))
     total = preset.total_steps
     begin = preset.warm_start_steps if preset.warm_start_steps < total else 0
     if trainer.steps == begin:

@@ -20,9 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from ..reference import join
 from ..relora.spectrum import change_spectrum, numerical_rank
-from . import checkpoint
+from .merged import merged_weights, newest
 from .run import BEGIN, CHECKPOINTS
 
 PROJECTION = re.compile(r".*\.(self_attn|mlp)\.(?P<projection>\w+)\.weight")
@@ -40,19 +39,10 @@ class Spectrum:
         return numerical_rank(self.values, self.longer_side)
 
 
-def whole_weights(place: Path) -> dict[str, Tensor]:
+def projections(place: Path) -> dict[str, Tensor]:
     """The projections' weights of a checkpoint in float32, with their low halves and their factors' updates."""
-    tensors, state = checkpoint.load(place)
-    lows = (state["relora"] or {}).get("lows", {})
-    scale = float(state["options"]["lora_alpha"]) / float(state["options"]["r"])
-    weights = {}
-    for name in filter(PROJECTION.fullmatch, tensors):
-        layer = name.removesuffix(".weight")
-        weight = join(tensors[name], lows[layer]) if layer in lows else tensors[name].float()
-        if f"{layer}.lora_B" in tensors and not tensors.get(f"{layer}._extra_state", False):  # else it is in there
-            weight = weight + scale * tensors[f"{layer}.lora_B"].float() @ tensors[f"{layer}.lora_A"].float()
-        weights[name] = weight
-    return weights
+    weights, _ = merged_weights(place)
+    return {name: weights[name].float() for name in filter(PROJECTION.fullmatch, weights)}
 
 
 def spectra(begin: Path, end: Path) -> dict[str, Spectrum]:
@@ -60,7 +50,7 @@ def spectra(begin: Path, end: Path) -> dict[str, Spectrum]:
 
     Raises ValueError for checkpoints of different models.
     """
-    before, after = whole_weights(begin), whole_weights(end)
+    before, after = projections(begin), projections(end)
     if {name: w.shape for name, w in before.items()} != {name: w.shape for name, w in after.items()}:
         raise ValueError(f"{begin} and {end} are of different models")
     return {
@@ -122,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = [run.resolve().name for run in args.runs]
         if len(set(names)) < len(names):
             names = [str(run) for run in args.runs]
-        found = (spectra(_newest(run / BEGIN), _newest(run / CHECKPOINTS)) for run in args.runs)
+        found = (spectra(newest(run / BEGIN), newest(run / CHECKPOINTS)) for run in args.runs)
         runs = dict(zip(names, found, strict=True))
         args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -136,13 +126,6 @@ def main(arguments: list[str] | None = None) -> int:
         }
         print(f"{run}: mean numerical rank " + ", ".join(f"{kind} {rank:.0f}" for kind, rank in ranks.items()))
     return 0
-
-
-def _newest(folder: Path) -> Path:
-    found = checkpoint.checkpoints(folder)
-    if not found:
-        raise ValueError(f"{folder} has no checkpoint")
-    return found[-1]
 
 
 if __name__ == "__main__":

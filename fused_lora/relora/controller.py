@@ -7,17 +7,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .. import checks, reference
+from .. import reference
 from ..modules import LoRALinear, ReplaceReport
 from ..modules.replace import listed
-from ..ops import merge_and_reinit_
-from .optimizer_reset import MODES, optimizer_reset, states_of
+from .loading import refuse_other_phases
+from .merging import merge_layers
+from .optimizer_reset import check_kind, optimizer_reset, states_of
+from .options import check_options
 from .seeds import mix
 from .shards import is_sharded, keep, local, reshard, whole
-from .wrapping import check_model, check_scheduler, lora_layers, scale_learning_rates, weights_to_train, wrap
-
-BASES = ("trained", "zero", "absent")
-PRECISIONS = ("auto", "residual", "stochastic", "nearest")
+from .uninterrupted import uninterrupted
+from .wrapping import (
+    check_model,
+    check_scheduler,
+    lora_layers,
+    parts_to_train,
+    scale_learning_rates,
+    unwrap,
+    weights_to_train,
+    wrap,
+)
 
 
 class ReLoRA:
@@ -30,11 +39,12 @@ class ReLoRA:
             relora.step()  # also steps the scheduler, so that its jags cannot drift from the restarts
 
     The first `warm_start_steps` train the model as it is. Then replace_linear puts LoRALinear in the place of its
-    linears (r, lora_alpha, target_modules, exclude_modules, lora_dropout, lora_dtype as there), without changing the
-    function, and the optimizer goes on with the factors in the place of the weights, its states empty as a new one's.
-    Every reset_every steps after that merge_and_reinit_ merges the updates and begins the factors anew, and
+    linears (r, lora_alpha, target_modules, exclude_modules, lora_dropout, lora_dtype, train_bias as there), without
+    changing the function, and the optimizer goes on with the factors in the place of the weights, its states empty as a
+    new one's. Every reset_every steps after that merge_and_reinit_ merges the updates and begins the factors anew, and
     optimizer_reset (reset_mode, reset_ratio, reset_step) forgets their moments. The last step of a run whose length
     reset_every divides ends in a merge, so that the weights are all there is. reset_every=None never restarts: LoRA.
+    finish() ends a run anywhere, and gives a plain model back.
 
     A model that has LoRALinear layers already is trained with those, as they are, without a warm start: r, lora_alpha,
     target_modules and the like are then theirs. That is the way under FSDP2: replace_linear, fully_shard, the
@@ -47,9 +57,11 @@ class ReLoRA:
       are streamed at each restart.
     * base: "trained" keeps the weights. For the rows of the paper's first table, without a warm start: "zero" starts
       from weights of zero with both factors random, "absent" is that without restarts.
+    * step(), restart() and finish() are done or not begun: Ctrl-C waits for their end.
     * Every random number comes from (seed, cycle, layer), so that all ranks begin each cycle with the same factors.
 
-    Raises ValueError or TypeError naming the argument, before anything is changed.
+    Raises ValueError or TypeError naming the argument, before anything is changed. An optimizer that is not torch's own
+    is known by its states: step() raises after its first if they cannot be reset.
     ReLoRA: Lialin et al. 2023, arXiv:2307.05695.
     """
 
@@ -67,6 +79,7 @@ class ReLoRA:
         exclude_modules: str | Iterable[str] | None = None,
         lora_dropout: float = 0.0,
         lora_dtype: torch.dtype | None = None,
+        train_bias: bool = False,
         lr_factor: float = 1.0,
         precision: str = "auto",
         residual_device: str = "weight",
@@ -79,69 +92,100 @@ class ReLoRA:
         lora = {
             "r": r, "lora_alpha": lora_alpha, "target_modules": listed(target_modules),
             "exclude_modules": listed(exclude_modules), "lora_dropout": lora_dropout, "lora_dtype": lora_dtype,
+            "train_bias": train_bias,
         }  # fmt: skip
-        _check(reset_every, warm_start_steps, precision, residual_device, base, reset_mode, reset_ratio, seed)
-        checks.check_scale("lr_factor", lr_factor)
+        check_options(
+            reset_every, warm_start_steps, lr_factor, precision, residual_device, base, reset_mode, reset_ratio, seed
+        )
         check_scheduler(scheduler, reset_every, warm_start_steps, lr_factor)
         check_model(model, optimizer, lora, warm_start_steps)
+        if reset_every is not None:
+            check_kind(optimizer)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.reset_every, self.warm_start_steps, self.seed = reset_every, warm_start_steps, seed
         self.precision, self.residual_device, self.base, self.lr_factor = precision, residual_device, base, lr_factor
         self._lora = lora
         self._reset = {"mode": reset_mode, "ratio": reset_ratio, "reset_step": reset_step}
         self.steps = self.cycle = 0
+        self.finished = False
         self.report: ReplaceReport | None = None
         self.layers: dict[str, LoRALinear] = {}
         self.lows: dict[str, Tensor] = {}
+        self._knows_states = self._check_states()
         if warm_start_steps == 0:
+            self._check_new()
             self._wrap()
+        refuse_other_phases(optimizer)
 
     @torch.no_grad()
+    @uninterrupted()
     def step(self) -> dict[str, float] | None:
         """Counts an optimizer step, and restarts if one is due: then the shares of the moments that were zeroed."""
+        self._check_running()
+        self._knows_states = self._knows_states or self._check_states()
+        wraps = not self.layers and self.steps + 1 == self.warm_start_steps
+        if wraps:  # what has been done to the model since it was looked at
+            check_model(self.model, self.optimizer, self._lora, self.warm_start_steps)
         self.steps += 1
         if self.scheduler is not None:
             self.scheduler.step()
-        if not self.layers:
-            if self.steps == self.warm_start_steps:
-                self._wrap()
-            return None
+        if wraps:
+            self._wrap()
         since = self.steps - self.warm_start_steps
-        return self.restart() if self.reset_every is not None and since % self.reset_every == 0 else None
+        return self.restart() if self.reset_every and since > 0 and since % self.reset_every == 0 else None
 
     @torch.no_grad()
+    @uninterrupted()
     def restart(self) -> dict[str, float]:
         """Merges every layer's update, begins its factors anew, and resets the optimizer's moments of them."""
-        merged = [name for name, layer in self.layers.items() if layer.merged]
-        if merged or not self.layers:
-            raise RuntimeError(
-                f"{merged[0]} is merged: unmerge_() it first" if merged else "the warm start is not over"
-            )
+        self._check_running()
+        if not self.layers:
+            raise RuntimeError("the warm start is not over")
         reshard(self.model)
-        factors = [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
-        states_of(self.optimizer, factors)  # which may not be an Adam's: raises before anything is merged
+        states_of(self.optimizer, self._factors())  # raises before anything is merged
+        self._merge()
+        seed = mix(self.seed, self.cycle, -1)
+        return optimizer_reset(self.optimizer, self._factors(), generator=seed, **self._reset)
+
+    @torch.no_grad()
+    @uninterrupted()
+    def finish(self) -> nn.Module:
+        """Ends the run, at its last step or anywhere: the model without a trace of ReLoRA, which it also returns.
+
+        Updates are merged as at a restart. Each LoRALinear becomes an nn.Linear on the same weight and bias, trainable
+        as in a new one; hooks of the layers are gone with them. What 16 bits do not hold of a weight stays in `lows`:
+        reference.join(weight, low) is its float32. The optimizer loses the factors, and has nothing in their place: to
+        go on training, make a new one. A second call only returns the model; step, restart and state_dict then raise
+        RuntimeError.
+
+        Raises RuntimeError, with nothing changed, for layers that are merged by hand, and for a model that FSDP2
+        shards, whose layers cannot be exchanged: there restart() merges, and the weights alone are the model.
+        """
+        if self.finished:
+            return self.model
+        if any(map(is_sharded, self.model.parameters())):
+            raise RuntimeError("model is sharded, and its layers cannot be exchanged: restart() merges their updates")
+        if self.layers:
+            self._merge()
+            self.model = unwrap(self.model, self.optimizer)
+            self.layers = {}
+        self.finished = True
+        return self.model
+
+    def _merge(self) -> None:
+        """Every layer's update into its weight, and the next cycle's factors in the place of these."""
+        merged = [name for name, layer in self.layers.items() if layer.merged]
+        if merged:
+            raise RuntimeError(f"{merged[0]} is merged: unmerge_() it first")
         cycle = self.cycle + 1
         rounding = "stochastic" if self.precision == "stochastic" else "nearest"
-        for names in ([n for n in self.layers if n in self.lows], [n for n in self.layers if n not in self.lows]):
-            layers = [self.layers[name] for name in names]
-            As = [whole(layer.lora_A) for layer in layers]
-            merge_and_reinit_(
-                [local(layer.weight) for layer in layers],
-                As,
-                [local(layer.lora_B) for layer in layers],
-                [layer.scale for layer in layers],
-                [self._seed_of(name, cycle) for name in names],
-                [self.lows[name] for name in names if name in self.lows] or None,
-                rounding,
-            )
-            for layer, A in zip(layers, As, strict=True):
-                if is_sharded(layer.lora_A):
-                    keep(layer.lora_A, A)
+        seeds = {name: self._seed_of(name, cycle) for name in self.layers}
+        merge_layers(self.layers, seeds, self.lows, rounding)
         self.cycle = cycle
-        return optimizer_reset(self.optimizer, factors, generator=mix(self.seed, cycle, -1), **self._reset)
 
     def state_dict(self) -> dict:
         """Counters, options and residuals. The model, the optimizer and the scheduler have state dicts of their own."""
+        self._check_running()
         return {
             "steps": self.steps,
             "cycle": self.cycle,
@@ -154,18 +198,21 @@ class ReLoRA:
     def load_state_dict(self, state: dict) -> None:
         """Before the model's, the optimizer's and the scheduler's: it wraps the model if the checkpoint was wrapped.
 
-        Raises ValueError, before anything is changed, for a checkpoint of another model or of other options.
+        Raises ValueError, before anything is changed, for a checkpoint of another model or of other options, and for
+        an optimizer that has states already, which the wrap would forget.
         """
-        own = self._options()
-        differing = [name for name in own if state["options"].get(name) != own[name]]
+        self._check_running()
+        own, theirs = self._options(), {"train_bias": False} | state["options"]  # older ones had not the choice
+        differing = [name for name in own if theirs.get(name) != own[name]]
         if differing:
             name = differing[0]
-            raise ValueError(f"the checkpoint has {name}={state['options'].get(name)!r}, this run {own[name]!r}")
+            raise ValueError(f"the checkpoint has {name}={theirs.get(name)!r}, this run {own[name]!r}")
         if self.layers and not state["shapes"]:
             raise ValueError("the checkpoint is of the warm start, which this run has behind it: make a new one")
         if state["shapes"]:
             self._check_shapes(state)
         if state["shapes"] and not self.layers:
+            self._check_new()
             self._wrap()
         self.steps, self.cycle = state["steps"], state["cycle"]
         for name, low in self.lows.items():
@@ -182,10 +229,32 @@ class ReLoRA:
 
     def _options(self) -> dict:
         names = ("reset_every", "warm_start_steps", "seed", "precision", "base", "lr_factor")
-        return {name: getattr(self, name) for name in names} | {
-            "r": self._lora["r"],
-            "lora_alpha": self._lora["lora_alpha"],
-        }
+        lora = ("r", "lora_alpha", "train_bias")
+        return {name: getattr(self, name) for name in names} | {name: self._lora[name] for name in lora}
+
+    def _check_running(self) -> None:
+        if self.finished:
+            raise RuntimeError("the run is finished: its model is a plain one")
+
+    def _check_new(self) -> None:
+        """A wrap makes the optimizer a new one. Whatever it knows at another time than the warm start's end was loaded
+        too early, or is somebody's who does not expect that."""
+        states = [state for state in self.optimizer.state.values() if state]
+        if not lora_layers(self.model) and any(state.get("step", 1) != 0 for state in states):
+            raise ValueError(
+                "optimizer has states already, which it would lose when the linears become LoRALinear: give a new one, "
+                "and load its state after ReLoRA's"
+            )
+
+    def _check_states(self) -> bool:
+        """Whether the optimizer's states are known, or need not be; ValueError if a restart could not reset them."""
+        if self.reset_every is None or not self.optimizer.state:
+            return self.reset_every is None
+        reshard(self.model)
+        return bool(states_of(self.optimizer, parts_to_train(self.model, self._lora).values()))
+
+    def _factors(self) -> list[Tensor]:
+        return [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
 
     def _seed_of(self, name: str, cycle: int) -> int:
         return mix(self.seed, cycle, list(self.layers).index(name))
@@ -220,23 +289,3 @@ class ReLoRA:
 def _shape(found: Tensor | tuple | None) -> tuple | str:
     """Of a tensor; a shape itself."""
     return "missing" if found is None else tuple(getattr(found, "shape", found))
-
-
-def _check(reset_every, warm_start_steps, precision, residual_device, base, reset_mode, reset_ratio, seed) -> None:
-    if reset_every is not None:
-        checks.check_count("reset_every", reset_every, least=1)
-    checks.check_count("warm_start_steps", warm_start_steps)
-    checks.check_count("seed", seed)
-    checks.check_probability("reset_ratio", reset_ratio)
-    for name, value, known in (
-        ("precision", precision, PRECISIONS),
-        ("residual_device", residual_device, ("weight", "cpu")),
-        ("base", base, BASES),
-        ("reset_mode", reset_mode, MODES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if base != "trained" and warm_start_steps > 0:
-        raise ValueError(f"base={base!r} forgets the weights: a warm start would be for nothing")
-    if base == "absent" and reset_every is not None:
-        raise ValueError("base='absent' has no weights to merge into: reset_every must be None")

@@ -1,4 +1,4 @@
-"""How linears become LoRALinear in a model and in its optimizer, and what has to hold before."""
+"""How linears become LoRALinear in a model and in its optimizer and are linears again, and what has to hold before."""
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -6,6 +6,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import checks
 from ..modules import LoRALinear, ReplaceReport, replace_linear
+from ..modules.lora_mlp import LoRAMLP
 from ..modules.replace import find_linears
 from .schedule import JaggedCosine
 from .shards import check_rows, is_sharded
@@ -25,6 +26,14 @@ def weights_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
     return {name: linear.weight for name, linear in zip(report.replaced, linears, strict=True)}
 
 
+def parts_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
+    """What of the linears or of their factors has to train, by name."""
+    layers = lora_layers(model)
+    parts = {f"{name}.lora_A": layer.lora_A for name, layer in layers.items()}
+    parts |= {f"{name}.lora_B": layer.lora_B for name, layer in layers.items()}
+    return parts or {f"{name}.weight": weight for name, weight in weights_to_train(model, lora).items()}
+
+
 def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_steps: int) -> None:
     """Raises ValueError or TypeError for what wrap() could not make sense of."""
     checks.check_rank(lora["r"])
@@ -42,9 +51,13 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
             check_rows(f"{name}.{part}", getattr(layer, part))
     if not layers and any(map(is_sharded, model.parameters())):
         raise ValueError("model is sharded already: call replace_linear before fully_shard")
+    for name, parameter in parts_to_train(model, lora).items():
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"{name} is frozen, and ReLoRA would train it: let it require gradients, or leave its layer out by "
+                "exclude_modules"
+            )
     needed = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not layers:  # factors take their weights' places in the optimizer's groups
-        needed |= {f"{name}.weight": weight for name, weight in weights_to_train(model, lora).items()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in needed.items() if id(parameter) not in held]
     if missing:
@@ -74,19 +87,67 @@ def check_scheduler(
 
 def wrap(model: nn.Module, optimizer: Optimizer, lora: dict) -> ReplaceReport | None:
     """LoRALinear in the place of the model's linears, their factors in that of the weights in the optimizer's groups,
-    and no states: those of a new optimizer. A model that has such layers stays as it is."""
+    and no states: those of a new optimizer. A model that has such layers stays as it is, and so does whatever its user
+    froze."""
     if lora_layers(model):
         return None
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     report = replace_linear(model, **lora)
-    factors_of = {id(layer.weight): [layer.lora_A, layer.lora_B] for layer in report.layers(model)}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                parameter.grad = None  # which nothing would clear any more
-        params = [new for old in group["params"] for new in factors_of.get(id(old), [old])]
-        group["params"] = [parameter for parameter in params if parameter.requires_grad]
+    layers = report.layers(model)
+    for layer in layers:
+        if id(layer.bias) in frozen:
+            layer.bias.requires_grad_(False)  # which train_bias is not meant for
+    successors = {id(layer.weight): {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for layer in layers}
+    stopped = [layer.bias for layer in layers if layer.bias is not None and not layer.bias.requires_grad]
+    successors |= {id(bias): {} for bias in stopped if id(bias) not in frozen}
+    _exchange(optimizer, successors)
     optimizer.state.clear()
     return report
+
+
+def unwrap(model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """The reverse, for layers whose update is merged: each an nn.Linear again, on its weight and bias, which train.
+
+    The optimizer loses the factors and their states. Returns the model, or what takes its place if it is a layer."""
+    layers = lora_layers(model).values()
+    linears = {id(layer): _linear_of(layer) for layer in layers}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in linears:
+                parent._modules[name] = linears[id(child)]
+        if isinstance(parent, LoRAMLP):
+            LoRAMLP.unfuse(parent)
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    _exchange(optimizer, {id(factor): {} for factor in factors})
+    for factor in factors:
+        optimizer.state.pop(factor, None)
+    return linears.get(id(model), model)
+
+
+def _linear_of(layer: LoRALinear) -> nn.Linear:
+    """On the layer's own tensors, in dense rows."""
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().contiguous())
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach())
+    return linear.train(layer.training)
+
+
+def _exchange(optimizer: Optimizer, successors: dict[int, dict[str, Tensor]]) -> None:
+    """Puts parameters in the place of others, which are given by their ids, in the optimizer's groups."""
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [""] * len(group["params"]))
+        exchanged = []
+        for name, old in zip(names, group["params"], strict=True):
+            if id(old) in successors:
+                old.grad = None  # which nothing would clear any more
+                layer = name.rpartition(".")[0]
+                exchanged += [(f"{layer}.{part}".lstrip("."), new) for part, new in successors[id(old)].items()]
+            else:
+                exchanged.append((name, old))
+        group["params"] = [parameter for _, parameter in exchanged]
+        if "param_names" in group:
+            group["param_names"] = [name for name, _ in exchanged]
 
 
 def scale_learning_rates(optimizer: Optimizer, scheduler: LRScheduler | None, factor: float) -> None:

@@ -23,7 +23,7 @@ def runs(monkeypatch):
         folder.mkdir(parents=True)
         (folder / "run.log").write_text("loss 3, held-out perplexity 457.04\nerror: no memory\n")
         (folder / "held_out.csv").write_text(f"step,tokens,loss,perplexity\n10,10,3.0,{20 + seed}\n")
-        return {0: DIVERGED, 1: 1}.get(table1.ROWS.index(row), 0)
+        return {"regular training": DIVERGED, "all four": 1}.get(row[0], 0)
 
     monkeypatch.setattr(table1, "_run", run)
     return seen
@@ -41,6 +41,32 @@ def test_the_table(runs, tmp_path, capsys):
     assert "all four, seed 0: error: no memory" in printed.err
     assert (tmp_path / "table.md").read_text() in printed.out
     assert (tmp_path / "curves.png").exists()
+
+
+def test_some_rows_at_rates_of_their_own(runs, tmp_path, capsys):
+    wanted = ["warm start only", "all four, and Adam's step is reset"]
+    options = ["--rows", *wanted[::-1], "--lr", "1e-3", "2e-3", "--seeds", "1"]
+    assert table1.main(["--data", "tokens", "--output", str(tmp_path), *options]) == 0
+    names = [f"{name}, {rate}" for rate in (0.001, 0.002) for name in wanted]
+    assert [(name, seed) for name, seed, _ in runs] == [(name, 1) for name in names]
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == names
+    assert table.splitlines()[0] == "| ingredients | seed 1 | mean | paper, 130M |"
+    assert len({table1.folder_of(tmp_path, name, 1) for name in names}) == 4
+    assert table in capsys.readouterr().out
+
+
+def test_a_rate_is_of_the_low_rank_phase():
+    for name, flags, _ in table1.rows_of(["all four", "warm start only"], [2e-3]):
+        options = options_of(parse(["--preset", "small", *flags.split()]))
+        assert (options.preset.learning_rate, options.preset.relora_learning_rate) == (1e-3, 2e-3), name
+        assert options.published
+
+
+def test_a_row_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        table1.main(["--rows", "all five"])
+    assert "argument --rows: invalid choice: 'all five'" in capsys.readouterr().err
 
 
 def test_only_the_users_gpus(monkeypatch):

@@ -267,6 +267,27 @@ def test_streams_wait_for_one_another(one_stream):
         assert (name, verb) == ("leaving", "records")
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("mode", ["nearest", "low"])
+def test_what_is_grouped_can_share_a_launch(mode, streamed, one_stream, monkeypatch):
+    """Layers are grouped before there are copies of them; merges by what is written and read, copies too."""
+    monkeypatch.setattr(kernels, "SLOT_BYTES", 2**20)
+    monkeypatch.setattr(kernels.Layer, "is_streamed", streamed and mode == "low")
+    shapes = [*SHAPES, *STREAMED, (64, 128, 16), (64, 120, 12)]
+    layers = make_layers(shapes, torch.bfloat16, None, mode) + make_layers(shapes, torch.bfloat16, torch.float32, mode)
+    layers += [
+        dataclasses.replace(layer, weight=randn(*layer.weight.T.shape, dtype=torch.bfloat16).T) for layer in layers
+    ]
+    seen = []
+    monkeypatch.setattr(kernels, "merge_launch", lambda updates, *_: seen.append({each.kind() for each in updates}))
+    groups = kernels._groups(layers)
+    slot = torch.empty(max(map(kernels._size, groups)), dtype=torch.uint8)
+    for group in groups:
+        kernels.Portion(group, slot, False, KNOWN_GPUS["RTX 3090"])
+    assert all(len(kinds) == 1 for kinds in seen)
+    assert len(set.union(*seen)) > 6
+
+
 def test_tables_of_many_small_layers_have_room(one_stream, monkeypatch):
     monkeypatch.setattr(kernels, "SLOT_BYTES", 2**20)
     layers = make_layers(

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from fused_lora import LoRALinear, replace_linear
 from fused_lora.reference import join
 from fused_lora.relora import ReLoRA, jagged_cosine_schedule
+from fused_lora.relora.optimizer_reset import MOMENTS
 from fused_lora.relora.seeds import mix
 from tests.ops.problem import DEVICES
 
@@ -282,17 +284,74 @@ def test_checkpoints_of_something_else_change_nothing():
     assert run.relora.steps == 12
 
 
-def test_an_optimizer_without_moments_is_refused_before_the_merge():
+class Rows(torch.optim.Optimizer):
+    """Keeps something of its own of each parameter, from its first step on."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["rows"] = torch.ones(len(parameter))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Adafactor, torch.optim.Rprop, torch.optim.ASGD])
+@pytest.mark.parametrize("warm_start_steps", [0, 4])
+def test_an_optimizer_that_cannot_be_reset_is_refused_at_the_beginning(kind, warm_start_steps):
     net = Net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    relora = ReLoRA(net, optimizer, **OPTIONS | {"warm_start_steps": 0})
-    net(torch.randn(4, 12)).sum().backward()
+    with pytest.raises(ValueError, match=f"^optimizer must be one that restarts can reset.*{kind.__name__}"):
+        ReLoRA(net, kind(net.parameters()), **OPTIONS | {"warm_start_steps": warm_start_steps})
+    assert type(net.attn) is nn.Linear
+
+
+@pytest.mark.parametrize("warm_start_steps", [0, 4])
+def test_an_unknown_optimizer_is_refused_as_soon_as_it_has_states(warm_start_steps):
+    """A first step that was skipped, as by a GradScaler, leaves none."""
+    net = Net()
+    optimizer = Rows(net.parameters())
+    relora = ReLoRA(net, optimizer, **OPTIONS | {"warm_start_steps": warm_start_steps})
+    relora.step()
     optimizer.step()
-    before = net.attn.lora_A.detach().clone()
-    with pytest.raises(ValueError, match="not an Adam"):
+    with pytest.raises(ValueError, match=r"^optimizer must be one that restarts can reset.*Rows keeps rows"):
+        relora.step()
+    assert relora.steps == 1
+    with pytest.raises(ValueError, match="Rows keeps rows"):
+        ReLoRA(net, optimizer, **OPTIONS | {"warm_start_steps": 0})
+
+
+def test_an_optimizer_that_cannot_be_reset_trains_by_lora():
+    net = Net()
+    optimizer = torch.optim.Adafactor(net.parameters())
+    relora = ReLoRA(net, optimizer, **OPTIONS | {"reset_every": None})
+    for _ in range(8):
+        net(torch.randn(4, 12)).square().sum().backward()
+        optimizer.step()
+        relora.step()
+    assert net.attn.lora_B.any()
+    before = net.attn.weight.clone()
+    with pytest.raises(ValueError, match="Adafactor keeps row_var"):
         relora.restart()
-    assert torch.equal(net.attn.lora_A, before)
-    assert relora.cycle == 0
+    assert torch.equal(net.attn.weight, before)
+
+
+@pytest.mark.parametrize("kind", [
+    torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9), torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
+])  # fmt: skip
+def test_other_optimizers_restart(kind):
+    torch.manual_seed(1)
+    net = Net()
+    optimizer = kind(net.parameters(), lr=0.01)
+    relora = ReLoRA(net, optimizer, reset_mode="zero", **OPTIONS)
+    for _ in range(10):
+        net(torch.randn(16, 12)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        relora.step()
+    assert relora.cycle == 1
+    moments = [optimizer.state[net.attn.lora_A].get(name) for name in MOMENTS]
+    assert not any(moment.any() for moment in moments if moment is not None)
+    assert not net.attn.lora_B.any()
 
 
 def test_restarting_by_hand():
@@ -374,13 +433,6 @@ def test_what_the_wrap_needs_is_asked_at_the_beginning(options, error, words):
         Run(**options)
 
 
-def test_weights_that_the_optimizer_does_not_hold():
-    net = Net().requires_grad_(False)
-    net.head.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"it lacks attn.weight, mlp.weight"):
-        ReLoRA(net, torch.optim.AdamW(net.head.parameters()), **OPTIONS)
-
-
 def test_schedulers_that_do_not_fit():
     net = Net()
     optimizer = torch.optim.AdamW(net.parameters())
@@ -423,3 +475,82 @@ def test_checkpoints_of_other_layers_change_nothing(dtype):
     with pytest.raises(ValueError, match="the checkpoint's residual at attn is"):
         other.relora.load_state_dict(states[1])
     assert other.relora.layers == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "precision"), [
+    (torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"),
+])  # fmt: skip
+@pytest.mark.parametrize("steps", [3, 4, 8, 10, 13])
+def test_a_run_that_ends_anywhere_is_finished_as_by_a_restart(steps, dtype, precision, device):
+    """In the warm start, at its end, within a cycle and at a restart: the weights are a restart's, bit for bit."""
+    ours, theirs = (Run(device, dtype, precision=precision) for _ in range(2))
+    for run in (ours, theirs):
+        run.train(steps)
+    if theirs.relora.layers:
+        theirs.relora.restart()
+    keys = {"attn.weight", "attn.bias", "mlp.weight", "head.weight", "head.bias"}
+    assert ours.relora.finish() is ours.net
+    assert set(ours.net.state_dict()) == keys
+    assert all(torch.equal(value, theirs.weights()[name]) for name, value in ours.weights().items())
+    assert all(torch.equal(low, theirs.relora.lows[name]) for name, low in ours.relora.lows.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_finishing_loses_nothing(dtype):
+    """Against float64: weight and low half are the sum to the last bit of float32, and the function is what it was."""
+    run = Run(dtype=dtype, lora_dropout=0.3)
+    run.train(13)
+    layer = run.net.attn
+    low = run.relora.lows.get("attn")
+    before = join(layer.weight, low) if low is not None else layer.weight.detach()
+    sum_ = before.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    x, _ = run.batch(99)
+    wanted = run.net.eval()(x)
+    run.relora.finish()
+    whole = join(run.net.attn.weight, low) if low is not None else run.net.attn.weight
+    assert (whole.double() - sum_).norm() < 1e-6 * sum_.norm()
+    assert (run.net(x) - wanted).norm() < (1e-5 if dtype is torch.float32 else 2e-2) * wanted.norm()
+
+
+def test_a_finished_model_is_a_plain_one():
+    run = Run()
+    run.train(8)
+    weight = run.net.attn.weight.data_ptr()
+    run.relora.finish()
+    assert type(run.net.attn) is type(run.net.mlp) is nn.Linear
+    assert run.net.attn.weight.data_ptr() == weight, "in place"
+    assert all(p.requires_grad for p in run.net.parameters())
+    held = [p for group in run.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in run.net.head.parameters()}
+    assert set(run.optimizer.state) == set(held)
+    optimizer = torch.optim.AdamW(run.net.parameters(), lr=0.01)
+    before = run.weights()
+    run.net(torch.randn(4, 12)).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(value, before[name]) for name, value in run.weights().items())
+
+
+def test_a_run_is_finished_once():
+    run = Run()
+    run.train(8)
+    run.relora.finish()
+    before = run.weights()
+    assert run.relora.finish() is run.net
+    assert all(torch.equal(value, before[name]) for name, value in run.weights().items())
+    steps = run.relora.steps
+    for call in (run.relora.step, run.relora.restart, run.relora.state_dict, lambda: run.relora.load_state_dict({})):
+        with pytest.raises(RuntimeError, match="the run is finished"):
+            call()
+    assert run.relora.steps == steps
+
+
+def test_a_layer_that_is_merged_by_hand_is_not_finished():
+    run = Run()
+    run.train(8)
+    run.net.attn.merge_()
+    with pytest.raises(RuntimeError, match="attn is merged: unmerge_"):
+        run.relora.finish()
+    assert isinstance(run.net.mlp, LoRALinear)
+    run.net.attn.unmerge_()
+    assert type(run.relora.finish().attn) is nn.Linear

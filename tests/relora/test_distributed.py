@@ -92,6 +92,9 @@ def sharded(rank, shards):
             net(inputs(step))  # leaves parameters whole, and is no reason not to restart
         relora.step()
         states.append({name: whole(value).clone() for name, value in net.state_dict().items()})
+    if shards:
+        with pytest.raises(RuntimeError, match="model is sharded, and its layers cannot be exchanged"):
+            relora.finish()
     return states
 
 

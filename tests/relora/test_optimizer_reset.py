@@ -1,5 +1,6 @@
 """The reset of Adam's moments: as much as asked, of whom it was asked, and of nobody else."""
 
+import contextlib
 import copy
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from fused_lora.relora import optimizer_reset
-from fused_lora.relora.optimizer_reset import MOMENTS
+from fused_lora.relora.optimizer_reset import COUNTS, REFUSED, check_kind
 
 OPTIMIZERS = {
     "adam": (torch.optim.Adam, {}),
@@ -17,6 +18,36 @@ OPTIMIZERS = {
     "amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
     "capturable": (torch.optim.AdamW, {"capturable": True, "foreach": False}),
 }
+ADAMS = ("exp_avg", "exp_avg_sq")
+
+
+class Lion(torch.optim.Optimizer):
+    """As published: the sign of a mean of gradients. Chen et al. 2023, arXiv:2302.06675."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                mean = state.setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(mean.lerp(p.grad, 0.1).sign(), alpha=group["lr"])
+                mean.lerp_(p.grad, 0.01)
+
+
+OTHERS = {
+    "nadam": (torch.optim.NAdam, {}),
+    "radam": (torch.optim.RAdam, {}),
+    "adamax": (torch.optim.Adamax, {}),
+    "sgd": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    "adadelta": (torch.optim.Adadelta, {}),
+    "lion": (Lion, {}),
+}
 
 
 def trained(name="adamw", dtype=torch.float32, device="cpu", steps=3):
@@ -24,13 +55,17 @@ def trained(name="adamw", dtype=torch.float32, device="cpu", steps=3):
     torch.manual_seed(0)
     shapes = [(8, 40), (50, 8), (7,), (20, 30)]
     parameters = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
-    kind, options = OPTIMIZERS[name]
+    kind, options = (OPTIMIZERS | OTHERS)[name]
     optimizer = kind(parameters, lr=1e-3, **options)
+    train(optimizer, steps)
+    return optimizer, parameters[:2], parameters[2:]
+
+
+def train(optimizer, steps):
     for _ in range(steps):
-        for parameter in parameters:
+        for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    return optimizer, parameters[:2], parameters[2:]
 
 
 PLACES = [
@@ -49,7 +84,7 @@ def test_the_share_that_was_asked(device, name, mode, ratio):
     shares = optimizer_reset(optimizer, factors, mode, ratio)
     sizes = [p.numel() for p in factors]
     expected = sum(round(ratio * size) for size in sizes) / sum(sizes)
-    assert shares == dict.fromkeys(MOMENTS, expected)
+    assert shares == dict.fromkeys([*ADAMS, "max_exp_avg_sq"] if name == "amsgrad" else ADAMS, expected)
     assert pointers == [t.data_ptr() for p in factors for t in optimizer.state[p].values()]
     for p in others:
         assert all(torch.equal(value, before[p][key]) for key, value in optimizer.state[p].items())
@@ -57,7 +92,7 @@ def test_the_share_that_was_asked(device, name, mode, ratio):
         state = optimizer.state[p]
         kept = state["exp_avg"] != 0
         assert int(kept.sum()) == p.numel() - round(ratio * p.numel())
-        for key in state.keys() - {"step"}:
+        for key in state.keys() - COUNTS:
             assert torch.equal(state[key] != 0, kept), "one mask for all moments"
             assert torch.equal(state[key][kept], before[p][key][kept])
         assert state["step"] == 0
@@ -68,15 +103,15 @@ def test_the_share_that_was_asked(device, name, mode, ratio):
 
 def test_zero_keeps_nothing_whatever_the_ratio():
     optimizer, factors, _ = trained()
-    assert optimizer_reset(optimizer, factors, "zero", 0.0) == dict.fromkeys(MOMENTS, 1.0)
-    assert all(not optimizer.state[p][name].any() for p in factors for name in MOMENTS)
+    assert optimizer_reset(optimizer, factors, "zero", 0.0) == dict.fromkeys(ADAMS, 1.0)
+    assert all(not optimizer.state[p][name].any() for p in factors for name in ADAMS)
 
 
 def test_ties_neither_empty_nor_fill_a_tensor():
     optimizer, factors, _ = trained()
     for p in factors:
         optimizer.state[p]["exp_avg"].fill_(0.25)
-    assert optimizer_reset(optimizer, factors, "magnitude", 0.75) == dict.fromkeys(MOMENTS, 0.75)
+    assert optimizer_reset(optimizer, factors, "magnitude", 0.75) == dict.fromkeys(ADAMS, 0.75)
     for p in factors:
         assert int((optimizer.state[p]["exp_avg"] != 0).sum()) == p.numel() // 4
 
@@ -114,13 +149,13 @@ def test_the_first_update_after_it(reset_step):
 
 def test_parameters_without_a_state_have_nothing_to_reset():
     optimizer, factors, _ = trained(steps=0)
-    assert optimizer_reset(optimizer, factors) == dict.fromkeys(MOMENTS, 0.0)
+    assert optimizer_reset(optimizer, factors) == {}
     assert not optimizer.state
 
 
 def test_a_parameter_named_twice_is_reset_once():
     optimizer, factors, _ = trained()
-    assert optimizer_reset(optimizer, [*factors, *factors], "random", 0.5) == dict.fromkeys(MOMENTS, 0.5)
+    assert optimizer_reset(optimizer, [*factors, *factors], "random", 0.5) == dict.fromkeys(ADAMS, 0.5)
     assert int((optimizer.state[factors[0]]["exp_avg"] != 0).sum()) == factors[0].numel() // 2
 
 
@@ -147,13 +182,85 @@ def test_a_stranger_among_the_parameters_changes_nothing():
     assert_same_state(optimizer, before)
 
 
-def test_an_optimizer_that_is_no_adam_is_named():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-    parameter.grad = torch.ones(3)
-    optimizer.step()
-    with pytest.raises(ValueError, match="has no exp_avg and no exp_avg_sq: not an Adam"):
-        optimizer_reset(optimizer, [parameter])
+@pytest.mark.parametrize("name", [*(name for name in OPTIMIZERS if name != "capturable"), *OTHERS])
+def test_a_full_reset_is_a_new_optimizer(name):
+    """The rule, whatever the optimizer: the weights that follow are those of one that begins here."""
+    optimizer, factors, others = trained(name, steps=7)
+    kind, options = (OPTIMIZERS | OTHERS)[name]
+    twins = [parameter.detach().clone().requires_grad_() for parameter in (*factors, *others)]
+    optimizer_reset(optimizer, [*factors, *others], "zero")
+    new = kind(twins, lr=1e-3, **options)
+    for each in (optimizer, new):
+        torch.manual_seed(5)
+        train(each, 3)
+    for ours, theirs in zip((*factors, *others), twins, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "first"), [("momentum", "momentum_buffer"), ("rmsprop", "momentum_buffer"),
+    ("adadelta", "square_avg"), ("lion", "exp_avg"), ("nadam", "exp_avg"), ("adamax", "exp_avg")])  # fmt: skip
+def test_one_mask_for_all_moments_of_any_optimizer(name, first):
+    optimizer, factors, _ = trained(name)
+    before = copy.deepcopy(optimizer.state[factors[1]])
+    assert set(optimizer_reset(optimizer, factors, ratio=0.75).values()) == {0.75}
+    state = optimizer.state[factors[1]]
+    kept = state[first] != 0
+    assert int(kept.sum()) == factors[1].numel() // 4
+    assert before[first].abs()[kept].min() >= before[first].abs()[~kept].max()
+    for key in state.keys() - COUNTS:
+        assert torch.equal(state[key], torch.where(kept, before[key], 0))
+
+
+class Codes(torch.Tensor):
+    """Of 8 bits, say."""
+
+
+def keeps(**state):
+    """An optimizer that keeps this of its one parameter, (2, 3)."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
+    optimizer.state[optimizer.param_groups[0]["params"][0]].update(state)
+    return optimizer
+
+
+@pytest.mark.parametrize(("state", "words"), [
+    ({"exp_avg": torch.ones(2, 3), "exp_avg_sq_row": torch.ones(2)}, "SGD keeps exp_avg_sq_row"),
+    ({"exp_avg": torch.ones(2)}, "SGD keeps exp_avg"),
+    ({"exp_avg": torch.ones(2, 3, dtype=torch.uint8)}, "SGD keeps exp_avg"),
+    ({"exp_avg": torch.ones(2, 3).as_subclass(Codes)}, r"SGD keeps exp_avg \(Codes\)"),
+    ({"state1": torch.ones(2, 3), "step": 3}, r"SGD keeps state1 \(Tensor\)"),
+    ({"momentum_buffer": [1.0]}, r"SGD keeps momentum_buffer \(list\)"),
+])  # fmt: skip
+def test_states_that_zeros_would_not_make_new_are_refused(state, words):
+    optimizer = keeps(**state)
+    before = str(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"^optimizer must be one that restarts can reset.*{words}"):
+        optimizer_reset(optimizer, optimizer.param_groups[0]["params"])
+    assert str(optimizer.state_dict()) == before
+
+
+def test_a_momentum_that_is_not_there_yet():
+    optimizer = keeps(momentum_buffer=None)
+    assert optimizer_reset(optimizer, optimizer.param_groups[0]["params"]) == {}
+
+
+def torchs_own():
+    """Every optimizer of torch, and the others of the tests, that can train a matrix without more than its gradient."""
+    classes = [getattr(torch.optim, name) for name in torch.optim.__all__]
+    found = {c for c in classes if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    return sorted(found - {torch.optim.Optimizer, torch.optim.SparseAdam}, key=lambda c: c.__name__)
+
+
+@pytest.mark.parametrize("kind", torchs_own(), ids=lambda kind: kind.__name__)
+def test_what_is_known_of_a_class_is_what_its_states_say(kind):
+    """At construction an optimizer is refused exactly where its first states would be."""
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = kind([parameter])
+    parameter.grad = torch.rand(4, 4)
+    optimizer.step(lambda: parameter.square().sum())
+    refused = isinstance(optimizer, REFUSED)
+    for ask in (lambda: check_kind(optimizer), lambda: optimizer_reset(optimizer, [parameter])):
+        with pytest.raises(ValueError, match=kind.__name__) if refused else contextlib.nullcontext():
+            ask()
 
 
 def assert_same_state(optimizer, before):

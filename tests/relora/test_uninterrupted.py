@@ -1,0 +1,74 @@
+"""Ctrl-C in the middle of a step: the step is done, nothing is lost, and then it is heard."""
+
+import signal
+import threading
+
+import pytest
+import torch
+
+from fused_lora.relora import controller
+from fused_lora.relora.uninterrupted import uninterrupted
+from tests.ops.problem import DEVICES
+from tests.relora.test_controller import Run
+
+
+@pytest.mark.parametrize("residual_device", ["weight", "cpu"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("place", ["merge_layers", "optimizer_reset", "wrap", "unwrap"])
+def test_ctrl_c_within_a_step_loses_nothing(place, device, residual_device, monkeypatch):
+    """Before and after what a step does in each place; the bits that follow are those of a run that was left alone."""
+    alone, stopped = (Run(device, torch.bfloat16, residual_device=residual_device) for _ in range(2))
+    at = {"wrap": 4}.get(place, 10)
+    real = getattr(controller, place)
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        result = real(*args, **options)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    for run in (alone, stopped):
+        run.train(at - (place != "unwrap"))
+    monkeypatch.setattr(controller, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.relora.finish() if place == "unwrap" else stopped.train(1)
+    monkeypatch.undo()
+    if place == "unwrap":
+        alone.relora.finish()
+        assert stopped.relora.finished
+    else:
+        alone.train(1 + 4)
+        assert stopped.relora.steps == at
+        stopped.train(4)
+    assert all(torch.equal(value, stopped.weights()[name]) for name, value in alone.weights().items())
+
+
+def test_handlers_are_put_back_and_called_once():
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        with uninterrupted(), uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert not heard
+        assert heard == [1]
+        assert signal.getsignal(signal.SIGINT) is handler
+        with pytest.raises(ZeroDivisionError), uninterrupted():
+            1 / 0  # noqa: B018
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_a_thread_there_is_nothing_to_wait_for():
+    done = []
+
+    def work():
+        with uninterrupted():
+            done.append(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [1]
