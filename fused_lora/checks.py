@@ -79,7 +79,8 @@ def check_scale_on(name: str, scale: float | Tensor, weight: Tensor) -> None:
     if not isinstance(scale, Tensor):
         return check_scale(name, scale)
     if scale.dtype not in (torch.float32, scale_dtype(weight)):
-        raise TypeError(f"{name} must be a float or a {scale_dtype(weight)} tensor, got {scale.dtype}")
+        wide = "float64" if scale_dtype(weight) is torch.float64 else "float32"
+        raise TypeError(f"{name} must be a float or a {wide} tensor, got {scale.dtype}")
     if scale.requires_grad:
         raise ValueError(f"{name} must not require a gradient: there is none of it here")
     if scale.numel() != 1 or scale.dim() > 1 or scale.device != weight.device:

@@ -1,0 +1,105 @@
+"""Reads a module's forward: which of its children it provably calls with one value that nobody changes in between."""
+
+import inspect
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .following import Called, Follower, Value
+
+Groups = tuple[tuple[str, ...], ...]
+MOST_TESTED = 4  # arguments: each doubles the cases
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Groups of children by name, for each case of which of the `tested` arguments are None.
+
+    It holds for a module whose forward is `forward` and whose attributes are of the types in `relies_on`.
+    """
+
+    forward: object = None
+    parameters: tuple[str, ...] = ()
+    tested: tuple[str, ...] = ()
+    cases: dict[tuple[bool, ...], Groups] = field(default_factory=dict)
+    unknown: Groups = ()
+    relies_on: tuple[tuple[str, type], ...] = ()
+    wrapped: bool = False  # by functions that may rename arguments
+
+    @property
+    def every(self) -> list[tuple[str, ...]]:
+        """The groups of all cases, larger ones first."""
+        found = {group for groups in (*self.cases.values(), self.unknown) for group in groups}
+        return sorted(found, key=lambda group: (-len(group), group))
+
+    def groups(self, module: nn.Module, args: tuple, kwargs: dict) -> Groups:
+        """Those of a call."""
+        for name, kind in self.relies_on:
+            if type(getattr(module, name, None)) is not kind:
+                return ()
+        if not self.tested or (self.wrapped and any(name not in self.parameters for name in kwargs)):
+            return self.unknown
+        return self.cases[tuple(self._is_none(name, args, kwargs) for name in self.tested)]
+
+    def _is_none(self, name: str, args: tuple, kwargs: dict) -> bool:
+        place = self.parameters.index(name)
+        return (args[place] if place < len(args) else kwargs.get(name)) is None
+
+
+def read(module: nn.Module) -> Reading | None:
+    """The reading of a module's forward; None where it has no source that can be followed, or no groups."""
+    outer = type(module).forward
+    forward = inspect.unwrap(outer)
+    try:
+        signature = inspect.signature(forward)
+        first, followers = _follow(module, forward, {})
+        parameters = list(signature.parameters.values())[1:]
+        optional = {each.name for each in parameters if each.default is None}
+        tested = tuple(each.name for each in parameters if each.name in first and each.name in optional)[:MOST_TESTED]
+        cases = {}
+        for case in itertools.product((False, True), repeat=len(tested)):
+            _, follower = _follow(module, forward, dict(zip(tested, case, strict=True)))
+            cases[case] = _groups(follower.events)
+    except (OSError, TypeError, SyntaxError, RecursionError):
+        return None
+    positional = tuple(each.name for each in parameters if each.kind is not each.VAR_POSITIONAL)
+    relies_on = tuple(followers.relies_on.items())
+    reading = Reading(outer, positional, tested, cases, _groups(followers.events), relies_on, outer is not forward)
+    return reading if reading.every else None
+
+
+def _follow(module: nn.Module, forward, is_none: dict[str, bool]) -> tuple[set[str], Follower]:
+    """Names of arguments that were compared with None without being known to be or not, and what was found."""
+    follower = Follower(module)
+    names = list(inspect.signature(forward).parameters)[1:]
+    arguments = {name: _argument(is_none.get(name)) for name in names}
+    follower.call(forward, [Value(known=module)], arguments)
+    return {name for name, value in arguments.items() if value in follower.tested}, follower
+
+
+def _argument(is_none: bool | None) -> Value:
+    return Value(known=None) if is_none else Value(given=is_none is False)
+
+
+def _groups(events: list) -> Groups:
+    """Children called with the same value in the same branch, before anything may have changed it."""
+    running: dict[tuple, list[str]] = {}
+    found: list[list[str]] = []
+    calls: dict[str, list[Called]] = defaultdict(list)
+    for event in events:
+        if isinstance(event, frozenset):  # memory that may be changed
+            running = {key: group for key, group in running.items() if not key[0].memory & event}
+            continue
+        calls[event.child].append(event)
+        if event.value is None:
+            continue
+        key = (event.value, event.path)
+        if key not in running:
+            running[key] = []
+            found.append(running[key])
+        running[key].append(event.child)
+    once = {name for name, of_child in calls.items() if len(of_child) == 1 and of_child[0].value is not None}
+    groups = (tuple(name for name in group if name in once) for group in found)
+    return tuple(group for group in groups if len(group) > 1)

@@ -1,0 +1,107 @@
+"""Layers that their parent calls with one x, computed together: q, k and v, or gate and up.
+
+A call of the parent's forward has an object of its own, known to its thread alone, in which the results of those layers
+wait that were not called yet. It ends with the call, whatever happens: nothing is kept on modules or between calls.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.lora_parts import obstacle
+from ..ops.parts import autocast_dtype
+from .mixins import Mixin, mix
+from .reading import Groups, Reading
+
+
+class _Thread(threading.local):
+    call: "Call | None" = None  # the innermost
+
+
+_thread = _Thread()
+
+
+def output(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """A layer's output with its siblings', if that is how it is called now; None: the layer computes by itself."""
+    call = _thread.call
+    if call is None or call.compiling != torch.compiler.is_compiling():
+        return None
+    return call.output(layer, x)
+
+
+class Call:
+    """One call of a parent's forward."""
+
+    __slots__ = ("compiling", "groups", "modules", "waiting")
+
+    def __init__(self, modules: dict[str, nn.Module], groups: Groups):
+        self.modules, self.groups = modules, groups
+        self.compiling = torch.compiler.is_compiling()
+        self.waiting: list[tuple[nn.Module, Tensor, Tensor, tuple]] = []  # layers, outputs, and what these are of
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        for i, (waiting, y, of, state) in enumerate(self.waiting):
+            if waiting is layer:
+                del self.waiting[i]
+                return y if of is x and state == _state(x) else None
+        for names in self.groups:
+            if self.modules.get(names[0]) is layer:
+                return self._compute([self.modules.get(name) for name in names], x)
+        return None
+
+    def _compute(self, layers: list[nn.Module | None], x: Tensor) -> Tensor | None:
+        if why_apart(layers, x) is not None:
+            return None
+        first, *others = layers
+        y, *ys = ops.lora_group(x, [layer.part() for layer in layers], first.dropping)
+        state = _state(x)
+        self.waiting += [(layer, each, x, state) for layer, each in zip(others, ys, strict=True)]
+        return y
+
+
+def _state(x: Tensor) -> tuple:
+    """What an output depends on besides x and its layer. Under torch.compile tensors have no versions."""
+    modes = (torch.is_grad_enabled(), autocast_dtype(x))
+    if torch.compiler.is_compiling():
+        return modes
+    version = None if x.is_inference() else x._version
+    return (*modes, version, torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def why_apart(layers: Sequence[nn.Module | None], x: Tensor) -> str | None:
+    """Why layers that read x are computed one by one now, or None. A layer is asked for its part() and dropping."""
+    parts = [layer.part() if hasattr(layer, "part") else None for layer in layers]
+    for layer, part in zip(layers, parts, strict=True):
+        if part is None:
+            return f"one of them is computed by a call of its own only: {type(layer).__name__}"
+    if any(layer.dropping != layers[0].dropping for layer in layers):
+        return "they drop by different rules"
+    return obstacle(x.device, autocast_dtype(x) or x.dtype, parts)
+
+
+class LoRASiblings(Mixin):
+    """A module whose forward calls some of its layers with one x: they are computed together where they can be.
+
+    Its forward is what it was, and so are its layers. Which of them get one unmodified x was read off its source
+    (reading.py). A layer that has hooks, is merged or was replaced, or has a forward of its own computes by itself.
+    """
+
+    _reading: Reading
+
+    @staticmethod
+    def join(module: nn.Module, reading: Reading) -> None:
+        module._reading = reading
+        mix(module, LoRASiblings)
+
+    def forward(self, *args, **kwargs):
+        groups = self._reading.groups(self, args, kwargs)
+        if not groups:
+            return super().forward(*args, **kwargs)
+        outer, _thread.call = _thread.call, Call(self._modules, groups)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _thread.call = outer
