@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import checks, reference
 from ..modules import LoRALinear, ReplaceReport
-from ..modules.replace import listed
+from ..modules.targets import listed
 from ..ops import merge_and_reinit_
 from .optimizer_reset import MODES, optimizer_reset, states_of
 from .seeds import mix
