@@ -29,12 +29,15 @@ def replace_linear(
     train_bias: bool = False,
     fuse: str = "auto",
     pad_rows: bool | None = None,
+    freeze: bool = False,
 ) -> ReplaceReport:
     """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
 
     target_modules and exclude_modules are a regular expression for the whole module name, or a list of names or of
-    their last parts ("q_proj", "mlp.down_proj"); None targets every nn.Linear. What is replaced keeps its own weight
-    and bias tensors, now frozen (the bias unless train_bias); everything else is left exactly as it was.
+    their last parts ("q_proj", "mlp.down_proj"); None targets every nn.Linear but heads (output embeddings and
+    classifiers, which are adapted where they are named). What is replaced keeps its own weight and bias tensors, now
+    frozen (the bias unless train_bias); everything else is left exactly as it was, and goes on training if it did.
+    freeze=True stops all but the updates from requiring gradients: unfreeze after it what shall train too.
 
     With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
     become a LoRAGroup, which computes them together, and a module whose forward is down(act(gate(x)) up(x)) of three
@@ -44,7 +47,8 @@ def replace_linear(
     bytes, as views of the same shape, which safetensors wants .contiguous(). pad_rows=False leaves them dense, as FSDP
     needs them, and each pass on Hopper copies them; the default pads them where torch.distributed is not initialized.
 
-    Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
+    Warns of entries of target_modules and exclude_modules that name no layer. Raises ValueError when it would replace
+    nothing, for a model that has adapters of PEFT, or for a bad r, lora_alpha or lora_dropout, before any change.
     """
     checks.check_rank(r)
     checks.check_scale("lora_alpha", lora_alpha)
@@ -63,10 +67,21 @@ def replace_linear(
                 parent._modules[child_name] = layers[id(child)]
     for layer in layers.values():
         layer.take_base(train_bias)
+    if freeze:
+        _freeze_all_but_updates(model)
+    report.count(model)
     if fuse == "auto":
         report.mlps = _fuse_mlps(model, report.replaced)
         report.groups = _group(model, set(report.replaced))
     return report
+
+
+def _freeze_all_but_updates(model: nn.Module) -> None:
+    """LoRALinear layers, those of an earlier call too, have frozen what is not to train of their own."""
+    for module in model.modules():
+        if not isinstance(module, LoRALinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
 
 def _fuse_mlps(model: nn.Module, replaced: list[str]) -> list[str]:
