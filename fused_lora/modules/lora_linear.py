@@ -129,8 +129,7 @@ class LoRALinear(nn.Module):
 
         Nothing is copied, but where a weight moves to padded rows.
         """
-        if type(linear) is not nn.Linear:  # what a subclass adds would be lost
-            raise TypeError(f"linear must be an nn.Linear itself, got {type(linear).__name__}")
+        checks.check_base(linear)
         layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows)
         layer.take_base(train_bias)
         return layer

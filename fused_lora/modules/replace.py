@@ -39,6 +39,10 @@ def replace_linear(
     frozen (the bias unless train_bias); everything else is left exactly as it was, and goes on training if it did.
     freeze=True stops all but the updates from requiring gradients: unfreeze after it what shall train too.
 
+    A linear is left alone, with the reason in the report, where it shares memory, has hooks, a forward or a weight that
+    a replacement would lose, or where a module above it reads its weight instead of calling it, so that the update
+    would be left out. A function outside the model that reads a weight, as some losses do, cannot be seen.
+
     With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
     become a LoRAGroup, which computes them together, and a module whose forward is down(act(gate(x)) up(x)) of three
     replaced layers becomes a LoRAMLP, which computes them as one; with "off" each stays alone.

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .heads import head_modules
 from .lora_linear import LoRALinear
@@ -106,15 +107,18 @@ def _unlike(module: nn.Module) -> str | None:
         return "a LoRALinear already"
     if isinstance(module, (nn.Linear, *NO_LINEARS)):
         return None
-    weights = {
-        name: tuple(parameter.shape)
+    weights = [
+        f"{name} {tuple(parameter.shape)}"
         for name, parameter in module.named_parameters(recurse=False)
-        if min(parameter.shape, default=1) > 1 and (parameter.dim() == 3 or (parameter.dim() == 2 and "weight" in name))
-    }
-    if not weights:
-        return None
-    shapes = ", ".join(f"{name} {shape}" for name, shape in weights.items())
-    return f"no nn.Linear but {type(module).__name__} with {shapes}"
+        if not is_lazy(parameter) and _like_a_linears(name, parameter)
+    ]
+    return f"no nn.Linear but {type(module).__name__} with {', '.join(weights)}" if weights else None
+
+
+def _like_a_linears(name: str, parameter: nn.Parameter) -> bool:
+    """A matrix, or one for each of several experts; tables of positions and the like have other names or sides of 1."""
+    sides = parameter.dim()
+    return min(parameter.shape, default=1) > 1 and (sides == 3 or (sides == 2 and "weight" in name))
 
 
 def _refuse_peft(model: nn.Module) -> None:

@@ -167,3 +167,5 @@ def test_from_linear_refuses_a_subclass():
     attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(TypeError, match=r"^linear must be an nn\.Linear itself, got NonDynamicallyQuantizableLinear"):
         LoRALinear.from_linear(attention.out_proj, 4)
+    with pytest.raises(TypeError, match=r"^linear\.weight must be a plain nn\.Parameter, got Wrapper"):
+        LoRALinear.from_linear(with_weight(Wrapper(torch.ones(4, 4))), 4)

@@ -41,6 +41,14 @@ def test_weights_of_no_linear_are_named():
     }
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_module_without_shapes_yet():
+    lazy = [nn.LazyBatchNorm1d(), nn.LazyConv1d(4, 3), nn.LazyLinear(4)]
+    report = replace_linear(nn.Sequential(nn.Linear(4, 4), *lazy), **OPTIONS)
+    assert report.skipped == {"3": "a subclass of nn.Linear (LazyLinear)"}
+    assert report.parameters == 4 * 4 + 4 + 2 * 4 * 4
+
+
 def test_they_are_named_where_they_are_targeted():
     assert replace_linear(mixture(), target_modules=["proj"], **OPTIONS).skipped == {}
     report = replace_linear(mixture(), target_modules=["proj", "c_attn"], **OPTIONS)
