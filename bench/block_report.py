@@ -1,12 +1,10 @@
 """From measured blocks of layers to files: blocks.json and blocks.md in one folder."""
 
-import json
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 
 from .block_ways import ALONE, NEIGHBOURS, WAYS, Block
-from .document import table, write_files
+from .document import as_json, table, write_files
 from .report import method
 from .shapes import FORWARD, FORWARD_BACKWARD
 from .variants import FLOOR, PACKAGE
@@ -30,7 +28,7 @@ def measured(results: dict) -> Measured:
 
 
 def _times(ways: dict[str, dict], pass_name: str) -> dict[str, float]:
-    return {name: statistics.median(way["seconds"][pass_name]) for name, way in ways.items() if "seconds" in way}
+    return {name: way["seconds"][pass_name]["median"] for name, way in ways.items() if "seconds" in way}
 
 
 def _ratio(times: dict[str, float], name: str, other: str) -> str:
@@ -87,4 +85,4 @@ def markdown(results: dict) -> str:
 
 def write(results: dict, folder: Path) -> list[Path]:
     """The paths written."""
-    return write_files(folder, {"blocks.md": markdown(results), "blocks.json": json.dumps(results) + "\n"}, {})
+    return write_files(folder, {"blocks.md": markdown(results), "blocks.json": as_json(results)}, {})

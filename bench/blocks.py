@@ -21,8 +21,9 @@ from . import timing
 from .block_report import entry, markdown, write
 from .block_ways import CPU_BLOCKS, GPU_BLOCKS, WAYS, Block, Inputs, build, expected_results, run_block
 from .check import check_results
+from .document import write_samples
 from .measure import checked_graph, dtype_on, outcome_of
-from .record import RESULTS, environment, slug
+from .record import RESULTS, environment, slug, summary
 from .shapes import FORWARD_BACKWARD, PASSES
 from .variants import PACKAGE
 
@@ -90,7 +91,7 @@ def measure(block: Block, rounds: int, device: torch.device) -> dict[str, dict]:
     layers = {name: each for name, each in tried.items() if each is not None}
     for pass_name in PASSES:
         for name, seconds in measurement.time(layers, pass_name == FORWARD_BACKWARD, rounds).items():
-            found[name].setdefault("seconds", {})[pass_name] = seconds
+            found[name].setdefault("seconds", {})[pass_name] = summary(seconds)
     for name in layers if device.type == "cuda" else ():
         if "seconds" in found[name]:
             forward = functools.partial(run_block, layers[name], measurement.inputs, backward=False)
@@ -103,12 +104,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.blocks", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=timing.ROUNDS)
     parser.add_argument("--out", type=Path, help="the folder to write (bench/results/<device>)")
+    parser.add_argument("--samples", type=Path, metavar="FILE", help="a file, not for git, for every sample too")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = environment(device, dtype_on(device), options.rounds) | {"blocks": []}
     for block in tqdm(GPU_BLOCKS if device.type == "cuda" else CPU_BLOCKS, desc="blocks"):
         results["blocks"].append(entry(block, measure(block, options.rounds, device)))
         write(results, options.out or RESULTS / slug(device))  # so that what is stopped keeps what it has measured
+        write_samples(results, options.samples)
         gc.collect()
     print(markdown(results))
     return 0 if all("seconds" in each["ways"][PACKAGE] for each in results["blocks"]) else 1

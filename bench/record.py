@@ -6,6 +6,7 @@ import platform
 import re
 import statistics
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -106,12 +107,18 @@ def tiles(measurements: Measurements, shape: Shape) -> dict:
     }
 
 
-def quartiles(samples: tuple[float, ...]) -> tuple[float, float, float]:
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """(first quartile, median, third quartile), in the unit of the samples."""
     if len(samples) < 2:
         return samples[0], samples[0], samples[0]
     q1, _, q3 = statistics.quantiles(samples, n=4, method="inclusive")
     return q1, statistics.median(samples), q3
+
+
+def summary(samples: list[float]) -> dict:
+    """Seconds: median, quartiles and count, and the samples themselves."""
+    q1, median, q3 = quartiles(samples)
+    return {"median": median, "q1": q1, "q3": q3, "count": len(samples), "samples": samples}
 
 
 def case(measurements: Measurements, shape: Shape, pass_name: str, mode: str, name: str) -> dict:
@@ -132,6 +139,7 @@ def case(measurements: Measurements, shape: Shape, pass_name: str, mode: str, na
         "median_us": median * 1e6,
         "q1_us": q1 * 1e6,
         "q3_us": q3 * 1e6,
+        "count": len(outcome.samples),
         "ratio": median / quartiles(floor.samples)[1] if measured_floor else None,
         "flops": operations,
         "bytes": least_bytes(shape, pass_name, measurements.dtype.itemsize, work),

@@ -1,12 +1,11 @@
 """From measurements to files: results.json, table.md and forward_backward.png in one folder."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from .document import described, table, write_files
+from .document import as_json, described, table, write_files
 from .measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from .plot import draw
 from .record import environment, shape_record, skipped_record
@@ -163,5 +162,5 @@ def markdown(results: dict) -> str:
 
 def write(results: dict, folder: Path) -> list[Path]:
     """results.json, table.md and, where matplotlib is installed, forward_backward.png; the paths written."""
-    texts = {"results.json": json.dumps(results, indent=1) + "\n", "table.md": markdown(results)}
+    texts = {"results.json": as_json(results), "table.md": markdown(results)}
     return write_files(folder, texts, {"forward_backward.png": lambda path: draw(results, path)})

@@ -1,7 +1,6 @@
 """The ways to train a model's linears, and a model that is trained by one of them."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_lora import LoRALinear, replace_linear
 from fused_lora.pretrain.llama import Llama, next_token_loss
+from fused_lora.pretrain.ranks import accumulating
 
 from .step_cases import FULL, Case
 from .variants import FLOOR, PACKAGE, AddmmLoRA, unfused_formula
@@ -141,9 +141,7 @@ class Arm:
     def gradients(self) -> Tensor:
         """Of all micro-batches; the last one's loss."""
         for i, (tokens, targets) in enumerate(self.batches):
-            last = i + 1 == len(self.batches)
-            waits = isinstance(self.model, DistributedDataParallel) and not last
-            with self.model.no_sync() if waits else nullcontext():
+            with accumulating(self.model, last=i == len(self.batches) - 1):
                 loss = self.loss(self.model(tokens), targets)
                 loss.backward()
         return loss

@@ -1,11 +1,9 @@
 """From whole training steps to files: steps.json, steps.md and steps.png in one folder."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .document import described, table, write_files
-from .record import quartiles
+from .document import as_json, described, table, write_files
 from .step_arms import ARMS
 from .step_cases import CASES, CPU_CASES, FULL, Case, flops
 from .step_plot import draw
@@ -54,10 +52,9 @@ def _method(about: dict) -> str:
 def _row(case: Case, mode: str, name: str, arms: dict[str, dict]) -> list[str]:
     arm, full = arms[name], arms.get(FULL)
     speedup = arm["tokens_per_second"] / full["tokens_per_second"] if full else float("nan")
-    q1, median, q3 = quartiles(arm["samples"])
     best = f" ({arm['best'][1]:,.0f} at {arm['best'][0]})" if "best" in arm else ""
     return [
-        ARMS[name][0], mode, f"{arm['tokens_per_second']:,.0f}{best}", f"{(q3 - q1) / median:.1%}",
+        ARMS[name][0], mode, f"{arm['tokens_per_second']:,.0f}{best}", f"{(arm['q3'] - arm['q1']) / arm['median']:.1%}",
         f"{arm['examples_per_second']:,.1f}", f"{speedup:.2f}", f"{flops(case, FULL) / flops(case, name):.2f}",
         f"{1 / (case.warm_start + (1 - case.warm_start) / speedup):.2f}", f"{arm['tflops']:.0f}",
         "-" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.1f}",
@@ -74,7 +71,7 @@ def markdown(results: dict) -> str:
     """All tables."""
     lines = [_method(results)]
     for case, modes in measured(results):
-        counts = sorted({len(arm["samples"]) for arms in modes.values() for arm in arms.values()})
+        counts = sorted({arm["count"] for arms in modes.values() for arm in arms.values()})
         rounds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         lines += [f"### {case}: {rounds} rounds", "", *step_table(case, modes), ""]
     return "\n".join(lines)
@@ -82,7 +79,7 @@ def markdown(results: dict) -> str:
 
 def write(results: dict, folder: Path) -> list[Path]:
     """steps.md, steps.json and, where matplotlib is installed and there is full-rank training, steps.png; the paths."""
-    texts = {"steps.md": markdown(results), "steps.json": json.dumps(results, indent=1) + "\n"}
+    texts = {"steps.md": markdown(results), "steps.json": as_json(results)}
     with_full = any(FULL in arms for _, modes in measured(results) for arms in modes.values())
     return write_files(
         folder, texts, {"steps.png": lambda path: draw(measured(results), results, path)} if with_full else {}

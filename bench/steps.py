@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import shlex
-import statistics
 import sys
 import time
 from dataclasses import replace
@@ -24,7 +23,8 @@ import torch
 from fused_lora.extras import needs
 from fused_lora.pretrain.ranks import Ranks, joined
 
-from .record import RESULTS, circumstances, slug
+from .document import write_samples
+from .record import RESULTS, circumstances, slug, summary
 from .step_arms import ARMS, Arm
 from .step_cases import CASES, CPU_CASES, FULL, Case, flops
 from .step_report import entry, markdown, merged, write
@@ -97,7 +97,7 @@ def available(names: list[str]) -> list[str]:
 
 
 def measure(case: Case, mode: str, names: list[str], rounds: int, device: torch.device, accumulate: int = 1) -> dict:
-    """Results of a case in one mode, by arm: samples, tokens/s, bytes."""
+    """Results of a case in one mode, by arm: a summary of its samples, tokens/s, bytes."""
     torch._dynamo.reset()
     arms = {name: Arm.make(case, name, device, mode == COMPILED, accumulate) for name in available(names)}
     check(arms)
@@ -105,9 +105,9 @@ def measure(case: Case, mode: str, names: list[str], rounds: int, device: torch.
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     found = {}
     for name, times in samples.items():
-        rate = ranks * accumulate * case.tokens / statistics.median(times)
-        found[name] = {
-            "samples": times,
+        seconds = summary(times)
+        rate = ranks * accumulate * case.tokens / seconds["median"]
+        found[name] = seconds | {
             "tokens_per_second": rate,
             "examples_per_second": rate / EXAMPLE,
             "tflops": flops(case, name) * rate / case.tokens * 1e-12,
@@ -159,6 +159,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--best", action="store_true", help="each arm at its best micro-batch too")
     parser.add_argument("--out", type=Path, help="the folder to write (bench/results/<device>, best/ in it if --best)")
+    parser.add_argument("--samples", type=Path, metavar="FILE", help="a file, not for git, for every sample too")
     parser.add_argument(
         "--redraw", type=Path, nargs="+", metavar="JSON", help="measure nothing: tables and picture of steps.json files"
     )
@@ -176,9 +177,10 @@ def _ranks() -> int:
 def _command(arguments: list[str] | None) -> str:
     launcher = f"torchrun --nproc-per-node {_ranks()} -m" if _ranks() > 1 else "python -m"
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--out" in words:  # where results went is no part of how they were measured
-        place = words.index("--out")
-        del words[place : place + 2]
+    for option in ("--out", "--samples"):  # where results went is no part of how they were measured
+        if option in words:
+            place = words.index(option)
+            del words[place : place + 2]
     return shlex.join([*launcher.split(), "bench.steps", *words])
 
 
@@ -206,6 +208,7 @@ def _measure_all(options: argparse.Namespace, ranks: Ranks, results: dict) -> No
             results["cases"].append(entry(case, modes))
             if ranks.first:
                 write(results, _folder(options, ranks))
+                write_samples(results, options.samples)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,43 +42,22 @@ void merge_(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, 
 
 TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
   m.def("cuda_merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()");
+  // As those of ops/lora_parts.py, but that xas may have padded rows.
+  m.def("cuda_lora_parts_forward(Tensor x, Tensor?[] parts, float p, float[] act, str keep) -> Tensor[]");
   m.def(
-      "cuda_lora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor scale, Tensor? seed, float p)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "cuda_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor xa, Tensor scale, Tensor? seed,"
-      " float p, bool need_dx, bool need_dA, bool need_dB, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "cuda_lora_group_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
-      " Tensor? seed, float p) -> (Tensor[], Tensor[])");
-  m.def(
-      "cuda_lora_group_backward(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor[] xas, Tensor[] scales,"
-      " Tensor? seed, float p, bool need_dx, bool[] need_dA, bool[] need_dB, bool[] need_dbias, ScalarType[] bias_dtypes)"
-      " -> (Tensor, Tensor[], Tensor[], Tensor[])");
-  m.def(
-      "cuda_lora_gated_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, Tensor[] scales,"
-      " Tensor? seed, float p, float linear, float cubic, bool keep, bool factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "cuda_lora_mlp_backward(Tensor dy, Tensor x, Tensor? hidden, Tensor gate, Tensor up, Tensor[] weights, Tensor[] As,"
-      " Tensor[] Bs, Tensor[] xas, Tensor[] scales, Tensor? seed, Tensor? down_seed, float p, bool need_dx, bool[] need_dA,"
-      " bool[] need_dB, bool[] need_dbias, ScalarType[] bias_dtypes, float linear, float cubic)"
-      " -> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "cuda_lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p, bool need_dx,"
+      " bool[] needs, float[] act, Tensor[] gated, bool factors) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
   m.impl("cuda_merge_", &fused_lora::merge_);
-  m.impl("cuda_lora_linear_forward", &fused_lora::lora_linear_forward);
-  m.impl("cuda_lora_linear_backward", &fused_lora::lora_linear_backward);
-  m.impl("cuda_lora_group_forward", &fused_lora::lora_group_forward);
-  m.impl("cuda_lora_group_backward", &fused_lora::lora_group_backward);
-  m.impl("cuda_lora_gated_forward", &fused_lora::lora_gated_forward);
-  m.impl("cuda_lora_mlp_backward", &fused_lora::lora_mlp_backward);
+  m.impl("cuda_lora_parts_forward", &fused_lora::lora_parts_forward);
+  m.impl("cuda_lora_parts_backward", &fused_lora::lora_parts_backward);
 }
 
 PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = CUDART_VERSION;
-  m.def("lora_linear_obstacle", &fused_lora::lora_linear_obstacle,
-        "Why the kernels of lora_linear do not take a shape, in words; empty where they do.");
+  m.def("rank_obstacle", &fused_lora::rank_obstacle, "Why the kernels do not take a rank, in words; empty where they do.");
   m.def("gated_obstacle", &fused_lora::gated_obstacle, "The same of gated passes.");
   m.def("lora_linear", &fused_lora::lora_linear, py::call_guard<py::gil_scoped_release>(),
         "lora_linear with autograd, or None where it is for others. Plain tensors on a GPU; p is a float.");

@@ -1,4 +1,4 @@
-// Parameters and launchers of the LoRA linear on Hopper. Knows memory and streams, nothing of torch.
+// Parameters and launchers of LoRA linears on Hopper. Knows memory and streams, nothing of torch.
 //
 //   forward    xa  = scale x A^T      y  = x W^T + xa B^T + bias
 //   backward   dxa = scale dy B       dx = dy W + dxa A       dA = dxa^T x       dB = dy^T xa       dbias = sum of dy
@@ -16,10 +16,12 @@ namespace fused_lora {
 
 constexpr int kMaxRank = 256, kMaxGatedRank = 128;
 
-// 16-bit elements, rows contiguous; data and rows (stride, in elements) aligned to 16 bytes, but for y and dx, which are
-// contiguous.
-struct Matrix {
+// A matrix that a kernel reads or writes: rows contiguous, stride in elements. Without data it is not wanted.
+// What the copy engine moves has 16-bit elements, and data and rows that start at multiples of 16 bytes; y, dx, dA, dB, bias and
+// dbias are contiguous instead.
+struct Operand {
   void* data;
+  DType format;
   int64_t rows, cols, stride;
 };
 
@@ -39,38 +41,32 @@ struct Activation {
 
 // One of them. A.rows = 0: it has no factors.
 struct ForwardPart {
-  Matrix weight, A, B, xa, y;
+  Operand weight, A, B, bias, xa, y;
   const float* scale;  // on the device
-  const void* bias;    // (N,) or null
-  DType bias_dtype;
+  Dropout dropout;
 };
 
 struct ForwardParams {
-  Matrix x;
+  Operand x;
   int parts;
   ForwardPart part[kMostParts];
   // Two parts of the same width with `gated`: hidden = act(y of the first) y of the second as well, and their ys only where
   // they have data; with `factors` instead of them act(gate) and act'(gate) up. All three aligned to 16 bytes, with one stride.
   bool gated, factors;
   Activation activation;
-  Matrix hidden;
-  DType dtype;  // of all matrices, float16 or bfloat16
-  Dropout dropout;
+  Operand hidden;
   int* flags;  // forward_flags() zeros, which the kernel leaves zero
 };
 
 struct BackwardPart {
-  Matrix dy, x, weight, A, B, xa, dxa;
-  Dropout dropout;
-  void *dA, *dB;  // (r, K) and (N, r), contiguous, factor_dtype; null where not wanted
-  void* dbias;    // (N,), bias_dtype, or null
-  DType bias_dtype;
+  Operand dy, x, weight, A, B, xa, dxa;
+  Operand dA, dB, dbias;  // dA and dB have one format
   const float* scale;
+  Dropout dropout;
 };
 
 struct BackwardParams {
-  Matrix dx;  // the sum over the first `summed` parts, which have the same x
-  bool needs_dx;
+  Operand dx;  // the sum over the first `summed` parts, which have the same x
   int parts, summed;  // of the others there is dxa already, and only the gradients of their factors are wanted
   BackwardPart part[kMostParts];
   // One part whose x is hidden = act(gate) up, with `gated`: no gradients of its factors, and instead of dx come dgate, dup and,
@@ -78,8 +74,7 @@ struct BackwardParams {
   // aligned to 16 bytes, with one stride.
   bool gated, factors;
   Activation activation;
-  Matrix gate, up, dgate, dup, hidden;
-  DType factor_dtype, dtype;  // factor_dtype: dtype or float32
+  Operand gate, up, dgate, dup, hidden;
   int* flags;      // backward_flags() zeros, which the kernel leaves zero
   float* partial;  // backward_partials()
 };

@@ -9,7 +9,7 @@
 
 #include <optional>
 #include <string>
-#include <tuple>
+#include <string_view>
 #include <vector>
 
 #include "dtype.h"
@@ -25,39 +25,42 @@ inline DType dtype_of(const char* name, const at::Tensor& tensor) {
   }
 }
 
-// The ops of lora_linear.cpp; equations as in reference.py. Without a seed nothing is dropped; without dbias_dtype there is no
-// dbias.
-std::string lora_linear_obstacle(int64_t r);
-std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A,
-                                                       const at::Tensor& B, const std::optional<at::Tensor>& bias,
-                                                       const at::Tensor& scale, const std::optional<at::Tensor>& seed, double p);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
-    const at::Tensor& xa, const at::Tensor& scale, const std::optional<at::Tensor>& seed, double p, bool need_dx, bool need_dA,
-    bool need_dB, std::optional<at::ScalarType> dbias_dtype);
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_forward(
-    const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs,
-    const c10::List<std::optional<at::Tensor>>& biases, at::TensorList scales, const std::optional<at::Tensor>& seed, double p);
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_group_backward(
-    at::TensorList dys, const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs, at::TensorList xas,
-    at::TensorList scales, const std::optional<at::Tensor>& seed, double p, bool need_dx, const c10::List<bool>& need_dA,
-    const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias, const std::vector<at::ScalarType>& bias_dtypes);
+// Tensors of parts one part after another, in the order of ops/parts.py: weight, A, B, bias, scale, seed.
+using FlatParts = c10::List<std::optional<at::Tensor>>;
+
+struct Part {
+  static constexpr int kFields = 6;
+  at::Tensor weight, A, B;
+  std::optional<at::Tensor> bias;
+  at::Tensor scale;
+  std::optional<at::Tensor> seed;
+};
+
+inline std::vector<Part> unflatten(const FlatParts& flat) {
+  TORCH_CHECK(flat.size() % Part::kFields == 0, "parts must be flat, of ", Part::kFields, " tensors each, got ", flat.size());
+  std::vector<Part> parts;
+  for (size_t i = 0; i < flat.size(); i += Part::kFields) {
+    parts.push_back({flat.get(i).value(), flat.get(i + 1).value(), flat.get(i + 2).value(), flat.get(i + 3), flat.get(i + 4).value(),
+                     flat.get(i + 5)});
+  }
+  return parts;
+}
+
+// The pair of ops (lora_parts.cpp), as ops/lora_parts.py describes it. act is empty, or of a gated pass its two numbers.
+std::vector<at::Tensor> lora_parts_forward(const at::Tensor& x, const FlatParts& parts, double p, at::ArrayRef<double> act,
+                                           std::string_view keep);
+std::vector<at::Tensor> lora_parts_backward(at::TensorList dys, at::TensorList xs, const FlatParts& parts, at::TensorList xas,
+                                            const c10::List<std::optional<at::Tensor>>& dxas, double p, bool need_dx,
+                                            const c10::List<bool>& needs, at::ArrayRef<double> act, at::TensorList gated,
+                                            bool factors);
+
+// Why the kernels, or their gated passes, do not take a rank; empty where they do.
+std::string rank_obstacle(int64_t r);
+std::string gated_obstacle(int64_t r);
+
+// One part with autograd (eager.cpp), or none where it is for others.
 std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
                                       const std::optional<at::Tensor>& bias, const at::Tensor& scale,
                                       const std::optional<at::Tensor>& seed, double p);
-
-// The ops of lora_mlp.cpp: hidden = act(gate) up with both xa and, to keep, gate and up or with `factors` act(gate) and
-// act'(gate) up; and the backward pass of down(hidden), which takes those where hidden is given, and otherwise gate and up.
-std::string gated_obstacle(int64_t r);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_gated_forward(
-    const at::Tensor& x, at::TensorList weights, at::TensorList As, at::TensorList Bs,
-    const c10::List<std::optional<at::Tensor>>& biases, at::TensorList scales, const std::optional<at::Tensor>& seed, double p,
-    double linear, double cubic, bool keep, bool factors);
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_mlp_backward(
-    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& hidden, const at::Tensor& gate, const at::Tensor& up,
-    at::TensorList weights, at::TensorList As, at::TensorList Bs, at::TensorList xas, at::TensorList scales,
-    const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& down_seed, double p, bool need_dx,
-    const c10::List<bool>& need_dA, const c10::List<bool>& need_dB, const c10::List<bool>& need_dbias,
-    const std::vector<at::ScalarType>& bias_dtypes, double linear, double cubic);
 
 }  // namespace fused_lora

@@ -1,6 +1,6 @@
 """Which backend runs a call, and why: the only place that reads the device's capability or FUSED_LORA_* variables.
 
-But for one question that every eager call asks, csrc's own (`chosen` in lora_linear.cpp): asked here it took 2 us of a
+But for one question that every eager call asks, csrc's own (`chosen` in eager.cpp): asked here it took 2 us of a
 call's 37. Both hold the same rule.
 """
 
@@ -198,7 +198,7 @@ def _choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readab
         return choice
     from . import _C
 
-    obstacle = _C.lora_linear_obstacle(r)
+    obstacle = _C.rank_obstacle(r)
     if not (obstacle or readable):
         obstacle = "weight's columns are not adjacent, or A and B have dtypes of their own"
     if not obstacle:

@@ -77,12 +77,17 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name} must be finite, got {scale}")
 
 
+def scale_dtype(weight: Tensor) -> torch.dtype:
+    """In which a scale loses nothing beside a weight: float32, or float64."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def check_scale_on(name: str, scale: float | Tensor, weight: Tensor) -> None:
     """A finite number, or one float32 element beside the weight (whose value is not looked at: that would wait)."""
     if not isinstance(scale, Tensor):
         return check_scale(name, scale)
-    if scale.dtype is not torch.float32:
-        raise TypeError(f"{name} must be a float or a float32 tensor, got {scale.dtype}")
+    if scale.dtype not in (torch.float32, scale_dtype(weight)):
+        raise TypeError(f"{name} must be a float or a {scale_dtype(weight)} tensor, got {scale.dtype}")
     if scale.requires_grad:
         raise ValueError(f"{name} must not require a gradient: there is none of it here")
     if scale.numel() != 1 or scale.dim() > 1 or scale.device != weight.device:
@@ -124,6 +129,8 @@ def _check_seed(seed: Tensor, weight: Tensor) -> None:
 
 def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
     """All of lora_linear's arguments."""
+    if torch.jit.is_tracing():  # whose sizes are tensors
+        return
     check_factors(weight, A, B)
     _check_dense("x", x)
     if x.device != weight.device:
@@ -143,16 +150,10 @@ def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
         _check_seed(seed, weight)
 
 
-def check_lora_mlp(x, weights, As, Bs, biases, scales, p, seed) -> None:
-    """All of lora_mlp's tensors, of gate, up and down."""
-    for i, name in enumerate(("gate", "up", "down")):
-        try:
-            read = x if name != "down" else x.new_empty(0, weights[0].shape[0])
-            check_lora_linear(read, weights[i], As[i], Bs[i], biases[i], scales[i], p, seed)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-    if weights[1].shape[0] != weights[0].shape[0]:
-        raise ValueError(f"up: weight must have {weights[0].shape[0]} rows like gate's, got {weights[1].shape[0]}")
+def check_same_rows(name: str, weight: Tensor, other: str, like: Tensor) -> None:
+    """Of two parts' weights."""
+    if weight.shape[0] != like.shape[0]:
+        raise ValueError(f"{name}: weight must have {like.shape[0]} rows like {other}'s, got {weight.shape[0]}")
 
 
 def check_writable(name: str, tensor: Tensor) -> None:

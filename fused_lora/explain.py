@@ -7,7 +7,7 @@ from torch import nn
 
 from . import backends, checks
 from .modules import LoRALinear, LoRAMLP
-from .ops.lora_group import obstacle as group_obstacle
+from .ops.lora_parts import obstacle
 
 # Launch parameters that name the tile, in the order in which they are shown.
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
@@ -103,13 +103,9 @@ def _copied_factors(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:
     return f"A and B are {factor_dtype}: copied to {dtype} in each pass, r (K + N) elements"
 
 
-def _columns(layers) -> tuple[list, list, list]:
-    return tuple([getattr(layer, name) for layer in layers] for name in ("weight", "lora_A", "lora_B"))
-
-
 def _group_note(layer: LoRALinear, gpu: str | None) -> str:
     layers, weight = layer.group.layers, layer.weight
-    reason = f"explained for {gpu}" if gpu else group_obstacle(weight.device, weight.dtype, *_columns(layers))
+    reason = f"explained for {gpu}" if gpu else obstacle(weight.device, weight.dtype, [each.part() for each in layers])
     how = "in one launch" if reason is None else f"one by one: {reason}"
     return f"one of {len(layers)} layers that are computed together, {how}"
 

@@ -20,19 +20,26 @@ def by_default() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+def is_alone(tensor: Tensor) -> bool:
+    """Whether it is all of its memory, and nothing else is in it: no view, tied weight, state dict or other library."""
+    storage = tensor.untyped_storage()
+    if not tensor.is_contiguous() or storage.nbytes() != tensor.numel() * tensor.element_size():
+        return False
+    # Two hold it: the tensor, and `storage` here. Memory that another library lent cannot be resized.
+    return torch._C._storage_Use_Count(storage._cdata) == 2 and storage.resizable()
+
+
 def pad_rows_(weight: Tensor) -> None:
     """The same tensor object on memory with padded rows, where Hopper's kernels would copy it in each pass.
 
-    Only for a 16-bit matrix on a GPU with a number of columns that is no multiple of 8. What shares its memory with
+    Only for a 16-bit matrix on a GPU with a number of columns that is no multiple of 8. What may share its memory with
     others, is of a subclass or does not fit a second time stays where it is.
     """
-    data = weight.data
-    if type(data) is not Tensor or not data.is_cuda or data.element_size() != 2 or data.dim() != 2:
+    if type(weight.data) is not Tensor or not weight.is_cuda or weight.element_size() != 2 or weight.dim() != 2:
         return
-    alone = data.is_contiguous() and data.untyped_storage().nbytes() == data.numel() * data.element_size()
-    if data.shape[1] % 8 == 0 or not alone:
+    if weight.shape[1] % 8 == 0 or not is_alone(weight):
         return
     try:
-        weight.data = empty(*data.shape, data).copy_(data)
+        weight.data = empty(*weight.shape, weight.data).copy_(weight.data)
     except torch.OutOfMemoryError:
         return

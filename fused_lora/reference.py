@@ -83,28 +83,32 @@ def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
     return y.to(x.dtype), xa
 
 
-def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs):
-    """(dx, dA, dB), None where `needs` (three bools) says so; dxa = scale * dy B is rounded to x's dtype first.
+def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa=None):
+    """(dx, dA, dB, dxa), of the first three None where `needs` (three bools) says so.
+
+    dxa = scale * dy B, rounded to x's dtype, where it is not given.
 
     dx = dy W + mask(dxa A) / (1 - p),  dA = dxa^T dropout(x),  dB = dy^T xa.
     """
     need_dx, need_dA, need_dB = needs
     compute = _compute_dtype(x.dtype)
     dyc = dy.to(compute)
-    dxa = (dyc @ B.to(compute)).mul_(scale).to(x.dtype).to(compute)
+    if dxa is None:
+        dxa = (dyc @ B.to(compute)).mul_(scale).to(x.dtype)
+    low = dxa.to(compute)
     dx = dA = dB = None
     if need_dx:
         dx = dyc @ weight.to(compute)
         if seed is None:
-            dx.addmm_(dxa, A.to(compute))
+            dx.addmm_(low, A.to(compute))
         else:
-            dx += dropout(dxa @ A.to(compute), p, seed)
+            dx += dropout(low @ A.to(compute), p, seed)
         dx = dx.to(x.dtype)
     if need_dA:
-        dA = (dxa.T @ dropout(x.to(compute), p, seed)).to(A.dtype)
+        dA = (low.T @ dropout(x.to(compute), p, seed)).to(A.dtype)
     if need_dB:
         dB = (dyc.T @ xa.to(compute)).to(B.dtype)
-    return dx, dA, dB
+    return dx, dA, dB, dxa
 
 
 def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None):

@@ -127,6 +127,23 @@ def test_rules(path):
     assert sorted(set(violations(path))) == []
 
 
+def unspoken_loads(path):
+    """Lines of torch.load without a word about what may be unpickled."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if dotted(call.func) == "torch.load"]
+    return [call.lineno for call in loads if "weights_only" not in {keyword.arg for keyword in call.keywords}]
+
+
+@pytest.mark.parametrize("room", ["fused_lora", "bench", "examples", "tests"])
+def test_every_load_says_what_it_allows(room):
+    assert [path for path in (PACKAGE.parent / room).rglob("*.py") if unspoken_loads(path)] == []
+
+
+def test_a_load_that_does_not_say_is_found(tmp_path):
+    (tmp_path / "one.py").write_text("import torch\ntorch.load('x', weights_only=True)\ntorch.load('y')\n")
+    assert unspoken_loads(tmp_path / "one.py") == [3]
+
+
 @pytest.mark.parametrize("path", files())
 def test_length(path):
     assert len(path.read_text().splitlines()) < MAX_LINES

@@ -35,7 +35,7 @@ def forget():
 def extension(monkeypatch):
     """A CUDA extension whose kernels take ranks up to 256."""
     built = types.ModuleType("fused_lora._C")
-    built.lora_linear_obstacle = lambda r: "r is above 256" if r > 256 else ""
+    built.rank_obstacle = lambda r: "r is above 256" if r > 256 else ""
     monkeypatch.setitem(sys.modules, "fused_lora._C", built)
     monkeypatch.setattr(fused_lora, "_C", built, raising=False)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
@@ -286,7 +286,7 @@ def test_every_capability_gets_legal_tiles(capability):
                 assert all(tiles.legal(tile, gpu, itemsize, tma) for tile in chosen)
             for r in (1, 16, 17, 100, 256, 512):
                 for tile in (
-                    tiles.shrink_tile(8192, r, gpu, itemsize, precision),
+                    tiles.shrink_tile(r, gpu, itemsize, precision),
                     tiles.factor_grad_tile(r, gpu, itemsize, precision),
                     tiles.merge_tile(r, gpu, itemsize),
                 ):

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +63,9 @@ def test_it_stays_so_through_what_happens_to_modules():
     replace_linear(assigned, r=4)
     dense = {name: value.contiguous() for name, value in model.cuda().state_dict().items()}
     assigned.load_state_dict(dense, assign=True)
+    assert assigned[1].weight.data_ptr() == dense["1.weight"].data_ptr(), "it is the dict's memory too"
+    del dense
+    assigned.to("cuda")
     kept = io.BytesIO()
     torch.save(model, kept)
     kept.seek(0)
@@ -88,6 +92,80 @@ def test_what_shares_its_memory_stays_where_it_is():
     linear = nn.Linear(141, 24, bias=False, device="meta", dtype=torch.bfloat16)
     linear.weight = nn.Parameter(whole[:24])
     assert LoRALinear.from_linear(linear, 4).weight.data_ptr() == whole.data_ptr()
+
+
+@gpu
+def test_what_is_tied_by_its_memory_stays_tied():
+    embedding = nn.Embedding(24, 141, device="cuda", dtype=torch.bfloat16)
+    linear = nn.Linear(141, 24, bias=False, device="meta", dtype=torch.bfloat16)
+    linear.weight = nn.Parameter(embedding.weight.data)
+    layer = LoRALinear.from_linear(linear, 4)
+    assert layer.weight.data_ptr() == embedding.weight.data_ptr()
+    assert layer.to("cuda").weight.data_ptr() == embedding.weight.data_ptr()
+
+
+SHARING = {
+    "tied": lambda weight: nn.Parameter(weight.data),
+    "a view": lambda weight: weight.detach()[1:],
+    "transposed": lambda weight: weight.detach().T,
+    "another dtype": lambda weight: weight.detach().view(torch.int16),
+    "a state dict": lambda weight: {"weight": weight.detach()},
+    "dlpack": lambda weight: torch.utils.dlpack.to_dlpack(weight.detach()),
+}
+
+
+@pytest.mark.parametrize("share", SHARING.values(), ids=SHARING.keys())
+def test_what_another_shares_is_not_alone(share):
+    weight = nn.Parameter(torch.randn(4, 13, dtype=torch.bfloat16))
+    assert padding.is_alone(weight)
+    other = share(weight)
+    assert not padding.is_alone(weight)
+    del other
+    assert padding.is_alone(weight)
+
+
+def test_a_part_of_memory_is_not_alone():
+    whole = torch.randn(8, 13)
+    assert not padding.is_alone(whole[:4])
+    assert not padding.is_alone(torch.randn(13, 8).T)
+    part = torch.randn(8, 13)[:4]
+    assert not padding.is_alone(part), "nothing else is there, but it would not move as it is"
+
+
+def test_memory_that_another_library_reads_is_not_alone():
+    assert not padding.is_alone(torch.from_numpy(np.zeros((4, 13), np.float32)))
+    weight = torch.randn(4, 13)
+    array = weight.numpy()
+    assert not padding.is_alone(weight)
+    assert array.shape == (4, 13)
+
+
+WHEN_IT_MOVES = {
+    "new": lambda layer: LoRALinear(13, 4, 2),
+    "from_linear": lambda layer: LoRALinear.from_linear(nn.Linear(13, 4), 2),
+    "replace_linear": lambda layer: replace_linear(nn.Sequential(nn.Linear(13, 4)), 2),
+    "deepcopy": lambda layer: copy.deepcopy(nn.Sequential(layer)),
+    "cast": lambda layer: nn.Sequential(layer).to(torch.bfloat16),
+    "to_empty": lambda layer: layer.to("meta").to_empty(device="cpu"),
+    "load_state_dict": lambda layer: layer.load_state_dict(LoRALinear(13, 4, 2).state_dict()),
+}
+
+
+@pytest.mark.parametrize("act", WHEN_IT_MOVES.values(), ids=WHEN_IT_MOVES.keys())
+def test_a_weight_is_alone_when_it_is_to_move(act, monkeypatch):
+    """Else it would stay dense for good."""
+    layer, found = LoRALinear(13, 4, 2), []
+    monkeypatch.setattr(padding, "pad_rows_", lambda weight: found.append(padding.is_alone(weight)))
+    act(layer)
+    assert found[-1]
+
+
+def test_an_assigned_weight_is_alone_when_the_dict_is_gone():
+    layer, state = LoRALinear(13, 4, 2), LoRALinear(13, 4, 2).state_dict()
+    layer.load_state_dict(state, assign=True)
+    assert not padding.is_alone(layer.weight)
+    del state
+    assert padding.is_alone(layer.weight)
 
 
 def test_a_layer_from_before_there_was_the_choice():

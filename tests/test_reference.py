@@ -30,11 +30,11 @@ def test_forward_and_backward_are_autograds(bias, p):
     bias, dy, seed = double(N) if bias else None, double(M, N), SEED if p else None
     scale = torch.tensor(SCALE, dtype=torch.float64)
     y, xa = reference.lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p)
-    got = (y, *reference.lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, (True, True, True)))
+    *grads, _ = reference.lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, (True, True, True))
     inputs = [t.requires_grad_() for t in (x, A, B)]
     want = reference.lora_linear_ref(x, weight, A, B, bias, SCALE, p, seed)
     exact = (want, *torch.autograd.grad(want, inputs, dy))
-    for name, value, want in zip(("y", "dx", "dA", "dB"), got, exact, strict=True):
+    for name, value, want in zip(("y", "dx", "dA", "dB"), (y, *grads), exact, strict=True):
         torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
     dropped = torch.nn.functional.linear(reference.dropout(x, p, seed), A)
     torch.testing.assert_close(xa, SCALE * dropped)
@@ -60,10 +60,14 @@ def test_gradients_that_are_not_needed(needs):
     x, weight, A, B = matrices()
     scale, dy = torch.tensor(SCALE), double(M, N)
     xa = reference.lora_linear_forward_ref(x, weight, A, B, None, scale, None, 0.0)[1]
-    all_three = reference.lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, None, 0.0, (True, True, True))
-    some = reference.lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, None, 0.0, needs)
+    arguments = (dy, x, weight, A, B, xa, scale, None, 0.0)
+    *all_three, dxa = reference.lora_linear_backward_ref(*arguments, (True, True, True))
+    *some, _ = reference.lora_linear_backward_ref(*arguments, needs)
+    *given, _ = reference.lora_linear_backward_ref(*arguments, needs, 2 * dxa)
     for needed, want, got in zip(needs, all_three, some, strict=True):
         assert torch.equal(got, want) if needed else got is None
+    for i, name in enumerate(("dx", "dA", "dB")):
+        assert not needs[i] or torch.equal(given[i], all_three[i]) == (name == "dB"), "a given dxa is read, not made"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -138,20 +138,19 @@ inline KernelParams params_of(const Pass& pass, int* flags) {
   return p;
 }
 
-// Tensor maps of one dtype, and the first error among them.
+// Tensor maps, and the first error among them.
 struct MapMaker {
-  DType dtype;
   cudaError_t error = cudaSuccess;
 
-  CUtensorMap operator()(const Matrix& matrix, int box_rows = kBox) {
+  CUtensorMap operator()(const Operand& matrix, int box_rows = kBox) {
     CUtensorMap map{};
-    if (error == cudaSuccess) error = make_tensor_map(matrix, dtype, &map, box_rows);
+    if (error == cudaSuccess) error = make_tensor_map(matrix, &map, box_rows);
     return map;
   }
 };
 
 // out (M, N), contiguous: by the copy engine where its rows are multiples of 16 bytes, else by the finisher.
-inline void set_out(KernelParams& p, Part& part, MapMaker& map, const Matrix& out) {
+inline void set_out(KernelParams& p, Part& part, MapMaker& map, const Operand& out) {
   if (out.stride % 8 == 0) {
     part.out = map(out);
   } else {

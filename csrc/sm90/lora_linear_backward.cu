@@ -9,42 +9,48 @@ FUSED_LORA_LAUNCH_PASS(true, false, false);
 
 namespace {
 
+// Sums of dy come with dB.
+bool wants_dB(const BackwardPart& part) { return part.dB.data != nullptr || part.dbias.data != nullptr; }
+
+// Whether the copy engine can write a factor's gradient.
+bool is_copied(const Operand& grad, const Operand& x) { return grad.format == x.format && grad.cols % 8 == 0; }
+
 Pass pass_of(const BackwardParams& b) {
-  Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.needs_dx, b.gated, b.parts, b.summed, {}};
+  Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.dx.data != nullptr || b.gated, b.gated, b.parts, b.summed, {}};
   for (int i = 0; i < b.parts; ++i) {
     const BackwardPart& part = b.part[i];
-    pass.part[i] = {part.x.cols, part.dy.cols, part.A.rows, part.dA != nullptr, part.dB != nullptr || part.dbias != nullptr};
+    pass.part[i] = {part.x.cols, part.dy.cols, part.A.rows, part.dA.data != nullptr, wants_dB(part)};
   }
   return pass;
 }
 
-void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& low, bool makes_low, bool copied) {
-  const Matrix& x = b.x;
+void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& low, bool makes_low) {
+  const Operand& x = b.x;
   g.big = map(x);
   g.low = low;
   g.needs_low = makes_low;
-  g.out = b.dA;
+  g.out = b.dA.data;
   g.stride_col = 1;
   g.stride_rank = x.cols;
   g.cols = static_cast<int>(x.cols);
-  g.copied = copied && x.cols % 8 == 0;
-  if (g.copied) g.result = map({b.dA, b.A.rows, x.cols, x.cols});
+  g.copied = is_copied(b.dA, x);
+  if (g.copied) g.result = map(b.dA);
 }
 
-void set_dB(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& dy, bool copied) {
+void set_dB(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& dy) {
   const int64_t r = b.A.rows;
   g.big = dy;
   g.low = r > 0 ? map(b.xa) : dy;  // without factors: something that can be read, whose products nobody wants
-  g.out = r > 0 ? b.dB : nullptr;
-  g.sums = b.dbias;
+  g.out = r > 0 ? b.dB.data : nullptr;
+  g.sums = b.dbias.data;
   g.stride_col = r;
   g.stride_rank = 1;
   g.cols = static_cast<int>(b.dy.cols);
-  g.copied = g.out != nullptr && copied && r % 8 == 0;
-  if (g.copied) g.result = map({b.dB, b.dy.cols, r, r});
+  g.copied = g.out != nullptr && is_copied(b.dB, b.dy);
+  if (g.copied) g.result = map(b.dB);
 }
 
-void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed, bool copied) {
+void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
   part.lhs = map(b.dy);
   if (part.r > 0) part.low = map(b.dxa);
   if (summed) {
@@ -54,11 +60,11 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed, boo
       part.up = map(b.A);
     }
   }
-  if (b.dA != nullptr) set_dA(part.dA, map, b, part.low, summed, copied);
-  if (b.dB != nullptr || b.dbias != nullptr) set_dB(part.dB, map, b, part.lhs, copied);
+  if (b.dA.data != nullptr) set_dA(part.dA, map, b, part.low, summed);
+  if (wants_dB(b)) set_dB(part.dB, map, b, part.lhs);
   part.scale = b.scale;
   part.dropout = b.dropout;
-  part.bias_dtype = b.bias_dtype;
+  part.bias_dtype = b.dbias.format;
 }
 
 }  // namespace
@@ -78,8 +84,8 @@ int64_t backward_partials(const BackwardParams& b) {
   for (int i = 0; i < b.parts; ++i) {
     const BackwardPart& part = b.part[i];
     const int64_t N = part.dy.cols;
-    if (part.dA != nullptr) floats += most_partial_floats(part.x.cols, most_rank);
-    if (part.dB != nullptr || part.dbias != nullptr) floats += most_partial_floats(N, most_rank) + most_partial_cols(N);
+    if (part.dA.data != nullptr) floats += most_partial_floats(part.x.cols, most_rank);
+    if (wants_dB(part)) floats += most_partial_floats(N, most_rank) + most_partial_cols(N);
   }
   return floats;
 }
@@ -87,17 +93,17 @@ int64_t backward_partials(const BackwardParams& b) {
 cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t stream) {
   const Pass pass = pass_of(b);
   KernelParams p = params_of(pass, b.flags);
-  MapMaker map{b.dtype};
-  for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed, b.factor_dtype == b.dtype);
+  MapMaker map;
+  for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed);
   if (b.gated) {
     p.gated = {b.gate.data, b.up.data, b.hidden.data, b.dgate.data, b.dup.data, b.gate.stride, b.activation, b.factors};
-  } else if (b.needs_dx) {
+  } else if (b.dx.data != nullptr) {
     set_out(p, p.part[0], map, b.dx);
   }
   if (map.error != cudaSuccess) return map.error;
   p.part[0].dA.partial = b.partial;
-  p.factor_dtype = b.factor_dtype;
-  return launcher_of<true>(pass)(p, pass, b.dtype, stream);
+  p.factor_dtype = b.part[0].dA.format;
+  return launcher_of<true>(pass)(p, pass, b.part[0].dy.format, stream);
 }
 
 }  // namespace fused_lora

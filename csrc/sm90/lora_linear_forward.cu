@@ -9,12 +9,12 @@ FUSED_LORA_LAUNCH_PASS(false, false, false);
 namespace {
 
 Pass pass_of(const ForwardParams& f) {
-  Pass pass{f.x.rows, false, f.dropout.seed != nullptr, true, f.gated, f.parts, f.parts, {}};
+  Pass pass{f.x.rows, false, f.part[0].dropout.seed != nullptr, true, f.gated, f.parts, f.parts, {}};
   for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false};
   return pass;
 }
 
-void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, const Matrix& x, bool gated) {
+void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, const Operand& x, bool gated) {
   part.lhs = map(x);
   part.weight = map(f.weight);
   if (part.r > 0) {
@@ -26,8 +26,9 @@ void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, 
   part.low_data = f.xa.data;
   part.low_stride = f.xa.stride;
   part.scale = f.scale;
-  part.bias = f.bias;
-  part.bias_dtype = f.bias_dtype;
+  part.bias = f.bias.data;
+  part.bias_dtype = f.bias.format;
+  part.dropout = f.dropout;
 }
 
 }  // namespace
@@ -45,11 +46,8 @@ int64_t forward_flags(const ForwardParams& f) { return 2 + f.parts * ready_flags
 cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
   const Pass pass = pass_of(f);
   KernelParams p = params_of(pass, f.flags);
-  MapMaker map{f.dtype};
-  for (int i = 0; i < f.parts; ++i) {
-    set_part(p, p.part[i], map, f.part[i], f.x, f.gated);
-    p.part[i].dropout = f.dropout;
-  }
+  MapMaker map;
+  for (int i = 0; i < f.parts; ++i) set_part(p, p.part[i], map, f.part[i], f.x, f.gated);
   if (f.gated) {
     p.gated.gate = f.part[0].y.data;
     p.gated.up = f.part[1].y.data;
@@ -60,7 +58,7 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   }
   if (f.parts == 1 && p.part[0].r > 0) p.down_riding = map(f.part[0].A, 16);
   if (map.error != cudaSuccess) return map.error;
-  return launcher_of<false>(pass)(p, pass, f.dtype, stream);
+  return launcher_of<false>(pass)(p, pass, f.x.format, stream);
 }
 
 }  // namespace fused_lora

@@ -12,6 +12,6 @@ constexpr int kBox = 64;
 constexpr int kBoxBytes = kBox * kBox * 2;
 
 // A map of the matrix in such boxes, or in ones of fewer rows. Outside the matrix it reads zeros and writes nothing.
-cudaError_t make_tensor_map(const Matrix& matrix, DType dtype, CUtensorMap* map, int box_rows);
+cudaError_t make_tensor_map(const Operand& matrix, CUtensorMap* map, int box_rows);
 
 }  // namespace fused_lora::sm90

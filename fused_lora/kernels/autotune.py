@@ -4,39 +4,29 @@ Only kernels that write fresh outputs are tuned, so running one many times chang
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import astuple
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 import triton
+from torch import distributed
 from triton.runtime.errors import OutOfResources
 
-from .tiles import Gpu, Tile
+from .tile_file import TileFile
+from .tiles import Gpu, Tile, legal
+
+_file = cache(TileFile)
+_choices: dict[tuple[str, str], Tile] = {}  # by file and key
+_choosing = Lock()
 
 
 def bucket(kernel: str, M: int, N: int, K: int, r: int, dtype: torch.dtype, *flags: bool) -> str:
     """The key of a shape: M up to the next power of two, the layer's own sizes exactly."""
     marks = "".join("ft"[flag] for flag in flags)
     return f"{kernel}/M{1 << max(M - 1, 0).bit_length()}/N{N}/K{K}/r{r}/{str(dtype).removeprefix('torch.')}/{marks}"
-
-
-@cache
-def _load(path: str) -> dict[str, list[int]]:
-    file = Path(path)
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def _store(path: str, tiles: dict[str, list[int]]) -> None:
-    """Whole or not at all, whoever else is tuning."""
-    folder = Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-        json.dump(tiles, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
 
 
 def _measure(run: Callable[[Tile], object], tile: Tile) -> float:
@@ -46,17 +36,49 @@ def _measure(run: Callable[[Tile], object], tile: Tile) -> float:
         return float("inf")
 
 
-def tuned(gpu: Gpu, key: str, default: Tile, candidates: Iterable[Tile], run: Callable[[Tile], object], like) -> Tile:
+def tuned(
+    gpu: Gpu, key: str, default: Tile, candidates: Iterable[Tile], run: Callable[[Tile], object], like, tma: bool
+) -> Tile:
     """The fastest candidate for `key`, measured once; the default without autotuning, or where nothing can be timed.
 
-    like is an operand of the call: on `meta`, or inside a CUDA graph's capture, there is no timing.
+    like is an operand of the call: on `meta`, or inside a CUDA graph's capture, there is no timing. tma: whether the
+    copy engine reads the kernel's operands; a tile of the file that is not legal then is measured anew.
+    What a process has chosen, it keeps; in a process group it is what the first rank chose that came to `key`.
     """
     if gpu.tile_cache is None:
         return default
-    known = _load(gpu.tile_cache)
-    if key not in known:
-        if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-            return default
-        known[key] = astuple(min(dict.fromkeys([default, *candidates]), key=lambda tile: _measure(run, tile)))
-        _store(gpu.tile_cache, known)
-    return Tile(*known[key])
+    with _choosing:  # one thread measures at a time
+        choice = _choices.get((gpu.tile_cache, key))
+        return _choose(gpu, key, default, candidates, run, like, tma) if choice is None else choice
+
+
+def _choose(gpu: Gpu, key: str, default: Tile, candidates, run, like, tma: bool) -> Tile:
+    file = _file(gpu.tile_cache)
+    known = file.get(key)
+    if known is not None and not legal(known, gpu, like.dtype.itemsize, tma):
+        known = None
+    if not like.is_cuda:  # nothing is computed, and nothing decided
+        return known or default
+    choice = known or default
+    measures = known is None and not torch.cuda.is_current_stream_capturing()
+    if measures:
+        choice = min(dict.fromkeys([default, *candidates]), key=lambda tile: _measure(run, tile))
+    choice = _choices[gpu.tile_cache, key] = _of_all_ranks(f"{Path(gpu.tile_cache).name}/{key}", choice)
+    if measures:
+        file.put(key, choice)
+    return choice
+
+
+def _of_all_ranks(name: str, choice: Tile) -> Tile:
+    """The first choice of this process group under `name`.
+
+    Ranks may tune different shapes, or at different times, so that any collective could wait for ever. The group's
+    store keeps the first value that it is given and answers at once. What was chosen before the group was there stays.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return choice
+    store = distributed.distributed_c10d._get_default_store()
+    try:
+        return Tile(*json.loads(store.compare_set(f"fused_lora/{name}", "", json.dumps(astuple(choice)))))
+    except RuntimeError:  # its server has ended, or it only pretends to be one
+        return choice

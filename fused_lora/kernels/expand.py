@@ -131,11 +131,11 @@ def expand(
     layouts = [Layout.of(matrix) for matrix in (lhs, weight, low, factor)]
     key = (*layouts, None if bias is None else bias.dtype, dropout.active, gpu, precision, rhs_t, tile)
 
-    def measured(default: Tile, candidates: list[Tile], *flags: bool) -> Tile:
-        bucket_key = bucket("expand", *lhs.shape, out.shape[1], low.shape[1], lhs.dtype, rhs_t, *flags)
+    def measured(default: Tile, candidates: list[Tile], tma: bool, *flags: bool) -> Tile:
+        bucket_key = bucket("expand", *lhs.shape, out.shape[1], low.shape[1], lhs.dtype, rhs_t, tma, *flags)
         return tuned(
             gpu, bucket_key, default, candidates,
-            lambda t: expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, tile=t), lhs,
+            lambda t: expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, tile=t), lhs, tma,
         )  # fmt: skip
 
     out = torch.empty(lhs.shape[0], weight.shape[0 if rhs_t else 1], dtype=lhs.dtype, device=lhs.device)

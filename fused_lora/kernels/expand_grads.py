@@ -68,7 +68,7 @@ def expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu: Gpu, tile: Tile | No
     def measured(default: Tile, candidates: list[Tile]) -> Tile:
         return tuned(
             gpu, bucket("expand_grads", *dy.shape, x.shape[1], A.shape[0], x.dtype), default, candidates,
-            lambda t: expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu, t), x,
+            lambda t: expand_grads(dy, weight, dxa, factor, x, xa, A, B, gpu, t), x, True,
         )  # fmt: skip
 
     dA, dB, plan = planned((expand_grads, *key), lambda: _plan(*key, measured))

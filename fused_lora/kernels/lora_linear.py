@@ -17,18 +17,17 @@ def lora_linear_forward(x, weight, A, B, bias, scale, dropout: Dropout, gpu: Gpu
     return y, xa
 
 
-def lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout: Dropout, gpu: Gpu, precision: str, needs):
-    """(dx, dA, dB), None where needs says so; needs is three bools in that order."""
+def lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout: Dropout, gpu: Gpu, precision: str, needs, dxa=None):
+    """(dx, dA, dB, dxa), None where needs says so; needs is of the first three. A dxa that is given is not made."""
     need_dx, need_dA, need_dB = needs
     factor_A, factor_B = A.to(x.dtype), B.to(x.dtype)
-    dxa = None
-    if need_dx or need_dA:
+    if dxa is None and (need_dx or need_dA):
         dxa = shrink(dy, factor_B, scale, dropout.keep_scale, NO_DROPOUT, gpu, precision, rhs_t=False)
     if all(needs) and not dropout.active and can_expand_grads(gpu, dy, weight, dxa, factor_A, x, xa):
-        return expand_grads(dy, weight, dxa, factor_A, x, xa, A, B, gpu)
+        return *expand_grads(dy, weight, dxa, factor_A, x, xa, A, B, gpu), dxa
     dx = dA = dB = None
     if need_dx:
         dx = expand(dy, weight, dxa, factor_A, None, dropout, gpu, precision, rhs_t=False)
     if need_dA or need_dB:
         dA, dB = factor_grads(x, dxa, A, dy, xa, B, dropout, gpu, precision, (need_dA, need_dB))
-    return dx, dA, dB
+    return dx, dA, dB, dxa

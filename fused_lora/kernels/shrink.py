@@ -65,7 +65,7 @@ def shrink(lhs, factor, scale, keep_scale, dropout: Dropout, gpu: Gpu, precision
 def _plan(lhs: Layout, factor: Layout, dropout: bool, gpu: Gpu, precision: str, rhs_t: bool) -> tuple[int, Plan]:
     """(slices of K, launch)."""
     M, K, r = lhs.rows, lhs.cols, factor.rows if rhs_t else factor.cols
-    tile = tiles.shrink_tile(M, r, gpu, lhs.dtype.itemsize, precision)
+    tile = tiles.shrink_tile(r, gpu, lhs.dtype.itemsize, precision)
     blocks = ceil(M / tile.block_m) * ceil(r / tile.block_n)
     splits, k_per_split = tiles.split(K, tile.block_k, blocks, gpu)
     tma, factor_tma = lhs.tma_ready(gpu), factor.tma_ready(gpu)

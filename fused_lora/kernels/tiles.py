@@ -1,6 +1,7 @@
 """Which tile a kernel uses: a small analytic table per architecture, and ONE rule for what is legal.
 
-Tiles are chosen from shapes, dtype and GPU alone, so that a layer's results do not change from call to call.
+Tiles are chosen from shapes, dtype and GPU alone, so that a layer's results do not change from call to call. What
+depends on the number of tokens is not remembered here: it is asked for once a plan.
 """
 
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ class Tile:
 
 
 MAX_ACCUMULATORS = 128  # fp32 registers a thread, of 255, that an accumulator may take
+MAX_WARPS = 32  # of a block
 
 # 128x256 is what feeds Hopper's tensor cores at full rate: at 128x128 shared memory serves 160 bytes a cycle of 128.
 # (block_m, block_n, block_k, warps, wanted stages, relative speed of one full wave)
@@ -74,14 +76,22 @@ def shared_memory(tile: Tile, itemsize: int, tma: bool) -> int:
 
 
 def legal(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> bool:
-    """Whether a tile may be launched on this GPU: shared memory, accumulator registers, instruction shape."""
+    """Whether a tile may be launched on this GPU: powers of two, shared memory, accumulator registers, instruction
+    shape."""
+    if not all(map(_is_power_of_two, (tile.block_m, tile.block_n, tile.block_k, tile.num_warps))):
+        return False
     accumulators = tile.block_m * tile.block_n / (32 * tile.num_warps)
     return (
         shared_memory(tile, itemsize, tma) <= gpu.shared_memory
         and accumulators <= MAX_ACCUMULATORS
         and min(tile.block_m, tile.block_n, tile.block_k) >= 16
+        and tile.num_warps <= MAX_WARPS
         and tile.num_stages >= 1
     )
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def _fit(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> Tile:
@@ -91,6 +101,7 @@ def _fit(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> Tile:
     return tile
 
 
+@cache
 def _expand_speeds(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> dict[Tile, float]:
     """The legal tiles of the expand kernel with their relative speeds."""
     if itemsize == 4:
@@ -106,7 +117,6 @@ def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> lis
     return list(_expand_speeds(gpu, itemsize, tma, precision))
 
 
-@cache
 def expand_tile(M: int, N: int, gpu: Gpu, itemsize: int, tma: bool, precision: str) -> Tile:
     """The tile whose waves over the SMs take the least time."""
 
@@ -125,7 +135,7 @@ def rank_block(r: int, most: int) -> int:
 
 
 @cache
-def shrink_tile(M: int, r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
+def shrink_tile(r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
     """Tall tiles that hold all of r up to 256 (128 where pointers take registers): the long operand is read once."""
     if itemsize == 4:
         # Without tensor cores an accumulator costs registers twice.
@@ -183,7 +193,6 @@ MAX_SLICES = 32
 SLICE_COST = 0.003  # of the uncut reduction: what writing and adding up one more slice takes
 
 
-@cache
 def split(depth: int, block_k: int, pieces: int, gpu: Gpu) -> tuple[int, int]:
     """(slices, depth of a slice): `pieces` tiles are cut along the reduction, at four steps a slice or more,
     where that fills the waves over the SMs better."""

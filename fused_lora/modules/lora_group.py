@@ -51,11 +51,8 @@ class LoRAGroup:
 
     def _compute(self, x: Tensor, training: bool) -> None:
         places = [i for i, layer in enumerate(self.layers) if not layer.merged]
-        layers = [self.layers[i] for i in places]
-        columns = (
-            [getattr(layer, name) for layer in layers] for name in ("weight", "lora_A", "lora_B", "bias", "scale")
-        )
-        ys = ops.lora_group(x, *columns, p=layers[0].lora_dropout if training else 0.0)
+        parts = [self.layers[i].part() for i in places]
+        ys = ops.lora_group(x, parts, p=self.layers[0].lora_dropout if training else 0.0)
         self._waiting = dict(zip(places, ys, strict=True))
         self._of = {i: self._key(self.layers[i], x) for i in places}
         if not torch.compiler.is_compiling():

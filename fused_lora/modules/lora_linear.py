@@ -4,13 +4,15 @@ import copy
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .. import checks, ops, padding
+from .scaled import Scaled
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Scaled):
     """y = x W^T + scale dropout(x) A^T B^T + bias with W and bias frozen: nn.Linear plus a trainable update of rank r.
 
         weight (N, K), bias (N,)    as nn.Linear's, under its names, requires_grad False
@@ -19,11 +21,14 @@ class LoRALinear(nn.Module):
 
     scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. lora_A starts kaiming-uniform (a = sqrt 5) and
     lora_B zero, so a new layer computes what the linear did. lora_dropout acts on the update's input in training.
-    While merged, forward is the plain linear on the merged weight, and state_dict holds that weight.
+    While merged, forward is the plain linear on the merged weight, and state_dict holds that weight and says so: its
+    `_extra_state` is merged, as a bool tensor. Where it is absent, from an nn.Linear or an earlier version, a loaded
+    weight counts as not merged.
 
     On a GPU, a 16-bit weight with in_features that are no multiple of 8 lies in padded rows: a view of the same shape,
     which safetensors wants .contiguous(). pad_rows=False leaves it dense, as FSDP needs it; the default pads it where
-    torch.distributed is not initialized.
+    torch.distributed is not initialized. Memory that another tensor shares stays as it is: after
+    load_state_dict(assign=True), until the dict is gone and the layer is moved.
 
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
@@ -45,18 +50,13 @@ class LoRALinear(nn.Module):
         lora_dtype=None,
         pad_rows: bool | None = None,
     ):
-        checks.check_rank(r)
-        checks.check_scale("lora_alpha", lora_alpha)
         checks.check_probability("lora_dropout", lora_dropout)
         if lora_dtype is not None:
             checks.check_dtype("lora_dtype", lora_dtype)
-        super().__init__()
+        super().__init__(r, lora_alpha, use_rslora)
         self.in_features = in_features
         self.out_features = out_features
-        self.r = r
-        self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
-        self.use_rslora = use_rslora
         self.merged = False
         self.pads_rows = padding.by_default() if pad_rows is None else pad_rows
         self.group = None  # LoRAGroup sets it
@@ -66,50 +66,78 @@ class LoRALinear(nn.Module):
         factor = dict(device=self.weight.device, dtype=lora_dtype or self.weight.dtype)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, **factor))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, **factor))
-        self.register_buffer("scale", self._new_scale(self.weight.device), persistent=False)
         self.reset_lora_parameters()
-        self._pad_rows()
+        self._settle()
 
-    @property
-    def scaling(self) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def _new_scale(self, device) -> Tensor:
-        return torch.full((), self.scaling, dtype=torch.float32, device=device)
+    def _settle(self) -> None:
+        """After weight may have moved: its rows are padded, and the scale is beside it before a CUDA graph is made."""
+        if self.pads_rows:
+            padding.pad_rows_(self.weight)
+        self._scale_beside(self.weight)
 
     def _apply(self, fn, recurse=True):
-        # .to(dtype) would round the scale and .to_empty() would lose it: it is made anew wherever the weight now lives.
         super()._apply(fn, recurse)
-        self.scale = self._new_scale(self.weight.device)
-        self._pad_rows()
+        self._settle()
         return self
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self._pad_rows()  # what was assigned may be dense
 
     def __deepcopy__(self, memo):
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
-        new._pad_rows()  # a parameter's copy is dense
+        new._settle()
         return new
 
-    def _pad_rows(self) -> None:
-        if self.pads_rows:
-            padding.pad_rows_(self.weight)
+    def get_extra_state(self) -> Tensor:
+        """merged, for state dicts: a weight means nothing without it."""
+        return torch.tensor(self.merged, device="cpu")
 
-    def set_lora_alpha(self, lora_alpha: float) -> None:
-        """Changes the scale in place: nothing recompiles, and captured CUDA graphs see it."""
-        checks.check_scale("lora_alpha", lora_alpha)
-        if self.merged:
-            raise RuntimeError("lora_alpha cannot change while the update is merged: call unmerge_() first")
-        self.lora_alpha = lora_alpha
-        self.scale.fill_(self.scaling)
+    def set_extra_state(self, state: Tensor) -> None:
+        """As get_extra_state gave it."""
+        self.merged = bool(state)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        key, before = prefix + _EXTRA_STATE_KEY_SUFFIX, self.merged
+        errors = self._load_errors(state_dict, prefix)
+        if errors:
+            error_msgs += errors
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "weight" not in state_dict:
+            self.merged = before  # what the dict says is of another weight
+        elif key not in state_dict:
+            self.merged = False
+        if key in missing_keys:
+            missing_keys.remove(key)
+        self._settle()
+
+    def _load_errors(self, state_dict, prefix: str) -> list[str]:
+        """Why nothing of a state dict is loaded, since a part of it would leave the layer half of one state and half
+        of another."""
+        mine = {prefix + name: parameter for name, parameter in self.named_parameters(recurse=False)}
+        errors = [
+            f"size mismatch for {key}: the checkpoint has {found}, the layer {own.shape}"
+            for key, own in mine.items()
+            if key in state_dict and (found := _shape_of(state_dict[key])) != own.shape
+        ]
+        given = [name for name in ("weight", "lora_A", "lora_B") if prefix + name in state_dict]
+        merged = state_dict.get(prefix + _EXTRA_STATE_KEY_SUFFIX, False) if "weight" in given else self.merged
+        if merged and 0 < len(given) < 3:
+            whose = "the checkpoint's" if "weight" in given else "the layer's"
+            errors.append(
+                f"{prefix.rstrip('.') or type(self).__name__}: {whose} weight is merged, and so is loaded with both "
+                f"factors only, got {' and '.join(given)}: call unmerge_() first"
+            )
+        return errors
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """A kaiming-uniform with a = sqrt 5, that is U(-1/sqrt(K), 1/sqrt(K)); B zero."""
+        """A kaiming-uniform with a = sqrt 5, that is U(-1/sqrt(K), 1/sqrt(K)); B zero. Raises RuntimeError if merged:
+        the update in weight could not be taken out any more."""
+        if self.merged:
+            raise RuntimeError("lora_A and lora_B cannot begin anew while they are merged: call unmerge_() first")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -148,7 +176,6 @@ class LoRALinear(nn.Module):
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=device))
         layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=device))
-        layer.scale = layer._new_scale(device)
         layer.reset_lora_parameters()
         return layer.train(linear.training)
 
@@ -160,35 +187,68 @@ class LoRALinear(nn.Module):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
-        self._pad_rows()
+        self._settle()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return self._traced(input)
         if self.merged:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
         if self.group is not None:
-            return self.group.output(self, x)
-        p = self.lora_dropout if self.training else 0.0
-        return ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, self.scale, p)
+            return self.group.output(self, input)
+        p, weight = self.lora_dropout if self.training else 0.0, self.weight
+        return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight), p)
+
+    def _traced(self, input: fx.Proxy) -> fx.Proxy:
+        """A call of the whole layer, as fx.symbolic_trace makes of nn.Linear."""
+        path = input.tracer.path_of_module(self)
+        if not path:
+            raise TypeError("a LoRALinear is a leaf of fx.symbolic_trace: trace a module that contains it")
+        return input.tracer.create_proxy("call_module", path, (input,), {})
+
+    def part(self) -> ops.Part | None:
+        """What the layer adds to a pass that it shares with others; None while that is no LoRA linear."""
+        if self.merged:
+            return None
+        weight = self.weight
+        return ops.Part(weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight))
 
     def merge_(self) -> "LoRALinear":
-        """weight += scale B A in place; forward is then a plain linear. Raises RuntimeError if merged already."""
+        """weight += scale B A in place; forward is then a plain linear.
+
+        Raises RuntimeError if merged already, ValueError for a factor that is not finite: it could not be taken out.
+        """
         if self.merged:
             raise RuntimeError("the update is already merged")
+        self._check_finite()
         ops.merge_(self.weight, self.lora_A, self.lora_B, self.scale)
         self.merged = True
         return self
 
     def unmerge_(self) -> "LoRALinear":
         """weight -= scale B A in place. Exact in float64 and float32 up to their rounding; in 16 bits each entry comes
-        back to within one unit in the last place of the larger of its two values."""
+        back to within one unit in the last place of the larger of its two values. Raises as merge_ does."""
         if not self.merged:
             raise RuntimeError("the update is not merged")
+        self._check_finite()
         ops.merge_(self.weight, self.lora_A, self.lora_B, -self.scale)
         self.merged = False
         return self
 
+    def _check_finite(self) -> None:
+        """Waits for the device once. In a CUDA graph, which cannot wait, and on meta there is nothing to look at."""
+        if self.weight.is_meta or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        finite = torch.stack([self.lora_A.isfinite().all(), self.lora_B.isfinite().all()]).tolist()
+        for name, is_finite in zip(("lora_A", "lora_B"), finite, strict=True):
+            if not is_finite:
+                raise ValueError(f"{name} must be finite to be merged, got an infinity or a NaN")
+
     def to_linear(self) -> nn.Linear:
-        """A new nn.Linear with the merged weight and a copy of the bias; this layer stays as it is."""
+        """A new nn.Linear with the merged weight and a copy of the bias; this layer stays as it is.
+
+        Raises ValueError for a factor that is not finite.
+        """
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
         )
@@ -196,6 +256,7 @@ class LoRALinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
         if not self.merged:
+            self._check_finite()
             ops.merge_(linear.weight, self.lora_A, self.lora_B, self.scale)
         return linear.train(self.training)
 
@@ -206,3 +267,8 @@ class LoRALinear(nn.Module):
             + (", use_rslora=True" if self.use_rslora else "")
             + (", merged" if self.merged else "")
         )
+
+
+def _shape_of(value) -> torch.Size | str:
+    """What takes its place where it is no tensor."""
+    return value.shape if isinstance(value, Tensor) else type(value).__name__

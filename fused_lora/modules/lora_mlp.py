@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
-from ..ops.lora_mlp import SAVE, obstacle
+from ..ops.lora_mlp import SAVE
+from ..ops.lora_parts import obstacle
 from .lora_group import LoRAGroup, autocast_dtype
 from .lora_linear import LoRALinear
 
@@ -91,7 +92,8 @@ class LoRAMLP:
         for act in self._act:
             if self.get_submodule(self._structure.act) is not act or has_hooks(act):
                 return "its activation was replaced or has hooks"
-        return obstacle(x.device, autocast_dtype(x) or x.dtype, *_columns(layers, "weight", "lora_A", "lora_B"))
+        parts = [layer.part() for layer in layers]
+        return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated=True)
 
     def forward(self, *args, **kwargs):
         x = args[0] if args else next(iter(kwargs.values()), None)
@@ -99,16 +101,12 @@ class LoRAMLP:
             return super().forward(*args, **kwargs)
         layers = self._structure.layers(self)
         p = layers[0].lora_dropout if self.training else 0.0
-        columns = _columns(layers, "weight", "lora_A", "lora_B", "bias", "scale")
-        return ops.lora_mlp(x, *columns, activation=self._structure.activation, p=p, save=self.save)
+        parts = (layer.part() for layer in layers)
+        return ops.lora_mlp(x, *parts, activation=self._structure.activation, p=p, save=self.save)
 
     def __reduce_ex__(self, protocol):
         """As nn.Module, whose class could be found by its name."""
         return _unfilled, (type(self).__bases__[1],), self.__dict__.copy()
-
-
-def _columns(layers: list[nn.Module], *names: str) -> list[list]:
-    return [[getattr(layer, name) for layer in layers] for name in names]
 
 
 @cache

@@ -44,7 +44,7 @@ def merge_(weight: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tenso
     checks.check_writable("weight", weight)
     checks.check_scale_on("scale", scale, weight)
     if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=weight.device)
+        scale = torch.full((), scale, dtype=checks.scale_dtype(weight), device=weight.device)
     with torch.no_grad():
         ops.merge_(weight, A.detach(), B.detach(), scale)
     return weight

@@ -98,7 +98,7 @@ def merge_and_reinit_(
         return
     with torch.no_grad():
         scales = [
-            torch.as_tensor(scale, dtype=torch.float32, device=weight.device)
+            torch.as_tensor(scale, dtype=checks.scale_dtype(weight), device=weight.device)
             for scale, weight in zip(scales, weights, strict=True)
         ]
         weights, As, Bs = ([tensor.detach() for tensor in tensors] for tensors in (weights, As, Bs))

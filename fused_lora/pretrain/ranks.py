@@ -48,9 +48,11 @@ class Ranks:
         """The model with its gradients averaged over the ranks."""
         return DistributedDataParallel(model) if self.world > 1 else model
 
-    def accumulating(self, replica: nn.Module, last: bool):
-        """Gradients travel with the last micro-batch of a step only."""
-        return nullcontext() if last or self.world == 1 else replica.no_sync()
+
+def accumulating(replica: nn.Module, last: bool):
+    """Around a micro-batch: gradients travel between ranks with the last one of a step only."""
+    waits = isinstance(replica, DistributedDataParallel) and not last
+    return replica.no_sync() if waits else nullcontext()
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def whole_weights(place: Path) -> dict[str, Tensor]:
     for name in filter(PROJECTION.fullmatch, tensors):
         layer = name.removesuffix(".weight")
         weight = join(tensors[name], lows[layer]) if layer in lows else tensors[name].float()
-        if f"{layer}.lora_B" in tensors:
+        if f"{layer}.lora_B" in tensors and not tensors.get(f"{layer}._extra_state", False):  # else it is in there
             weight = weight + scale * tensors[f"{layer}.lora_B"].float() @ tensors[f"{layer}.lora_A"].float()
         weights[name] = weight
     return weights

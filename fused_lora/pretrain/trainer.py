@@ -11,7 +11,7 @@ from . import checkpoint
 from .data import Data, Tokens
 from .llama import Llama, next_token_loss
 from .options import Options
-from .ranks import Ranks
+from .ranks import Ranks, accumulating
 
 CLIP = 1.0
 
@@ -122,7 +122,7 @@ class Trainer:
         micro_batches = batch.split(self.micro_batch_size)
         losses = []
         for i, micro in enumerate(micro_batches):
-            with self.ranks.accumulating(self._replica, last=i == len(micro_batches) - 1):
+            with accumulating(self._replica, last=i == len(micro_batches) - 1):
                 loss = self._loss(self._replica(micro[:, :-1]), micro[:, 1:]) * (len(micro) / len(batch))
                 loss.backward()
             losses.append(loss.detach())

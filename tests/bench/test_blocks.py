@@ -23,6 +23,8 @@ from bench.block_ways import (
 )
 from bench.blocks import main, measure
 from bench.check import relative_error
+from bench.document import as_json
+from bench.record import summary
 from bench.shapes import FORWARD, FORWARD_BACKWARD
 from bench.variants import FLOOR, PACKAGE
 
@@ -90,7 +92,7 @@ def test_a_way_that_is_wrong_has_no_speed(monkeypatch):
 @pytest.mark.gpu
 def test_a_block_on_a_gpu():
     found = measure(Block(512, 64, (85,), gated=True, r=8), 1, torch.device("cuda"))
-    assert all(len(way["seconds"][FORWARD_BACKWARD]) == 1 for way in found.values()), found
+    assert all(way["seconds"][FORWARD_BACKWARD]["count"] == 1 for way in found.values()), found
     assert found[LESS]["kept_bytes"] < found[PACKAGE]["kept_bytes"]
 
 
@@ -102,13 +104,14 @@ def made_up(found):
 def test_the_tables():
     def ways(block, us):
         times = {FLOOR: us, PACKAGE: 1.1 * us, LESS: 1.2 * us, ALONE: 1.54 * us, UNFUSED: 2 * us}
+        seconds = {name: summary([us * 1e-6 for us in (times[name], 0.9 * times[name], 5000)]) for name in times}
         return {
-            name: {"seconds": {p: [times[name] * 1e-6] * 3 for p in (FORWARD, FORWARD_BACKWARD)}, "kept_bytes": 2**30}
+            name: {"seconds": dict.fromkeys((FORWARD, FORWARD_BACKWARD), seconds[name]), "kept_bytes": 2**30}
             for name in block.ways()
         }
 
     found = {block: ways(block, 1000 if "5461" in str(block) else 900) for block in GPU_BLOCKS}
-    text = markdown(json.loads(json.dumps(made_up(found))))
+    text = markdown(json.loads(as_json(made_up(found))))
     mlp = "900 (1.00) | 990 (1.10) | 1,080 (1.20) | 1,386 (1.54) | 1,800 (2.00) | 1.40"
     assert text.count(f"| 16384 tokens, MLP 2048 -> 5504 -> 2048 | {mlp} |") == 2
     assert "| 16384 tokens, 5504 -> 2048 | 900 (1.00) | 990 (1.10) | - | - | 1,800 (2.00) | - |" in text
@@ -119,8 +122,13 @@ def test_the_tables():
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--rounds", "2", "--out", str(tmp_path)]) == 0
+    samples = tmp_path / "samples.json"
+    assert main(["--rounds", "2", "--out", str(tmp_path), "--samples", str(samples)]) == 0
     assert "fused over layer by layer" in capsys.readouterr().out
-    stored = json.loads((tmp_path / "blocks.json").read_text())
-    assert len(stored["blocks"][1]["ways"][LESS]["seconds"][FORWARD]) == 2
+    stored, with_samples = (
+        json.loads(path.read_text())["blocks"][1]["ways"][LESS]["seconds"][FORWARD]
+        for path in (tmp_path / "blocks.json", samples)
+    )
+    assert len(with_samples.pop("samples")) == stored["count"] == 2
+    assert with_samples == stored
     assert (tmp_path / "blocks.md").read_text().count("**fused_lora**") == 2

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from bench import record
-from bench.__main__ import main
+from bench import measure, record
+from bench.__main__ import QUICK_ROUNDS, main
 from bench.measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from bench.record import slug
 from bench.report import collect, markdown, write
@@ -96,9 +96,33 @@ def test_measured_results_go_to_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     stored = json.loads((tmp_path / "results.json").read_text())
     times = stored["shapes"][0]["times"][EAGER][FORWARD_BACKWARD]
-    assert len(times[PACKAGE]["samples_us"]) == 2
+    assert times[PACKAGE]["count"] == 2
+    assert "samples_us" not in times[PACKAGE]
     assert stored["shapes"][0]["fused_lora"] == {"backend": "reference", "kernels": []}
     assert stored["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "VARIANTS", {name: VARIANTS[name] for name in (FLOOR, PACKAGE)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    samples = tmp_path / "samples.json"
+    options = [
+        "--quick",
+        "--shapes",
+        "37,29,43,5",
+        "16,8,8,2",
+        "--out",
+        str(tmp_path / "out"),
+        "--samples",
+        str(samples),
+    ]
+    assert main(options) == 0
+    told = capsys.readouterr()
+    assert "16, 8, 8, 2" in told.out
+    assert "2/2" in told.err
+    times = json.loads(samples.read_text())["shapes"][1]["times"][EAGER][FORWARD]
+    assert len(times[PACKAGE]["samples_us"]) == times[PACKAGE]["count"] == QUICK_ROUNDS
+    assert "samples" not in (tmp_path / "out" / "results.json").read_text()
 
 
 def test_slug_of_a_gpu_is_a_folder_name(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import steps
+from bench.record import summary
 from bench.step_arms import ARMS, Arm
 from bench.step_cases import FULL, Case, flops
 from bench.step_report import entry, merged, step_table
@@ -81,7 +82,7 @@ def test_flops():
 
 def test_the_table_compares_with_full_rank_and_adds_the_warm_start():
     case = Case("1.3b")
-    arm = {"samples": [1.0, 1.0, 1.5, 1.5], "examples_per_second": 4.0, "tflops": 7.0, "peak_bytes": 2**31}
+    arm = summary([1.0, 1.0, 1.5, 1.5]) | {"examples_per_second": 4.0, "tflops": 7.0, "peak_bytes": 2**31}
     modes = {EAGER: {FULL: arm | {"tokens_per_second": 100.0}, PACKAGE: arm | {"tokens_per_second": 400.0}}}
     (row,) = [line for line in step_table(case, modes) if "**fused_lora**" in line]
     # A third of the steps at speed 1 and two thirds at 4 take half of the time.
@@ -107,10 +108,16 @@ def test_runs_of_one_commit_can_be_merged():
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(steps, "CPU_CASES", (CASE,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--rounds", "1", "--arms", FULL, PACKAGE, "--out", str(tmp_path)]) == 0
+    samples = tmp_path / "samples.json"
+    options = ["--rounds", "1", "--arms", FULL, PACKAGE, "--samples", str(samples), "--out", str(tmp_path)]
+    assert main(options) == 0
     assert "### tiny, 2 x 16, 1 blocks: 1 rounds" in capsys.readouterr().out
     stored = json.loads((tmp_path / "steps.json").read_text())
     assert stored["cases"][0]["modes"][COMPILED][PACKAGE]["tokens_per_second"] > 0
+    assert stored["command"] == "python -m bench.steps --rounds 1 --arms full_rank fused_lora"
+    with_samples = json.loads(samples.read_text())["cases"][0]["modes"][COMPILED][PACKAGE]
+    assert with_samples.pop("samples") == [with_samples["median"]]
+    assert with_samples == stored["cases"][0]["modes"][COMPILED][PACKAGE]
     text = (tmp_path / "steps.md").read_text()
     assert main(["--redraw", str(tmp_path / "steps.json"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "steps.md").read_text() == text

@@ -1,10 +1,13 @@
-"""Plans are made once per layout: what a compiled kernel depends on must be in their keys."""
+"""Plans are made once per layout: what a compiled kernel depends on must be in their keys, and few are kept."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from fused_lora.kernels import launch
-from fused_lora.kernels.launch import Layout, record_launches
+from fused_lora.kernels.launch import Layout, Recent, record_launches
 from fused_lora.kernels.tiles import KNOWN_GPUS
 from tests.accuracy import assert_accurate
 from tests.kernels.problem import DEVICE, RESULTS, Problem, gpus, randn
@@ -17,9 +20,9 @@ PATHS = [pytest.param(gpu, id=name) for name, gpu in gpus().items()]
 def test_a_second_call_makes_no_plan(gpu):
     problem = Problem.random(96, 64, 72, 8, torch.float16)
     problem.kernels(gpu)
-    made = len(launch._plans)
+    made = list(launch._plans.young)
     problem.kernels(gpu)
-    assert len(launch._plans) == made
+    assert list(launch._plans.young) == made
 
 
 @pytest.mark.interpreter
@@ -54,3 +57,78 @@ def test_recorded_launches_do_not_run():
 def test_overlapping_rows_are_not_for_the_copy_engine():
     rows = torch.zeros(64, dtype=torch.float16, device=DEVICE).expand(8, 64)
     assert not Layout.of(rows).tma_ready(KNOWN_GPUS["H100"])
+
+
+def test_what_is_used_is_kept_and_no_more_than_so_much():
+    recent, made = Recent(8), []
+    for i in range(100):
+        assert recent.get("often", lambda: made.append("often") or "kept") == "kept"
+        assert recent.get(i, lambda i=i: made.append(i) or -i - 1) == -i - 1
+        assert len(recent.young) + len(recent.old) <= 8
+    assert made.count("often") == 1
+    assert [recent.get(i, lambda: "new") for i in (98, 99, 0)] == [-99, -100, "new"]
+
+
+def test_what_is_made_may_look_up_others():
+    recent = Recent(4)
+    assert recent.get("outer", lambda: recent.get("inner", lambda: 1) + 1) == 2
+    assert recent.get("inner", lambda: 3) == 1
+
+
+def test_threads_share_what_is_kept():
+    recent = Recent(16)
+
+    def look_up(seed):
+        return [recent.get(i, lambda i=i: [i]) == [i] for i in ((seed + step * step) % 40 for step in range(3000))]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(all(right) for right in threads.map(look_up, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(recent.young) + len(recent.old) <= 16
+
+
+def caches():
+    """Entries of every functools cache of the package, by name."""
+    functions = {
+        f"{function.__module__}.{function.__qualname__}": function
+        for name, module in list(sys.modules.items())
+        if name.startswith("fused_lora")
+        for function in vars(module).values()
+        if hasattr(function, "cache_info")
+    }
+    return {name: function.cache_info().currsize for name, function in functions.items()}
+
+
+@pytest.mark.parametrize("gpu", [KNOWN_GPUS["H100"], KNOWN_GPUS["RTX 3090"]], ids=["tma", "pointer"])
+def test_nothing_is_kept_for_every_number_of_tokens(gpu, monkeypatch):
+    plans = Recent(100)
+    for module in ("expand", "expand_grads", "factor_grads", "reduce_splits", "shrink"):
+        monkeypatch.setattr(sys.modules[f"fused_lora.kernels.{module}"], "planned", plans.get)
+
+    def call(M, p):
+        with record_launches() as records:
+            Problem.random(M, 64, 48, 8, torch.float16, p=p).kernels(gpu)
+        return len(records)
+
+    assert all(call(M, p) for M in (1, 600) for p in (0.0, 0.5))
+    before = caches()
+    for M in range(2, 150):
+        call(M, 0.0)
+        call(M, 0.5)
+    assert caches() == before
+    assert 50 < len(plans.young) + len(plans.old) <= 100
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("gpu", PATHS)
+def test_a_plan_that_was_forgotten_is_made_anew(gpu, monkeypatch):
+    problem = Problem.random(96, 64, 72, 8, torch.float16)
+    first = problem.kernels(gpu)
+    for half in ("young", "old"):
+        monkeypatch.setattr(launch._plans, half, {})
+    again = problem.kernels(gpu)
+    assert all(torch.equal(first[name], again[name]) for name in RESULTS)

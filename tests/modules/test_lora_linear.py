@@ -13,7 +13,8 @@ from fused_lora.reference import lora_linear_ref
 from tests.accuracy import assert_accurate
 from tests.ops.problem import DEVICES
 
-NAMES = {"weight", "bias", "lora_A", "lora_B"}
+PARAMETERS = {"weight", "bias", "lora_A", "lora_B"}
+NAMES = PARAMETERS | {"_extra_state"}
 
 
 def trained(K=40, N=30, r=6, **options):
@@ -135,7 +136,7 @@ def test_state_dict(bias):
     layer = trained(bias=bias)
     state = layer.state_dict()
     assert set(state) == (NAMES if bias else NAMES - {"bias"})
-    assert {name for name, _ in layer.named_parameters()} == set(state)
+    assert {name for name, _ in layer.named_parameters()} == set(state) & PARAMETERS
     other = trained(bias=bias)
     assert not torch.equal(other.lora_A, layer.lora_A)
     other.load_state_dict(state)
@@ -176,11 +177,13 @@ def test_copies(merged, duplicate):
     lambda layer: layer.half(),
     lambda layer: layer.to(torch.bfloat16).float(),
     lambda layer: layer.double(),
-], ids=["bf16", "fp16", "bf16-fp32", "fp64"])  # fmt: skip
-def test_the_scale_stays_float32_through_casts(move):
+    lambda layer: layer.double().float(),
+], ids=["bf16", "fp16", "bf16-fp32", "fp64", "fp64-fp32"])  # fmt: skip
+def test_the_scale_is_not_rounded_by_casts(move):
     layer = move(LoRALinear(40, 30, 3, 2.0, use_rslora=True))  # 2 / sqrt 3 has no short binary form
-    assert layer.scale.dtype is torch.float32
-    assert layer.scale.item() == torch.tensor(2 / math.sqrt(3), dtype=torch.float32).item()
+    dtype = torch.float64 if layer.weight.dtype is torch.float64 else torch.float32
+    assert layer.scale.dtype is dtype
+    assert layer.scale.item() == torch.tensor(2 / math.sqrt(3), dtype=dtype).item()
     assert layer.lora_A.dtype is layer.weight.dtype
 
 
@@ -256,10 +259,10 @@ def test_cycles_do_not_drift(dtype, cycles, device):
 def test_to_linear(merged, bias):
     layer = trained(bias=bias).eval()
     x = torch.randn(50, 40)
-    want, before = layer(x), {name: t.clone() for name, t in layer.state_dict().items()}
+    want = layer(x)
     if merged:
         layer.merge_()
-        before["weight"] = layer.weight.detach().clone()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     linear = layer.to_linear()
     assert type(linear) is nn.Linear
     assert not linear.training

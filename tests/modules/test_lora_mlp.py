@@ -44,7 +44,7 @@ class Holder(nn.Module):
 def as_one(monkeypatch):
     """Every MLP is computed as one, as where kernels are for it; the calls."""
     calls, real = [], ops.lora_mlp
-    monkeypatch.setattr(lora_mlp, "obstacle", lambda *args: None)
+    monkeypatch.setattr(lora_mlp, "obstacle", lambda *args, **options: None)
     monkeypatch.setattr(
         ops, "lora_mlp", lambda x, *args, **options: (calls.append(options), real(x, *args, **options))[1]
     )

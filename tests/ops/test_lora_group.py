@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.ops.lora_group import lora_group
+from fused_lora.ops import Part, lora_group
 from fused_lora.reference import lora_linear_ref
 from tests.accuracy import assert_accurate
 from tests.ops.problem import PLACES, SCALE, cast, make_inputs, randn, seed_on, unfused
@@ -40,8 +40,7 @@ def results(function, x, parts, dys, **options):
 
 
 def grouped(x, parts, **options):
-    columns = ([part.get(name) for part in parts] for name in ("weight", "A", "B", "bias"))
-    return lora_group(x, *columns, [SCALE * (i + 1) for i in range(len(parts))], **options)
+    return lora_group(x, [Part(**part, scale=SCALE * (i + 1)) for i, part in enumerate(parts)], **options)
 
 
 def alone(function):

@@ -27,31 +27,6 @@ def frozen_inputs(*shape, device, lora_dtype=None, bias=True):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("M", [12, (2, 3)], ids=["2d", "3d"])
-def test_opcheck_forward(M, p, lora_dtype, device):
-    x, weight, A, B, bias = frozen_inputs(M, 10, 7, 3, device=device, lora_dtype=lora_dtype, bias=p > 0)
-    scale = torch.tensor(SCALE, device=device)
-    arguments = (x, weight, A, B, bias, scale, seed_on(device) if p else None, p)
-    torch.library.opcheck(ops.lora_linear_forward.default, arguments)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, False)], ids=str)
-@pytest.mark.parametrize("dbias_dtype", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("M", [12, (2, 3)], ids=["2d", "3d"])
-def test_opcheck_backward(M, dbias_dtype, needs, lora_dtype, device):
-    inputs = make_inputs(M, 10, 7, 3, device, torch.float32, lora_dtype)
-    x, weight, A, B = (inputs[name].detach() for name in ("x", "weight", "A", "B"))
-    scale = torch.tensor(SCALE, device=device)
-    xa = ops.lora_linear_forward(x, weight, A, B, None, scale, None, 0.0)[1]
-    arguments = (make_dy(inputs), x, weight, A, B, xa, scale, None, 0.0, *needs, dbias_dtype)
-    torch.library.opcheck(ops.lora_linear_backward.default, arguments)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_merge(device):
     _, weight, A, B, _ = frozen_inputs(1, 10, 7, 3, device=device)
     torch.library.opcheck(ops.merge_.default, (weight, A, B, torch.tensor(SCALE, device=device)))

@@ -144,7 +144,8 @@ def test_a_failure_half_way_says_how_far_it_came(monkeypatch):
 def test_a_kernel_that_cannot_be_made_changes_nothing(monkeypatch):
     from fused_lora.kernels import launch, restart
 
-    monkeypatch.setattr(launch, "_plans", {})  # where nothing is compiled yet
+    for half in ("young", "old"):  # where nothing is compiled yet
+        monkeypatch.setattr(launch._plans, half, {})
     layers = make_layers("cuda")
     before = copy.deepcopy(layers)
 

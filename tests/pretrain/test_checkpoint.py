@@ -1,10 +1,14 @@
 """Checkpoints: what is saved comes back, and a killed process leaves only whole ones."""
 
+import fcntl
+import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -86,6 +90,86 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert_whole(tmp_path / "step-0000001")
 
 
+def test_the_mask_of_new_files_is_left_alone(tmp_path, monkeypatch):
+    """It is the whole process's: other threads make files meanwhile."""
+    masks = []
+    monkeypatch.setattr(os, "umask", masks.append)
+    checkpoint.save(tmp_path, 1, *contents(1))
+    assert masks == []
+
+
+def save_for_long(folder, inside):
+    """Stops in the middle."""
+
+    def wait(*_):
+        inside.set()
+        time.sleep(600)
+
+    checkpoint.torch.save = wait
+    checkpoint.save(folder, 7, *contents(7))
+
+
+def test_what_another_process_writes_is_cleared_away_once_it_is_gone(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    inside = context.Event()
+    other = context.Process(target=save_for_long, args=(tmp_path, inside))
+    other.start()
+    assert inside.wait(120)
+    (left,) = tmp_path.glob(".writing-*")
+    assert_whole(checkpoint.save(tmp_path, 8, *contents(8)))
+    assert (left / checkpoint.MODEL).exists()
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    place = checkpoint.save(tmp_path, 8, *contents(8))
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_what_another_thread_is_writing_survives(tmp_path, monkeypatch):
+    inside, go_on, write = Event(), Event(), torch.save
+
+    def waiting(training, path):
+        if training["step"] == 7:
+            inside.set()
+            assert go_on.wait(60)
+        write(training, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", waiting)
+    other = Thread(target=checkpoint.save, args=(tmp_path, 7, *contents(7)))
+    other.start()
+    assert inside.wait(60)
+    checkpoint.save(tmp_path, 8, *contents(8))
+    go_on.set()
+    other.join()
+    assert_whole(tmp_path / "step-0000007")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    (tmp_path / ".writing-other").mkdir()
+    (tmp_path / ".writing-other" / checkpoint.MANIFEST).touch()
+    assert_whole(checkpoint.save(tmp_path, 8, *contents(8)))
+    assert (tmp_path / ".writing-other").exists()
+
+
+def save_forty(folder, first):
+    for step in range(first, first + 40):
+        checkpoint.save(folder, step, *contents(step))
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """Each keeps the newest, so that they also delete each other's."""
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(save_forty, [tmp_path] * 2, (100, 1000)))
+    whole = checkpoint.checkpoints(tmp_path)
+    assert whole[-1].name == "step-0001039"
+    for place in whole:
+        assert_whole(place)
+    assert sorted(tmp_path.iterdir()) == whole
+
+
 def save_for_ever(folder, began):
     step = 1
     while True:
@@ -110,7 +194,7 @@ def test_fifty_kills_while_saving(tmp_path):
             assert_whole(place)
 
 
-@pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"step": 3'])
+@pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"step": 3', '{"bytes": 3}', "3"])
 def test_a_damaged_manifest_is_named(tmp_path, manifest):
     place = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {})
     (place / checkpoint.MANIFEST).write_text(manifest)
@@ -124,4 +208,39 @@ def test_a_damaged_file_of_the_right_size_is_refused(tmp_path, name):
     size = (place / name).stat().st_size
     (place / name).write_bytes(b"\xff" * size)
     with pytest.raises(ValueError, match=r"step-0000003 is damaged"):
+        checkpoint.load(place)
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.TRAINING])
+def test_every_changed_byte_is_seen(tmp_path, name):
+    place = checkpoint.save(tmp_path, 3, *contents(3))
+    whole = (place / name).read_bytes()
+    message = f"step-0000003 is damaged: {name} is not what was written, by its checksum"
+    for at in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
+        (place / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(place)
+    (place / name).write_bytes(whole)
+    assert_whole(place)
+
+
+def test_a_checkpoint_from_before_there_were_checksums(tmp_path):
+    place = checkpoint.save(tmp_path, 3, *contents(3))
+    manifest = json.loads((place / checkpoint.MANIFEST).read_text())
+    del manifest["sha256"]
+    (place / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert_whole(place)
+
+
+class Surprise:
+    """What runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit",)
+
+
+def test_nothing_runs_when_one_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # which is about calls that do not say
+    place = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {"x": Surprise()})
+    with pytest.raises(ValueError, match="step-0000003 is damaged"):
         checkpoint.load(place)

@@ -66,7 +66,7 @@ class Run:
         return file
 
     def load(self, file):
-        state = torch.load(file)
+        state = torch.load(file, weights_only=True)
         for name, part in self.parts():
             part.load_state_dict(state[name])
 

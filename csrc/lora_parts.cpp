@@ -1,0 +1,179 @@
+// The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
+#include "flags.h"
+#include "nvtx_range.h"
+#include "operands.h"
+
+namespace fused_lora {
+namespace {
+
+using at::Tensor;
+
+void check_count(size_t parts) {
+  TORCH_CHECK(parts >= 1 && parts <= kMostParts, "a pass has 1 to ", kMostParts, " parts, got ", parts);
+}
+
+// Where the gradient of a factor or a bias goes.
+Tensor grad_of(const Tensor& like, at::IntArrayRef sizes, bool need) {
+  return at::empty(need ? sizes : at::IntArrayRef{0}, like.options());
+}
+
+// A saved tensor, which a hook may have kept as another one.
+Tensor with_stride_of(const Tensor& like, const Tensor& saved) {
+  return saved.strides() == like.strides() ? saved : padded_like(saved, like.size(0), like.size(1)).copy_(saved);
+}
+
+ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& read) {
+  TORCH_CHECK(!part.bias || part.bias->is_contiguous(), "bias must be contiguous, got strides ", part.bias->strides());
+  return {
+      .weight = read(part.weight),
+      .A = read(part.A),
+      .B = read(part.B),
+      .bias = part.bias ? dense_operand(*part.bias, part.bias->numel()) : Operand{},
+      .xa = operand_of(xa),
+      .y = {},
+      .scale = part.scale.data_ptr<float>(),
+      .dropout = dropout_of(part.seed, p),
+  };
+}
+
+void launch(ForwardParams& params) {
+  params.flags = launch_flags(forward_flags(params));
+  const NvtxRange range("forward");
+  C10_CUDA_CHECK(launch_lora_linear_forward(params, c10::cuda::getCurrentCUDAStream()));
+}
+
+void launch(BackwardParams& params, const Tensor& x) {
+  const Tensor partial = at::empty({backward_partials(params)}, x.options().dtype(at::kFloat));
+  params.partial = partial.data_ptr<float>();
+  params.flags = launch_flags(backward_flags(params));
+  const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
+  C10_CUDA_CHECK(launch_lora_linear_backward(params, c10::cuda::getCurrentCUDAStream()));
+}
+
+// hidden = act(gate) up, and gate and up or their factors, or two empty matrices.
+std::vector<Tensor> gate(ForwardParams& params, const Tensor& x, const std::vector<Part>& parts, at::ArrayRef<double> act,
+                         std::string_view keep) {
+  const int64_t M = params.x.rows, F = parts[0].weight.size(0);
+  TORCH_CHECK(parts.size() == 2 && parts[1].weight.size(0) == F, "gate and up must be two parts of the same out_features");
+  const bool keeps = keep != "none";
+  const std::vector<Tensor> results{padded_like(x, M, F), padded_like(x, keeps ? M : 0, F), padded_like(x, keeps ? M : 0, F)};
+  params.gated = true;
+  params.factors = keep == "factors";
+  params.activation = activation_of(act);
+  params.hidden = operand_of(results[0]);
+  for (int i = 0; keeps && i < 2; ++i) params.part[i].y = operand_of(results[1 + i]);
+  return results;
+}
+
+// Instead of dx those of gate and up, from what was kept of them; and act(gate) up again where that was themselves.
+std::vector<Tensor> gate_backward(BackwardParams& params, const Tensor& x, at::ArrayRef<double> act, at::TensorList gated,
+                                  bool factors, Readable& read) {
+  const int64_t M = gated[0].size(0), F = gated[0].size(1);
+  const std::vector<Tensor> results{padded_like(x, M, F), padded_like(x, M, F), padded_like(x, factors ? 0 : M, F)};
+  params.gated = true;
+  params.factors = factors;
+  params.activation = activation_of(act);
+  params.gate = read(with_stride_of(results[0], gated[0]));
+  params.up = read(with_stride_of(results[0], gated[1]));
+  params.dgate = operand_of(results[0]);
+  params.dup = operand_of(results[1]);
+  if (!factors) params.hidden = operand_of(results[2]);
+  return results;
+}
+
+}  // namespace
+
+std::string rank_obstacle(int64_t r) {
+  if (r > kMaxRank) return "r=" + std::to_string(r) + " is above " + std::to_string(kMaxRank);
+  return "";
+}
+
+std::string gated_obstacle(int64_t r) {
+  if (r > kMaxGatedRank) return "r=" + std::to_string(r) + " is above " + std::to_string(kMaxGatedRank);
+  return "";
+}
+
+std::vector<Tensor> lora_parts_forward(const Tensor& x, const FlatParts& flat_parts, double p, at::ArrayRef<double> act,
+                                       std::string_view keep) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const std::vector<Part> parts = unflatten(flat_parts);
+  check_count(parts.size());
+  TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
+  Readable read(x.scalar_type());
+  ForwardParams params{.x = read(flat(x)), .parts = static_cast<int>(parts.size())};
+  std::vector<Tensor> xas;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    xas.push_back(padded_like(x, params.x.rows, parts[i].A.size(0)));
+    params.part[i] = read_part(parts[i], xas[i], p, read);
+  }
+  std::vector<Tensor> results;
+  if (act.empty()) {
+    auto shape = x.sizes().vec();
+    for (size_t i = 0; i < parts.size(); ++i) {
+      shape.back() = parts[i].weight.size(0);
+      results.push_back(at::empty(shape, x.options()));
+      params.part[i].y = dense_operand(results[i], shape.back());
+    }
+  } else {
+    results = gate(params, x, parts, act, keep);
+  }
+  launch(params);
+  results.insert(results.end(), xas.begin(), xas.end());
+  return results;
+}
+
+std::vector<Tensor> lora_parts_backward(at::TensorList dys, at::TensorList xs, const FlatParts& flat_parts, at::TensorList xas,
+                                        const c10::List<std::optional<Tensor>>& dxas, double p, bool need_dx,
+                                        const c10::List<bool>& needs, at::ArrayRef<double> act, at::TensorList gated, bool factors) {
+  const c10::cuda::CUDAGuard guard(xs[0].device());
+  const std::vector<Part> parts = unflatten(flat_parts);
+  const size_t count = parts.size();
+  check_count(count);
+  TORCH_CHECK(dys.size() == count && xs.size() == count && xas.size() == count && dxas.size() == count && needs.size() == 3 * count,
+              "dys, xs, xas and dxas must have an entry for each part, and needs three");
+  const Tensor& x = xs[0];
+  Readable read(x.scalar_type());
+  BackwardParams params{.parts = static_cast<int>(count)};
+  std::vector<Tensor> grads(3 * count), made;  // dAs, dBs, dbiases; dxas of this pass
+  Tensor rows;
+  for (size_t i = 0; i < count; ++i) {
+    const Part& part = parts[i];
+    const std::optional<Tensor> dxa = dxas.get(i);
+    const bool summed = !dxa.has_value();
+    TORCH_CHECK(i == 0 || !summed || params.summed == static_cast<int>(i), "parts with a dxa must come last");
+    const int64_t K = part.weight.size(1), N = part.weight.size(0), r = part.A.size(0);
+    if (i == 0 || !xs[i].is_same(xs[i - 1])) rows = act.empty() ? rows_of(xs[i]) : flat(xs[i]);  // a gated pass reads no x
+    params.summed += summed;
+    made.push_back(dxa ? *dxa : padded_like(x, rows.size(0), r));
+    const Tensor dA = grads[i] = grad_of(part.A, part.A.sizes(), needs.get(i));
+    const Tensor dB = grads[count + i] = grad_of(part.B, part.B.sizes(), needs.get(count + i));
+    const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), {N}, needs.get(2 * count + i));
+    params.part[i] = {
+        .dy = read(flat(dys[i])),
+        .x = read.keep(rows),
+        .weight = summed ? read(part.weight) : Operand{},
+        .A = summed ? read(part.A) : operand_of(part.A),  // whose sizes alone matter elsewhere
+        .B = summed ? read(part.B) : operand_of(part.B),
+        .xa = read(xas[i]),
+        .dxa = read(made[i]),
+        .dA = dense_operand(dA, K),
+        .dB = dense_operand(dB, r),
+        .dbias = dense_operand(dbias, N),
+        .scale = part.scale.data_ptr<float>(),
+        .dropout = dropout_of(part.seed, p),
+    };
+  }
+  if (!act.empty()) {
+    std::vector<Tensor> results = gate_backward(params, x, act, gated, factors, read);
+    launch(params, x);
+    results.push_back(made[0]);
+    return results;
+  }
+  const Tensor dx = grad_of(x, x.sizes(), need_dx);
+  params.dx = dense_operand(dx, x.size(-1));
+  launch(params, x);
+  grads.insert(grads.begin(), dx);
+  return grads;
+}
+
+}  // namespace fused_lora

@@ -1,0 +1,133 @@
+"""What autograd does with parts: the Function around the ops, second derivatives, and who must see plain torch."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import flops
+from .library import LIBRARY
+from .parts import Part, columns, flatten, trains, unflatten
+
+ops = torch.ops.fused_lora
+
+
+def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
+    """The ys of parts that read x, checked and complete."""
+    if watched():
+        return linears(x, parts, p)
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        flops.show()
+    if trains(x, parts):
+        return LoRAPartsFunction.apply(x, p, *flatten(parts))
+    return tuple(ops.lora_parts_forward(x, flatten(parts), p, [], "none")[: len(parts)])
+
+
+class LoRAPartsFunction(torch.autograd.Function):
+    """An autograd.Function outside and a plain op inside: the cheapest wrapper that torch.compile sees through."""
+
+    @staticmethod
+    def forward(ctx, x, p, *flat):
+        parts = unflatten(flat)
+        results = ops.lora_parts_forward(x, flat, p, [], "none")
+        ctx.p, ctx.parts = p, len(parts)
+        ctx.save_for_backward(x, *results[len(parts) :], *flatten(map(saved, parts)))
+        return tuple(results[: len(parts)])
+
+    @staticmethod
+    def backward(ctx, *dys):
+        count = ctx.parts
+        x, *rest = ctx.saved_tensors
+        xas, parts = rest[:count], unflatten(rest[count:])
+        need_dx, _, *needs = ctx.needs_input_grad
+        if not any(ctx.needs_input_grad):
+            return (None,) * len(ctx.needs_input_grad)
+        if differentiates_again():
+            return by_formula(lambda x, parts: linears(x, parts, ctx.p), dys, x, parts, need_dx, needs)
+        wanted = wanted_of(needs)
+        dx, *grads = ops.lora_parts_backward(
+            list(dys), [x] * count, flatten(parts), xas, [None] * count, ctx.p, need_dx, wanted, [], [], False
+        )
+        return dx if need_dx else None, None, *of_inputs(grads, wanted)
+
+
+def saved(part: Part) -> Part:
+    """As a backward pass reads it: of the bias the dtype of its gradient."""
+    trained = part.bias is not None and part.bias.requires_grad
+    return part._replace(bias=part.bias.new_empty(0) if trained else None)
+
+
+def wanted_of(needs: Sequence[bool]) -> list[bool]:
+    """Of flat parts' needs those of As, then of Bs, then of biases."""
+    parts = unflatten(needs)
+    return [part.A for part in parts] + [part.B for part in parts] + [part.bias for part in parts]
+
+
+def of_inputs(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """dAs, dBs and dbiases as gradients of flat parts."""
+    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    each = zip(*columns(grads, len(grads) // 3), strict=True)
+    return flatten([Part(None, dA, dB, dbias, None, None) for dA, dB, dbias in each])
+
+
+def _with_bias(part: Part) -> Part:
+    """Of a linear's bias no value was saved, and any will do."""
+    if part.bias is None or part.bias.numel() > 0:
+        return part
+    return part._replace(bias=part.bias.new_zeros(len(part.weight)).requires_grad_())
+
+
+def differentiates_again() -> bool:
+    """Whether the backward pass that runs is to be differentiated itself. Compiled ones are not."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def by_formula(formula: Callable, dys: Sequence[Tensor], x: Tensor, parts: list[Part], need_dx: bool, needs) -> tuple:
+    """The backward pass of ys = formula(x, parts) in plain torch, whose results can be differentiated."""
+    parts = [_with_bias(part) for part in parts]
+    needs, inputs = (need_dx, *needs), (x, *flatten(parts))
+    # Twins of the inputs: what is wanted are partial derivatives, also where one input was made from another.
+    twins = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
+    wanted = [twin for twin, need in zip(twins, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(formula(twins[0], unflatten(twins[1:])), wanted, dys, create_graph=True))
+    dx, *grads = [next(found) if need else None for need in needs]
+    return dx, None, *grads
+
+
+def _again(dy, x, part, p, need_dx, needs):
+    """The same for one part, which csrc's autograd asks for: dx, dA, dB, dbias, empty where not wanted."""
+    need_dA, need_dB, need_dbias = needs
+    all_needs = flatten([Part(False, need_dA, need_dB, need_dbias, False, False)])
+    dx, _, *grads = by_formula(lambda x, parts: linears(x, parts, p), [dy], x, unflatten(part), need_dx, all_needs)
+    (of_part,) = unflatten(grads)
+    return [x.new_empty(0) if grad is None else grad for grad in (dx, of_part.A, of_part.B, of_part.bias)]
+
+
+LIBRARY.define(
+    "lora_linear_again(Tensor dy, Tensor x, Tensor?[] part, float p, bool need_dx, bool[] needs) -> Tensor[]"
+)
+LIBRARY.impl("lora_linear_again", _again, "CompositeImplicitAutograd")
+
+
+def watched() -> bool:
+    """Whether somebody looks on who must see plain torch: a transformation of torch.func, a forward-mode derivative,
+    or a tracer that writes programs for elsewhere."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+    )
+
+
+def linears(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
+    """The ys of parts in plain torch, in x's dtype."""
+    return tuple(_linear(x, *part, p) for part in parts)
+
+
+def _linear(x, weight, A, B, bias, scale, seed, p) -> Tensor:
+    bias = bias if bias is None else bias.to(x.dtype)
+    return reference.lora_linear_ref(x, weight, A.to(x.dtype), B.to(x.dtype), bias, scale, p, seed)

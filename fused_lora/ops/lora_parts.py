@@ -1,0 +1,227 @@
+"""The one pair of ops behind linears, groups and MLPs: parts that read one x, forward and backward.
+
+    plain    ys = x W^T + scale dropout(x) A^T B^T + bias of each part
+    gated    hidden = act(y of the first) y of the second, made where they are computed, and differentiated where the
+             gradient of hidden is
+
+Which backend runs them is asked here; what autograd does with them is in autograd.py.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends, padding, reference
+from .library import define, launching
+from .parts import Part, columns, flatten, unflatten
+
+ops = torch.ops.fused_lora
+MOST_PARTS = 4  # of one launch
+KEEP = ("none", "sides", "factors")  # what a gated forward keeps: gate and up, or act(gate) and act'(gate) up
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, parts: Sequence[Part], gated: bool = False) -> str | None:
+    """Why parts that read one x of a dtype are not one launch of csrc's, or None."""
+    if len(parts) > MOST_PARTS:
+        return f"they are more than {MOST_PARTS}"
+    if any(part.weight.numel() == 0 for part in parts) or all(part.A.numel() == 0 for part in parts):
+        return "there is nothing to compute"
+    if any(part.A.dtype != parts[0].A.dtype for part in parts):
+        return "their factors have dtypes of their own"
+    with_factors = [part for part in parts if part.A.numel() > 0]
+    ranks = tuple(part.r for part in with_factors)
+    readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in with_factors)
+    found = backends.together_obstacle(device, dtype, ranks, readable)
+    return found or (backends.gated_obstacle(ranks) if gated else None)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., K) as (M, K); reshape(-1, K) would not know M where K is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows in the leading sizes of x, and no view, which could not be changed in place behind a Function."""
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+
+
+def _in_csrc(x: Tensor, parts: Sequence[Part], gated: bool) -> bool:
+    return x.numel() > 0 and obstacle(x.device, x.dtype, parts, gated) is None
+
+
+def _backend(x: Tensor, part: Part) -> str:
+    """Of a part by itself."""
+    if x.numel() == 0 or part.weight.numel() == 0 or part.A.numel() == 0:
+        return "reference"  # empty products have no tiles; the reference gets them right for free
+    readable = backends.csrc_reads(part.weight, part.A, part.B)
+    return backends.choose_lora_linear(x.device, x.dtype, part.r, readable).name
+
+
+def _kernel_bias(bias: Tensor | None) -> Tensor | None:
+    """Dense, as kernels read it, and of a dtype that they know."""
+    if bias is None:
+        return None
+    return bias.to(torch.float32 if bias.dtype is torch.float64 else bias.dtype).contiguous()
+
+
+def _for_kernels(*parts: Part) -> list[Tensor | None]:
+    return flatten([part._replace(bias=_kernel_bias(part.bias)) for part in parts])
+
+
+def _forward(x, tensors, p, act, keep):
+    parts, gated = unflatten(tensors), bool(act)
+    if _in_csrc(x, parts, gated):
+        results = ops.cuda_lora_parts_forward(x, _for_kernels(*parts), p, act, keep)
+        own = len(results) - len(parts)
+        return [*results[:own], *(xa.contiguous() for xa in results[own:])]
+    rows = rows_of(x)
+    ys, xas = zip(*(_forward_alone(rows, part, p) for part in parts), strict=True)
+    if not gated:
+        return [*(_like(y, x) for y in ys), *xas]
+    kept = reference.gated_factors(*ys, *act) if keep == "factors" else ys
+    kept = [_padded(y) if keep != "none" else padding.empty(0, y.shape[1], x) for y in kept]
+    return [_padded(reference.gated(*ys, *act)), *kept, *xas]
+
+
+def _padded(y: Tensor) -> Tensor:
+    return padding.empty(*y.shape, y).copy_(y)
+
+
+def _forward_alone(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
+    """(y, xa) of rows."""
+    weight, A, B, bias, scale, seed = part
+    backend = _backend(x, part)
+    if backend == "cuda":
+        y, xa = ops.cuda_lora_parts_forward(x, _for_kernels(part), p, [], "none")
+        return y, xa.contiguous()
+    if backend == "triton":
+        from ..kernels.dropout import Dropout
+        from ..kernels.lora_linear import lora_linear_forward
+
+        with launching("forward", x):
+            gpu, precision, dropout = backends.gpu(x.device), backends.precision(x.dtype), Dropout(p, seed)
+            return lora_linear_forward(x, weight, A, B, _kernel_bias(bias), scale, dropout, gpu, precision)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p)
+
+
+def _forward_fake(x, tensors, p, act, keep):
+    parts, M = unflatten(tensors), math.prod(x.shape[:-1])
+    xas = [x.new_empty((M, part.r)) for part in parts]
+    if not act:
+        return [x.new_empty((*x.shape[:-1], part.weight.shape[0])) for part in parts] + xas
+    F = parts[0].weight.shape[0]
+    return [padding.empty(M, F, x), *(padding.empty(M if keep != "none" else 0, F, x) for _ in range(2)), *xas]
+
+
+def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors):
+    parts = unflatten(tensors)
+    if _in_csrc(xs[0], parts, bool(act)):
+        grads = ops.cuda_lora_parts_backward(
+            dys, xs, _for_kernels(*parts), xas, dxas, p, need_dx, needs, act, gated, factors
+        )
+        return grads if act else _as_biases(grads, parts)
+    if act:
+        return _backward_gated(dys[0], parts[0], xas[0], p, act, gated, factors)
+    each = zip(dys, xs, parts, xas, dxas, *columns(needs, len(parts)), strict=True)
+    grads = [_backward_alone(dy, x, part, xa, dxa, p, need_dx, *own) for dy, x, part, xa, dxa, *own in each]
+    dxs, dAs, dBs, dbiases, _ = zip(*grads, strict=True)
+    dx, *others = [dx for dx, dxa in zip(dxs, dxas, strict=True) if dxa is None]
+    for other in others:
+        dx += other
+    return [dx, *dAs, *dBs, *dbiases]
+
+
+def _as_biases(grads: list[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+    """The last gradients in the dtypes of their biases, which kernels may not know."""
+    own = len(grads) - len(parts)
+    dbiases = zip(grads[own:], parts, strict=True)
+    return [*grads[:own], *(dbias if part.bias is None else dbias.to(part.bias.dtype) for dbias, part in dbiases)]
+
+
+def _backward_gated(dy, part, xa, p, act, gated, factors):
+    """[dgate, dup, act(gate) up, dxa] of a part that reads act(gate) up; with the factors at hand without the third."""
+    first, second = gated
+    dhidden, *_, dxa = _backward_alone(dy, second, part, xa, None, p, True, False, False, False)  # reads no x
+    if factors:
+        return [
+            _padded(dhidden * second),
+            _padded(dhidden * first),
+            padding.empty(0, second.shape[1], second),
+            _padded(dxa),
+        ]
+    dsides = reference.gated_backward(dhidden, first, second, *act)
+    return [*map(_padded, dsides), _padded(reference.gated(first, second, *act)), _padded(dxa)]
+
+
+def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbias):
+    """(dx, dA, dB, dbias, dxa) of one part; what is not wanted is empty, dxa None where nothing wanted it."""
+    rows, rows_dy, backend = rows_of(x), rows_of(dy), _backend(x, part)
+    weight, A, B, bias, scale, seed = part
+    needs = (need_dx and dxa is None, need_dA, need_dB)
+    dbias = None
+    if not any(needs):
+        grads = (None,) * 4
+    elif backend == "cuda":
+        *grads, dbias = ops.cuda_lora_parts_backward(
+            [rows_dy], [rows], _for_kernels(part), [xa], [dxa], p, needs[0], [*needs[1:], need_dbias], [], [], False
+        )
+        grads = *(grad if need else None for grad, need in zip(grads, needs, strict=True)), dxa
+    elif backend == "triton":
+        from ..kernels.dropout import Dropout
+        from ..kernels.lora_linear import lora_linear_backward
+
+        with launching("backward", x):
+            gpu, precision, dropout = backends.gpu(x.device), backends.precision(x.dtype), Dropout(p, seed)
+            grads = lora_linear_backward(rows_dy, rows, weight, A, B, xa, scale, dropout, gpu, precision, needs, dxa)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            grads = reference.lora_linear_backward_ref(rows_dy, rows, weight, A, B, xa, scale, seed, p, needs, dxa)
+    dx, dA, dB, dxa = grads
+    if need_dbias and dbias is None:
+        dbias = rows_dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    return (
+        x.new_empty(0) if dx is None else _like(dx, x),
+        A.new_empty(0) if dA is None else dA,
+        B.new_empty(0) if dB is None else dB,
+        _empty_dbias(x, part, 0) if not need_dbias else dbias.to(bias.dtype),
+        dxa,
+    )
+
+
+def _empty_dbias(x: Tensor, part: Part, size: int) -> Tensor:
+    return x.new_empty(size, dtype=x.dtype if part.bias is None else part.bias.dtype)
+
+
+def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors):
+    parts, x = unflatten(tensors), xs[0]
+    if act:
+        M, F = gated[0].shape
+        rows = (M, M, 0 if factors else M)
+        return [*(padding.empty(each, F, x) for each in rows), padding.empty(M, parts[0].r, x)]
+    each = list(zip(parts, *columns(needs, len(parts)), strict=True))
+    return [
+        x.new_empty(x.shape if need_dx else 0),
+        *(part.A.new_empty(part.A.shape if need else 0) for part, need, _, _ in each),
+        *(part.B.new_empty(part.B.shape if need else 0) for part, _, need, _ in each),
+        *(_empty_dbias(x, part, part.weight.shape[0] if need else 0) for part, _, _, need in each),
+    ]
+
+
+# parts is flat (parts.flatten); act is empty for plain parts.
+define(
+    "lora_parts_forward(Tensor x, Tensor?[] parts, float p, float[] act, str keep) -> Tensor[]",
+    _forward,
+    _forward_fake,
+)
+# A part with a dxa, made by a pass before, has no share in dx. Of a bias only the dtype is read. needs is of dAs, dBs
+# and dbiases. With act there is one part, which reads act(gate) up: of it come dgate, dup, act(gate) up and dxa, from
+# `gated`: gate and up, or their factors, where the third is empty.
+define(
+    "lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p,"
+    " bool need_dx, bool[] needs, float[] act, Tensor[] gated, bool factors) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
