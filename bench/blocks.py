@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from fused_lora.extras import needs
 
 from . import timing
 from .block_report import entry, markdown, write
@@ -25,6 +26,9 @@ from .measure import checked_graph, dtype_on, outcome_of
 from .record import RESULTS, environment, slug, summary
 from .shapes import FORWARD_BACKWARD, PASSES
 from .variants import PACKAGE
+
+with needs("bench"):
+    from tqdm import tqdm
 
 
 @dataclass

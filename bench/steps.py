@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from fused_lora.extras import needs
 from fused_lora.pretrain.ranks import Ranks, joined
 
 from .document import write_samples
@@ -30,6 +30,9 @@ from .step_cases import CASES, CPU_CASES, FULL, Case, flops
 from .step_report import entry, markdown, merged, write
 from .timing import interleave, no_garbage_collection
 from .variants import FLOOR
+
+with needs("bench"):
+    from tqdm import tqdm
 
 EAGER, COMPILED = "eager", "compiled"
 # Of one step's results, relative, between two ways to compute them in 16 bits.

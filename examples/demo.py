@@ -19,16 +19,20 @@ import torch
 from torch import Tensor
 
 import fused_lora
+from fused_lora.extras import needs
 from fused_lora.pretrain import python_text
 from fused_lora.pretrain.llama import Llama
 from fused_lora.reference import join
 from fused_lora.relora.spectrum import change_spectrum
 
-from . import report, text
-from .config import PROJECTION, DemoConfig, cpu_config, gpu_config
-from .report import DemoResult
-from .training import TrainingRun, held_out_logits, perplexity, sample, train
+from . import text
 from .unfused import unfused_twin
+
+with needs("demo"):
+    from . import report
+    from .config import PROJECTION, DemoConfig, cpu_config, gpu_config
+    from .report import DemoResult
+    from .training import TrainingRun, held_out_logits, perplexity, sample, train
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -20,13 +20,17 @@ from pathlib import Path
 from queue import Queue
 
 import torch
-from tqdm import tqdm
 
-from fused_lora.pretrain.__main__ import DIVERGED
-from fused_lora.pretrain.data import prepare
-from fused_lora.pretrain.logs import HELD_OUT, read
-from fused_lora.pretrain.plot import plot
+from fused_lora.extras import needs
 from fused_lora.pretrain.presets import PRESETS
+
+with needs("pretrain"):
+    from tqdm import tqdm
+
+    from fused_lora.pretrain.__main__ import DIVERGED
+    from fused_lora.pretrain.data import prepare
+    from fused_lora.pretrain.logs import HELD_OUT, read
+    from fused_lora.pretrain.plot import plot
 
 FROM_ZERO = "--method relora --base zero --warm-start-steps 0"
 # Name, flags, perplexity in the paper (None: not there). --published: as the paper's code, whose resets keep

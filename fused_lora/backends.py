@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,13 +50,15 @@ def has_triton() -> bool:
 
 @cache
 def extension_obstacle() -> str | None:
-    """Why the optional CUDA extension cannot be used, or None."""
+    """Why the optional CUDA extension cannot be used, or None. Warns, once, of one that was built and does not load."""
     if importlib.util.find_spec("fused_lora._C") is None:
         return "the CUDA extension is not built (make build)"
     try:
         from . import _C  # noqa: F401  registers its ops
-    except ImportError as error:  # torch was replaced since
-        return f"the CUDA extension does not load, build it again: {error}"
+    except (ImportError, OSError) as error:  # torch was replaced since
+        obstacle = f"the CUDA extension does not load, build it again: {error}"
+        warnings.warn(f"{obstacle}; layers run without it", stacklevel=2)
+        return obstacle
     return None
 
 

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_RANK = 512
 
@@ -36,6 +36,14 @@ def check_matrix(name: str, tensor: Tensor) -> None:
     check_dtype(name, tensor.dtype)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {_shape(tensor)}")
+
+
+def check_base(linear: nn.Linear) -> None:
+    """A linear whose place LoRALinear can take: what a subclass of it or of its weight adds would be lost."""
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"linear must be an nn.Linear itself, got {type(linear).__name__}")
+    if type(linear.weight) is not nn.Parameter:
+        raise TypeError(f"linear.weight must be a plain nn.Parameter, got {type(linear.weight).__name__}")
 
 
 def check_rank(r: int) -> None:

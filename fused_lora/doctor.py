@@ -1,6 +1,7 @@
 """python -m fused_lora.doctor: what this machine has, which backend runs, and what would be slow."""
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -26,10 +27,40 @@ def _software() -> list[tuple[str, str]]:
     ]
 
 
-def _gpu_lines(index: int) -> tuple[str, str]:
-    device = torch.device("cuda", index)
-    choice = backends.choose(device, torch.bfloat16)
-    return str(device), (f"{backends.describe(device)}\n{'':12}bf16 runs on: {choice.name} ({choice.reason})")
+def _said(ask: Callable[[], str]) -> str:
+    """What a question is answered, or why it is refused."""
+    try:
+        return ask()
+    except (ValueError, NotImplementedError) as error:
+        return f"refused: {error}"
+
+
+def _settings() -> list[tuple[str, str]]:
+    """The package's variables."""
+    forced = _said(lambda: f"FUSED_LORA_BACKEND={backends.forced_backend() or 'auto'}")
+    autotune = _said(lambda: "on" if backends.autotune_enabled() else "off (FUSED_LORA_AUTOTUNE=1 measures tiles)")
+    return [("forced", forced), ("autotune", autotune)]
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def _device_row(device: torch.device) -> tuple[str, str]:
+    kind, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
+
+    def runs_on() -> str:
+        choice = backends.choose(device, dtype)
+        return f"{choice.name} ({choice.reason})"
+
+    what = backends.describe(device) if device.type == "cuda" else "no GPU that torch can use"
+    return str(device), f"{what}\n{'':12}{kind} runs on: {_said(runs_on)}"
+
+
+def failures() -> list[str]:
+    """What every layer will raise here."""
+    rows = [*_settings(), *map(_device_row, _devices())]
+    return list(dict.fromkeys(value.split("refused: ")[1] for _, value in rows if "refused: " in value))
 
 
 def slow_points() -> list[str]:
@@ -57,16 +88,11 @@ def slow_points() -> list[str]:
 
 
 def main() -> None:
-    rows = _software()
-    if torch.cuda.is_available():
-        rows += [_gpu_lines(index) for index in range(torch.cuda.device_count())]
-    else:
-        rows.append(("GPU", "none that torch can use"))
-    rows.append(("forced", f"FUSED_LORA_BACKEND={backends.forced_backend() or 'auto'}"))
-    rows.append(("autotune", "on" if backends.autotune_enabled() else "off (FUSED_LORA_AUTOTUNE=1 measures tiles)"))
+    rows = [*_software(), *map(_device_row, _devices()), *_settings()]
     print("\n".join(f"{name:<12}{value}" for name, value in rows))
-    print("\nWhat would be slow here:")
-    print("\n".join(f"  - {point}" for point in slow_points()))
+    failing = failures()
+    print("\nEvery layer will raise here:" if failing else "\nWhat would be slow here:")
+    print("\n".join(f"  - {point}" for point in failing or slow_points()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from . import backends, checks
 from .modules import LoRALinear, LoRAMLP
@@ -132,8 +133,48 @@ def _explain_mlp(mlp: LoRAMLP, gpu: str | None, **options) -> MLPExplanation:
     )
 
 
+@dataclass(frozen=True)
+class ModelExplanation:
+    """What a model's layers get, by name: each LoRALinear, or the LoRAMLP that it belongs to. Printed, layers that get
+    the same are one."""
+
+    layers: dict[str, Explanation | MLPExplanation]
+
+    def __str__(self) -> str:
+        alike: dict[str, list[str]] = {}
+        for name, explanation in self.layers.items():
+            alike.setdefault(str(explanation), []).append(name)
+        return "\n\n".join(f"{_in_short(names)}\n{text}" for text, names in alike.items())
+
+
+def _in_short(names: list[str]) -> str:
+    """model.layers.*.mlp.up_proj (24 layers) for names that differ in numbers only."""
+    if len(names) == 1:
+        return names[0]
+    families: dict[tuple, list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        families.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
+    columns = [zip(*family, strict=True) for family in families.values()]
+    patterns = [".".join(part[0] if len(set(part)) == 1 else "*" for part in parts) for parts in columns]
+    return f"{', '.join(patterns)} ({len(names)} layers)"
+
+
+def _explain_model(model: nn.Module, **options) -> ModelExplanation:
+    layers: dict[str, Explanation | MLPExplanation] = {}
+    of_mlps: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoRAMLP):
+            of_mlps.update(module.modules())
+        if isinstance(module, LoRAMLP) or (isinstance(module, LoRALinear) and module not in of_mlps):
+            layers[name] = explain(module, **options)
+    if not layers:
+        raise ValueError(f"layer must be or hold a LoRALinear, got {type(model).__name__} without one: replace_linear")
+    return ModelExplanation(layers)
+
+
 def explain(
-    layer: LoRALinear | LoRAMLP | None = None,
+    layer: nn.Module | None = None,
     *,
     tokens: int = 8192,
     in_features: int | None = None,
@@ -144,15 +185,17 @@ def explain(
     p: float = 0.0,
     device: torch.device | str | None = None,
     gpu: str | None = None,
-) -> Explanation | MLPExplanation:
+) -> Explanation | MLPExplanation | ModelExplanation:
     """Which backend, kernels and tiles `tokens` rows through a layer get, and why; print() the result.
 
-    Either a LoRALinear or LoRAMLP, or in_features, out_features and r (with dtype, lora_dtype and dropout p). gpu names
-    a card to explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100"); without it, `device`, which is by default
-    the layer's, or this machine's GPU.
+    Either a LoRALinear, a LoRAMLP or a model that holds some, or in_features, out_features and r (with dtype,
+    lora_dtype and dropout p). gpu names a card to explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100");
+    without it, `device`, which is by default the layer's, or this machine's GPU.
     """
     if isinstance(layer, LoRAMLP):
         return _explain_mlp(layer, gpu, tokens=tokens)
+    if layer is not None and not isinstance(layer, LoRALinear):
+        return _explain_model(layer, tokens=tokens, gpu=gpu)
     found = _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
     if layer is None or layer.group is None:
         return found

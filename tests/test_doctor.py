@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from fused_lora import backends, doctor
@@ -20,3 +25,34 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys):
     monkeypatch.setattr(backends, "host_compiler", lambda: None)
     doctor.main()
     assert "C compiler  none" in capsys.readouterr().out
+
+
+def run_with(**variables):
+    """As a person runs it, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fused_lora.doctor"]
+    return subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_variable_that_is_wrong_is_said():
+    printed = run_with(FUSED_LORA_BACKEND="cublas", FUSED_LORA_AUTOTUNE="yes")
+    assert (
+        "forced      refused: FUSED_LORA_BACKEND must be one of auto, cuda, triton, reference, got 'cublas'" in printed
+    )
+    failing = printed.partition("Every layer will raise here:\n")[2].splitlines()
+    assert [line.split()[1] for line in failing] == ["FUSED_LORA_BACKEND", "FUSED_LORA_AUTOTUNE"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+@pytest.mark.parametrize("forced", ["cuda", "triton"])
+def test_a_backend_that_will_raise_is_said(forced):
+    printed = run_with(FUSED_LORA_BACKEND=forced)
+    assert f"forced      FUSED_LORA_BACKEND={forced}\n" in printed
+    assert f"Every layer will raise here:\n  - FUSED_LORA_BACKEND={forced} cannot run this call" in printed
+    assert "Every layer" not in run_with(FUSED_LORA_BACKEND="reference")
+
+
+def test_an_extension_that_no_longer_loads_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "extension_obstacle", lambda: "the CUDA extension does not load, build it again")
+    doctor.main()
+    assert "extension   the CUDA extension does not load, build it again" in capsys.readouterr().out

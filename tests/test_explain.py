@@ -184,6 +184,37 @@ def test_a_group_and_an_mlp_say_whether_they_are_computed_as_one():
     assert "gate_proj: M=100 tokens" in str(told)
 
 
+def test_a_model_is_explained_layer_by_layer_and_alike_layers_once():
+    blocks = [nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(3)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(blocks), "last": nn.Linear(16, 8), "plain": nn.Linear(8, 8)})
+    report = replace_linear(model, r=4, exclude_modules=["plain"])
+    told = explain(model, tokens=100)
+    assert list(told.layers) == report.replaced
+    assert all(told.layers[name] == explain(model.get_submodule(name), tokens=100) for name in report.replaced)
+    titles = [text.splitlines()[0] for text in str(told).split("\n\n")]
+    assert titles == ["layers.*.0 (3 layers)", "layers.*.2 (3 layers)", "last"]
+    assert str(told).count("M=100 tokens, K=16 -> N=24, r=4") == 1
+
+
+def test_a_models_mlps_are_explained_as_one():
+    block = fused_block()
+    told = explain(nn.ModuleDict({"block": block}), tokens=100)
+    assert {"block.attention.o_proj", "block.mlp"} <= set(told.layers)
+    assert "block.mlp.up_proj" not in told.layers
+    assert str(told.layers["block.mlp"]) == str(explain(block["mlp"], tokens=100))
+
+
+def test_a_model_for_a_card():
+    pytest.importorskip("triton")
+    model = nn.Sequential(LoRALinear(4096, 1024, 16, device="meta", dtype=torch.bfloat16))
+    assert "BLOCK_M" in str(explain(model, gpu="H100"))
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ValueError, match=r"^layer must be or hold a LoRALinear, got Sequential without one"):
+        explain(nn.Sequential(nn.Linear(4, 4)))
+
+
 @pytest.mark.gpu
 def test_a_group_and_an_mlp_are_computed_as_one_on_hopper():
     block = fused_block().to("cuda", torch.bfloat16)

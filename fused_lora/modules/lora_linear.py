@@ -157,6 +157,7 @@ class LoRALinear(Scaled):
 
         Nothing is copied, but where a weight moves to padded rows.
         """
+        checks.check_base(linear)
         layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows)
         layer.take_base(train_bias)
         return layer

@@ -1,8 +1,6 @@
 """replace_linear: nn.Linear swapped for LoRALinear inside a model, in place, with a report."""
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -10,72 +8,13 @@ from torch import nn
 from .. import checks
 from .lora_group import LoRAGroup
 from .lora_linear import LoRALinear
-from .lora_mlp import LoRAMLP, has_hooks, recognise
+from .lora_mlp import LoRAMLP, recognise
+from .report import ReplaceReport
+from .targets import find_linears
 
 # Children that a block of LLaMA, Mistral, Qwen2, Qwen3 or Gemma calls with one x, here and in Hugging Face's code.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FUSE = ("auto", "off")
-
-
-@dataclass
-class ReplaceReport:
-    """Names of the layers replaced, of the linears left alone with the reason, and of what is computed together: groups
-    of layers that read one x, and gated MLPs."""
-
-    replaced: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    groups: list[tuple[str, ...]] = field(default_factory=list)
-    mlps: list[str] = field(default_factory=list)
-
-    def layers(self, model: nn.Module) -> list[LoRALinear]:
-        """The replacements, in `model`."""
-        return [model.get_submodule(name) for name in self.replaced]
-
-    def __str__(self) -> str:
-        lines = [f"replaced {len(self.replaced)} linear layers, left {len(self.skipped)}"]
-        lines += [f"  + {name}" for name in self.replaced]
-        lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
-        lines += [f"  = {', '.join(names)}: together" for names in self.groups]
-        lines += [f"  = {name}: as one" for name in self.mlps]
-        return "\n".join(lines)
-
-
-def listed(modules: str | Iterable[str] | None) -> str | list[str] | None:
-    """An iterator would be used up by the first layer."""
-    return modules if modules is None or isinstance(modules, str) else list(modules)
-
-
-def _matches(name: str, modules: str | Iterable[str]) -> bool:
-    """A string is a regular expression for the whole name; otherwise each entry is a name or its last parts."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in modules)
-
-
-def _matches_any(names: list[str], modules: str | Iterable[str]) -> bool:
-    return any(_matches(name, modules) for name in names)
-
-
-def _skip_reason(names: list[str], linear: nn.Linear, target_modules, exclude_modules, owners) -> str | None:
-    if target_modules is not None and not _matches_any(names, target_modules):
-        return "not in target_modules"
-    if exclude_modules is not None and _matches_any(names, exclude_modules):
-        return "in exclude_modules"
-    if names == [""]:
-        return "it is the model itself; use LoRALinear.from_linear"
-    if type(linear) is not nn.Linear:
-        return f"a subclass of nn.Linear ({type(linear).__name__})"
-    if has_hooks(linear):
-        return "it has hooks, which a replacement would lose"
-    if "forward" in vars(linear):
-        return "its forward was replaced, which a replacement would lose"
-    if not checks.computes_in(linear.weight.dtype):
-        return f"its weight is {linear.weight.dtype}"
-    for parameter_name, parameter in linear.named_parameters(recurse=False):
-        sharers = owners[id(parameter)] - {names[0]}
-        if sharers:
-            return f"its {parameter_name} is shared with {', '.join(sorted(sharers))}"
-    return None
 
 
 def replace_linear(
@@ -90,12 +29,19 @@ def replace_linear(
     train_bias: bool = False,
     fuse: str = "auto",
     pad_rows: bool | None = None,
+    freeze: bool = False,
 ) -> ReplaceReport:
     """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
 
     target_modules and exclude_modules are a regular expression for the whole module name, or a list of names or of
-    their last parts ("q_proj", "mlp.down_proj"); None targets every nn.Linear. What is replaced keeps its own weight
-    and bias tensors, now frozen (the bias unless train_bias); everything else is left exactly as it was.
+    their last parts ("q_proj", "mlp.down_proj"); None targets every nn.Linear but heads (output embeddings and
+    classifiers, which are adapted where they are named). What is replaced keeps its own weight and bias tensors, now
+    frozen (the bias unless train_bias); everything else is left exactly as it was, and goes on training if it did.
+    freeze=True stops all but the updates from requiring gradients: unfreeze after it what shall train too.
+
+    A linear is left alone, with the reason in the report, where it shares memory, has hooks, a forward or a weight that
+    a replacement would lose, or where a module above it reads its weight instead of calling it, so that the update
+    would be left out. A function outside the model that reads a weight, as some losses do, cannot be seen.
 
     With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
     become a LoRAGroup, which computes them together, and a module whose forward is down(act(gate(x)) up(x)) of three
@@ -105,7 +51,8 @@ def replace_linear(
     bytes, as views of the same shape, which safetensors wants .contiguous(). pad_rows=False leaves them dense, as FSDP
     needs them, and each pass on Hopper copies them; the default pads them where torch.distributed is not initialized.
 
-    Raises ValueError when it would replace nothing, or for a bad r, lora_alpha or lora_dropout, before any change.
+    Warns of entries of target_modules and exclude_modules that name no layer. Raises ValueError when it would replace
+    nothing, for a model that has adapters of PEFT, or for a bad r, lora_alpha or lora_dropout, before any change.
     """
     checks.check_rank(r)
     checks.check_scale("lora_alpha", lora_alpha)
@@ -124,10 +71,21 @@ def replace_linear(
                 parent._modules[child_name] = layers[id(child)]
     for layer in layers.values():
         layer.take_base(train_bias)
+    if freeze:
+        _freeze_all_but_updates(model)
+    report.count(model)
     if fuse == "auto":
         report.mlps = _fuse_mlps(model, report.replaced)
         report.groups = _group(model, set(report.replaced))
     return report
+
+
+def _freeze_all_but_updates(model: nn.Module) -> None:
+    """LoRALinear layers, those of an earlier call too, have frozen what is not to train of their own."""
+    for module in model.modules():
+        if not isinstance(module, LoRALinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
 
 def _fuse_mlps(model: nn.Module, replaced: list[str]) -> list[str]:
@@ -164,29 +122,3 @@ def _group(model: nn.Module, replaced: set[str]) -> list[tuple[str, ...]]:
                 if not isinstance(module, LoRAMLP):  # which calls them as a group where it cannot be one itself
                     groups.append(names)
     return groups
-
-
-def find_linears(
-    model: nn.Module, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
-) -> tuple[ReplaceReport, list[nn.Linear]]:
-    """What replace_linear would replace, by name and the modules themselves; ValueError if that is nothing."""
-    target_modules, exclude_modules = listed(target_modules), listed(exclude_modules)
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(name)
-    report, targets = ReplaceReport(), []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            reason = _skip_reason(names[id(module)], module, target_modules, exclude_modules, owners)
-            if reason is None:
-                report.replaced.append(name)
-                targets.append(module)
-            else:
-                report.skipped[name] = reason
-    if not targets:
-        raise ValueError(f"target_modules matches no nn.Linear that can be replaced: {report}")
-    return report, targets

@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 
+from ..extras import needs
 from ..relora.options import BASES, PRECISIONS
-from .data import Data, prepare
 from .options import METHODS, Options
 from .presets import PRESETS, Preset
 from .python_text import write_documentation
 from .ranks import Ranks, joined
 from .repeatable import repeatable
-from .run import CURVES, DivergedError, Intervals, StoppedError, run
-from .trainer import Trainer
+
+with needs("pretrain"):
+    from .data import Data, prepare
+    from .run import CURVES, DivergedError, Intervals, StoppedError, run
+    from .trainer import Trainer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DIVERGED, STOPPED = 3, 130  # exit statuses

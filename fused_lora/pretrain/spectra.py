@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
+from ..extras import needs
 from ..relora.spectrum import change_spectrum, numerical_rank
-from .merged import merged_weights, newest
-from .run import BEGIN, CHECKPOINTS
+
+with needs("pretrain"):
+    from matplotlib.figure import Figure
+    from tqdm import tqdm
+
+    from .merged import merged_weights, newest
+    from .run import BEGIN, CHECKPOINTS
 
 PROJECTION = re.compile(r".*\.(self_attn|mlp)\.(?P<projection>\w+)\.weight")
 

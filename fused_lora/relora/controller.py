@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import reference
 from ..modules import LoRALinear, ReplaceReport
-from ..modules.replace import listed
+from ..modules.targets import listed
 from .loading import refuse_other_phases
 from .merging import merge_layers
 from .optimizer_reset import check_kind, optimizer_reset, states_of

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from .. import checks
 from ..modules import LoRALinear, ReplaceReport, replace_linear
 from ..modules.lora_mlp import LoRAMLP
-from ..modules.replace import find_linears
+from ..modules.targets import find_linears
 from .schedule import JaggedCosine
 from .shards import check_rows, is_sharded
 
