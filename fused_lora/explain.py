@@ -7,7 +7,7 @@ from torch import nn
 
 from . import backends, checks
 from .modules import LoRALinear, LoRAMLP
-from .ops.lora_parts import obstacle
+from .modules.siblings import LoRASiblings, why_apart
 
 # Launch parameters that name the tile, in the order in which they are shown.
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
@@ -103,11 +103,16 @@ def _copied_factors(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:
     return f"A and B are {factor_dtype}: copied to {dtype} in each pass, r (K + N) elements"
 
 
-def _group_note(layer: LoRALinear, gpu: str | None) -> str:
-    layers, weight = layer.group.layers, layer.weight
-    reason = f"explained for {gpu}" if gpu else obstacle(weight.device, weight.dtype, [each.part() for each in layers])
-    how = "in one launch" if reason is None else f"one by one: {reason}"
-    return f"one of {len(layers)} layers that are computed together, {how}"
+def _group_notes(module: LoRASiblings, gpu: str | None) -> dict[nn.Module, str]:
+    """For each layer that the module may call with others, what becomes of that."""
+    notes = {}
+    for names in reversed(module._reading.every):  # the largest groups last
+        layers = [module.get_submodule(name) for name in names]
+        x = layers[0].weight
+        reason = f"explained for {gpu}" if gpu else why_apart(layers, x)
+        how = "in one launch" if reason is None else f"one by one: {reason}"
+        notes |= dict.fromkeys(layers, f"one of {len(layers)} layers that are computed together, {how}")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -163,14 +168,21 @@ def _in_short(names: list[str]) -> str:
 def _explain_model(model: nn.Module, **options) -> ModelExplanation:
     layers: dict[str, Explanation | MLPExplanation] = {}
     of_mlps: set[nn.Module] = set()
+    notes: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRAMLP):
             of_mlps.update(module.modules())
+        elif isinstance(module, LoRASiblings):
+            notes |= _group_notes(module, options["gpu"])
         if isinstance(module, LoRAMLP) or (isinstance(module, LoRALinear) and module not in of_mlps):
-            layers[name] = explain(module, **options)
+            layers[name] = _with_note(explain(module, **options), notes.get(module))
     if not layers:
         raise ValueError(f"layer must be or hold a LoRALinear, got {type(model).__name__} without one: replace_linear")
     return ModelExplanation(layers)
+
+
+def _with_note(explanation: Explanation | MLPExplanation, note: str | None) -> Explanation | MLPExplanation:
+    return explanation if note is None else replace(explanation, notes=(*explanation.notes, note))
 
 
 def explain(
@@ -196,10 +208,7 @@ def explain(
         return _explain_mlp(layer, gpu, tokens=tokens)
     if layer is not None and not isinstance(layer, LoRALinear):
         return _explain_model(layer, tokens=tokens, gpu=gpu)
-    found = _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
-    if layer is None or layer.group is None:
-        return found
-    return replace(found, notes=(*found.notes, _group_note(layer, gpu)))
+    return _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
 
 
 def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu) -> Explanation:

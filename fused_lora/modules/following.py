@@ -153,8 +153,8 @@ class Follower:
             self.bind(target, value, scope)
 
     def bind(self, target, value: Value, scope):
+        self.used(value)  # under another name a child is followed no further
         if isinstance(target, ast.Name):
-            self.used(value)  # under another name it is followed no further
             scope[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List, ast.Starred)):
             for each in target.elts if not isinstance(target, ast.Starred) else [target.value]:

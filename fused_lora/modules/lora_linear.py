@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .. import checks, ops, padding
+from . import hooks, siblings
 from .scaled import Scaled
 
 
@@ -59,7 +60,6 @@ class LoRALinear(Scaled):
         self.lora_dropout = lora_dropout
         self.merged = False
         self.pads_rows = padding.by_default() if pad_rows is None else pad_rows
-        self.group = None  # LoRAGroup sets it
         like = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight = like.weight.requires_grad_(False)
         self.bias = like.bias if like.bias is None else like.bias.requires_grad_(False)
@@ -194,10 +194,12 @@ class LoRALinear(Scaled):
             return self._traced(input)
         if self.merged:
             return F.linear(input, self.weight, self.bias)
-        if self.group is not None:
-            return self.group.output(self, input)
-        p, weight = self.lora_dropout if self.training else 0.0, self.weight
-        return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight), p)
+        y = siblings.output(self, input)
+        if y is not None:
+            return y
+        weight = self.weight
+        scale, p = self._scale_beside(weight), self.dropping
+        return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, scale, p)
 
     def _traced(self, input: fx.Proxy) -> fx.Proxy:
         """A call of the whole layer, as fx.symbolic_trace makes of nn.Linear."""
@@ -206,12 +208,21 @@ class LoRALinear(Scaled):
             raise TypeError("a LoRALinear is a leaf of fx.symbolic_trace: trace a module that contains it")
         return input.tracer.create_proxy("call_module", path, (input,), {})
 
-    def part(self) -> ops.Part | None:
-        """What the layer adds to a pass that it shares with others; None while that is no LoRA linear."""
-        if self.merged:
-            return None
+    # What siblings.py and lora_mlp.py ask of any layer that they compute.
+
+    def part(self) -> ops.Part:
+        """What the layer adds to a pass that it shares with others."""
         weight = self.weight
         return ops.Part(weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight))
+
+    @property
+    def dropping(self) -> float:
+        """The probability by which it drops now."""
+        return self.lora_dropout if self.training else 0.0
+
+    def why_alone(self) -> str | None:
+        """Why nobody may compute it but by calling it, or None."""
+        return "it is merged" if self.merged else hooks.why_alone(self, LoRALinear.forward)
 
     def merge_(self) -> "LoRALinear":
         """weight += scale B A in place; forward is then a plain linear.

@@ -3,18 +3,18 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..ops.lora_mlp import SAVE
 from ..ops.lora_parts import obstacle
-from .lora_group import LoRAGroup, autocast_dtype
-from .lora_linear import LoRALinear
+from ..ops.parts import autocast_dtype
+from .hooks import has_hooks
+from .mixins import Mixin, mix
+from .siblings import own_obstacle
 
 FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 
@@ -33,7 +33,7 @@ class Structure:
         return [mlp.get_submodule(name) for name in (self.gate, self.up, self.down)]
 
 
-class LoRAMLP:
+class LoRAMLP(Mixin):
     """What a gated MLP becomes: the module itself, with a class of its own whose forward is ops.lora_mlp.
 
     Children, parameters, buffers, hooks and attributes stay as they are, and the class is a subclass of what it was.
@@ -45,6 +45,7 @@ class LoRAMLP:
     """
 
     save = "all"
+    _adds = ("_structure", "_act", "save")
     _structure: Structure
     _act: tuple[nn.Module, ...]  # in a tuple, since it is a child already
 
@@ -61,76 +62,44 @@ class LoRAMLP:
             raise ValueError(reason)
         mlp._structure = structure
         mlp._act = (mlp.get_submodule(structure.act),) if structure.act else ()
-        mlp.__class__ = _with_forward(type(mlp))
+        mix(mlp, LoRAMLP)
         mlp.save = save
-        return mlp
-
-    @staticmethod
-    def unfuse(mlp: nn.Module) -> nn.Module:
-        """Makes a LoRAMLP what it was before, in place, and returns it."""
-        mlp.__class__ = type(mlp).__bases__[1]
-        for name in ("_structure", "_act", "save"):
-            vars(mlp).pop(name, None)
         return mlp
 
     @staticmethod
     def obstacle(layers: list[nn.Module]) -> str | None:
         """Why gate, up and down cannot be computed as one, or None."""
-        if not all(isinstance(layer, LoRALinear) for layer in layers):
+        if not all(hasattr(layer, "part") for layer in layers):
             return "gate, up and down must be LoRALinear"
-        gate, up, down = layers
-        if gate.out_features != up.out_features:
-            return f"gate and up must have the same out_features, got {gate.out_features} and {up.out_features}"
-        if down.in_features != gate.out_features:
-            return f"down must have in_features {gate.out_features}, got {down.in_features}"
-        return LoRAGroup.obstacle([gate, up]) or LoRAGroup.obstacle(layers, but="in_features")
+        gate, up, down = weights = [layer.part().weight for layer in layers]
+        if gate.shape != up.shape:
+            return f"gate and up must have weights of one shape, got {tuple(gate.shape)} and {tuple(up.shape)}"
+        if down.shape[1] != gate.shape[0]:
+            return f"down must have in_features {gate.shape[0]}, got {down.shape[1]}"
+        for name in ("dtype", "device"):
+            found = {str(getattr(weight, name)) for weight in weights}
+            if len(found) != 1:
+                return f"gate, up and down must have weights of one {name}, got {sorted(found)}"
+        return None
 
     def why_not(self, x: Tensor) -> str | None:
         """Why the forward that it had is called for x, or None."""
-        if _has_any_global_hook():
-            return "hooks are registered for all modules"
         layers = self._structure.layers(self)
-        for layer in layers:
-            if type(layer) is not LoRALinear:
-                return f"one of its layers is a {type(layer).__name__}"
-            if layer.merged or has_hooks(layer) or "forward" in vars(layer):
-                return "one of its layers is merged or has hooks or a forward of its own"
-            if (layer.training, layer.lora_dropout) != (self.training, layers[0].lora_dropout):
-                return "its layers drop by different rules"
+        reason = own_obstacle(layers)
+        if reason is not None:
+            return reason
         for act in self._act:
             if self.get_submodule(self._structure.act) is not act or has_hooks(act):
                 return "its activation was replaced or has hooks"
-        parts = [layer.part() for layer in layers]
-        return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated=True)
+        return obstacle(x.device, autocast_dtype(x) or x.dtype, [layer.part() for layer in layers], gated=True)
 
     def forward(self, *args, **kwargs):
         x = args[0] if args else next(iter(kwargs.values()), None)
         if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or self.why_not(x) is not None:
             return super().forward(*args, **kwargs)
         layers = self._structure.layers(self)
-        p = layers[0].lora_dropout if self.training else 0.0
-        parts = (layer.part() for layer in layers)
+        parts, p = (layer.part() for layer in layers), layers[0].dropping
         return ops.lora_mlp(x, *parts, activation=self._structure.activation, p=p, save=self.save)
-
-    def __reduce_ex__(self, protocol):
-        """As nn.Module, whose class could be found by its name."""
-        return _unfilled, (type(self).__bases__[1],), self.__dict__.copy()
-
-
-@cache
-def _with_forward(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of an MLP's class that is a LoRAMLP."""
-    return type(f"LoRA{cls.__name__}", (LoRAMLP, cls), {"__module__": cls.__module__, "__doc__": LoRAMLP.__doc__})
-
-
-def _unfilled(cls: type[nn.Module]) -> nn.Module:
-    fused = _with_forward(cls)
-    return fused.__new__(fused)
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Which only a call of its own would run."""
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
 def recognise(mlp: nn.Module) -> Structure | None:

@@ -4,7 +4,10 @@ from torch import nn
 
 
 class Mixin:
-    """What such a subclass adds. Children, parameters, hooks and attributes of the module stay as they are."""
+    """What such a subclass adds, with the attributes in `_adds`. Children, parameters, hooks and other attributes of
+    the module stay as they are."""
+
+    _adds: tuple[str, ...] = ()
 
     def __reduce_ex__(self, protocol):
         """As nn.Module, whose class could be found by its name."""
@@ -19,10 +22,13 @@ def mix(module: nn.Module, mixin: type[Mixin]) -> None:
     module.__class__ = _mixed(type(module), mixin)
 
 
-def unmix(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Takes back the last mix()."""
-    assert vars(type(module)).get("_mixin") is mixin
-    module.__class__ = type(module).__bases__[1]
+def unmix(module: nn.Module) -> nn.Module:
+    """Makes a module what it was before all mix(), in place, and returns it."""
+    while (mixin := vars(type(module)).get("_mixin")) is not None:
+        module.__class__ = type(module).__bases__[1]
+        for name in mixin._adds:
+            vars(module).pop(name, None)
+    return module
 
 
 def _mixed(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:

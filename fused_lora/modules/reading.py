@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -33,6 +33,14 @@ class Reading:
         """The groups of all cases, larger ones first."""
         found = {group for groups in (*self.cases.values(), self.unknown) for group in groups}
         return sorted(found, key=lambda group: (-len(group), group))
+
+    def among(self, names: set[str]) -> "Reading":
+        """The same of some of the children, and of no more arguments than matter to them."""
+        cases = {case: _among(groups, names) for case, groups in self.cases.items()}
+        unknown, tested = _among(self.unknown, names), self.tested
+        if all(groups == unknown for groups in cases.values()):
+            cases, tested = {}, ()
+        return replace(self, cases=cases, unknown=unknown, tested=tested)
 
     def groups(self, module: nn.Module, args: tuple, kwargs: dict) -> Groups:
         """Those of a call."""
@@ -81,6 +89,11 @@ def _follow(module: nn.Module, forward, is_none: dict[str, bool]) -> tuple[set[s
 
 def _argument(is_none: bool | None) -> Value:
     return Value(known=None) if is_none else Value(given=is_none is False)
+
+
+def _among(groups: Groups, names: set[str]) -> Groups:
+    kept = (tuple(name for name in group if name in names) for group in groups)
+    return tuple(group for group in kept if len(group) > 1)
 
 
 def _groups(events: list) -> Groups:

@@ -6,14 +6,11 @@ import torch
 from torch import nn
 
 from .. import checks
-from .lora_group import LoRAGroup
+from .fusing import fuse as fuse_layers
 from .lora_linear import LoRALinear
-from .lora_mlp import LoRAMLP, recognise
 from .report import ReplaceReport
 from .targets import find_linears
 
-# Children that a block of LLaMA, Mistral, Qwen2, Qwen3 or Gemma calls with one x, here and in Hugging Face's code.
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FUSE = ("auto", "off")
 
 
@@ -43,9 +40,9 @@ def replace_linear(
     a replacement would lose, or where a module above it reads its weight instead of calling it, so that the update
     would be left out. A function outside the model that reads a weight, as some losses do, cannot be seen.
 
-    With fuse="auto" the layers of a LLaMA-like block that read one x (q_proj, k_proj, v_proj; gate_proj, up_proj)
-    become a LoRAGroup, which computes them together, and a module whose forward is down(act(gate(x)) up(x)) of three
-    replaced layers becomes a LoRAMLP, which computes them as one; with "off" each stays alone.
+    With fuse="auto", layers that a module calls with one x, as its source says, are computed together (LoRASiblings: q,
+    k and v, or k and v), and a module whose forward is down(act(gate(x)) up(x)) of three replaced layers becomes a
+    LoRAMLP, which computes them as one; with "off" each stays alone. Those modules get a subclass of their own class.
 
     On a GPU, 16-bit weights with in_features that are no multiple of 8 move to rows that start at multiples of 128
     bytes, as views of the same shape, which safetensors wants .contiguous(). pad_rows=False leaves them dense, as FSDP
@@ -75,8 +72,7 @@ def replace_linear(
         _freeze_all_but_updates(model)
     report.count(model)
     if fuse == "auto":
-        report.mlps = _fuse_mlps(model, report.replaced)
-        report.groups = _group(model, set(report.replaced))
+        fuse_layers(model, report)
     return report
 
 
@@ -86,39 +82,3 @@ def _freeze_all_but_updates(model: nn.Module) -> None:
         if not isinstance(module, LoRALinear):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-
-
-def _fuse_mlps(model: nn.Module, replaced: list[str]) -> list[str]:
-    """Makes a LoRAMLP of each gated MLP of replaced layers; their names."""
-    layers = {id(model.get_submodule(name)) for name in replaced}
-    mlps = [(name, module) for name, module in model.named_modules() if _may_be_mlp(module, layers)]
-    found = [(name, module, recognise(module)) for name, module in mlps]
-    fused = []
-    for name, module, structure in found:
-        if structure is not None and LoRAMLP.obstacle(structure.layers(module)) is None:
-            LoRAMLP.fuse(module, structure)
-            fused.append(name)
-    return fused
-
-
-def _may_be_mlp(module: nn.Module, layers: set[int]) -> bool:
-    """Three of the layers, two of which lead into the third."""
-    children = [child for child in module.children() if id(child) in layers]
-    if len(children) != 3 or "forward" in vars(module) or isinstance(module, LoRAMLP):
-        return False
-    sizes = sorted((child.in_features, child.out_features) for child in children)
-    return any(sizes.count((size, wide)) >= 2 and any(wide == K for K, _ in sizes) for size, wide in sizes)
-
-
-def _group(model: nn.Module, replaced: set[str]) -> list[tuple[str, ...]]:
-    """Makes groups of the replaced layers that read one x; their names."""
-    groups = []
-    for path, module in model.named_modules():
-        for children in SHARED_INPUTS:
-            names = tuple(name for child in children if (name := f"{path}.{child}".lstrip(".")) in replaced)
-            layers = [model.get_submodule(name) for name in names]
-            if len(layers) > 1 and LoRAGroup.obstacle(layers) is None:
-                LoRAGroup(layers)
-                if not isinstance(module, LoRAMLP):  # which calls them as a group where it cannot be one itself
-                    groups.append(names)
-    return groups

@@ -18,7 +18,8 @@ from .reading import Groups, Reading
 
 
 class _Thread(threading.local):
-    call: "Call | None" = None  # the innermost
+    def __init__(self):
+        self.call: Call | None = None  # the innermost
 
 
 _thread = _Thread()
@@ -72,14 +73,19 @@ def _state(x: Tensor) -> tuple:
 
 
 def why_apart(layers: Sequence[nn.Module | None], x: Tensor) -> str | None:
-    """Why layers that read x are computed one by one now, or None. A layer is asked for its part() and dropping."""
-    parts = [layer.part() if hasattr(layer, "part") else None for layer in layers]
-    for layer, part in zip(layers, parts, strict=True):
-        if part is None:
-            return f"one of them is computed by a call of its own only: {type(layer).__name__}"
+    """Why layers that read x are computed one by one now, or None."""
+    return own_obstacle(layers) or obstacle(x.device, autocast_dtype(x) or x.dtype, [layer.part() for layer in layers])
+
+
+def own_obstacle(layers: Sequence[nn.Module | None]) -> str | None:
+    """Why only calls of the layers themselves will do, or None. Any layer that has a part() may answer for itself."""
+    for layer in layers:
+        reason = layer.why_alone() if hasattr(layer, "part") else f"it is a {type(layer).__name__}"
+        if reason is not None:
+            return f"one of its layers must be called: {reason}"
     if any(layer.dropping != layers[0].dropping for layer in layers):
-        return "they drop by different rules"
-    return obstacle(x.device, autocast_dtype(x) or x.dtype, parts)
+        return "its layers drop by different rules"
+    return None
 
 
 class LoRASiblings(Mixin):
@@ -89,6 +95,7 @@ class LoRASiblings(Mixin):
     (reading.py). A layer that has hooks, is merged or was replaced, or has a forward of its own computes by itself.
     """
 
+    _adds = ("_reading",)
     _reading: Reading
 
     @staticmethod

@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import checks
 from ..modules import LoRALinear, ReplaceReport, replace_linear
-from ..modules.lora_mlp import LoRAMLP
+from ..modules.mixins import unmix
 from ..modules.targets import find_linears
 from .schedule import JaggedCosine
 from .shards import check_rows, is_sharded
@@ -115,8 +115,7 @@ def unwrap(model: nn.Module, optimizer: Optimizer) -> nn.Module:
         for name, child in parent._modules.items():
             if id(child) in linears:
                 parent._modules[name] = linears[id(child)]
-        if isinstance(parent, LoRAMLP):
-            LoRAMLP.unfuse(parent)
+        unmix(parent)
     factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
     _exchange(optimizer, {id(factor): {} for factor in factors})
     for factor in factors:

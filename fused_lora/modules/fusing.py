@@ -1,0 +1,71 @@
+"""Which of a model's layers are computed together: read off the forwards of the modules that call them."""
+
+from torch import nn
+
+from .lora_mlp import LoRAMLP, Structure, recognise
+from .mixins import Mixin
+from .reading import Reading, read
+from .report import ReplaceReport
+from .siblings import LoRASiblings
+
+
+def fuse(model: nn.Module, report: ReplaceReport) -> None:
+    """Makes LoRAMLPs of the gated MLPs of replaced layers, and LoRASiblings of modules that call some with one x."""
+    layers = {id(layer) for layer in report.layers(model)}
+    parents = {name: module for name, module in model.named_modules() if len(_own(module, layers)) > 1}
+    structures = {name: recognise(module) for name, module in parents.items() if _may_be_mlp(module, layers)}
+    readings: dict[tuple, Reading | None] = {}
+    for name, module in parents.items():
+        groups = _join(module, layers, readings)
+        if _fuse_mlp(module, structures.get(name)):
+            report.mlps.append(name)  # it calls them as a group where it cannot be one itself
+        else:
+            report.groups += [tuple(f"{name}.{child}".lstrip(".") for child in group) for group in groups]
+
+
+def _own(module: nn.Module, layers: set[int]) -> dict[str, nn.Module]:
+    """The children of a module that are among the layers, if its forward is its class's."""
+    if "forward" in vars(module):
+        return {}
+    return {name: child for name, child in module.named_children() if id(child) in layers}
+
+
+def _join(module: nn.Module, layers: set[int], readings: dict[tuple, Reading | None]) -> list[tuple[str, ...]]:
+    """Lets the module's layers be computed together; the groups that there are, the larger ones first."""
+    if isinstance(module, LoRASiblings):
+        return []
+    kind = (type(module), tuple((name, type(child)) for name, child in module.named_children()))
+    kind += tuple((name, type(value)) for name, value in vars(module).items())
+    if kind not in readings:
+        readings[kind] = read(module)
+    if readings[kind] is None:
+        return []
+    alike = _alike(_own(module, layers))
+    reading = readings[kind].among(alike)
+    if not reading.every:
+        return []
+    LoRASiblings.join(module, reading)
+    return reading.every
+
+
+def _alike(children: dict[str, nn.Module]) -> set[str]:
+    """Those of the first one's dtype and device."""
+    kinds = {name: (child.weight.dtype, child.weight.device) for name, child in children.items()}
+    first = next(iter(kinds.values()))
+    return {name for name, kind in kinds.items() if kind == first}
+
+
+def _fuse_mlp(module: nn.Module, structure: Structure | None) -> bool:
+    if structure is None or LoRAMLP.obstacle(structure.layers(module)) is not None:
+        return False
+    LoRAMLP.fuse(module, structure)
+    return True
+
+
+def _may_be_mlp(module: nn.Module, layers: set[int]) -> bool:
+    """Three of the layers, two of which lead into the third."""
+    children = _own(module, layers).values()
+    if len(children) != 3 or isinstance(module, Mixin):
+        return False
+    sizes = sorted((child.in_features, child.out_features) for child in children)
+    return any(sizes.count((size, wide)) >= 2 and any(wide == K for K, _ in sizes) for size, wide in sizes)

@@ -1,0 +1,22 @@
+"""What only a call of a module itself would run."""
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def why_alone(module: nn.Module, forward) -> str | None:
+    """Why nobody may compute a module but by calling it, or None; forward is the one that its class is known for."""
+    if type(module).forward is not forward or "forward" in vars(module):
+        return "it has a forward of its own"
+    if has_hooks(module):
+        return "it has hooks"
+    if _has_any_global_hook():
+        return "hooks are registered for all modules"
+    if module._compiled_call_impl is not None:
+        return "it is compiled by itself"
+    return None

@@ -1,0 +1,249 @@
+"""Which children a forward provably calls with one unmodified value, read off sources that try to be misread."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora.modules.reading import read
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
+        self.norm = nn.LayerNorm(4)
+        self.act = nn.ReLU(inplace=True)
+        self.flag, self.kept = True, None
+
+    def shaped(self, y):
+        return y.view(*y.shape[:-1], 2, 2).transpose(-1, -2)
+
+
+def helper(module, x):
+    return module.k(x), module.v(x)
+
+
+def changes(x):
+    x.zero_()
+
+
+def renamed(function):
+    @functools.wraps(function)
+    def wrapper(self, *args, old=None, **kwargs):
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Plain(Base):
+    def forward(self, x, mask=None):
+        sizes = (*x.shape[:-1], 2, 2)
+        q = self.norm(self.q(x)).view(sizes)
+        k, v = self.shaped(self.k(x)), self.v(x).view(sizes).transpose(1, 2)
+        if mask is not None:
+            q = q + mask
+        return self.o(torch.softmax(q + k + v, -1).flatten(-2))
+
+
+class ByKeyword(Base):
+    def forward(self, x):
+        return self.q(input=x) + self.k(x)
+
+
+class Followed(Base):
+    def forward(self, x):
+        return self.q(x), *helper(self, x)
+
+
+class Wrapped(Base):
+    @renamed
+    def forward(self, x):
+        return self.q(x) + self.k(x)
+
+
+class CrossOrNot(Base):
+    def forward(self, x, other=None):
+        is_cross = other is not None
+        read = other if is_cross else x
+        q = self.q(x)
+        if is_cross and self.flag and self.kept:
+            k, v = self.kept
+        else:
+            k, v = self.k(read), self.v(read)
+        return q + k + v
+
+
+QKV, QK, KV = ("q", "k", "v"), ("q", "k"), ("k", "v")
+
+
+@pytest.mark.parametrize(("kind", "groups"), [
+    (Plain, [QKV]), (ByKeyword, [QK]), (Followed, [QKV]), (Wrapped, [QK]), (CrossOrNot, [QKV, KV]),
+])  # fmt: skip
+def test_what_is_found(kind, groups):
+    assert read(kind()).every == groups
+
+
+def test_cases_of_none():
+    module = CrossOrNot()
+    reading, x = read(module), torch.ones(1, 4)
+    assert reading.tested == ("other",)
+    assert reading.groups(module, (x,), {}) == reading.groups(module, (x, None), {}) == (QKV,)
+    assert reading.groups(module, (x, x), {}) == reading.groups(module, (), {"x": x, "other": x}) == (KV,)
+    assert reading.among({"q", "v"}).groups(module, (x,), {}) == (("q", "v"),)
+    assert reading.among({"q", "v"}).groups(module, (x, x), {}) == ()
+
+
+def test_a_wrapper_may_fill_what_seems_to_be_none():
+    class Renaming(CrossOrNot):
+        forward = renamed(CrossOrNot.forward)
+
+    module = Renaming()
+    reading, x = read(module), torch.ones(1, 4)
+    assert reading.groups(module, (x,), {}) == (QKV,)
+    assert reading.groups(module, (x,), {"old": x}) == (KV,)
+
+
+# Bodies of a forward(self, x, y): nothing in them is a group of q and k.
+NOT = """
+x += 1
+x.mul_(2)
+x[0] = 1
+x.data.zero_()
+x.T[0] = 1
+z = x.view(-1); z += 1
+z = x[0]; z.zero_()
+z = [x]; z[0].zero_()
+z = {"x": x}; z["x"].zero_()
+F.relu(x, inplace=True)
+F.relu(x, True)
+torch.add(x, 1, out=x)
+torch.relu_(x)
+self.act(x)
+changes(x)
+changes(x.view(-1))
+y.update(x)
+x = x + 1
+x, y = y, x
+(x := y)
+for z in (1, 2): x = x * z
+for z in x: z.zero_()
+while y: x.zero_(); break
+def f(): x.zero_()
+f = lambda: x.zero_()
+[z.zero_() for z in x]
+try: x.zero_()
+except ValueError: pass
+with y: x.zero_()
+if y: x.zero_()
+if y: x = x + 1
+x = x if y else x + 1
+y and x.zero_()
+x.zero_() if y else None
+del x[0]
+if y: return 1
+self.o = self.q
+self.o.weight = self.k.weight
+y(self.k)
+y(self.k.weight)
+z = self.k; z.zero_()
+self.k(x)
+self.q(x)
+self.k.forward(x)
+z = getattr(y, "k"); y = [self.k]
+for z in range(2): self.k(x)
+""".strip().splitlines()
+
+
+def compiled_from(body, monkeypatch):
+    """A module whose forward has the body between q and k, with a source that inspect finds."""
+    lines = [*(f"        {line}" for line in ("a = self.q(x)", body, "return a + self.k(x)"))]
+    if body.startswith("try"):
+        lines[1:2] = [f"        {body}", "        except ValueError: pass"]
+    source = "\n".join(["class Made(Base):", "    def forward(self, x, y):", *lines])
+    scope = {"Base": Base, "F": F, "torch": torch, "changes": changes}
+    exec(source, scope)
+    forward = scope["Made"].forward
+    real = __import__("inspect").getsource
+    monkeypatch.setattr(
+        "inspect.getsource", lambda thing: "\n".join(source.splitlines()[1:]) if thing is forward else real(thing)
+    )
+    return scope["Made"]()
+
+
+@pytest.mark.parametrize("body", [line for line in NOT if not line.startswith("except")])
+def test_what_is_not_proven(body, monkeypatch):
+    reading = read(compiled_from(body, monkeypatch))
+    assert reading is None or not any({"q", "k"} <= set(group) for group in reading.every)
+
+
+@pytest.mark.parametrize("body", [
+    "pass", "z = x.shape[0]", "z = a.view(-1); z.mul_(2)", "a += y", "a = self.norm(a)", "z = x.size(-1)", "y = x * 2",
+    "assert x.dim() == 2", "if y is None: raise ValueError(x.shape)", "z = torch.cat([x, x])", "self.kept = a",
+    "z = len(x)", "if self.flag: a = a * 2", "with torch.no_grad(): a = a * 1", "z = x.to(a.dtype)",
+    "a = F.relu(a, True)",
+])  # fmt: skip
+def test_what_does_no_harm(body, monkeypatch):
+    assert read(compiled_from(body, monkeypatch)).every == [QK]
+
+
+def test_children_in_branches_of_their_own():
+    class Branches(Base):
+        def forward(self, x, y):
+            if y:
+                return self.q(x) + self.k(x)
+            return self.v(x)
+
+    assert read(Branches()).every == [QK]
+
+    class Apart(Base):
+        def forward(self, x, y):
+            a = self.q(x)
+            if y:
+                a = a + self.k(x)
+            return a + self.v(x)
+
+    assert read(Apart()).every == [("q", "v")]
+
+
+def test_checkpointed_children_are_called_by_others():
+    class Checkpointed(Base):
+        def forward(self, x):
+            return self.q(x) + checkpoint(self.k, x, use_reentrant=False) + self.v(x)
+
+    assert read(Checkpointed()) is None
+
+
+def test_what_has_no_source():
+    namespace = {"Base": Base}
+    exec("class Made(Base):\n def forward(self, x): return self.q(x) + self.k(x)", namespace)
+    assert read(namespace["Made"]()) is None
+    assert read(nn.Linear(2, 2)) is None
+
+
+class Processor:
+    def __call__(self, module, x, other=None):
+        if other is None:
+            other = x
+        return module.q(x) + module.k(other) + module.v(other)
+
+
+class ByProcessor(Base):
+    def __init__(self):
+        super().__init__()
+        self.processor = Processor()
+
+    def forward(self, x, other=None, **more):
+        return self.processor(self, x, other=other, **more)
+
+
+def test_a_processor_is_followed_and_may_be_replaced():
+    module = ByProcessor()
+    reading, x = read(module), torch.ones(1, 4)
+    assert reading.groups(module, (x,), {}) == (QKV,)
+    assert reading.groups(module, (x, x), {}) == (KV,)
+    module.processor = lambda *args: x
+    assert reading.groups(module, (x,), {}) == ()
