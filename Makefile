@@ -28,7 +28,7 @@ test: $(READY)
 	$(if $(GPU),,TRITON_INTERPRET=1 $(PYTHON) -m pytest tests -m interpreter -n $(WORKERS))
 
 test-architectures: $(READY)
-	$(PYTHON) -m pytest tests/architectures -m architectures -n $(WORKERS) -rs --at-least 295
+	$(PYTHON) -m pytest tests/architectures -m architectures -n $(WORKERS) -rs --at-least 300
 
 bench: $(READY)
 	$(PYTHON) -m bench
