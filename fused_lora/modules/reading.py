@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .following import Called, Follower, Value
+from .following import Follower
+from .values import Called, Value
 
 Groups = tuple[tuple[str, ...], ...]
 MOST_TESTED = 4  # arguments: each doubles the cases
@@ -26,7 +27,6 @@ class Reading:
     cases: dict[tuple[bool, ...], Groups] = field(default_factory=dict)
     unknown: Groups = ()
     relies_on: tuple[tuple[str, type], ...] = ()
-    wrapped: bool = False  # by functions that may rename arguments
 
     @property
     def every(self) -> list[tuple[str, ...]]:
@@ -47,7 +47,7 @@ class Reading:
         for name, kind in self.relies_on:
             if type(getattr(module, name, None)) is not kind:
                 return ()
-        if not self.tested or (self.wrapped and any(name not in self.parameters for name in kwargs)):
+        if not self.tested:
             return self.unknown
         return self.cases[tuple(self._is_none(name, args, kwargs) for name in self.tested)]
 
@@ -64,8 +64,8 @@ def read(module: nn.Module) -> Reading | None:
         signature = inspect.signature(forward)
         first, followers = _follow(module, forward, {})
         parameters = list(signature.parameters.values())[1:]
-        optional = {each.name for each in parameters if each.default is None}
-        tested = tuple(each.name for each in parameters if each.name in first and each.name in optional)[:MOST_TESTED]
+        certain = {each.name for each in parameters if each.default is None} - _known_to_wrappers(outer)
+        tested = tuple(each.name for each in parameters if each.name in first & certain)[:MOST_TESTED]
         cases = {}
         for case in itertools.product((False, True), repeat=len(tested)):
             _, follower = _follow(module, forward, dict(zip(tested, case, strict=True)))
@@ -74,8 +74,25 @@ def read(module: nn.Module) -> Reading | None:
         return None
     positional = tuple(each.name for each in parameters if each.kind is not each.VAR_POSITIONAL)
     relies_on = tuple(followers.relies_on.items())
-    reading = Reading(outer, positional, tested, cases, _groups(followers.events), relies_on, outer is not forward)
+    reading = Reading(outer, positional, tested, cases, _groups(followers.events), relies_on)
     return reading if reading.every else None
+
+
+def _known_to_wrappers(function) -> set[str]:
+    """Names that the functions around a forward may be about: those arguments they may rename or fill in."""
+    names: set[str] = set()
+    while hasattr(function, "__wrapped__"):
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        for each in (*function.__code__.co_consts, *cells):
+            names.update(_strings(each))
+        function = function.__wrapped__
+    return names
+
+
+def _strings(value) -> set[str]:
+    if isinstance(value, str):
+        return {value}
+    return {each for each in value if isinstance(each, str)} if isinstance(value, (tuple, list, set, dict)) else set()
 
 
 def _follow(module: nn.Module, forward, is_none: dict[str, bool]) -> tuple[set[str], Follower]:

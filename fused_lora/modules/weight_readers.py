@@ -24,13 +24,32 @@ INSPECTIONS = {"isinstance", "hasattr", "type", "id", "len"}
 
 
 def weight_readers(model: nn.Module) -> dict[int, str]:
-    """The method that reads it, for the id of each module whose weight is read by a module above it."""
+    """The method that reads it, for the id of each module whose weight is read by a module above it.
+
+    Methods that compute no gradients and that no forward comes to prepare a model for something else, and do not count.
+    """
     readers: dict[int, str] = {}
+    used = _used_in_forwards({type(module) for module in model.modules()})
     for module in model.modules():
-        for method, path in (*_reads_of_class(type(module)), *_reads_of_instance(module)):
+        for method, path in (*_reads_of_class(type(module), used), *_reads_of_instance(module)):
             for child in _children(module, path):
                 readers.setdefault(id(child), method)
     return readers
+
+
+def _used_in_forwards(classes: set[type]) -> frozenset[str]:
+    """Names of methods that a forward may come to, its own and those of whatever it calls."""
+    named: dict[str, set[str]] = {}
+    for cls in classes:
+        for _, name, member in _members(cls):
+            function = _function(member)
+            if function is not None:
+                named.setdefault(name, set()).update(_names(function.__code__))
+    used, new = set(), {"forward", "__call__"}
+    while new:
+        used |= new
+        new = set().union(*(named[name] for name in new if name in named)) - used
+    return frozenset(used)
 
 
 def _children(module: nn.Module, path: Path) -> list[nn.Module]:
@@ -46,16 +65,29 @@ def _children(module: nn.Module, path: Path) -> list[nn.Module]:
 
 
 @cache
-def _reads_of_class(cls: type) -> tuple[tuple[str, Path], ...]:
+def _reads_of_class(cls: type, used: frozenset[str]) -> tuple[tuple[str, Path], ...]:
     """Of its methods and those it inherits. What __init__ reads, it reads before any replacement."""
-    members = [
-        (f"{base.__name__}.{name}", member)
-        for base in cls.__mro__
-        if base not in nn.Module.__mro__
-        for name, member in vars(base).items()
-        if name != "__init__"
-    ]
-    return tuple((name, path) for name, member in members for path in _reads(member))
+    return tuple(
+        (f"{base.__name__}.{name}", path)
+        for base, name, member in _members(cls)
+        for path in _reads(member)
+        if name in used or not _without_gradients(_function(member))
+    )
+
+
+def _members(cls: type) -> Iterator[tuple[type, str, object]]:
+    for base in cls.__mro__:
+        if base not in nn.Module.__mro__:
+            yield from ((base, name, member) for name, member in vars(base).items() if name != "__init__")
+
+
+def _without_gradients(function: FunctionType) -> bool:
+    """Whether a decorator says so."""
+    try:
+        lines = inspect.getsource(function).partition("def ")[0]
+    except (OSError, TypeError):
+        return False
+    return "no_grad" in lines or "inference_mode" in lines
 
 
 def _reads_of_instance(module: nn.Module) -> list[tuple[str, Path]]:
@@ -65,10 +97,16 @@ def _reads_of_instance(module: nn.Module) -> list[tuple[str, Path]]:
 
 
 def _reads(member) -> tuple[Path, ...]:
+    function = _function(member)
+    return () if function is None else _reads_of_function(function)
+
+
+def _function(member) -> FunctionType | None:
+    """The innermost one of a method or a property."""
     if isinstance(member, property):
         member = member.fget
     member = inspect.unwrap(getattr(member, "__func__", member))
-    return _reads_of_function(member) if isinstance(member, FunctionType) else ()
+    return member if isinstance(member, FunctionType) else None
 
 
 @cache

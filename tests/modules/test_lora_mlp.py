@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import ops, replace_linear
-from fused_lora.modules import LoRALinear, LoRAMLP, lora_mlp
+from fused_lora import replace_linear
+from fused_lora.modules import LoRALinear, LoRAMLP
 from fused_lora.modules.lora_mlp import Structure, recognise
 from fused_lora.modules.mixins import unmix
 
@@ -39,17 +39,6 @@ class Holder(nn.Module):
 
     def forward(self, x):
         return x + self.mlp(x)
-
-
-@pytest.fixture
-def as_one(monkeypatch):
-    """Every MLP is computed as one, as where kernels are for it; the calls."""
-    calls, real = [], ops.lora_mlp
-    monkeypatch.setattr(lora_mlp, "obstacle", lambda *args, **options: None)
-    monkeypatch.setattr(
-        ops, "lora_mlp", lambda x, *args, **options: (calls.append(options), real(x, *args, **options))[1]
-    )
-    return calls
 
 
 def make_pair(mlp=None, **options):

@@ -31,12 +31,19 @@ def changes(x):
     x.zero_()
 
 
-def renamed(function):
-    @functools.wraps(function)
-    def wrapper(self, *args, old=None, **kwargs):
-        return function(self, *args, **kwargs)
+def renamed(old, new):
+    """As libraries do with arguments that were renamed."""
 
-    return wrapper
+    def around(function):
+        @functools.wraps(function)
+        def wrapper(self, *args, **kwargs):
+            if old in kwargs:
+                kwargs[new] = kwargs.pop(old)
+            return function(self, *args, **kwargs)
+
+        return wrapper
+
+    return around
 
 
 class Plain(Base):
@@ -60,7 +67,7 @@ class Followed(Base):
 
 
 class Wrapped(Base):
-    @renamed
+    @renamed("y", "x")
     def forward(self, x):
         return self.q(x) + self.k(x)
 
@@ -98,13 +105,15 @@ def test_cases_of_none():
 
 
 def test_a_wrapper_may_fill_what_seems_to_be_none():
-    class Renaming(CrossOrNot):
-        forward = renamed(CrossOrNot.forward)
+    class Filled(CrossOrNot):
+        forward = renamed("old", "other")(CrossOrNot.forward)
 
-    module = Renaming()
-    reading, x = read(module), torch.ones(1, 4)
-    assert reading.groups(module, (x,), {}) == (QKV,)
-    assert reading.groups(module, (x,), {"old": x}) == (KV,)
+    class Renamed(CrossOrNot):
+        forward = renamed("old", "new")(CrossOrNot.forward)
+
+    x = torch.ones(1, 4)
+    assert read(Filled()).every == [KV]
+    assert read(Renamed()).groups(Renamed(), (x,), {"more": x}) == (QKV,)
 
 
 # Bodies of a forward(self, x, y): nothing in them is a group of q and k.

@@ -46,15 +46,6 @@ def make_pair(kind=Attention, dropout=0.0, **options):
     return alone["attention"], together["attention"]
 
 
-@pytest.fixture
-def groups(monkeypatch):
-    """Groups are computed together wherever they are asked for; the number of parts of each."""
-    seen, real = [], siblings.ops.lora_group
-    monkeypatch.setattr(siblings, "obstacle", lambda *args: None)
-    monkeypatch.setattr(siblings.ops, "lora_group", lambda x, parts, p: (seen.append(len(parts)), real(x, parts, p))[1])
-    return seen
-
-
 def close(got, wanted):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 

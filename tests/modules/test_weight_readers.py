@@ -238,3 +238,25 @@ def test_a_mamba():
     for layer in report.layers(merged):
         layer.merge_()
     torch.testing.assert_close(model(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_no_forward_comes_to_does_not_count():
+    """As methods that prepare a model for something else, whose callers know what they do."""
+
+    class Prepared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.q(x) + self.helped(x)
+
+        def helped(self, x):
+            return x @ self.k.weight.T
+
+        @torch.no_grad()
+        def join(self):
+            return torch.cat([self.q.weight, self.k.weight])
+
+    model = Prepared()
+    assert weight_readers(model) == {id(model.k): "Prepared.helped"}
