@@ -12,7 +12,7 @@
 namespace fused_lora {
 namespace {
 
-constexpr int64_t kBlockInts = 1 << 20, kStreamInts = 1 << 14;
+constexpr int64_t kBlockInts = 1 << 20, kStreamInts = 1 << 12;
 
 // What is done in its scope is never captured, and allowed during a capture.
 class RelaxedCapture {
@@ -79,7 +79,7 @@ struct StreamFlags {
 struct Device {
   std::mutex mutex;
   Arena arena;
-  std::map<cudaStream_t, StreamFlags> streams;
+  std::map<unsigned long long, StreamFlags> streams;  // by their ids: handles are used again, and one may mean several streams
 };
 
 Device& current_device() {
@@ -94,7 +94,9 @@ int* launch_flags(int64_t count) {
   Device& device = current_device();
   const std::lock_guard<std::mutex> lock(device.mutex);
   if (capturing()) return device.arena.take(count);
-  StreamFlags& own = device.streams[stream];
+  unsigned long long id = 0;
+  C10_CUDA_CHECK(cudaStreamGetId(stream, &id));
+  StreamFlags& own = device.streams[id];
   if (own.size < count) own = {device.arena.take(std::max(count, kStreamInts)), std::max(count, kStreamInts)};
   return own.flags;
 }
