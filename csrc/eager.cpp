@@ -67,6 +67,11 @@ bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor&
   return rank_obstacle(r).empty() && weight.stride(1) == 1 && x.numel() / K < kMostRows;
 }
 
+// Whether a gradient is many at once, of torch.func.vmap or of is_grads_batched.
+bool is_many(const Tensor& dy) {
+  return dy.key_set().has(c10::DispatchKey::FuncTorchBatched) || dy.key_set().has(c10::DispatchKey::Batched);
+}
+
 FlatParts flat_part(const Tensor& weight, const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias, const Tensor& scale,
                     const std::optional<Tensor>& seed) {
   return FlatParts({weight, A, B, bias, scale, seed});
@@ -104,8 +109,8 @@ class LoRALinear : public torch::autograd::Function<LoRALinear> {
     const auto part = flat_part(saved[1], saved[2], saved[3], like_bias, saved[5], has_seed ? std::optional(saved[6]) : std::nullopt);
     const double p = has_seed ? context->saved_data["p"].toDouble() : 0;
     const c10::List<bool> needs({need_dA, need_dB, need_dbias});
-    const auto found = at::GradMode::is_enabled() ? again(grads[0], saved[0], part, p, need_dx, needs)
-                                                  : once(grads[0], saved[0], part, saved[4], p, need_dx, needs);
+    const auto found = at::GradMode::is_enabled() || is_many(grads[0]) ? again(grads[0], saved[0], part, p, need_dx, needs)
+                                                                       : once(grads[0], saved[0], part, saved[4], p, need_dx, needs);
     if (need_dx) result[0] = found[0];
     if (need_dA) result[2] = found[1];
     if (need_dB) result[3] = found[2];
