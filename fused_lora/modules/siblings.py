@@ -104,7 +104,7 @@ class LoRASiblings(Mixin):
         mix(module, LoRASiblings)
 
     def forward(self, *args, **kwargs):
-        groups = self._reading.groups(self, args, kwargs)
+        groups = self._reading.groups(self, args, kwargs) if self.is_as_known() else ()
         if not groups:
             return super().forward(*args, **kwargs)
         outer, _thread.call = _thread.call, Call(self._modules, groups)

@@ -131,7 +131,8 @@ def _again(dy, x, part, p, need_dx, needs):
 LIBRARY.define(
     "lora_linear_again(Tensor dy, Tensor x, Tensor?[] part, float p, bool need_dx, bool[] needs) -> Tensor[]"
 )
-LIBRARY.impl("lora_linear_again", _again, "CompositeImplicitAutograd")
+for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
+    LIBRARY.impl("lora_linear_again", _again, key)
 
 
 def watched() -> bool:

@@ -134,6 +134,18 @@ def test_transformations(transform, moved, device, dtype):
     close(of(lora_linear), of(lora_linear_ref))
 
 
+@pytest.mark.parametrize("at_once", [torch.func.vmap, torch._vmap_internals._vmap])
+def test_the_backward_pass_that_csrc_asks_for_takes_many_gradients(at_once):
+    inputs, options = some("cpu", torch.float64)
+    y, wanted = lora_linear_ref(**inputs, **options), [inputs[name] for name in WANTED]
+    part = [*list(inputs.values())[1:], options["scale"], None]
+    dys = torch.randn(3, *y.shape, dtype=y.dtype)
+    again = torch.ops.fused_lora.lora_linear_again
+    got = at_once(lambda dy: tuple(again(dy, inputs["x"], part, 0.0, True, [True] * 3)))(dys)
+    for one, other in zip(got, torch.autograd.grad(y, wanted, dys, is_grads_batched=True), strict=True):
+        close(one, other)
+
+
 TRANSFORMS = {
     "grad": torch.func.grad, "jacfwd": torch.func.jacfwd, "jacrev": torch.func.jacrev, "hessian": torch.func.hessian,
     "vmap": torch.func.vmap, "vmap of grad": lambda loss: torch.func.vmap(torch.func.grad(loss)),
