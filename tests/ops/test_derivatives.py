@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from fused_lora import lora_linear
+from fused_lora import LoRALinear, lora_linear
 from fused_lora.ops import Part, lora_group, lora_mlp
 from fused_lora.reference import lora_linear_ref, lora_mlp_ref
 from tests.ops.problem import DEVICES, SCALE, make_inputs, seed_on
@@ -300,6 +300,22 @@ def test_an_exported_program_is_plain_torch(grad, strict):
         program = torch.export.export(Both(), (x.detach().requires_grad_(grad),), strict=strict)
     assert "fused_lora" not in str(program.graph)
     close(program.module()(x), Both()(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnx(dynamo, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    layer = torch.nn.Sequential(LoRALinear(16, 24, 4, lora_alpha=6))
+    torch.nn.init.normal_(layer[0].lora_B)
+    x = torch.randn(5, 16)
+    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=dynamo)
+    program = onnx.load(tmp_path / "layer.onnx")
+    (got,) = ReferenceEvaluator(program).run(None, {program.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.tensor(got), layer(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
