@@ -87,7 +87,7 @@ def test_threads(streams, groups):
 
 def test_training_in_threads(groups):
     """Backward passes run on autograd's own threads."""
-    alone, together = make_pair()
+    _, together = make_pair()
     x = tokens()
 
     def gradients(model):
