@@ -54,10 +54,13 @@ class Call:
         return None
 
     def _compute(self, layers: list[nn.Module | None], x: Tensor) -> Tensor | None:
-        if why_apart(layers, x) is not None:
+        if own_obstacle(layers) is not None:
             return None
         first, *others = layers
-        y, *ys = ops.lora_group(x, [layer.part() for layer in layers], first.dropping)
+        parts = [layer.part() for layer in layers]
+        if obstacle(x.device, autocast_dtype(x) or x.dtype, parts) is not None:
+            return None
+        y, *ys = ops.lora_group(x, parts, first.dropping)
         state = _state(x)
         self.waiting += [(layer, each, x, state) for layer, each in zip(others, ys, strict=True)]
         return y
