@@ -22,12 +22,12 @@ class _Thread(threading.local):
         self.call: Call | None = None  # the innermost
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
 def output(layer: nn.Module, x: Tensor) -> Tensor | None:
     """A layer's output with its siblings', if that is how it is called now; None: the layer computes by itself."""
-    call = _thread.call
+    call = thread.call
     if call is None or call.compiling != torch.compiler.is_compiling():
         return None
     return call.output(layer, x)
@@ -110,8 +110,8 @@ class LoRASiblings(Mixin):
         groups = self._reading.groups(self, args, kwargs)
         if not groups:
             return super().forward(*args, **kwargs)
-        outer, _thread.call = _thread.call, Call(self._modules, groups)
+        outer, thread.call = thread.call, Call(self._modules, groups)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            _thread.call = outer
+            thread.call = outer

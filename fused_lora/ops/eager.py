@@ -17,9 +17,13 @@ def csrc():
     return None if torch.compiler.is_compiling() else backends.eager_extension()
 
 
+def is_probability(p) -> bool:
+    return type(p) is float or (type(p) is int and 0 <= p <= 1)
+
+
 def are_plain(x, parts: Sequence[Part], seed: Tensor | None, p: float) -> bool:
     """Whether csrc can be handed the arguments at all, to look at them itself."""
-    if not isinstance(x, Tensor) or not x.is_cuda or not (type(p) is float or (type(p) is int and 0 <= p <= 1)):
+    if not isinstance(x, Tensor) or not x.is_cuda or not is_probability(p):
         return False
     for weight, A, B, bias, scale, of_part in parts:
         for tensor in (weight, A, B, scale):

@@ -12,8 +12,14 @@ from .parts import Part
 def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
     """y by csrc's autograd, if the call is for it."""
     extension = eager.csrc()
-    if extension is None or not eager.are_plain(x, ((weight, A, B, bias, scale, None),), seed, p):
+    if extension is None or not isinstance(x, Tensor) or not x.is_cuda or not eager.is_probability(p):
         return None
+    for tensor in (weight, A, B, scale):
+        if not isinstance(tensor, Tensor):
+            return None
+    for tensor in (bias, seed):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            return None
     return extension.lora_linear(x, weight, A, B, bias, scale, seed, p)
 
 
