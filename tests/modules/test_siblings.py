@@ -273,6 +273,18 @@ def test_checkpoint_around_the_whole(reentrant, groups):
     assert groups == [3, 3]
 
 
+def test_a_class_that_got_another_forward(groups, monkeypatch):
+    class Patched(Attention):
+        pass
+
+    Patched.forward = Attention.forward
+    alone, together = make_pair(Patched)
+    monkeypatch.setattr(Patched, "forward", lambda self, x: self.q(x) + 1)
+    x = torch.randn(3, 24)
+    close(together(x), alone(x))
+    assert not groups
+
+
 def test_copies_and_pickles(groups):
     alone, together = make_pair()
     x = torch.randn(3, 24)
