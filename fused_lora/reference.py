@@ -98,6 +98,12 @@ def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
     return y.to(x.dtype), xa
 
 
+def dxa_ref(dy, B, scale):
+    """scale * dy B, rounded to dy's dtype."""
+    compute = _compute_dtype(dy.dtype)
+    return (dy.to(compute) @ B.to(compute)).mul_(scale).to(dy.dtype)
+
+
 def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa=None):
     """(dx, dA, dB, dxa), of the first three None where `needs` (three bools) says so.
 
@@ -109,7 +115,7 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
     compute = _compute_dtype(x.dtype)
     dyc = dy.to(compute)
     if dxa is None:
-        dxa = (dyc @ B.to(compute)).mul_(scale).to(x.dtype)
+        dxa = dxa_ref(dy, B, scale)
     low = dxa.to(compute)
     dx = dA = dB = None
     if need_dx:
