@@ -40,6 +40,7 @@ class Expressions:
     children: dict[int, str]
     globals: dict
     path: tuple
+    kept: frozenset[Value]
 
     def value(self, node: ast.expr, scope: dict[str, Value]) -> Value:
         method = getattr(self, f"of_{type(node).__name__}", None)
@@ -72,7 +73,7 @@ class Expressions:
 
     def attribute(self, name: str) -> Value:
         """Of the module: a child, or a function that can be followed."""
-        held = vars(self.module).get(name) or self.module._modules.get(name)
+        held = vars(self.module).get(name, self.module._modules.get(name))
         if isinstance(held, nn.Module) and id(held) in self.children:
             return Value(known=held)
         if held is None:
@@ -82,7 +83,7 @@ class Expressions:
         elif isinstance(getattr(type(held), "__call__", None), FunctionType):  # noqa: B004  its code, not whether it has any
             self.relies_on[name] = type(held)
             return Value(known=MethodType(type(held).__call__, held))
-        return Value()
+        return Value(shares=self.kept)
 
     def of_Compare(self, node, scope):
         values = [self.value(each, scope) for each in (node.left, *node.comparators)]
@@ -137,7 +138,10 @@ class Expressions:
         if name is not None:
             return self.child(name, node, given)
         if self.follows(function.known, given):
-            return self.followed(function.known, args, {k: v for k, v in kwargs.items() if k is not None})
+            first_star = next((i for i, each in enumerate(node.args) if isinstance(each, ast.Starred)), len(args))
+            rest = [*args[first_star:], *(value for name, value in kwargs.items() if name is None)]
+            named = {name: value for name, value in kwargs.items() if name is not None}
+            return self.followed(function.known, args[:first_star], named, rest)
         if owner is None:
             if not _is_pure(function.known, given, kwargs):
                 self.may_change([*given, function])
@@ -146,6 +150,7 @@ class Expressions:
             return Value()
         # By torch's names, a method that changes its tensor ends in "_". Of what it is given nothing is known.
         self.may_change([*given, owner] if node.func.attr.endswith("_") else given)
+        owner.shares |= memory_of(given)  # as a list's append
         return Value(shares=memory_of([*given, owner]))
 
     def callee(self, node, scope) -> tuple[Value, Value | None]:

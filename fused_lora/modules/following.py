@@ -28,27 +28,29 @@ class Follower(Expressions):
         self.path: tuple = ()
         self.depth = 0
         self.branches = 0
+        self.kept: frozenset[Value] = frozenset()  # what attributes of the module may share
         self.tested: set[Value] = set()  # values that were compared with None, of which that was not known
 
     # Functions
 
-    def call(self, function: FunctionType, args: list[Value], kwargs: dict[str, Value]) -> Value:
-        """The function's result, its body followed."""
+    def call(
+        self, function: FunctionType, args: list[Value], kwargs: dict[str, Value], rest: list[Value] = ()
+    ) -> Value:
+        """The function's result, its body followed; rest is of starred arguments, which may be any that are not bound."""
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         if not isinstance(tree, ast.FunctionDef):
             raise TypeError("no function")
         parameters = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args)]
         names = [*parameters, *(each.arg for each in tree.args.kwonlyargs)]
         bound = dict(zip(parameters, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-        scope = {name: bound.get(name) or Value() for name in names}
-        for star in (tree.args.vararg, tree.args.kwarg):
-            if star is not None:
-                scope[star.arg] = Value(shares=memory_of([*args, *kwargs.values()]))
+        given = memory_of([*args, *kwargs.values(), *rest])
+        scope = {name: bound.get(name) or Value(shares=memory_of(rest)) for name in names}
+        scope |= {star.arg: Value(shares=given) for star in (tree.args.vararg, tree.args.kwarg) if star is not None}
         outer, self.globals = getattr(self, "globals", None), function.__globals__
         path, self.depth = self.path, self.depth + 1
         self.block(tree.body, scope)
         self.globals, self.path, self.depth = outer, path, self.depth - 1
-        return Value(shares=memory_of([*args, *kwargs.values()]))
+        return Value(shares=given)
 
     def may_change(self, values: list[Value]) -> None:
         memory = memory_of(values)
@@ -109,8 +111,12 @@ class Follower(Expressions):
         elif isinstance(target, (ast.Tuple, ast.List, ast.Starred)):
             for each in target.elts if not isinstance(target, ast.Starred) else [target.value]:
                 self.bind(each, Value(shares=value.memory), scope)
-        else:  # an attribute or an entry: whose owner changes, and may be a view of another
-            self.may_change([self.value(target.value, scope), value])
+        else:  # an attribute or an entry: whose owner changes, may be a view of another, and keeps the value
+            owner = self.value(target.value, scope)
+            self.may_change([owner, value])
+            owner.shares |= memory_of([value])
+            if owner.known is self.module:
+                self.kept |= memory_of([value])
 
     def on_AugAssign(self, node, scope):
         self.value(node.value, scope)
@@ -172,10 +178,10 @@ class Follower(Expressions):
         plain = isinstance(function, (MethodType, FunctionType))
         return gets and plain and self.depth < MOST_DEPTH and _has_source(inspect.unwrap(function))
 
-    def followed(self, function, args: list[Value], kwargs: dict[str, Value]) -> Value:
+    def followed(self, function, args: list[Value], kwargs: dict[str, Value], rest: list[Value]) -> Value:
         if isinstance(function, MethodType):
             args = [Value(known=function.__self__), *args]
-        return self.call(inspect.unwrap(getattr(function, "__func__", function)), args, kwargs)
+        return self.call(inspect.unwrap(getattr(function, "__func__", function)), args, kwargs, rest)
 
 
 def _only_raises(block: list[ast.stmt]) -> bool:

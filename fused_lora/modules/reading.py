@@ -70,7 +70,7 @@ def read(module: nn.Module) -> Reading | None:
         for case in itertools.product((False, True), repeat=len(tested)):
             _, follower = _follow(module, forward, dict(zip(tested, case, strict=True)))
             cases[case] = _groups(follower.events)
-    except (OSError, TypeError, SyntaxError, RecursionError):
+    except Exception:  # whatever a source may hold that is not understood, it proves nothing
         return None
     positional = tuple(each.name for each in parameters if each.kind is not each.VAR_POSITIONAL)
     relies_on = tuple(followers.relies_on.items())
