@@ -9,7 +9,7 @@ from types import FunctionType, MethodType, ModuleType
 import torch
 from torch import nn
 
-from .values import UNKNOWN, Called, Value, is_given, memory_of
+from .values import FACT, UNKNOWN, Called, Value, is_given, memory_of
 
 # Attributes and methods of a tensor whose results share no memory with it.
 FACTS = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "size", "dim", "numel", "stride"}
@@ -69,7 +69,7 @@ class Expressions:
         if isinstance(owner.known, ModuleType):
             return Value(known=getattr(owner.known, node.attr, UNKNOWN))
         self.used(owner)  # another's weight, or forward
-        return Value() if node.attr in FACTS else Value(shares=owner.memory)
+        return Value(known=FACT) if node.attr in FACTS else Value(shares=owner.memory)
 
     def attribute(self, name: str) -> Value:
         """Of the module: a child, or a function that can be followed."""
@@ -147,7 +147,7 @@ class Expressions:
                 self.may_change([*given, function])
             return Value(shares=memory_of([*given, function]))
         if node.func.attr in FACTS:
-            return Value()
+            return Value(known=FACT)
         # By torch's names, a method that changes its tensor ends in "_". Of what it is given nothing is known.
         self.may_change([*given, owner] if node.func.attr.endswith("_") else given)
         owner.shares |= memory_of(given)  # as a list's append

@@ -36,7 +36,7 @@ class Follower(Expressions):
     def call(
         self, function: FunctionType, args: list[Value], kwargs: dict[str, Value], rest: list[Value] = ()
     ) -> Value:
-        """The function's result, its body followed; rest is of starred arguments, which may be any that are not bound."""
+        """The function's result, its body followed. rest is of starred arguments: any that are not bound may be it."""
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         if not isinstance(tree, ast.FunctionDef):
             raise TypeError("no function")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 UNKNOWN = object()
+FACT = object()  # a number or the like, which is no tensor
 
 
 @dataclass(eq=False)
