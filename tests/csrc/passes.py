@@ -48,6 +48,13 @@ class Pass:
         return " ".join(str(int(number)) for number in numbers)
 
 
+def promised_floats(each: Pass) -> int:
+    """docs/hopper.md: one copy of dA, dB and dbias; r padded to 16, 64, 128 or 256, the widths to multiples of 512."""
+    rank = next(most for most in (16, 64, 128, 256) if max(part.r for part in each.parts) <= most)
+    of_a = sum(-(-part.cols // 512) * 512 * rank for part in each.parts if part.wants_a)
+    return of_a + sum(-(-part.depth // 512) * 512 * (rank + 1) for part in each.parts if part.wants_b)
+
+
 class Sizes(NamedTuple):
     """What list_work.cu says of a pass, and of the kernel that is its."""
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.csrc.passes import GRADIENT_A, GRADIENT_B, PAIR_ROWS, SHRINK, TILE, Part, Pass, some_passes
+from tests.csrc.passes import GRADIENT_A, GRADIENT_B, PAIR_ROWS, SHRINK, TILE, Part, Pass, promised_floats, some_passes
 
 
 def places(items, keys_of):
@@ -27,7 +27,7 @@ def check(each, sizes, items):
     assert row_pairs == -(-each.M // PAIR_ROWS)
     assert sizes.ready == 2 * row_pairs
     assert sizes.chains <= sizes.most_chains
-    assert sizes.floats <= sizes.most_floats
+    assert sizes.floats <= sizes.most_floats == promised_floats(each)
     low = places(items, shrunk)
     tiles = places(items, lambda item: [item[1:4]] if item[0] == TILE else [])
     if rides:
