@@ -65,6 +65,14 @@ bool is_right(const Tensor& x, const Part& part) {
   return weight.stride(1) == 1;
 }
 
+// Whether a gradient is many at once, of torch.func.vmap or of is_grads_batched.
+bool is_many(const Tensor& dy) {
+  return dy.defined() && (dy.key_set().has(c10::DispatchKey::FuncTorchBatched) || dy.key_set().has(c10::DispatchKey::Batched));
+}
+
+// Whether a backward pass is to be differentiated itself, or is many at once: by the formula.
+bool needs_formula(const variable_list& dys) { return at::GradMode::is_enabled() || std::any_of(dys.begin(), dys.end(), is_many); }
+
 // Whether the arguments are right beyond doubt and the kernels take them. Where not, the caller goes the long way, which finds
 // the words for what is wrong, or another backend.
 bool takes(const Tensor& x, const std::vector<Part>& parts, const std::optional<Tensor>& seed, double p, int64_t most_rank) {
@@ -204,17 +212,43 @@ struct Needs {
   }
 };
 
-// dx, dAs, dBs, dbiases as gradients of a function's arguments, of which `first` come between x and the tensors of its parts.
-variable_list as_arguments(const std::vector<Tensor>& grads, const Needs& needs, size_t parts, size_t first) {
-  variable_list result(1 + first + kTensors);
-  if (needs.dx) result[0] = grads[0];
-  for (size_t i = 0; i < parts; ++i) {
-    for (size_t kind = 0; kind < 3; ++kind) {
-      if (needs.of_parts.get(kind * parts + i)) result[1 + first + 3 * i + kind] = grads[1 + kind * parts + i];
+// The parts whose results were used: the others have no share in dx, and their factors get no gradients, as if each had stood
+// alone.
+struct Used {
+  std::vector<size_t> places;
+
+  explicit Used(const variable_list& dys) {
+    for (size_t i = 0; i < dys.size(); ++i) {
+      if (dys[i].defined()) places.push_back(i);
     }
   }
-  return result;
-}
+
+  template <typename T>
+  std::vector<T> of(const T* all) const {
+    std::vector<T> found;
+    for (const size_t place : places) found.push_back(all[place]);
+    return found;
+  }
+
+  c10::List<bool> of_parts(const Needs& needs, size_t parts) const {
+    c10::List<bool> found;
+    for (size_t kind = 0; kind < 3; ++kind) {
+      for (const size_t place : places) found.push_back(needs.of_parts.get(kind * parts + place));
+    }
+    return found;
+  }
+
+  // dx, dAs, dBs, dbiases as gradients of a function's arguments, of which `first` come between x and the tensors of its parts.
+  void fill(variable_list& result, const std::vector<Tensor>& grads, bool need_dx, const c10::List<bool>& needs, size_t first) const {
+    const size_t count = places.size();
+    if (need_dx) result[0] = grads[0];
+    for (size_t i = 0; i < count; ++i) {
+      for (size_t kind = 0; kind < 3; ++kind) {
+        if (needs.get(kind * count + i)) result[1 + first + 3 * places[i] + kind] = grads[1 + kind * count + i];
+      }
+    }
+  }
+};
 
 class LoRAParts : public torch::autograd::Function<LoRAParts> {
  public:
@@ -229,27 +263,33 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
     variable_list saved{read};
     saved.insert(saved.end(), results.begin() + parts.size(), results.end());
     save_parts(context, saved, parts, p, false);
+    context->set_materialize_grads(false);
     results.resize(parts.size());
     return results;
   }
 
   static variable_list backward(AutogradContext* context, variable_list dys) {
-    const size_t count = dys.size();
     const auto saved = context->get_saved_variables();
-    const std::vector<Part> parts = saved_parts(saved, 1 + count);
-    const Needs needs(context, count);
-    if (!needs.any) return variable_list(1 + kOwn + kTensors);
-    const FlatParts flat = flatten(parts.data(), count);
+    const std::vector<Part> parts = saved_parts(saved, 1 + dys.size());
+    const Needs needs(context, dys.size());
+    const Used used(dys);
+    variable_list result(1 + kOwn + kTensors);
+    if (!needs.any || used.places.empty()) return result;
+    const variable_list used_dys = used.of(dys.data()), xas = used.of(saved.data() + 1);
+    const std::vector<Part> used_parts = used.of(parts.data());
+    const c10::List<bool> used_needs = used.of_parts(needs, dys.size());
+    const FlatParts flat = flatten(used_parts.data(), used_parts.size());
     const double p = saved_p(context);
-    if (at::GradMode::is_enabled()) {
-      return as_arguments(call_again(dys, saved[0], flat, p, {}, needs.dx, needs.of_parts), needs, count, kOwn);
+    if (needs_formula(dys)) {
+      used.fill(result, call_again(used_dys, saved[0], flat, p, {}, needs.dx, used_needs), needs.dx, used_needs, kOwn);
+      return result;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     c10::List<std::optional<Tensor>> none;
-    for (size_t i = 0; i < count; ++i) none.push_back(std::nullopt);
-    const std::vector<Tensor> xs(count, saved[0]);
-    const at::TensorList xas(saved.data() + 1, count);
-    return as_arguments(call_backward(dys, xs, flat, xas, none, p, needs.dx, needs.of_parts), needs, count, kOwn);
+    for (size_t i = 0; i < used.places.size(); ++i) none.push_back(std::nullopt);
+    const std::vector<Tensor> xs(used.places.size(), saved[0]);
+    used.fill(result, call_backward(used_dys, xs, flat, xas, none, p, needs.dx, used_needs), needs.dx, used_needs, kOwn);
+    return result;
   }
 };
 
@@ -284,24 +324,29 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
     const Tensor &x = saved[0], &first = saved[1], &second = saved[2], &hidden = saved[3];
     const std::vector<Part> parts = saved_parts(saved, 7);
     const Needs needs(context, kParts);
-    if (!needs.any) return variable_list(1 + kOwn + kTensors);
+    variable_list result(1 + kOwn + kTensors);
+    if (!needs.any) return result;
+    const Used all({x, x, x});
     const FlatParts flat = flatten(parts.data(), kParts);
     const double p = saved_p(context);
     const auto act = context->saved_data["act"].toDoubleVector();
-    if (at::GradMode::is_enabled()) {
-      return as_arguments(call_again(grads, x, flat, p, act, needs.dx, needs.of_parts), needs, kParts, kOwn);
+    if (needs_formula(grads)) {
+      all.fill(result, call_again(grads, x, flat, p, act, needs.dx, needs.of_parts), needs.dx, needs.of_parts, kOwn);
+      return result;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::List<std::optional<Tensor>> none({std::nullopt});
     const bool factors = hidden.defined();
     const Tensor dy = rows_of(grads[0]), rows = fused_lora::flat(x);
-    const auto of_down = call_backward(dy, first, flatten(parts.data() + 2, 1), saved[6], c10::List<std::optional<Tensor>>({std::nullopt}),
-                                       p, true, c10::List<bool>({false, false, false}), act, {first, second}, factors);
+    const auto of_down = call_backward(dy, first, flatten(parts.data() + 2, 1), saved[6], none, p, true,
+                                       c10::List<bool>({false, false, false}), act, {first, second}, factors);
     // What is summed over tokens belongs together, down's too.
-    const Tensor down_x = factors ? hidden : of_down[2];
-    auto all = call_backward({of_down[0], of_down[1], dy}, {rows, rows, down_x}, flat, {saved[4], saved[5], saved[6]},
-                             c10::List<std::optional<Tensor>>({std::nullopt, std::nullopt, of_down[3]}), p, needs.dx, needs.of_parts);
-    if (needs.dx) all[0] = all[0].view(x.sizes());
-    return as_arguments(all, needs, kParts, kOwn);
+    const c10::List<std::optional<Tensor>> dxas({std::nullopt, std::nullopt, of_down[3]});
+    auto found = call_backward({of_down[0], of_down[1], dy}, {rows, rows, factors ? hidden : of_down[2]}, flat,
+                               {saved[4], saved[5], saved[6]}, dxas, p, needs.dx, needs.of_parts);
+    if (needs.dx) found[0] = found[0].view(x.sizes());
+    all.fill(result, found, needs.dx, needs.of_parts, kOwn);
+    return result;
   }
 };
 

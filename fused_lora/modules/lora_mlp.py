@@ -12,7 +12,7 @@ from .. import ops
 from ..ops.lora_mlp import SAVE
 from ..ops.lora_parts import obstacle
 from ..ops.parts import autocast_dtype
-from .hooks import has_hooks
+from .hooks import has_hooks, why_alone
 from .mixins import Mixin, mix
 from .siblings import own_obstacle
 
@@ -38,8 +38,8 @@ class LoRAMLP(Mixin):
 
     Children, parameters, buffers, hooks and attributes stay as they are, and the class is a subclass of what it was.
     The forward that it had is called instead wherever it could give something else or be faster: while a layer is
-    merged, has hooks, is replaced, or drops by a rule of its own, while all modules have hooks, and where the kernels
-    do not fuse such an MLP.
+    merged, has hooks, is replaced, or drops by a rule of its own, while all modules have hooks, after the class got
+    another forward, and where the kernels do not fuse such an MLP.
 
     save: "all", or "less" to compute act(gate) up again in the backward pass instead of keeping it.
     """
@@ -88,9 +88,11 @@ class LoRAMLP(Mixin):
         reason = own_obstacle(layers)
         if reason is not None:
             return reason
+        if not self.is_as_known():
+            return "its class has another forward now"
         for act in self._act:
-            if self.get_submodule(self._structure.act) is not act or has_hooks(act):
-                return "its activation was replaced or has hooks"
+            if self.get_submodule(self._structure.act) is not act or why_alone(act, type(act).forward):
+                return "its activation was replaced or must be called"
         return obstacle(x.device, autocast_dtype(x) or x.dtype, [layer.part() for layer in layers], gated=True)
 
     def forward(self, *args, **kwargs):

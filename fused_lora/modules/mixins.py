@@ -1,21 +1,34 @@
 """Modules that get a forward around their own: their class becomes a subclass of what it was, found again by pickle."""
 
+import functools
+from types import FunctionType
+
 from torch import nn
 
 
 class Mixin:
     """What such a subclass adds, with the attributes in `_adds`. Children, parameters, hooks and other attributes of
-    the module stay as they are."""
+    the module stay as they are, and so do its class's name and its forward's signature, by which libraries go."""
 
     _adds: tuple[str, ...] = ()
+    _plain: type[nn.Module]  # the class without any mixin
+    _known: FunctionType  # its forward when it got them
+
+    def is_as_known(self) -> bool:
+        """Whether its class has the forward that was read: libraries put others in the place of a class's own."""
+        cls = type(self)
+        return cls._plain.forward is cls._known
 
     def __reduce_ex__(self, protocol):
-        """As nn.Module, whose class could be found by its name."""
+        """As without the subclass, which cannot be found by its name."""
         cls, mixins = type(self), []
         while "_mixin" in vars(cls):
             mixins.insert(0, cls._mixin)
             cls = cls.__bases__[1]
-        return _unfilled, (cls, *mixins), self.__dict__.copy()
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if type(self).__reduce__ is not object.__reduce__:
+            return reduced  # of a class that rebuilds its modules in a way of its own
+        return _unfilled, (cls, *mixins), *reduced[2:]
 
 
 def mix(module: nn.Module, mixin: type[Mixin]) -> None:
@@ -32,13 +45,20 @@ def unmix(module: nn.Module) -> nn.Module:
 
 
 def _mixed(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:
-    """The one subclass of cls with the mixin."""
-    for known in cls.__subclasses__():
-        if vars(known).get("_mixin") is mixin:
-            return known
-    name = cls.__name__ if "_mixin" in vars(cls) else f"LoRA{cls.__name__}"
-    members = {"_mixin": mixin, "__module__": cls.__module__, "__doc__": mixin.__doc__}
-    return type(name, (mixin, cls), members)
+    """The one subclass of cls, with the forward that it has now, with the mixin."""
+    plain = getattr(cls, "_plain", cls)
+    for subclass in cls.__subclasses__():
+        if vars(subclass).get("_mixin") is mixin and subclass._known is plain.forward:
+            return subclass
+    members = {"_mixin": mixin, "_plain": plain, "_known": plain.forward, "forward": _as_if(mixin.forward, cls.forward)}
+    members |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (mixin, cls), members)
+
+
+def _as_if(forward: FunctionType, own) -> FunctionType:
+    """A forward with the name and the signature of another, which is found by its __wrapped__."""
+    twin = FunctionType(forward.__code__, forward.__globals__, closure=forward.__closure__)
+    return functools.wraps(own)(twin)
 
 
 def _unfilled(cls: type[nn.Module], *mixins: type[Mixin]) -> nn.Module:

@@ -18,10 +18,9 @@ MOST_TESTED = 4  # arguments: each doubles the cases
 class Reading:
     """Groups of children by name, for each case of which of the `tested` arguments are None.
 
-    It holds for a module whose forward is `forward` and whose attributes are of the types in `relies_on`.
+    It holds for a module whose attributes are of the types in `relies_on`.
     """
 
-    forward: object = None
     parameters: tuple[str, ...] = ()
     tested: tuple[str, ...] = ()
     cases: dict[tuple[bool, ...], Groups] = field(default_factory=dict)
@@ -74,7 +73,7 @@ def read(module: nn.Module) -> Reading | None:
         return None
     positional = tuple(each.name for each in parameters if each.kind is not each.VAR_POSITIONAL)
     relies_on = tuple(followers.relies_on.items())
-    reading = Reading(outer, positional, tested, cases, _groups(followers.events), relies_on)
+    reading = Reading(positional, tested, cases, _groups(followers.events), relies_on)
     return reading if reading.every else None
 
 

@@ -91,17 +91,6 @@ def own_obstacle(layers: Sequence[nn.Module | None]) -> str | None:
     return None
 
 
-def _is_read(cls: type[nn.Module]) -> bool:
-    """Whether the forward that will run is the one that was read: somebody may have given the class another since."""
-    place = cls.__mro__.index(LoRASiblings)
-    return (
-        next(vars(base)["forward"] for base in cls.__mro__[place + 1 :] if "forward" in vars(base)) is cls._forward_read
-    )
-
-
-_is_read._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which would import the compiler
-
-
 class LoRASiblings(Mixin):
     """A module whose forward calls some of its layers with one x: they are computed together where they can be.
 
@@ -116,10 +105,9 @@ class LoRASiblings(Mixin):
     def join(module: nn.Module, reading: Reading) -> None:
         module._reading = reading
         mix(module, LoRASiblings)
-        type(module)._forward_read = reading.forward
 
     def forward(self, *args, **kwargs):
-        groups = self._reading.groups(self, args, kwargs) if _is_read(type(self)) else ()
+        groups = self._reading.groups(self, args, kwargs) if self.is_as_known() else ()
         if not groups:
             return super().forward(*args, **kwargs)
         outer, thread.call = thread.call, Call(self._modules, groups)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from . import flops
@@ -31,25 +32,37 @@ class LoRAPartsFunction(torch.autograd.Function):
     def forward(ctx, x, p, *flat):
         parts = unflatten(flat)
         results = ops.lora_parts_forward(x, flat, p, [], "none")
-        ctx.p, ctx.parts = p, len(parts)
+        ctx.p = p
         ctx.save_for_backward(x, *results[len(parts) :], *flatten(map(saved, parts)))
+        ctx.set_materialize_grads(False)
         return tuple(results[: len(parts)])
 
     @staticmethod
-    def backward(ctx, *dys):
-        count = ctx.parts
+    def backward(ctx, *all_dys):
+        count = len(all_dys)
         x, *rest = ctx.saved_tensors
-        xas, parts = rest[:count], unflatten(rest[count:])
         need_dx, _, *needs = ctx.needs_input_grad
-        if not any(ctx.needs_input_grad):
+        each = zip(all_dys, rest[:count], unflatten(rest[count:]), unflatten(needs), strict=True)
+        # A part that nobody used has no share in dx, and its factors get no gradients, as if it had stood alone.
+        used = [of_part for of_part in each if of_part[0] is not None]
+        if not used or not any(ctx.needs_input_grad):
             return (None,) * len(ctx.needs_input_grad)
-        if differentiates_again():
-            return by_formula(lambda x, parts: linears(x, parts, ctx.p), dys, x, parts, need_dx, needs)
-        wanted = wanted_of(needs)
-        dx, *grads = ops.lora_parts_backward(
-            list(dys), [x] * count, flatten(parts), xas, [None] * count, ctx.p, need_dx, wanted, [], [], False
-        )
-        return dx if need_dx else None, None, *of_inputs(grads, wanted)
+        dys, xas, parts, needs = zip(*used, strict=True)
+        dx, grads = _gradients(dys, x, xas, parts, ctx.p, need_dx, flatten(needs))
+        found = iter(unflatten(grads))
+        return dx, None, *flatten([Part(*(None,) * 6) if dy is None else next(found) for dy in all_dys])
+
+
+def _gradients(dys, x, xas, parts, p, need_dx, needs) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of flat parts."""
+    if needs_formula(dys):
+        dx, _, *grads = by_formula(lambda x, parts: linears(x, parts, p), dys, x, parts, need_dx, needs)
+        return dx, grads
+    wanted, count = wanted_of(needs), len(parts)
+    dx, *grads = ops.lora_parts_backward(
+        list(dys), [x] * count, flatten(parts), list(xas), [None] * count, p, need_dx, wanted, [], [], False
+    )
+    return dx if need_dx else None, of_inputs(grads, wanted)
 
 
 def saved(part: Part) -> Part:
@@ -78,19 +91,30 @@ def _with_bias(part: Part) -> Part:
     return part._replace(bias=part.bias.new_zeros(len(part.weight)).requires_grad_())
 
 
-def differentiates_again() -> bool:
-    """Whether the backward pass that runs is to be differentiated itself. Compiled ones are not."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def needs_formula(dys: Sequence[Tensor]) -> bool:
+    """Whether the backward pass that runs is to be differentiated itself, or is many at once: of torch.func.vmap, or
+    is_grads_batched, which torch.autograd.functional's vectorize sets. Compiled ones are neither."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(map(_is_many, dys))
+
+
+def _is_many(dy: Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def by_formula(formula: Callable, dys: Sequence[Tensor], x: Tensor, parts: list[Part], need_dx: bool, needs) -> tuple:
-    """The backward pass of ys = formula(x, parts) in plain torch, whose results can be differentiated."""
-    parts = [_with_bias(part) for part in parts]
-    needs, inputs = (need_dx, *needs), (x, *flatten(parts))
-    # Twins of the inputs: what is wanted are partial derivatives, also where one input was made from another.
-    twins = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
-    wanted = [twin for twin, need in zip(twins, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(formula(twins[0], unflatten(twins[1:])), wanted, dys, create_graph=True))
+    """The backward pass of ys = formula(x, parts) in plain torch, whose results can be differentiated.
+
+    In x's dtype, whatever torch.autocast says where the backward pass runs: of the forward it has had its say.
+    """
+    again, needs = torch.is_grad_enabled(), (need_dx, *needs)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        inputs = (x, *flatten(map(_with_bias, parts)))
+        # Twins of the inputs: what is wanted are partial derivatives, also where one input was made from another.
+        twins = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
+        wanted = [twin for twin, need in zip(twins, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(formula(twins[0], unflatten(twins[1:])), wanted, dys, create_graph=again))
     dx, *grads = [next(found) if need else None for need in needs]
     return dx, None, *grads
 
@@ -110,19 +134,18 @@ def _again(dys, x, tensors, p, act, need_dx, needs):
 LIBRARY.define(
     "lora_again(Tensor[] dys, Tensor x, Tensor?[] parts, float p, float[] act, bool need_dx, bool[] needs) -> Tensor[]"
 )
-LIBRARY.impl("lora_again", _again, "CompositeImplicitAutograd")
+for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
+    LIBRARY.impl("lora_again", _again, key)
 
 
 def watched() -> bool:
     """Whether somebody looks on who must see plain torch: a transformation of torch.func, a forward-mode derivative,
-    or a tracer that writes programs for elsewhere."""
-    if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
+    or a tracer that writes programs for elsewhere. All of it holds in compiled code too."""
     return (
         torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
-        or torch.onnx.is_in_onnx_export()
     )
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from .. import checks, reference
 from . import eager
 from . import parts as of_parts
-from .autograd import by_formula, differentiates_again, mlp, of_inputs, wanted_of, watched
-from .lora_parts import ops, rows_of
+from .autograd import by_formula, mlp, needs_formula, of_inputs, wanted_of, watched
+from .lora_parts import like, ops, rows_of
 from .parts import Part, flatten, unflatten
 
 SAVE = ("all", "less")
@@ -26,7 +26,7 @@ class LoRAMLPFunction(torch.autograd.Function):
         kept = hidden if save == "all" else None
         ctx.save_for_backward(x, first, second, kept, *xas, xa, *flat)
         ctx.p, ctx.act = p, act
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return like(y, x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -35,7 +35,7 @@ class LoRAMLPFunction(torch.autograd.Function):
         need_dx, _, _, _, *needs = ctx.needs_input_grad
         if not any(ctx.needs_input_grad):
             return (None,) * len(ctx.needs_input_grad)
-        if differentiates_again():
+        if needs_formula([dy]):
             dx, _, *grads = by_formula(lambda x, parts: [mlp(x, parts, ctx.p, ctx.act)], [dy], x, parts, need_dx, needs)
             return dx, None, None, None, *grads
         dy, rows, wanted = rows_of(dy), rows_of(x), wanted_of(needs)
@@ -107,4 +107,4 @@ def lora_mlp(
         return LoRAMLPFunction.apply(x, p, act, save, *flatten(parts))
     hidden, *_ = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, "none")
     y, _ = ops.lora_parts_forward(hidden, flatten(parts[2:]), p, [], "none")
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return like(y, x)

@@ -42,7 +42,7 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _like(rows: Tensor, x: Tensor) -> Tensor:
+def like(rows: Tensor, x: Tensor) -> Tensor:
     """Rows in the leading sizes of x, and no view, which could not be changed in place behind a Function."""
     return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
 
@@ -79,7 +79,7 @@ def _forward(x, tensors, p, act, keep):
     rows = rows_of(x)
     ys, xas = zip(*(_forward_alone(rows, part, p) for part in parts), strict=True)
     if not gated:
-        return [*(_like(y, x) for y in ys), *xas]
+        return [*(like(y, x) for y in ys), *xas]
     kept = reference.gated_factors(*ys, *act) if keep == "factors" else ys
     kept = [_padded(y) if keep != "none" else padding.empty(0, y.shape[1], x) for y in kept]
     return [_padded(reference.gated(*ys, *act)), *kept, *xas]
@@ -184,7 +184,7 @@ def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbi
     if need_dbias and dbias is None:
         dbias = rows_dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
     return (
-        x.new_empty(0) if dx is None else _like(dx, x),
+        x.new_empty(0) if dx is None else like(dx, x),
         A.new_empty(0) if dA is None else dA,
         B.new_empty(0) if dB is None else dB,
         _empty_dbias(x, part, 0) if not need_dbias else dbias.to(bias.dtype),

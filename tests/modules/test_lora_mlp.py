@@ -1,6 +1,7 @@
 """Gated MLPs computed as one: the same numbers as their three layers, and only where that is what a module does."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -95,7 +96,8 @@ def test_the_module_stays_what_it_is(as_one):
     assert replace_linear(fused, r=2).mlps == ["mlp"]
     assert fused.mlp is mlp
     assert isinstance(mlp, GatedMLP)
-    assert type(mlp).__name__ == "LoRAGatedMLP"
+    assert type(mlp).__name__ == "GatedMLP", "libraries find modules by it"
+    assert list(inspect.signature(mlp.forward).parameters) == ["hidden_states"]
     assert {name: getattr(mlp, name) for name in kept} == kept
     assert fused.state_dict().keys() >= alone.state_dict().keys()
     y = mlp(hidden_states=torch.randn(3, 16))
@@ -114,8 +116,11 @@ def broken_rules(fused):
     yield lambda: handles.append(every(lambda *_: None)), lambda: handles.pop().remove()
     yield lambda: setattr(mlp.w2, "forward", mlp.w2.forward), lambda: delattr(mlp.w2, "forward")
     yield lambda: setattr(mlp.w2, "lora_dropout", 0.5), lambda: setattr(mlp.w2, "lora_dropout", 0.0)
-    act = mlp.act
+    act, forward = mlp.act, GatedMLP.forward
     yield lambda: setattr(mlp, "act", nn.SiLU()), lambda: setattr(mlp, "act", act)
+    yield lambda: setattr(act, "forward", torch.relu), lambda: delattr(act, "forward")
+    other = lambda self, x: forward(self, x) + 1  # noqa: E731  as libraries patch the classes of others
+    yield lambda: setattr(GatedMLP, "forward", other), lambda: setattr(GatedMLP, "forward", forward)
 
 
 def test_its_own_forward_runs_where_that_could_matter(as_one):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import threading
 import weakref
@@ -302,10 +303,66 @@ def test_copies_and_pickles(groups):
     assert size < 2 * len(pickle.dumps(alone.q)), "of one layer alone"
 
 
+class Locked(Attention):
+    """With something that cannot be copied, and the means to copy it anyway."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+class Rebuilt(Attention):
+    def __reduce__(self):
+        return Attention, ()
+
+
+def test_copies_in_a_way_of_the_class_itself(groups):
+    _, together = make_pair(Locked)
+    x = torch.randn(3, 24)
+    wanted = together(x)
+    for twin in (copy.deepcopy(together), pickle.loads(pickle.dumps(together))):
+        assert twin.lock is not together.lock
+        close(twin(x), wanted)
+    assert groups == [3] * 3
+    rebuilt = Rebuilt()
+    assert replace_linear(nn.Sequential(rebuilt), r=2).groups
+    assert type(copy.deepcopy(rebuilt)) is Attention
+
+
+def test_another_forward_of_the_class(groups, monkeypatch):
+    """As libraries patch the classes of others."""
+    alone, together = make_pair()
+
+    def changes_x(self, x, other=None):
+        q = self.q(x)
+        return torch.cat([q, self.k(x.mul_(2)), self.v(x)], -1)
+
+    monkeypatch.setattr(Attention, "forward", changes_x)
+    with torch.inference_mode():
+        close(together(torch.ones(3, 24)), alone(torch.ones(3, 24)))
+    assert not groups
+
+
+def test_exported_with_sizes_by_the_names_of_arguments(groups):
+    alone, together = make_pair()
+    sizes = {"x": {0: torch.export.Dim("rows", min=2, max=64)}, "other": None}
+    program = torch.export.export(together, (torch.randn(5, 24), None), dynamic_shapes=sizes)
+    x = torch.randn(7, 24)
+    close(program.module()(x, None), alone(x))
+
+
 def test_what_it_was_before(groups):
     _, together = make_pair()
     assert isinstance(together, Attention)
-    assert type(together).__name__ == "LoRAAttention"
+    assert type(together).__name__ == "Attention", "libraries find modules by it"
+    assert list(inspect.signature(together.forward).parameters) == ["x", "other"]
     assert type(unmix(together)) is Attention
     assert not hasattr(together, "_reading")
 

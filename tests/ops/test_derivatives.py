@@ -78,16 +78,18 @@ def test_one_input_made_from_another():
 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
-@pytest.mark.parametrize("tool", ["hessian", "hvp", "jvp", "vhp", "jacobian"])
+@pytest.mark.parametrize("tool", ["hessian", "hvp", "jvp", "vhp", "jacobian", "hessian at once", "jacobian at once"])
 def test_functional(tool, device, dtype):
     inputs, options = some(device, dtype, M=2)
     v = torch.randn_like(inputs["x"])
+    tool, at_once = tool.removesuffix(" at once"), tool.endswith("at once")
     more = () if tool in ("hessian", "jacobian") else (v,)
 
     def of(function):
         return getattr(torch.autograd.functional, tool)(
-            lambda x: nonlinear(function(**inputs | {"x": x}, **options)), inputs["x"], *more
-        )
+            lambda x: nonlinear(function(**inputs | {"x": x}, **options)), inputs["x"], *more,
+            **({"vectorize": True} if at_once else {}),
+        )  # fmt: skip
 
     got, want = of(lora_linear), of(lora_linear_ref)
     for one, other in zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]:
@@ -130,6 +132,89 @@ def test_transformations(transform, moved, device, dtype):
         return getattr(torch.func, transform)(loss)(value)
 
     close(of(lora_linear), of(lora_linear_ref))
+
+
+@pytest.mark.parametrize("at_once", [torch.func.vmap, torch._vmap_internals._vmap])
+def test_the_backward_pass_that_csrc_asks_for_takes_many_gradients(at_once):
+    inputs, options = some("cpu", torch.float64)
+    y, wanted = lora_linear_ref(**inputs, **options), [inputs[name] for name in WANTED]
+    part = [*list(inputs.values())[1:], options["scale"], None]
+    dys = torch.randn(3, *y.shape, dtype=y.dtype)
+    again = torch.ops.fused_lora.lora_linear_again
+    got = at_once(lambda dy: tuple(again(dy, inputs["x"], part, 0.0, True, [True] * 3)))(dys)
+    for one, other in zip(got, torch.autograd.grad(y, wanted, dys, is_grads_batched=True), strict=True):
+        close(one, other)
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad, "jacfwd": torch.func.jacfwd, "jacrev": torch.func.jacrev, "hessian": torch.func.hessian,
+    "vmap": torch.func.vmap, "vmap of grad": lambda loss: torch.func.vmap(torch.func.grad(loss)),
+    "jvp": lambda loss: lambda x: torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transformations_inside_compiled_code(transform):
+    torch._dynamo.reset()
+    inputs, options = some("cpu", torch.float64)
+    inputs = {name: t.detach() for name, t in inputs.items()}
+    x = torch.stack([inputs["x"]] * 2) if "vmap" in transform else inputs["x"]
+
+    def of(function):
+        return TRANSFORMS[transform](lambda x: nonlinear(function(**inputs | {"x": x}, **options)))
+
+    close(torch.compile(of(lora_linear), backend="aot_eager", fullgraph=True)(x), of(lora_linear_ref)(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forward_mode_of_compiled_code():
+    torch._dynamo.reset()
+    inputs, options = some("cpu", torch.float64)
+    inputs = {name: t.detach() for name, t in inputs.items()}
+    compiled = torch.compile(lambda x: lora_linear(**inputs | {"x": x}, **options), backend="aot_eager")
+    compiled(inputs["x"])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs["x"], torch.ones_like(inputs["x"]))
+        got = forward_ad.unpack_dual(compiled(dual)).tangent
+        close(got, forward_ad.unpack_dual(lora_linear_ref(**inputs | {"x": dual}, **options)).tangent)
+
+
+def test_autocast_around_a_backward_pass_alone():
+    """It is differentiated in the precision of its forward."""
+    inputs, options = some("cpu", torch.float32)
+
+    def of(function, autocast):
+        y = nonlinear(function(**inputs, **options))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            (first,) = torch.autograd.grad(y, inputs["x"], create_graph=True)
+        return first
+
+    close(of(lora_linear, True), of(lora_linear_ref, False))
+
+
+def test_gradcheck_of_everything():
+    """Batched, forward-mode and undefined gradients, and second derivatives, with dropout."""
+    x, parts = three_parts("cpu", torch.float64)
+    names = [[name for name, t in part.items() if t.requires_grad] for part in parts]
+    seed = seed_on("cpu")
+
+    def made(tensors):
+        rest = iter(tensors)
+        return [Part(**part | {name: next(rest) for name in own}) for part, own in zip(parts, names, strict=True)]
+
+    def group(x, *tensors):
+        return lora_group(x, made(tensors)[:2], 0.3, seed)
+
+    def mlp(x, *tensors):
+        return lora_mlp(x, *made(tensors), p=0.3, seed=seed)
+
+    tensors = [part[name] for part, own in zip(parts, names, strict=True) for name in own]
+    for function in (group, mlp):
+        of = lambda x, A, function=function: function(x, A, *tensors[1:])  # noqa: E731
+        options = {"check_batched_grad": True}
+        assert torch.autograd.gradcheck(of, (x, tensors[0]), check_forward_ad=True, **options)
+        assert torch.autograd.gradgradcheck(of, (x, tensors[0]), **options)
 
 
 def three_parts(device, dtype):
@@ -183,8 +268,10 @@ def test_what_follows_in_place(device):
         y.sum().backward()
     ys = lora_group(inputs["x"], [Part(*list(inputs.values())[1:])] * 2)
     sum(y.mul_(2).sum() for y in ys).backward()
+    x, parts = three_parts(device, torch.float32)
     with torch.no_grad():
         assert lora_linear(**inputs)._base is None
+        assert lora_mlp(x[None], *(Part(**part) for part in parts))._base is None
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -196,6 +283,23 @@ def test_jit_trace(device):
     x = torch.randn(9, 16, device=device)
     torch.testing.assert_close(traced(x), lora_linear(x, **fixed, **options))
     assert "fused_lora::" not in str(traced.graph)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_exported_program_is_plain_torch(grad, strict):
+    x, parts = three_parts("cpu", torch.float32)
+    parts = [{name: t.detach() for name, t in part.items()} for part in parts]
+
+    class Both(torch.nn.Module):
+        def forward(self, x):
+            q, k = lora_group(x, [Part(**part) for part in parts[:2]])
+            return q * k + lora_mlp(x, *(Part(**part) for part in parts)).sum()
+
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(Both(), (x.detach().requires_grad_(grad),), strict=strict)
+    assert "fused_lora" not in str(program.graph)
+    close(program.module()(x), Both()(x))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -114,3 +114,16 @@ def test_only_what_is_wanted(frozen):
     wanted |= {"dx": x} if x.requires_grad else {}
     grads = torch.autograd.grad(ys, list(wanted.values()), dys)
     assert all(torch.equal(grad, whole[name]) for name, grad in zip(wanted, grads, strict=True))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_part_that_nobody_used_has_no_gradients(again):
+    x, parts = make_group(5, 8, [(12, 2), (7, 3), (9, 1)], "cpu", torch.float64)
+    wanted = [x, *(part["A"] for part in parts)]
+    y, _, z = grouped(x, parts)
+    got = torch.autograd.grad((y.square().sum() + z.sum()), wanted, create_graph=again, allow_unused=True)
+    assert got[2] is None
+    y, _, z = alone(lora_linear_ref)(x, parts)
+    want = torch.autograd.grad((y.square().sum() + z.sum()), wanted, allow_unused=True)
+    for one, other in zip(got[:2] + got[3:], want[:2] + want[3:], strict=True):
+        torch.testing.assert_close(one, other)
