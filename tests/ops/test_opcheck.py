@@ -29,7 +29,7 @@ def again(device):
     """Its arguments are what a backward pass saved, of which some require gradients."""
     x, (part, _) = parts_of(device)
     part = part._replace(**{name: getattr(part, name).requires_grad_() for name in ("A", "B", "bias")})
-    yield x.new_ones(12, 7), x.requires_grad_(), flatten([part]), 0.0, True, [True, True, True]
+    yield [x.new_ones(12, 7)], x.requires_grad_(), flatten([part]), 0.0, [], True, [True, True, True]
 
 
 def merge(device, dtype=torch.float32):
@@ -59,7 +59,7 @@ def csrc_backward(device):
 ARGUMENTS = {
     "lora_parts_forward": forward,
     "lora_parts_backward": backward,
-    "lora_linear_again": again,
+    "lora_again": again,
     "merge_": merge,
     "merge_and_reinit_": restart,
 }
