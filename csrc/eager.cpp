@@ -168,7 +168,8 @@ void save_parts(AutogradContext* context, variable_list& saved, const std::vecto
   for (size_t i = 0; i < parts.size(); ++i) {
     const Part& part = parts[i];
     const Tensor bias = biases ? part.bias.value_or(Tensor()) : like_trained(part.bias);
-    saved.insert(saved.end(), {part.weight, part.A, part.B, bias, part.scale, part.seed.value_or(Tensor())});
+    for (const Tensor* tensor : {&part.weight, &part.A, &part.B, &bias, &part.scale}) saved.push_back(*tensor);
+    saved.push_back(part.seed.value_or(Tensor()));
     biased |= int64_t{part.bias.has_value()} << i;
   }
   context->save_for_backward(saved);
@@ -218,16 +219,17 @@ struct Used {
   std::vector<size_t> places;
 
   explicit Used(const variable_list& dys) {
+    places.reserve(dys.size());
     for (size_t i = 0; i < dys.size(); ++i) {
       if (dys[i].defined()) places.push_back(i);
     }
   }
 
+  // Leaves theirs of what all parts have.
   template <typename T>
-  std::vector<T> of(const T* all) const {
-    std::vector<T> found;
-    for (const size_t place : places) found.push_back(all[place]);
-    return found;
+  void keep(std::vector<T>& all) const {
+    for (size_t i = 0; i < places.size(); ++i) all[i] = all[places[i]];
+    all.resize(places.size());
   }
 
   c10::List<bool> of_parts(const Needs& needs, size_t parts) const {
@@ -260,7 +262,9 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
     const c10::cuda::CUDAGuard guard(x.device());
     const Tensor read = readable(x);
     std::vector<Tensor> results = call_forward(read, flatten(parts.data(), parts.size()), p);
-    variable_list saved{read};
+    variable_list saved;
+    saved.reserve(1 + (1 + Part::kFields) * parts.size());
+    saved.push_back(read);
     saved.insert(saved.end(), results.begin() + parts.size(), results.end());
     save_parts(context, saved, parts, p, false);
     context->set_materialize_grads(false);
@@ -270,25 +274,31 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
 
   static variable_list backward(AutogradContext* context, variable_list dys) {
     const auto saved = context->get_saved_variables();
-    const std::vector<Part> parts = saved_parts(saved, 1 + dys.size());
-    const Needs needs(context, dys.size());
+    const size_t all = dys.size();
+    const Needs needs(context, all);
     const Used used(dys);
     variable_list result(1 + kOwn + kTensors);
     if (!needs.any || used.places.empty()) return result;
-    const variable_list used_dys = used.of(dys.data()), xas = used.of(saved.data() + 1);
-    const std::vector<Part> used_parts = used.of(parts.data());
-    const c10::List<bool> used_needs = used.of_parts(needs, dys.size());
-    const FlatParts flat = flatten(used_parts.data(), used_parts.size());
+    std::vector<Part> parts = saved_parts(saved, 1 + all);
+    variable_list xas(saved.begin() + 1, saved.begin() + 1 + all);
+    c10::List<bool> of_parts = needs.of_parts;
+    if (used.places.size() < all) {
+      used.keep(dys);
+      used.keep(xas);
+      used.keep(parts);
+      of_parts = used.of_parts(needs, all);
+    }
+    const FlatParts flat = flatten(parts.data(), parts.size());
     const double p = saved_p(context);
     if (needs_formula(dys)) {
-      used.fill(result, call_again(used_dys, saved[0], flat, p, {}, needs.dx, used_needs), needs.dx, used_needs, kOwn);
+      used.fill(result, call_again(dys, saved[0], flat, p, {}, needs.dx, of_parts), needs.dx, of_parts, kOwn);
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     c10::List<std::optional<Tensor>> none;
-    for (size_t i = 0; i < used.places.size(); ++i) none.push_back(std::nullopt);
-    const std::vector<Tensor> xs(used.places.size(), saved[0]);
-    used.fill(result, call_backward(used_dys, xs, flat, xas, none, p, needs.dx, used_needs), needs.dx, used_needs, kOwn);
+    for (size_t i = 0; i < parts.size(); ++i) none.push_back(std::nullopt);
+    const std::vector<Tensor> xs(parts.size(), saved[0]);
+    used.fill(result, call_backward(dys, xs, flat, xas, none, p, needs.dx, of_parts), needs.dx, of_parts, kOwn);
     return result;
   }
 };
@@ -386,7 +396,9 @@ std::optional<std::vector<Tensor>> lora_group(const Tensor& x, std::vector<Part>
 std::optional<Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                                   const std::optional<Tensor>& bias, const Tensor& scale, const std::optional<Tensor>& seed,
                                   double p) {
-  auto ys = lora_group(x, {{weight, A, B, bias, scale, std::nullopt}}, seed, p);
+  std::vector<Part> parts;
+  parts.push_back({weight, A, B, bias, scale, std::nullopt});
+  auto ys = lora_group(x, std::move(parts), seed, p);
   return ys ? std::optional((*ys)[0]) : std::nullopt;
 }
 

@@ -144,7 +144,7 @@ def watched() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag  # torch 2.11 compiles is_exporting() to True wherever it is
         or torch.jit.is_tracing()
     )
 
