@@ -9,7 +9,7 @@ from types import FunctionType, MethodType, ModuleType
 import torch
 from torch import nn
 
-from .values import FACT, UNKNOWN, Called, Value, is_given, memory_of
+from .values import UNKNOWN, Called, Value, is_given, link, memory_of
 
 # Attributes and methods of a tensor whose results share no memory with it.
 FACTS = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "size", "dim", "numel", "stride"}
@@ -20,7 +20,6 @@ PURE = {
         "dict",
         "enumerate",
         "float",
-        "getattr",
         "hasattr",
         "int",
         "isinstance",
@@ -31,6 +30,9 @@ PURE = {
     )
 }
 PURE_MODULES = (torch, torch.nn.functional, math)
+# Arguments by which they change another, or call something.
+TELLING = {"out", "inplace", "key"}
+CONSTANTS = (bool, int, float, str, torch.dtype, torch.device)
 
 
 class Expressions:
@@ -38,9 +40,9 @@ class Expressions:
 
     module: nn.Module
     children: dict[int, str]
-    globals: dict
+    function: FunctionType
+    kept: Value
     path: tuple
-    kept: frozenset[Value]
 
     def value(self, node: ast.expr, scope: dict[str, Value]) -> Value:
         method = getattr(self, f"of_{type(node).__name__}", None)
@@ -60,19 +62,29 @@ class Expressions:
     def of_Name(self, node, scope):
         if node.id in scope:
             return scope[node.id]
-        return Value(known=self.globals.get(node.id, getattr(builtins, node.id, UNKNOWN)))
+        if node.id in self.function.__code__.co_freevars:
+            return Value(shares=self.kept.memory)
+        found = self.function.__globals__.get(node.id, getattr(builtins, node.id, UNKNOWN))
+        return self.outside(found)
+
+    def outside(self, found) -> Value:
+        """Of a module's names functions and modules are known; anything else may be another thing when it is called."""
+        stays = callable(found) or isinstance(found, ModuleType)
+        return Value(known=found) if stays else Value(shares=self.kept.memory)
 
     def of_Attribute(self, node, scope):
         owner = self.value(node.value, scope)
         if owner.known is self.module:
             return self.attribute(node.attr)
         if isinstance(owner.known, ModuleType):
-            return Value(known=getattr(owner.known, node.attr, UNKNOWN))
+            return self.outside(getattr(owner.known, node.attr, UNKNOWN))
         self.used(owner)  # another's weight, or forward
-        return Value(known=FACT) if node.attr in FACTS else Value(shares=owner.memory)
+        return Value() if node.attr in FACTS else Value(shares=(self.kept if owner.is_known else owner).memory)
 
     def attribute(self, name: str) -> Value:
         """Of the module: a child, or a function that can be followed."""
+        if name in ("_modules", "__dict__"):
+            self.all_used()
         held = vars(self.module).get(name, self.module._modules.get(name))
         if isinstance(held, nn.Module) and id(held) in self.children:
             return Value(known=held)
@@ -83,7 +95,7 @@ class Expressions:
         elif isinstance(getattr(type(held), "__call__", None), FunctionType):  # noqa: B004  its code, not whether it has any
             self.relies_on[name] = type(held)
             return Value(known=MethodType(type(held).__call__, held))
-        return Value(shares=self.kept)
+        return Value() if isinstance(held, CONSTANTS) else Value(shares=self.kept.memory)
 
     def of_Compare(self, node, scope):
         values = [self.value(each, scope) for each in (node.left, *node.comparators)]
@@ -137,21 +149,28 @@ class Expressions:
         name = self.children.get(id(function.known))
         if name is not None:
             return self.child(name, node, given)
+        if function.known is getattr and args[0].known is self.module and isinstance(args[1].known, str):
+            return self.attribute(args[1].known)
         if self.follows(function.known, given):
-            first_star = next((i for i, each in enumerate(node.args) if isinstance(each, ast.Starred)), len(args))
-            rest = [*args[first_star:], *(value for name, value in kwargs.items() if name is None)]
+            star = next((i for i, each in enumerate(node.args) if isinstance(each, ast.Starred)), len(args))
+            rest = [*args[star:], *(value for name, value in kwargs.items() if name is None)]
             named = {name: value for name, value in kwargs.items() if name is not None}
-            return self.followed(function.known, args[:first_star], named, rest)
-        if owner is None:
-            if not _is_pure(function.known, given, kwargs):
-                self.may_change([*given, function])
-            return Value(shares=memory_of([*given, function]))
-        if node.func.attr in FACTS:
-            return Value(known=FACT)
-        # By torch's names, a method that changes its tensor ends in "_". Of what it is given nothing is known.
-        self.may_change([*given, owner] if node.func.attr.endswith("_") else given)
-        owner.shares |= memory_of(given)  # as a list's append
-        return Value(shares=memory_of([*given, owner]))
+            return self.followed(function.known, args[:star], named, rest)
+        if owner is None and _is_pure(function.known, node):
+            return Value(shares=memory_of(given))
+        if owner is not None and node.func.attr in FACTS:
+            return Value()
+        return self.unknown_call(function, owner, node, given)
+
+    def unknown_call(self, function: Value, owner: Value | None, node: ast.Call, given: list[Value]) -> Value:
+        """It may change what it is given and what is kept elsewhere, and put one into another. By torch's names, a
+        method that changes its tensor ends in "_"."""
+        if self.gets_module(function.known, given):
+            self.all_used()
+        whole = [*given, function] if owner is None else [*given, owner]
+        self.may_change([*(whole if owner is None or node.func.attr.endswith("_") else given), self.kept])
+        link(whole)
+        return Value(shares=memory_of(whole))
 
     def callee(self, node, scope) -> tuple[Value, Value | None]:
         """What is called; and where that is a method of something unknown, of what."""
@@ -173,13 +192,25 @@ class Expressions:
         if isinstance(self.module._modules[name], nn.Linear) or hasattr(self.module._modules[name], "part"):
             return Value()
         self.may_change(given)
+        link(given)
         return Value(shares=memory_of(given))
 
 
-def _is_pure(function, given: list[Value], kwargs: dict) -> bool:
-    """Whether it changes nothing: some of Python's own, and torch's functions but for those that are told to."""
-    name = getattr(function, "__name__", "_")
-    told = "out" in kwargs or "inplace" in kwargs or any(value.known is True for value in given)
+def _is_pure(function, node: ast.Call) -> bool:
+    """Whether it changes nothing: some of Python's own, and torch's functions but for those that may be told to."""
+    if any(each.arg in TELLING for each in node.keywords):
+        return False
     if any(function is each for each in PURE):
         return True
-    return not name.endswith("_") and not told and any(getattr(each, name, None) is function for each in PURE_MODULES)
+    name = getattr(function, "__name__", "_")
+    spread = any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords)
+    told = not TELLING.isdisjoint(_positional(function)[: len(node.args)])
+    known = any(getattr(each, name, None) is function for each in PURE_MODULES)
+    return known and not (name.endswith("_") or spread or told)
+
+
+def _positional(function) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # built in, where such arguments go by their names
+        return []

@@ -12,30 +12,30 @@ from types import FunctionType, MethodType
 from torch import nn
 
 from .expressions import Expressions
-from .values import Called, Value, memory_of, merged
+from .values import Called, Value, link, memory_of, merged
 
 MOST_DEPTH = 4  # of functions that call each other with the module
 
 
 class Follower(Expressions):
-    """Follows functions that get the module; `events` are calls of its children and sets of memory that may change."""
+    """Follows functions that get the module; `events` are calls of its children, sets of memory that may change, and
+    None where all may."""
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.children = {id(child): name for name, child in module.named_children()}
-        self.events: list[Called | frozenset] = []
+        self.events: list[Called | frozenset | None] = []
         self.relies_on: dict[str, type] = {}
+        self.kept = Value()  # whatever is found elsewhere: on modules, in globals, in the closures of functions
+        self.captured: set[str] = set()  # names that functions inside a followed one read, at any time
         self.path: tuple = ()
         self.depth = 0
         self.branches = 0
-        self.kept: frozenset[Value] = frozenset()  # what attributes of the module may share
         self.tested: set[Value] = set()  # values that were compared with None, of which that was not known
 
     # Functions
 
-    def call(
-        self, function: FunctionType, args: list[Value], kwargs: dict[str, Value], rest: list[Value] = ()
-    ) -> Value:
+    def call(self, function: FunctionType, args: list[Value], kwargs: dict[str, Value], rest=()) -> Value:
         """The function's result, its body followed. rest is of starred arguments: any that are not bound may be it."""
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         if not isinstance(tree, ast.FunctionDef):
@@ -46,10 +46,10 @@ class Follower(Expressions):
         given = memory_of([*args, *kwargs.values(), *rest])
         scope = {name: bound.get(name) or Value(shares=memory_of(rest)) for name in names}
         scope |= {star.arg: Value(shares=given) for star in (tree.args.vararg, tree.args.kwarg) if star is not None}
-        outer, self.globals = getattr(self, "globals", None), function.__globals__
+        outer, self.function = getattr(self, "function", None), function
         path, self.depth = self.path, self.depth + 1
         self.block(tree.body, scope)
-        self.globals, self.path, self.depth = outer, path, self.depth - 1
+        self.function, self.path, self.depth = outer, path, self.depth - 1
         return Value(shares=given)
 
     def may_change(self, values: list[Value]) -> None:
@@ -62,6 +62,10 @@ class Follower(Expressions):
         name = self.children.get(id(value.known))
         if name is not None:
             self.events.append(Called(name, None, self.path))
+
+    def all_used(self) -> None:
+        """The module in a place where nothing is known of what becomes of it and of its children."""
+        self.events.append(None)
 
     # Statements. Each returns whether what follows in the block is reached.
 
@@ -108,20 +112,23 @@ class Follower(Expressions):
         self.used(value)  # under another name a child is followed no further
         if isinstance(target, ast.Name):
             scope[target.id] = value
+            if target.id in self.captured:
+                link([self.kept, value])
         elif isinstance(target, (ast.Tuple, ast.List, ast.Starred)):
             for each in target.elts if not isinstance(target, ast.Starred) else [target.value]:
                 self.bind(each, Value(shares=value.memory), scope)
-        else:  # an attribute or an entry: whose owner changes, may be a view of another, and keeps the value
+        else:  # an attribute or an entry: whose owner changes, and may be a view of another
             owner = self.value(target.value, scope)
-            self.may_change([owner, value])
-            owner.shares |= memory_of([value])
-            if owner.known is self.module:
-                self.kept |= memory_of([value])
+            self.used(owner)
+            self.may_change([owner])
+            link([self.kept if owner.is_known else owner, value])
 
     def on_AugAssign(self, node, scope):
-        self.value(node.value, scope)
-        target = node.target if isinstance(node.target, ast.Name) else node.target.value
-        self.may_change([self.value(target, scope)])
+        value = self.value(node.value, scope)
+        owner = self.value(node.target if isinstance(node.target, ast.Name) else node.target.value, scope)
+        self.used(owner)
+        self.may_change([owner])
+        link([owner, value])  # of a list
 
     def on_If(self, node, scope):
         truth = self.value(node.test, scope).truth
@@ -149,17 +156,37 @@ class Follower(Expressions):
 
     def opaque(self, node: ast.AST, scope: dict[str, Value]) -> None:
         """Loops, functions and whatever else is not followed may change all that they name, and name anything anew."""
+        self.capture(node, scope)
+        self.uses_in(node, scope)
         for each in ast.walk(node):
             if isinstance(each, ast.Name):
                 value = scope.get(each.id)
                 if value is not None and isinstance(each.ctx, ast.Load):
                     self.may_change([value])
                 if not isinstance(each.ctx, ast.Load):
-                    scope[each.id] = Value(shares=memory_of(scope.values()))
+                    scope[each.id] = Value(shares=memory_of([self.kept, *scope.values()]))
+            if isinstance(each, ast.FunctionDef):
+                scope[each.name] = Value(shares=memory_of([self.kept, *scope.values()]))
+
+    def capture(self, node: ast.AST, scope: dict[str, Value]) -> None:
+        """What functions inside read they may read, and change, whenever anything unknown is called."""
+        functions = [each for each in ast.walk(node) if isinstance(each, (ast.FunctionDef, ast.Lambda))]
+        self.captured |= {name.id for each in functions for name in ast.walk(each) if isinstance(name, ast.Name)}
+        link([self.kept, *(value for name, value in scope.items() if name in self.captured)])
+
+    def uses_in(self, node: ast.AST, scope: dict[str, Value]) -> None:
+        """The children that are named, or all, unless no more is done with the module than to read plain attributes."""
+        names = [each for each in ast.walk(node) if self.is_module(each, scope)]
+        read = [each for each in ast.walk(node) if self.is_module(getattr(each, "value", None), scope)]
+        plain = vars(self.module).keys() - {"_modules"} | self.module._modules.keys()
+        if len(names) > len(read) or any(getattr(each, "attr", None) not in plain for each in read):
+            self.all_used()
+        for each in ast.walk(node):
             if isinstance(each, ast.Attribute) and each.attr in self.module._modules:
                 self.events.append(Called(each.attr, None, self.path))
-            if isinstance(each, ast.FunctionDef):
-                scope[each.name] = Value(shares=memory_of(scope.values()))
+
+    def is_module(self, node, scope: dict[str, Value]) -> bool:
+        return isinstance(node, ast.Name) and node.id in scope and scope[node.id].known is self.module
 
     def branch(self, follow):
         outer, self.path = self.path, (*self.path, self.new_branch())
@@ -173,10 +200,13 @@ class Follower(Expressions):
 
     def follows(self, function, given: list[Value]) -> bool:
         """Whether it is Python's and gets the module."""
-        gets = isinstance(function, MethodType) and function.__self__ is self.module
-        gets = gets or any(value.known is self.module for value in given)
-        plain = isinstance(function, (MethodType, FunctionType))
-        return gets and plain and self.depth < MOST_DEPTH and _has_source(inspect.unwrap(function))
+        if not isinstance(function, (MethodType, FunctionType)) or not self.gets_module(function, given):
+            return False
+        return self.depth < MOST_DEPTH and _has_source(inspect.unwrap(function))
+
+    def gets_module(self, function, given: list[Value]) -> bool:
+        of_module = isinstance(function, MethodType) and function.__self__ is self.module
+        return of_module or any(value.known is self.module for value in given)
 
     def followed(self, function, args: list[Value], kwargs: dict[str, Value], rest: list[Value]) -> Value:
         if isinstance(function, MethodType):

@@ -21,7 +21,7 @@ class Reading:
     It holds for a module whose attributes are of the types in `relies_on`.
     """
 
-    parameters: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
     tested: tuple[str, ...] = ()
     cases: dict[tuple[bool, ...], Groups] = field(default_factory=dict)
     unknown: Groups = ()
@@ -51,8 +51,9 @@ class Reading:
         return self.cases[tuple(self._is_none(name, args, kwargs) for name in self.tested)]
 
     def _is_none(self, name: str, args: tuple, kwargs: dict) -> bool:
-        place = self.parameters.index(name)
-        return (args[place] if place < len(args) else kwargs.get(name)) is None
+        if name in self.positional and (place := self.positional.index(name)) < len(args):
+            return args[place] is None
+        return kwargs.get(name) is None
 
 
 def read(module: nn.Module) -> Reading | None:
@@ -69,9 +70,11 @@ def read(module: nn.Module) -> Reading | None:
         for case in itertools.product((False, True), repeat=len(tested)):
             _, follower = _follow(module, forward, dict(zip(tested, case, strict=True)))
             cases[case] = _groups(follower.events)
-    except Exception:  # whatever a source may hold that is not understood, it proves nothing
+    except Exception:  # whatever a source may hold that cannot be followed, it proves nothing
         return None
-    positional = tuple(each.name for each in parameters if each.kind is not each.VAR_POSITIONAL)
+    positional = tuple(
+        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    )
     relies_on = tuple(followers.relies_on.items())
     reading = Reading(positional, tested, cases, _groups(followers.events), relies_on)
     return reading if reading.every else None
@@ -115,18 +118,22 @@ def _among(groups: Groups, names: set[str]) -> Groups:
 def _groups(events: list) -> Groups:
     """Children called with the same value in the same branch, before anything may have changed it."""
     running: dict[tuple, list[str]] = {}
+    memory: dict[tuple, frozenset] = {}
     found: list[list[str]] = []
     calls: dict[str, list[Called]] = defaultdict(list)
     for event in events:
+        if event is None:
+            running = {}
+            continue
         if isinstance(event, frozenset):  # memory that may be changed
-            running = {key: group for key, group in running.items() if not key[0].memory & event}
+            running = {key: group for key, group in running.items() if not memory[key] & event}
             continue
         calls[event.child].append(event)
         if event.value is None:
             continue
         key = (event.value, event.path)
         if key not in running:
-            running[key] = []
+            running[key], memory[key] = [], event.memory
             found.append(running[key])
         running[key].append(event.child)
     once = {name for name, of_child in calls.items() if len(of_child) == 1 and of_child[0].value is not None}

@@ -96,6 +96,8 @@ class LoRASiblings(Mixin):
 
     Its forward is what it was, and so are its layers. Which of them get one unmodified x was read off its source
     (reading.py). A layer that has hooks, is merged or was replaced, or has a forward of its own computes by itself.
+
+    Their results have one backward pass: where it runs for each of them apart, all but the last want retain_graph=True.
     """
 
     _adds = ("_reading",)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 UNKNOWN = object()
-FACT = object()  # a number or the like, which is no tensor
 
 
 @dataclass(eq=False)
@@ -11,12 +10,20 @@ class Value:
     """What an expression gives: an object that is known, or one known by its identity alone."""
 
     known: object = UNKNOWN
-    shares: frozenset["Value"] = frozenset()  # whose memory it may be, besides its own
+    shares: frozenset["Value"] = frozenset()  # whose memory it may be, and theirs, besides its own
     given: bool = False  # certainly not None
 
     @property
+    def is_known(self) -> bool:
+        return self.known is not UNKNOWN
+
+    @property
     def memory(self) -> frozenset["Value"]:
-        return self.shares | {self}
+        found, new = set(), {self}
+        while new:
+            found |= new
+            new = frozenset().union(*(each.shares for each in new)) - found
+        return frozenset(found)
 
     @property
     def truth(self) -> bool | None:
@@ -33,10 +40,20 @@ class Called:
     value: Value | None
     path: tuple
 
+    def __post_init__(self):
+        self.memory = frozenset() if self.value is None else self.value.memory  # by then
+
 
 def memory_of(values) -> frozenset[Value]:
     """All that the values may share; constants and functions are no tensors."""
-    return frozenset().union(*(value.memory for value in values if value.known is UNKNOWN))
+    return frozenset().union(*(value.memory for value in values if not value.is_known))
+
+
+def link(values) -> None:
+    """From now on they may share: one was put where another is found."""
+    memory = memory_of(values)
+    for each in memory:
+        each.shares |= memory
 
 
 def merged(scopes: list[dict[str, Value]]) -> dict[str, Value]:
@@ -50,4 +67,4 @@ def merged(scopes: list[dict[str, Value]]) -> dict[str, Value]:
 
 
 def is_given(value: Value) -> bool:
-    return value.given or (value.known is not UNKNOWN and value.known is not None)
+    return value.given or (value.is_known and value.known is not None)

@@ -18,7 +18,7 @@ class Base(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
         self.norm = nn.LayerNorm(4)
         self.act = nn.ReLU(inplace=True)
-        self.flag, self.kept = True, None
+        self.flag, self.kept, self.table = True, None, torch.ones(4)
 
     def forget(self):
         self.kept.zero_()
@@ -31,8 +31,8 @@ def helper(module, x):
     return module.k(x), module.v(x)
 
 
-def changes(x):
-    x.zero_()
+def changes(*values):
+    values[0].zero_()
 
 
 def starred(module, a, b):
@@ -112,6 +112,18 @@ def test_cases_of_none():
     assert reading.among({"q", "v"}).groups(module, (x, x), {}) == ()
 
 
+def test_cases_of_an_argument_that_only_its_name_gives():
+    class Named(Base):
+        def forward(self, x, *more, other=None):
+            read = x if other is None else other
+            return self.q(x) + self.k(read) + self.v(read)
+
+    module, x = Named(), torch.ones(1, 4)
+    reading = read(module)
+    assert reading.groups(module, (x, x), {}) == (QKV,)
+    assert reading.groups(module, (x, None), {"other": x}) == (KV,)
+
+
 def test_a_wrapper_may_fill_what_seems_to_be_none():
     class Filled(CrossOrNot):
         forward = renamed("old", "other")(CrossOrNot.forward)
@@ -172,7 +184,34 @@ self.q(x)
 self.k.forward(x)
 z = getattr(y, "k"); y = [self.k]
 for z in range(2): self.k(x)
+F.relu(x, self.flag)
+F.relu(x, *y)
+F.relu(x, **y)
+F.dropout(x, 0.5, self.training, self.flag)
+max([x], key=changes)
+if FLAG: x.zero_()
+self.k.lora_alpha = 3
+self.k.bias += 1
+self.eval()
+self.apply(changes)
+y(self)
+getattr(self, "k").eval()
+getattr(self, y).eval()
+self._modules["k"].eval()
+self.__dict__.clear()
+[z.eval() for z in self.children()]
+changes(self.parameters())
+z = self; z.k.lora_alpha = 1
 """.strip().splitlines()
+# The same where x was put somewhere before q: what may change it there.
+KEPT = [
+    ("self.kept = x", "self.kept.zero_()"), ("y[0] = x", "y[0].zero_()"), ("y.append(x)", "y.pop().zero_()"),
+    ("z = x; y[0] = z", "y[0].zero_()"), ("z = y.copy(); z[0] = x", "z[0].zero_()"),
+    ("z = []; z += [x]", "z[0].zero_()"), ("self.norm.kept = x", "self.norm.kept.zero_()"),
+    ("changes(y, x)", "y[0].zero_()"), ("GLOBAL[0] = x", "GLOBAL[0].zero_()"), ("GLOBAL[0] = x", "changes()"),
+    ("f = lambda: x.zero_(); x = x + 1", "f()"),
+]  # fmt: skip
+FLAG, GLOBAL = False, [None]
 
 
 def compiled_from(body, monkeypatch, before="pass"):
@@ -181,7 +220,15 @@ def compiled_from(body, monkeypatch, before="pass"):
     if body.startswith("try"):
         lines[2:3] = [f"        {body}", "        except ValueError: pass"]
     source = "\n".join(["class Made(Base):", "    def forward(self, x, y):", *lines])
-    scope = {"Base": Base, "F": F, "torch": torch, "changes": changes, "starred": starred}
+    scope = {
+        "Base": Base,
+        "F": F,
+        "torch": torch,
+        "changes": changes,
+        "starred": starred,
+        "FLAG": FLAG,
+        "GLOBAL": GLOBAL,
+    }
     exec(source, scope)
     forward = scope["Made"].forward
     real = inspect.getsource
@@ -207,11 +254,18 @@ def test_what_is_not_proven(body, monkeypatch):
     assert reading is None or not any({"q", "k"} <= set(group) for group in reading.every)
 
 
+@pytest.mark.parametrize(("before", "body"), KEPT)
+def test_what_was_put_elsewhere(before, body, monkeypatch):
+    assert read(compiled_from("pass", monkeypatch, before)).every == [QK]
+    reading = read(compiled_from(body, monkeypatch, before))
+    assert reading is None or not any({"q", "k"} <= set(group) for group in reading.every)
+
+
 @pytest.mark.parametrize("body", [
     "pass", "z = x.shape[0]", "z = a.view(-1); z.mul_(2)", "a += y", "a = self.norm(a)", "z = x.size(-1)", "y = x * 2",
     "assert x.dim() == 2", "if y is None: raise ValueError(x.shape)", "z = torch.cat([x, x])", "self.kept = a",
     "z = len(x)", "if self.flag: a = a * 2", "with torch.no_grad(): a = a * 1", "z = x.to(a.dtype)",
-    "a = F.relu(a, True)",
+    "a = F.relu(a, True)", "a = self.table * a", "z = getattr(self, 'flag', None)", "a = changes(a, self.kept)",
 ])  # fmt: skip
 def test_what_does_no_harm(body, monkeypatch):
     assert read(compiled_from(body, monkeypatch)).every == [QK]
@@ -249,6 +303,8 @@ def test_what_has_no_source():
     exec("class Made(Base):\n def forward(self, x): return self.q(x) + self.k(x)", namespace)
     assert read(namespace["Made"]()) is None
     assert read(nn.Linear(2, 2)) is None
+    namespace["Made"].forward = functools.partial(print)
+    assert read(namespace["Made"]()) is None
 
 
 class Processor:
