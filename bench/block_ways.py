@@ -19,15 +19,27 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class Projections(nn.Module):
-    """Linears that read one x."""
+    """Linears that read one x, called as models call them."""
 
     def __init__(self, K: int, widths: tuple[int, ...]):
         super().__init__()
         for name, N in zip(PROJECTIONS[: len(widths)], widths, strict=True):
             self.add_module(name, nn.Linear(K, N, bias=False))
 
+
+class One(Projections):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(projection(x) for projection in self.children())
+        return (self.q_proj(x),)
+
+
+class Two(Projections):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x)
+
+
+class Three(Projections):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Block:
     def plain(self) -> nn.Module:
         """It, of nn.Linear."""
         if not self.gated:
-            return Projections(self.K, self.widths)
+            return (One, Two, Three)[len(self.widths) - 1](self.K, self.widths)
         return MLP(LlamaConfig(self.K, *self.widths, num_hidden_layers=1, num_attention_heads=1))
 
     def ways(self) -> list[str]:

@@ -55,11 +55,34 @@ TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
   m.impl("cuda_lora_parts_backward", &fused_lora::lora_parts_backward);
 }
 
+namespace {
+
+using Flat = std::vector<std::optional<at::Tensor>>;
+
+std::vector<fused_lora::Part> unflatten(const Flat& flat) {
+  return fused_lora::unflatten(flat.size(), [&](size_t i) { return flat[i]; });
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("rank_obstacle", &fused_lora::rank_obstacle, "Why the kernels do not take a rank, in words; empty where they do.");
   m.def("gated_obstacle", &fused_lora::gated_obstacle, "The same of gated passes.");
   m.def("lora_linear", &fused_lora::lora_linear, py::call_guard<py::gil_scoped_release>(),
         "lora_linear with autograd, or None where it is for others. Plain tensors on a GPU; p is a float.");
+  m.def(
+      "lora_group",
+      [](const at::Tensor& x, const Flat& parts, const std::optional<at::Tensor>& seed, double p) {
+        return fused_lora::lora_group(x, unflatten(parts), seed, p);
+      },
+      py::call_guard<py::gil_scoped_release>(), "lora_group of flat parts, likewise.");
+  m.def(
+      "lora_mlp",
+      [](const at::Tensor& x, const Flat& parts, const std::optional<at::Tensor>& seed, int64_t down_seed, double p,
+         const std::vector<double>& act, bool saves_all) {
+        return fused_lora::lora_mlp(x, unflatten(parts), seed, down_seed, p, act, saves_all);
+      },
+      py::call_guard<py::gil_scoped_release>(), "lora_mlp of the flat parts of gate, up and down, likewise.");
   m.def("tile_width", &fused_lora::tile_width, "Columns of the tiles of an (M, N) result.");
 }

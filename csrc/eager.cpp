@@ -1,11 +1,15 @@
-// One part as an autograd function in C++, which costs a call half of what one in Python does.
+// Parts and gated MLPs as autograd functions in C++: a call from Python takes the host a third of what one by way of autograd.py
+// and lora_parts.py does.
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "operands.h"
 
@@ -44,16 +48,12 @@ bool watched() {
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || torch::jit::tracer::isTracing();
 }
 
-// Whether the arguments are right beyond doubt and the kernels take them. Where not, the caller goes the long way, which finds
-// the words for what is wrong, or another backend.
-bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias,
-           const Tensor& scale, const std::optional<Tensor>& seed, double p) {
-  if (!x.is_cuda() || !is_plain(x, x) || !is_16_bit(x) || x.dim() == 0 || x.numel() == 0) return false;
-  if (!chosen(x) || watched()) return false;
+// Whether a part is right beyond doubt.
+bool is_right(const Tensor& x, const Part& part) {
+  const auto& [weight, A, B, bias, scale, seed] = part;
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
-  if (N == 0 || r == 0) return false;
-  if (x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;
+  if (N == 0 || r == 0 || x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;
   if (weight.scalar_type() != x.scalar_type() || !is_factor_dtype(A, x) || B.scalar_type() != A.scalar_type()) return false;
   for (const Tensor* tensor : {&weight, &A, &B, &scale}) {
     if (!is_plain(*tensor, x)) return false;
@@ -61,94 +61,359 @@ bool takes(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor&
   if (scale.scalar_type() != at::kFloat || scale.numel() != 1 || scale.requires_grad()) return false;
   if (bias && (bias->dim() != 1 || bias->size(0) != N || !is_plain(*bias, x) || bias->stride(0) != 1)) return false;
   if (bias && !is_16_bit(*bias) && bias->scalar_type() != at::kFloat) return false;
-  if (!(p >= 0 && p <= 1)) return false;
-  if (seed && (!is_plain(*seed, x) || seed->scalar_type() != at::kLong || seed->dim() != 0)) return false;
   if (weight.requires_grad() && at::GradMode::is_enabled()) return false;
-  return rank_obstacle(r).empty() && weight.stride(1) == 1 && x.numel() / K < kMostRows;
+  return weight.stride(1) == 1;
 }
 
 // Whether a gradient is many at once, of torch.func.vmap or of is_grads_batched.
 bool is_many(const Tensor& dy) {
-  return dy.key_set().has(c10::DispatchKey::FuncTorchBatched) || dy.key_set().has(c10::DispatchKey::Batched);
+  return dy.defined() && (dy.key_set().has(c10::DispatchKey::FuncTorchBatched) || dy.key_set().has(c10::DispatchKey::Batched));
 }
 
-FlatParts flat_part(const Tensor& weight, const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias, const Tensor& scale,
-                    const std::optional<Tensor>& seed) {
-  return FlatParts({weight, A, B, bias, scale, seed});
+// Whether a backward pass is to be differentiated itself, or is many at once: by the formula.
+bool needs_formula(const variable_list& dys) { return at::GradMode::is_enabled() || std::any_of(dys.begin(), dys.end(), is_many); }
+
+// Whether the arguments are right beyond doubt and the kernels take them. Where not, the caller goes the long way, which finds
+// the words for what is wrong, or another backend.
+bool takes(const Tensor& x, const std::vector<Part>& parts, const std::optional<Tensor>& seed, double p, int64_t most_rank) {
+  if (!x.is_cuda() || !is_plain(x, x) || !is_16_bit(x) || x.dim() == 0 || x.numel() == 0) return false;
+  if (parts.empty() || parts.size() > kMostParts || !chosen(x) || watched() || !(p >= 0 && p <= 1)) return false;
+  if (seed && (!is_plain(*seed, x) || seed->scalar_type() != at::kLong || seed->dim() != 0)) return false;
+  for (const Part& part : parts) {
+    if (part.A.dim() != 2 || part.A.size(0) > most_rank || part.A.scalar_type() != parts[0].A.scalar_type()) return false;
+  }
+  return x.numel() / x.size(-1) < kMostRows;
 }
 
-class LoRALinear : public torch::autograd::Function<LoRALinear> {
+bool are_right(const Tensor& x, const std::vector<Part>& parts) {
+  return std::all_of(parts.begin(), parts.end(), [&](const Part& part) { return is_right(x, part); });
+}
+
+// The seed of a pass: none where nothing is dropped, drawn where none is given.
+std::optional<Tensor> drawn_seed(const Tensor& x, const std::optional<Tensor>& seed, double p) {
+  if (p == 0) return std::nullopt;
+  return seed ? seed : at::randint(int64_t{1} << 62, {}, x.options().dtype(at::kLong));
+}
+
+FlatParts flatten(const Part* parts, size_t count) {
+  FlatParts flat;
+  flat.reserve(count * Part::kFields);
+  for (size_t i = 0; i < count; ++i) {
+    const Part& part = parts[i];
+    flat.push_back(part.weight);
+    flat.push_back(part.A);
+    flat.push_back(part.B);
+    flat.push_back(part.bias);
+    flat.push_back(part.scale);
+    flat.push_back(part.seed);
+  }
+  return flat;
+}
+
+std::vector<Tensor> call_forward(const Tensor& x, const FlatParts& parts, double p, at::ArrayRef<double> act = {},
+                                 std::string_view keep = "none") {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_lora::cuda_lora_parts_forward", "")
+                             .typed<decltype(lora_parts_forward)>();
+  return op.call(x, parts, p, act, keep);
+}
+
+std::vector<Tensor> call_backward(at::TensorList dys, at::TensorList xs, const FlatParts& parts, at::TensorList xas,
+                                  const c10::List<std::optional<Tensor>>& dxas, double p, bool need_dx, const c10::List<bool>& needs,
+                                  at::ArrayRef<double> act = {}, at::TensorList gated = {}, bool factors = false) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_lora::cuda_lora_parts_backward", "")
+                             .typed<decltype(lora_parts_backward)>();
+  return op.call(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors);
+}
+
+// A backward pass by the formula in plain torch (ops/autograd.py), so that it can be differentiated itself: dx, dAs, dBs, dbiases.
+std::vector<Tensor> call_again(at::TensorList dys, const Tensor& x, const FlatParts& parts, double p, at::ArrayRef<double> act,
+                               bool need_dx, const c10::List<bool>& needs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_lora::lora_again", "")
+                             .typed<std::vector<Tensor>(at::TensorList, const Tensor&, const FlatParts&, double, at::ArrayRef<double>,
+                                                        bool, const c10::List<bool>&)>();
+  return op.call(dys, x, parts, p, act, need_dx, needs);
+}
+
+// x such that the copy engine can address it: one copy serves both passes.
+Tensor readable(const Tensor& x) {
+  const Tensor rows = rows_of(x);
+  return rows.is_alias_of(x) ? x : rows.view(x.sizes());
+}
+
+// What both functions have in common: their arguments that have gradients are x, then A, B and bias of each part, with absent
+// ones for the parts up to kMostParts. Autograd counts edges, and an absent bias has none.
+constexpr size_t kTensors = 3 * kMostParts;
+using Tensors = std::array<std::optional<Tensor>, kTensors>;
+
+Tensors differentiable(const std::vector<Part>& parts) {
+  Tensors tensors;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    tensors[3 * i] = parts[i].A;
+    tensors[3 * i + 1] = parts[i].B;
+    tensors[3 * i + 2] = parts[i].bias;
+  }
+  return tensors;
+}
+
+// What a backward pass reads of a linear's bias: the dtype of its gradient.
+Tensor like_trained(const std::optional<Tensor>& bias) {
+  return bias && bias->requires_grad() ? at::empty({0}, bias->options()) : Tensor();
+}
+
+void save_parts(AutogradContext* context, variable_list& saved, const std::vector<Part>& parts, double p, bool biases) {
+  int64_t biased = 0;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Part& part = parts[i];
+    const Tensor bias = biases ? part.bias.value_or(Tensor()) : like_trained(part.bias);
+    for (const Tensor* tensor : {&part.weight, &part.A, &part.B, &bias, &part.scale}) saved.push_back(*tensor);
+    saved.push_back(part.seed.value_or(Tensor()));
+    biased |= int64_t{part.bias.has_value()} << i;
+  }
+  context->save_for_backward(saved);
+  if (p != 0) context->saved_data["p"] = p;  // an entry takes the host 0.2 us
+  if (biased != 0) context->saved_data["biased"] = biased;
+}
+
+double saved_p(AutogradContext* context) {
+  const auto found = context->saved_data.find("p");
+  return found == context->saved_data.end() ? 0.0 : found->second.toDouble();
+}
+
+std::vector<Part> saved_parts(const variable_list& saved, size_t first) {
+  const auto optional = [](const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
+  std::vector<Part> parts;
+  for (size_t i = first; i < saved.size(); i += Part::kFields) {
+    parts.push_back({saved[i], saved[i + 1], saved[i + 2], optional(saved[i + 3]), saved[i + 4], optional(saved[i + 5])});
+  }
+  return parts;
+}
+
+// Which gradients autograd asks for.
+struct Needs {
+  bool dx, any;
+  c10::List<bool> of_parts;  // of dAs, dBs and dbiases
+
+  Needs(AutogradContext* context, size_t parts) : dx(context->needs_input_grad(0)), any(dx) {
+    const auto found = context->saved_data.find("biased");
+    const int64_t biased = found == context->saved_data.end() ? 0 : found->second.toInt();
+    std::vector<bool> needs(3 * parts);
+    size_t edge = 1;
+    for (size_t i = 0; i < parts; ++i) {
+      for (size_t kind = 0; kind < 3; ++kind) {
+        if (kind < 2 || (biased >> i & 1)) needs[kind * parts + i] = context->needs_input_grad(edge++);
+      }
+    }
+    for (const bool need : needs) {
+      of_parts.push_back(need);
+      any = any || need;
+    }
+  }
+};
+
+// The parts whose results were used: the others have no share in dx, and their factors get no gradients, as if each had stood
+// alone.
+struct Used {
+  std::vector<size_t> places;
+
+  explicit Used(const variable_list& dys) {
+    places.reserve(dys.size());
+    for (size_t i = 0; i < dys.size(); ++i) {
+      if (dys[i].defined()) places.push_back(i);
+    }
+  }
+
+  // Leaves theirs of what all parts have.
+  template <typename T>
+  void keep(std::vector<T>& all) const {
+    for (size_t i = 0; i < places.size(); ++i) all[i] = all[places[i]];
+    all.resize(places.size());
+  }
+
+  c10::List<bool> of_parts(const Needs& needs, size_t parts) const {
+    c10::List<bool> found;
+    for (size_t kind = 0; kind < 3; ++kind) {
+      for (const size_t place : places) found.push_back(needs.of_parts.get(kind * parts + place));
+    }
+    return found;
+  }
+
+  // dx, dAs, dBs, dbiases as gradients of a function's arguments, of which `first` come between x and the tensors of its parts.
+  void fill(variable_list& result, const std::vector<Tensor>& grads, bool need_dx, const c10::List<bool>& needs, size_t first) const {
+    const size_t count = places.size();
+    if (need_dx) result[0] = grads[0];
+    for (size_t i = 0; i < count; ++i) {
+      for (size_t kind = 0; kind < 3; ++kind) {
+        if (needs.get(kind * count + i)) result[1 + first + 3 * places[i] + kind] = grads[1 + kind * count + i];
+      }
+    }
+  }
+};
+
+class LoRAParts : public torch::autograd::Function<LoRAParts> {
  public:
-  // What may be absent comes last: it has no edge then, and needs_input_grad counts edges.
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-                        const Tensor& scale, const std::optional<Tensor>& seed, double p, const std::optional<Tensor>& bias) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fused_lora::cuda_lora_parts_forward", "")
-                               .typed<decltype(lora_parts_forward)>();
+  static constexpr size_t kOwn = 2;  // arguments between x and the tensors of the parts
+
+  template <typename... Rest>
+  static variable_list forward(AutogradContext* context, const Tensor& x, const std::vector<Part>& parts, double p, const Rest&...) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::cuda::CUDAGuard guard(x.device());
-    const Tensor rows = rows_of(x), read = rows.is_alias_of(x) ? x : rows.view(x.sizes());  // a copy serves both passes
-    const auto y_and_xa = op.call(read, flat_part(weight, A, B, bias, scale, seed), p, {}, "none");
-    context->save_for_backward({read, weight, A, B, y_and_xa[1], scale, seed.value_or(Tensor())});
-    if (seed) context->saved_data["p"] = p;
-    if (bias) context->saved_data["bias_dtype"] = static_cast<int64_t>(bias->scalar_type());
-    return y_and_xa[0];
+    const Tensor read = readable(x);
+    std::vector<Tensor> results = call_forward(read, flatten(parts.data(), parts.size()), p);
+    variable_list saved;
+    saved.reserve(1 + (1 + Part::kFields) * parts.size());
+    saved.push_back(read);
+    saved.insert(saved.end(), results.begin() + parts.size(), results.end());
+    save_parts(context, saved, parts, p, false);
+    context->set_materialize_grads(false);
+    results.resize(parts.size());
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list dys) {
+    const auto saved = context->get_saved_variables();
+    const size_t all = dys.size();
+    const Needs needs(context, all);
+    const Used used(dys);
+    variable_list result(1 + kOwn + kTensors);
+    if (!needs.any || used.places.empty()) return result;
+    std::vector<Part> parts = saved_parts(saved, 1 + all);
+    variable_list xas(saved.begin() + 1, saved.begin() + 1 + all);
+    c10::List<bool> of_parts = needs.of_parts;
+    if (used.places.size() < all) {
+      used.keep(dys);
+      used.keep(xas);
+      used.keep(parts);
+      of_parts = used.of_parts(needs, all);
+    }
+    const FlatParts flat = flatten(parts.data(), parts.size());
+    const double p = saved_p(context);
+    if (needs_formula(dys)) {
+      used.fill(result, call_again(dys, saved[0], flat, p, {}, needs.dx, of_parts), needs.dx, of_parts, kOwn);
+      return result;
+    }
+    const at::AutoDispatchBelowADInplaceOrView below;
+    c10::List<std::optional<Tensor>> none;
+    for (size_t i = 0; i < parts.size(); ++i) none.push_back(std::nullopt);
+    const std::vector<Tensor> xs(parts.size(), saved[0]);
+    used.fill(result, call_backward(dys, xs, flat, xas, none, p, needs.dx, of_parts), needs.dx, of_parts, kOwn);
+    return result;
+  }
+};
+
+// (M, N) in the leading sizes of x, and no view, which could not be changed in place.
+Tensor as_rows_of(const Tensor& y, const Tensor& x) {
+  auto shape = x.sizes().vec();
+  shape.back() = y.size(1);
+  return at::_unsafe_view(y, shape);
+}
+
+// As LoRAMLPFunction in ops/lora_mlp.py.
+class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
+ public:
+  static constexpr size_t kOwn = 4, kParts = 3;
+
+  template <typename... Rest>
+  static Tensor forward(AutogradContext* context, const Tensor& x, const std::vector<Part>& parts, double p,
+                        const std::vector<double>& act, bool saves_all, const Rest&...) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor read = readable(x);
+    const auto sides = call_forward(read, flatten(parts.data(), 2), p, act, saves_all ? "factors" : "sides");
+    const auto down = call_forward(sides[0], flatten(parts.data() + 2, 1), p);
+    variable_list saved{read, sides[1], sides[2], saves_all ? sides[0] : Tensor(), sides[3], sides[4], down[1]};
+    save_parts(context, saved, parts, p, true);
+    context->saved_data["act"] = act;
+    return as_rows_of(down[0], x);
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
-    const auto of_bias = context->saved_data.find("bias_dtype");
-    // Edges are those of tensors: x, weight, A, B, scale, then seed and bias where they are.
-    const bool has_seed = saved[6].defined(), has_bias = of_bias != context->saved_data.end();
-    const bool need_dx = context->needs_input_grad(0), need_dA = context->needs_input_grad(2),
-               need_dB = context->needs_input_grad(3), need_dbias = has_bias && context->needs_input_grad(has_seed ? 6 : 5);
-    variable_list result(8);
-    if (!(need_dx || need_dA || need_dB || need_dbias)) return result;
-    std::optional<Tensor> like_bias;
-    if (need_dbias) like_bias = at::empty({0}, saved[0].options().dtype(static_cast<at::ScalarType>(of_bias->second.toInt())));
-    const auto part = flat_part(saved[1], saved[2], saved[3], like_bias, saved[5], has_seed ? std::optional(saved[6]) : std::nullopt);
-    const double p = has_seed ? context->saved_data["p"].toDouble() : 0;
-    const c10::List<bool> needs({need_dA, need_dB, need_dbias});
-    const auto found = at::GradMode::is_enabled() || is_many(grads[0]) ? again(grads[0], saved[0], part, p, need_dx, needs)
-                                                                       : once(grads[0], saved[0], part, saved[4], p, need_dx, needs);
-    if (need_dx) result[0] = found[0];
-    if (need_dA) result[2] = found[1];
-    if (need_dB) result[3] = found[2];
-    if (need_dbias) result[7] = found[3];
-    return result;
-  }
-
- private:
-  // dx, dA, dB, dbias.
-  static std::vector<Tensor> once(const Tensor& dy, const Tensor& x, const FlatParts& part, const Tensor& xa, double p, bool need_dx,
-                                  const c10::List<bool>& needs) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fused_lora::cuda_lora_parts_backward", "")
-                               .typed<decltype(lora_parts_backward)>();
+    const Tensor &x = saved[0], &first = saved[1], &second = saved[2], &hidden = saved[3];
+    const std::vector<Part> parts = saved_parts(saved, 7);
+    const Needs needs(context, kParts);
+    variable_list result(1 + kOwn + kTensors);
+    if (!needs.any) return result;
+    const Used all({x, x, x});
+    const FlatParts flat = flatten(parts.data(), kParts);
+    const double p = saved_p(context);
+    const auto act = context->saved_data["act"].toDoubleVector();
+    if (needs_formula(grads)) {
+      all.fill(result, call_again(grads, x, flat, p, act, needs.dx, needs.of_parts), needs.dx, needs.of_parts, kOwn);
+      return result;
+    }
     const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(dy, x, part, xa, c10::List<std::optional<Tensor>>({std::nullopt}), p, need_dx, needs, {}, {}, false);
-  }
-
-  // The same by the formula in plain torch (ops/autograd.py), so that it can be differentiated itself.
-  static std::vector<Tensor> again(const Tensor& dy, const Tensor& x, const FlatParts& part, double p, bool need_dx,
-                                   const c10::List<bool>& needs) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fused_lora::lora_linear_again", "")
-                               .typed<std::vector<Tensor>(const Tensor&, const Tensor&, const FlatParts&, double, bool,
-                                                          const c10::List<bool>&)>();
-    return op.call(dy, x, part, p, need_dx, needs);
+    const c10::List<std::optional<Tensor>> none({std::nullopt});
+    const bool factors = hidden.defined();
+    const Tensor dy = rows_of(grads[0]), rows = fused_lora::flat(x);
+    const auto of_down = call_backward(dy, first, flatten(parts.data() + 2, 1), saved[6], none, p, true,
+                                       c10::List<bool>({false, false, false}), act, {first, second}, factors);
+    // What is summed over tokens belongs together, down's too.
+    const c10::List<std::optional<Tensor>> dxas({std::nullopt, std::nullopt, of_down[3]});
+    auto found = call_backward({of_down[0], of_down[1], dy}, {rows, rows, factors ? hidden : of_down[2]}, flat,
+                               {saved[4], saved[5], saved[6]}, dxas, p, needs.dx, needs.of_parts);
+    if (needs.dx) found[0] = found[0].view(x.sizes());
+    all.fill(result, found, needs.dx, needs.of_parts, kOwn);
+    return result;
   }
 };
 
+bool trains(const Tensor& x, const std::vector<Part>& parts) {
+  if (!at::GradMode::is_enabled()) return false;
+  bool any = x.requires_grad();
+  for (const Part& part : parts) {
+    any = any || part.A.requires_grad() || part.B.requires_grad() || (part.bias && part.bias->requires_grad());
+  }
+  return any;
+}
+
+// F::apply(arguments..., then the tensors one by one).
+template <typename F, size_t... kIndex, typename... Args>
+auto apply(std::index_sequence<kIndex...>, const Tensors& tensors, const Args&... arguments) {
+  return F::apply(arguments..., tensors[kIndex]...);
+}
+
+template <typename F, typename... Args>
+auto apply_to(const std::vector<Part>& parts, const Tensor& x, const Args&... arguments) {
+  return apply<F>(std::make_index_sequence<kTensors>{}, differentiable(parts), x, parts, arguments...);
+}
+
 }  // namespace
+
+std::optional<std::vector<Tensor>> lora_group(const Tensor& x, std::vector<Part> parts, const std::optional<Tensor>& seed, double p) {
+  if (!takes(x, parts, seed, p, kMaxRank) || !are_right(x, parts)) return std::nullopt;
+  const auto drawn = drawn_seed(x, seed, p);
+  for (Part& part : parts) part.seed = drawn;
+  if (trains(x, parts)) return apply_to<LoRAParts>(parts, x, p);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  auto results = call_forward(x, flatten(parts.data(), parts.size()), p);
+  results.resize(parts.size());
+  return results;
+}
 
 std::optional<Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                                   const std::optional<Tensor>& bias, const Tensor& scale, const std::optional<Tensor>& seed,
                                   double p) {
-  if (!takes(x, weight, A, B, bias, scale, seed, p)) return std::nullopt;
-  if (p == 0) return LoRALinear::apply(x, weight, A, B, scale, std::nullopt, 0.0, bias);
-  const auto drawn = seed ? *seed : at::randint(int64_t{1} << 62, {}, x.options().dtype(at::kLong));
-  return LoRALinear::apply(x, weight, A, B, scale, std::optional<Tensor>(drawn), p, bias);
+  std::vector<Part> parts;
+  parts.push_back({weight, A, B, bias, scale, std::nullopt});
+  auto ys = lora_group(x, std::move(parts), seed, p);
+  return ys ? std::optional((*ys)[0]) : std::nullopt;
+}
+
+std::optional<Tensor> lora_mlp(const Tensor& x, std::vector<Part> parts, const std::optional<Tensor>& seed,
+                               int64_t down_seed, double p, const std::vector<double>& act, bool saves_all) {
+  if (parts.size() != 3 || !takes(x, parts, seed, p, kMaxGatedRank)) return std::nullopt;
+  if (!is_right(x, parts[0]) || !is_right(x, parts[1]) || parts[0].weight.size(0) != parts[1].weight.size(0)) return std::nullopt;
+  const Tensor of_down = at::empty({0, parts[0].weight.size(0)}, x.options());
+  if (!is_right(of_down, parts[2])) return std::nullopt;
+  parts[0].seed = parts[1].seed = drawn_seed(x, seed, p);
+  if (p > 0) parts[2].seed = parts[0].seed->add(down_seed);
+  if (trains(x, parts)) return apply_to<LoRAMLP>(parts, x, p, act, saves_all);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor hidden = call_forward(x, flatten(parts.data(), 2), p, act)[0];
+  return as_rows_of(call_forward(hidden, flatten(parts.data() + 2, 1), p)[0], x);
 }
 
 }  // namespace fused_lora

@@ -3,6 +3,7 @@
 //   forward    xa  = scale x A^T      y  = x W^T + xa B^T + bias
 //   backward   dxa = scale dy B       dx = dy W + dxa A       dA = dxa^T x       dB = dy^T xa       dbias = sum of dy
 //
+// In float16 the power of two above a scale above 1 stays out of xa and enters y and dB, so that xa is finite.
 // With dropout, x is masked in xa and dA, and dxa A in dx; what is kept counts 1 / (1 - p) times.
 #pragma once
 

@@ -36,14 +36,19 @@ struct Part {
   std::optional<at::Tensor> seed;
 };
 
-inline std::vector<Part> unflatten(const FlatParts& flat) {
-  TORCH_CHECK(flat.size() % Part::kFields == 0, "parts must be flat, of ", Part::kFields, " tensors each, got ", flat.size());
+// at(i) is the i-th of `size` tensors.
+template <typename At>
+std::vector<Part> unflatten(size_t size, At at) {
+  TORCH_CHECK(size % Part::kFields == 0, "parts must be flat, of ", Part::kFields, " tensors each, got ", size);
   std::vector<Part> parts;
-  for (size_t i = 0; i < flat.size(); i += Part::kFields) {
-    parts.push_back({flat.get(i).value(), flat.get(i + 1).value(), flat.get(i + 2).value(), flat.get(i + 3), flat.get(i + 4).value(),
-                     flat.get(i + 5)});
+  for (size_t i = 0; i < size; i += Part::kFields) {
+    parts.push_back({at(i).value(), at(i + 1).value(), at(i + 2).value(), at(i + 3), at(i + 4).value(), at(i + 5)});
   }
   return parts;
+}
+
+inline std::vector<Part> unflatten(const FlatParts& flat) {
+  return unflatten(flat.size(), [&](size_t i) { return flat.get(i); });
 }
 
 // The pair of ops (lora_parts.cpp), as ops/lora_parts.py describes it. act is empty, or of a gated pass its two numbers.
@@ -58,9 +63,13 @@ std::vector<at::Tensor> lora_parts_backward(at::TensorList dys, at::TensorList x
 std::string rank_obstacle(int64_t r);
 std::string gated_obstacle(int64_t r);
 
-// One part with autograd (eager.cpp), or none where it is for others.
+// With autograd (eager.cpp), or none where a call is for others. seed is of what the parts drop, in an MLP's down `down_seed` more.
 std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
                                       const std::optional<at::Tensor>& bias, const at::Tensor& scale,
                                       const std::optional<at::Tensor>& seed, double p);
+std::optional<std::vector<at::Tensor>> lora_group(const at::Tensor& x, std::vector<Part> parts, const std::optional<at::Tensor>& seed,
+                                                  double p);
+std::optional<at::Tensor> lora_mlp(const at::Tensor& x, std::vector<Part> parts, const std::optional<at::Tensor>& seed,
+                                   int64_t down_seed, double p, const std::vector<double>& act, bool saves_all);
 
 }  // namespace fused_lora

@@ -68,13 +68,13 @@ def has_extension() -> bool:
 
 
 @cache
-def eager_lora_linear():
-    """csrc's lora_linear with autograd in C++, which gives None for calls that are not for it; None without it."""
+def eager_extension():
+    """csrc's extension, whose autograd in C++ gives None for calls that are not for it; None without it."""
     if extension_obstacle() is not None:
         return None
     from . import _C
 
-    return _C.lora_linear
+    return _C
 
 
 @cache
@@ -222,11 +222,16 @@ def _constant_when_compiled(function):
     return function
 
 
+@cache
+def _together_obstacle(device, dtype, ranks: tuple[int, ...], readable: bool, forced: str | None) -> str | None:
+    choices = [_choose_lora_linear(device, dtype, r, readable, forced) for r in ranks]
+    return next((choice.reason for choice in choices if choice.name != "cuda"), None)
+
+
 @_constant_when_compiled
 def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int, ...], readable: bool) -> str | None:
     """Why linears of one x are not csrc's, or None; readable as by csrc_reads."""
-    choices = [choose_lora_linear(device, dtype, r, readable) for r in ranks]
-    return next((choice.reason for choice in choices if choice.name != "cuda"), None)
+    return _together_obstacle(device, dtype, ranks, readable, forced_backend())
 
 
 @_constant_when_compiled

@@ -73,14 +73,35 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
+def room(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Float16 ends at 65,504: the power of two above a scale above 1, which stays out of xa there; else None.
+
+    xa is then never larger than it is without a scale.
+    """
+    if dtype is not torch.float16:
+        return None
+    return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent.clamp(min=0))
+
+
 def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
-    """(y, xa) with y = x W^T + xa B^T + bias and xa = scale * dropout(x) A^T, rounded to x's dtype before its use."""
+    """(y, xa) with y = x W^T + xa B^T + bias and xa = scale * dropout(x) A^T, rounded to x's dtype before its use.
+
+    In float16 xa is scale / room of it, and room enters y and dB.
+    """
     compute = _compute_dtype(x.dtype)
-    xc = x.to(compute)
+    xc, up, more = x.to(compute), B.to(compute), room(scale, x.dtype)
+    if more is not None:
+        scale, up = scale / more, up * more
     xa = (dropout(xc, p, seed) @ A.to(compute).T).mul_(scale).to(x.dtype)
     y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
-    y.addmm_(xa.to(compute), B.to(compute).T)
+    y.addmm_(xa.to(compute), up.T)
     return y.to(x.dtype), xa
+
+
+def dxa_ref(dy, B, scale):
+    """scale * dy B, rounded to dy's dtype."""
+    compute = _compute_dtype(dy.dtype)
+    return (dy.to(compute) @ B.to(compute)).mul_(scale).to(dy.dtype)
 
 
 def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa=None):
@@ -94,7 +115,7 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
     compute = _compute_dtype(x.dtype)
     dyc = dy.to(compute)
     if dxa is None:
-        dxa = (dyc @ B.to(compute)).mul_(scale).to(x.dtype)
+        dxa = dxa_ref(dy, B, scale)
     low = dxa.to(compute)
     dx = dA = dB = None
     if need_dx:
@@ -107,7 +128,8 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
     if need_dA:
         dA = (low.T @ dropout(x.to(compute), p, seed)).to(A.dtype)
     if need_dB:
-        dB = (dyc.T @ xa.to(compute)).to(B.dtype)
+        more = room(scale, x.dtype)
+        dB = (dyc.T @ xa.to(compute)).mul_(1 if more is None else more).to(B.dtype)
     return dx, dA, dB, dxa
 
 

@@ -9,9 +9,10 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_configure(config):
-    torch.set_num_threads(
-        1
-    )  # small matmuls wait for threads longer than they compute, the more so beside other workers
+    # Small matmuls wait for threads longer than they compute, the more so beside other workers; and so they do in the
+    # processes that tests start: two ranks of a tiny model on two busy cores take 180 s or 40.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if INTERPRETING:
         from tests.kernels.interpreter_bf16 import repair_bf16
 

@@ -49,6 +49,9 @@ def test_a_backend_that_will_raise_is_said(forced):
     printed = run_with(FUSED_LORA_BACKEND=forced)
     assert f"forced      FUSED_LORA_BACKEND={forced}\n" in printed
     assert f"Every layer will raise here:\n  - FUSED_LORA_BACKEND={forced} cannot run this call" in printed
+
+
+def test_a_backend_that_runs_is_not_said_to_raise():
     assert "Every layer" not in run_with(FUSED_LORA_BACKEND="reference")
 
 

@@ -1,6 +1,8 @@
 // A warpgroup that multiplies: 64 of the 128 rows of a block's tile, and what becomes of the results.
 #pragma once
 
+#include <type_traits>
+
 #include "chain.cuh"
 #include "mask.cuh"
 #include "outbox.cuh"
@@ -96,7 +98,7 @@ struct Consumer {
       } else {
         consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
       }
-      scale_by(acc, *part.scale * part.dropout.keep_scale);
+      scale_by(acc, low_scale(part) * part.dropout.keep_scale);
       outbox.keep(acc, &part.low, row, 0, part.ready + tile_row / kBlockM);
       outbox.send_boxes();  // somebody may wait already
     }
@@ -146,6 +148,20 @@ struct Consumer {
     for (float& value : acc) value *= scale;
   }
 
+  // float16 ends at 65,504. Where a forward's scale is above 1, its power of two stays out of low, which is rounded, and enters
+  // the sums: low is then never larger than it is without a scale.
+  static constexpr bool kHasRoom = std::is_same_v<T, __half>;
+
+  __device__ float room(const Part& part) const {
+    const int exponent = (__float_as_int(*part.scale) >> 23 & 255) - 126;
+    return exponent > 0 ? __int_as_float((exponent + 127) << 23) : 1.0f;
+  }
+
+  __device__ float low_scale(const Part& part) const {
+    if constexpr (kHasRoom && !kBackward) return *part.scale / room(part);
+    return *part.scale;
+  }
+
   // ---- out = lhs weight + low up + bias ------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void tile(const Item& item) {
@@ -170,8 +186,17 @@ struct Consumer {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, tile_row);
     } else {
       issue_depth(acc, terms);
-      issue_ranks(acc, terms);
-      drain();
+      if constexpr (kHasRoom && !kBackward) {
+        const float more = room(p.part[item.part]);
+        drain();
+        scale_by(acc, 1 / more);
+        issue_ranks(acc, terms);
+        drain();
+        scale_by(acc, more);
+      } else {
+        issue_ranks(acc, terms);
+        drain();
+      }
     }
     const int col = item.col * C::kTileCols;
     if constexpr (C::kGates) {
@@ -228,6 +253,7 @@ struct Consumer {
       ptx::wgmma_wait<0>();
       release(ring.stage);
       ring.advance();
+      if constexpr (kHasRoom) scale_by(sum, room(p.part[box >= kBoxes / 2]));
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
         if (b == box) add_box(acc, b, sum);
@@ -270,7 +296,8 @@ struct Consumer {
       }
       ptx::wgmma_commit();
     });
-    scale_by(low, *part.scale);
+    scale_by(low, low_scale(part));
+    if constexpr (kHasRoom) scale_by(acc, 1 / room(part));
     const uint32_t rounded[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(low[4], low[5]), pack<T>(low[6], low[7])};
     const uint64_t up = descriptor<false>(await_stage() + 2 * kBoxBytes);
     ptx::wgmma_fence();
@@ -278,6 +305,7 @@ struct Consumer {
     ptx::wgmma_commit();
     store_riding_low(rounded, part, tile_row);
     ptx::wgmma_wait<0>();
+    if constexpr (kHasRoom) scale_by(acc, room(part));
     release(ring.stage);
     ring.advance();
   }
@@ -343,6 +371,11 @@ struct Consumer {
       sum = columns.sum();
     } else {
       consume(steps, [&](uint32_t stage, int) { multiply_gradient(acc, stage); });
+    }
+    if constexpr (kHasRoom) {
+      if (!of_A) {
+        for (auto& block : acc) scale_by(block, room(of));
+      }
     }
     outbox.empty();
     const Chain<C, T> chain{p, of, self, g, part, item.slice, p.schedule.slices};

@@ -1,5 +1,6 @@
 """The LoRA linear in Triton: matrices in, matrices out, no autograd. Equations and symbols as in reference.py."""
 
+from ..reference import room
 from .dropout import Dropout
 from .expand import expand
 from .expand_grads import can_expand_grads, expand_grads
@@ -12,6 +13,9 @@ NO_DROPOUT = Dropout()
 
 def lora_linear_forward(x, weight, A, B, bias, scale, dropout: Dropout, gpu: Gpu, precision: str):
     """(y, xa): two launches, shrink and expand."""
+    more = room(scale, x.dtype)
+    if more is not None:
+        scale, B = scale / more, B * more
     xa = shrink(x, A.to(x.dtype), scale, dropout.keep_scale, dropout, gpu, precision, rhs_t=True)
     y = expand(x, weight, xa, B.to(x.dtype), bias, NO_DROPOUT, gpu, precision, rhs_t=True)
     return y, xa
@@ -23,11 +27,13 @@ def lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout: Dropout, gpu: 
     factor_A, factor_B = A.to(x.dtype), B.to(x.dtype)
     if dxa is None and (need_dx or need_dA):
         dxa = shrink(dy, factor_B, scale, dropout.keep_scale, NO_DROPOUT, gpu, precision, rhs_t=False)
-    if all(needs) and not dropout.active and can_expand_grads(gpu, dy, weight, dxa, factor_A, x, xa):
-        return *expand_grads(dy, weight, dxa, factor_A, x, xa, A, B, gpu), dxa
     dx = dA = dB = None
-    if need_dx:
-        dx = expand(dy, weight, dxa, factor_A, None, dropout, gpu, precision, rhs_t=False)
-    if need_dA or need_dB:
-        dA, dB = factor_grads(x, dxa, A, dy, xa, B, dropout, gpu, precision, (need_dA, need_dB))
-    return dx, dA, dB, dxa
+    if all(needs) and not dropout.active and can_expand_grads(gpu, dy, weight, dxa, factor_A, x, xa):
+        dx, dA, dB = expand_grads(dy, weight, dxa, factor_A, x, xa, A, B, gpu)
+    else:
+        if need_dx:
+            dx = expand(dy, weight, dxa, factor_A, None, dropout, gpu, precision, rhs_t=False)
+        if need_dA or need_dB:
+            dA, dB = factor_grads(x, dxa, A, dy, xa, B, dropout, gpu, precision, (need_dA, need_dB))
+    more = room(scale, x.dtype) if need_dB else None
+    return dx, dA, dB if more is None else dB.mul_(more), dxa

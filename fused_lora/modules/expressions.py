@@ -152,7 +152,10 @@ class Expressions:
         if function.known is getattr and args[0].known is self.module and isinstance(args[1].known, str):
             return self.attribute(args[1].known)
         if self.follows(function.known, given):
-            return self.followed(function.known, args, {k: v for k, v in kwargs.items() if k is not None})
+            star = next((i for i, each in enumerate(node.args) if isinstance(each, ast.Starred)), len(args))
+            rest = [*args[star:], *(value for name, value in kwargs.items() if name is None)]
+            named = {name: value for name, value in kwargs.items() if name is not None}
+            return self.followed(function.known, args[:star], named, rest)
         if owner is None and _is_pure(function.known, node):
             return Value(shares=memory_of(given))
         if owner is not None and node.func.attr in FACTS:

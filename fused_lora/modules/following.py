@@ -35,23 +35,22 @@ class Follower(Expressions):
 
     # Functions
 
-    def call(self, function: FunctionType, args: list[Value], kwargs: dict[str, Value]) -> Value:
-        """The function's result, its body followed."""
+    def call(self, function: FunctionType, args: list[Value], kwargs: dict[str, Value], rest=()) -> Value:
+        """The function's result, its body followed. rest is of starred arguments: any that are not bound may be it."""
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         if not isinstance(tree, ast.FunctionDef):
             raise TypeError("no function")
         parameters = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args)]
         names = [*parameters, *(each.arg for each in tree.args.kwonlyargs)]
         bound = dict(zip(parameters, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-        scope = {name: bound.get(name) or Value() for name in names}
-        for star in (tree.args.vararg, tree.args.kwarg):
-            if star is not None:
-                scope[star.arg] = Value(shares=memory_of([*args, *kwargs.values()]))
+        given = memory_of([*args, *kwargs.values(), *rest])
+        scope = {name: bound.get(name) or Value(shares=memory_of(rest)) for name in names}
+        scope |= {star.arg: Value(shares=given) for star in (tree.args.vararg, tree.args.kwarg) if star is not None}
         outer, self.function = getattr(self, "function", None), function
         path, self.depth = self.path, self.depth + 1
         self.block(tree.body, scope)
         self.function, self.path, self.depth = outer, path, self.depth - 1
-        return Value(shares=memory_of([*args, *kwargs.values()]))
+        return Value(shares=given)
 
     def may_change(self, values: list[Value]) -> None:
         memory = memory_of(values)
@@ -209,10 +208,10 @@ class Follower(Expressions):
         of_module = isinstance(function, MethodType) and function.__self__ is self.module
         return of_module or any(value.known is self.module for value in given)
 
-    def followed(self, function, args: list[Value], kwargs: dict[str, Value]) -> Value:
+    def followed(self, function, args: list[Value], kwargs: dict[str, Value], rest: list[Value]) -> Value:
         if isinstance(function, MethodType):
             args = [Value(known=function.__self__), *args]
-        return self.call(inspect.unwrap(getattr(function, "__func__", function)), args, kwargs)
+        return self.call(inspect.unwrap(getattr(function, "__func__", function)), args, kwargs, rest)
 
 
 def _only_raises(block: list[ast.stmt]) -> bool:

@@ -194,11 +194,12 @@ class LoRALinear(Scaled):
             return self._traced(input)
         if self.merged:
             return F.linear(input, self.weight, self.bias)
-        y = siblings.output(self, input)
-        if y is not None:
-            return y
-        weight = self.weight
-        scale, p = self._scale_beside(weight), self.dropping
+        if siblings.thread.call is not None:
+            y = siblings.output(self, input)
+            if y is not None:
+                return y
+        weight, p = self.weight, self.lora_dropout if self.training else 0.0
+        scale = self._scale_beside(weight)
         return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, scale, p)
 
     def _traced(self, input: fx.Proxy) -> fx.Proxy:

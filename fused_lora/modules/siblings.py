@@ -22,12 +22,12 @@ class _Thread(threading.local):
         self.call: Call | None = None  # the innermost
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
 def output(layer: nn.Module, x: Tensor) -> Tensor | None:
     """A layer's output with its siblings', if that is how it is called now; None: the layer computes by itself."""
-    call = _thread.call
+    call = thread.call
     if call is None or call.compiling != torch.compiler.is_compiling():
         return None
     return call.output(layer, x)
@@ -54,10 +54,13 @@ class Call:
         return None
 
     def _compute(self, layers: list[nn.Module | None], x: Tensor) -> Tensor | None:
-        if why_apart(layers, x) is not None:
+        if own_obstacle(layers) is not None:
             return None
         first, *others = layers
-        y, *ys = ops.lora_group(x, [layer.part() for layer in layers], first.dropping)
+        parts = [layer.part() for layer in layers]
+        if obstacle(x.device, autocast_dtype(x) or x.dtype, parts) is not None:
+            return None
+        y, *ys = ops.lora_group(x, parts, first.dropping)
         state = _state(x)
         self.waiting += [(layer, each, x, state) for layer, each in zip(others, ys, strict=True)]
         return y
@@ -109,8 +112,8 @@ class LoRASiblings(Mixin):
         groups = self._reading.groups(self, args, kwargs) if self.is_as_known() else ()
         if not groups:
             return super().forward(*args, **kwargs)
-        outer, _thread.call = _thread.call, Call(self._modules, groups)
+        outer, thread.call = thread.call, Call(self._modules, groups)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            _thread.call = outer
+            thread.call = outer

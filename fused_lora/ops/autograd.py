@@ -119,20 +119,23 @@ def by_formula(formula: Callable, dys: Sequence[Tensor], x: Tensor, parts: list[
     return dx, None, *grads
 
 
-def _again(dy, x, part, p, need_dx, needs):
-    """The same for one part, which csrc's autograd asks for: dx, dA, dB, dbias, empty where not wanted."""
-    need_dA, need_dB, need_dbias = needs
-    all_needs = flatten([Part(False, need_dA, need_dB, need_dbias, False, False)])
-    dx, _, *grads = by_formula(lambda x, parts: linears(x, parts, p), [dy], x, unflatten(part), need_dx, all_needs)
-    (of_part,) = unflatten(grads)
-    return [x.new_empty(0) if grad is None else grad for grad in (dx, of_part.A, of_part.B, of_part.bias)]
+def _again(dys, x, tensors, p, act, need_dx, needs):
+    """by_formula for csrc's autograd: dx, dAs, dBs and dbiases, empty where not wanted; with act, of an MLP."""
+    parts = unflatten(tensors)
+    each = zip(*columns(needs, len(parts)), strict=True)
+    all_needs = flatten([Part(False, *need, False, False) for need in each])
+    formula = (lambda x, parts: [mlp(x, parts, p, act)]) if act else (lambda x, parts: linears(x, parts, p))
+    dx, _, *grads = by_formula(formula, dys, x, parts, need_dx, all_needs)
+    found = unflatten(grads)
+    in_order = (dx, *(part.A for part in found), *(part.B for part in found), *(part.bias for part in found))
+    return [x.new_empty(0) if grad is None else grad for grad in in_order]
 
 
 LIBRARY.define(
-    "lora_linear_again(Tensor dy, Tensor x, Tensor?[] part, float p, bool need_dx, bool[] needs) -> Tensor[]"
+    "lora_again(Tensor[] dys, Tensor x, Tensor?[] parts, float p, float[] act, bool need_dx, bool[] needs) -> Tensor[]"
 )
 for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
-    LIBRARY.impl("lora_linear_again", _again, key)
+    LIBRARY.impl("lora_again", _again, key)
 
 
 def watched() -> bool:
@@ -141,7 +144,7 @@ def watched() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag  # torch 2.11 compiles is_exporting() to True wherever it is
         or torch.jit.is_tracing()
     )
 
@@ -154,3 +157,9 @@ def linears(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
 def _linear(x, weight, A, B, bias, scale, seed, p) -> Tensor:
     bias = bias if bias is None else bias.to(x.dtype)
     return reference.lora_linear_ref(x, weight, A.to(x.dtype), B.to(x.dtype), bias, scale, p, seed)
+
+
+def mlp(x: Tensor, parts: Sequence[Part], p: float, act: Sequence[float]) -> Tensor:
+    """down(act(gate(x)) up(x)) in plain torch, in x's dtype."""
+    gate, up = linears(x, parts[:2], p)
+    return linears(reference.gated(gate, up, *act), parts[2:], p)[0]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import eager
 from . import parts as of_parts
 from .autograd import apply
 from .parts import Part
@@ -23,5 +24,8 @@ def lora_group(x: Tensor, parts: Sequence[Part], p: float = 0.0, seed: Tensor | 
     if not parts:
         raise ValueError("parts must have at least one entry")
     x, parts = of_parts.autocast(x, parts)
+    ys = eager.group(x, parts, p, seed)
+    if ys is not None:  # else something is wrong, or for another backend
+        return tuple(ys)
     of_parts.check(x, map(of_parts.with_factors, parts), p, seed, [f"part {i}" for i in range(len(parts))])
     return apply(x, of_parts.complete(x, parts, of_parts.drawn_seed(x, p, seed)), p)

@@ -1,20 +1,18 @@
 """The LoRA linear: one part."""
 
-import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
+from . import eager
 from . import parts as of_parts
 from .autograd import apply
 from .parts import Part
 
 
 def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
-    """y by csrc's autograd, if the call is one of plain tensors, outside torch.compile, that csrc's kernels take."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda:
-        return None
-    eager = backends.eager_lora_linear()
-    if eager is None:
+    """y by csrc's autograd, if the call is for it."""
+    extension = eager.csrc()
+    if extension is None or not isinstance(x, Tensor) or not x.is_cuda or not eager.is_probability(p):
         return None
     for tensor in (weight, A, B, scale):
         if not isinstance(tensor, Tensor):
@@ -22,9 +20,7 @@ def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
     for tensor in (bias, seed):
         if tensor is not None and not isinstance(tensor, Tensor):
             return None
-    if type(p) is not float and not (type(p) is int and 0 <= p <= 1):
-        return None
-    return eager(x, weight, A, B, bias, scale, seed, p)
+    return extension.lora_linear(x, weight, A, B, bias, scale, seed, p)
 
 
 def lora_linear(

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
+from . import eager
 from . import parts as of_parts
-from .autograd import by_formula, linears, needs_formula, of_inputs, wanted_of, watched
+from .autograd import by_formula, mlp, needs_formula, of_inputs, wanted_of, watched
 from .lora_parts import like, ops, rows_of
 from .parts import Part, flatten, unflatten
 
@@ -61,12 +62,6 @@ class LoRAMLPFunction(torch.autograd.Function):
         return dx.view(x.shape) if need_dx else None, None, None, None, *of_inputs(grads, wanted)
 
 
-def mlp(x: Tensor, parts: list[Part], p: float, act: tuple[float, float]) -> Tensor:
-    """y in plain torch, in x's dtype."""
-    gate, up = linears(x, parts[:2], p)
-    return linears(reference.gated(gate, up, *act), parts[2:], p)[0]
-
-
 def lora_mlp(
     x: Tensor,
     gate: Part,
@@ -96,10 +91,14 @@ def lora_mlp(
     if save not in SAVE:
         raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
     x, parts = of_parts.autocast(x, [gate, up, down])
+    act = reference.ACTIVATIONS[activation]
+    y = eager.mlp(x, parts, p, seed, act, save)
+    if y is not None:  # else something is wrong, or for another backend
+        return y
     of_parts.check(x, parts[:2], p, seed, PARTS[:2])
     checks.check_same_rows("up", parts[1].weight, "gate", parts[0].weight)
     of_parts.check(x.new_empty(0, parts[0].weight.shape[0]), parts[2:], p, seed, PARTS[2:])
-    seed, act = of_parts.drawn_seed(x, p, seed), reference.ACTIVATIONS[activation]
+    seed = of_parts.drawn_seed(x, p, seed)
     down_seed = None if seed is None else seed + reference.DOWN_SEED
     parts = [*of_parts.complete(x, parts[:2], seed), *of_parts.complete(x, parts[2:], down_seed)]
     if watched():

@@ -145,6 +145,7 @@ def _backward_gated(dy, part, xa, p, act, gated, factors):
     """[dgate, dup, act(gate) up, dxa] of a part that reads act(gate) up; with the factors at hand without the third."""
     first, second = gated
     dhidden, *_, dxa = _backward_alone(dy, second, part, xa, None, p, True, False, False, False)  # reads no x
+    dxa = reference.dxa_ref(dy, part.B, part.scale) if dxa is None else dxa
     if factors:
         return [
             _padded(dhidden * second),
@@ -166,9 +167,9 @@ def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbi
         grads = (None,) * 4
     elif backend == "cuda":
         *grads, dbias = ops.cuda_lora_parts_backward(
-            [rows_dy], [rows], _for_kernels(part), [xa], [dxa], p, needs[0], [*needs[1:], need_dbias], [], [], False
+            [rows_dy], [rows], _for_kernels(part), [xa], [None], p, needs[0], [*needs[1:], need_dbias], [], [], False
         )
-        grads = *(grad if need else None for grad, need in zip(grads, needs, strict=True)), dxa
+        grads = *(grad if need else None for grad, need in zip(grads, needs, strict=True)), dxa  # its own stays there
     elif backend == "triton":
         from ..kernels.dropout import Dropout
         from ..kernels.lora_linear import lora_linear_backward

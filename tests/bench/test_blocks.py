@@ -27,6 +27,7 @@ from bench.document import as_json
 from bench.record import summary
 from bench.shapes import FORWARD, FORWARD_BACKWARD
 from bench.variants import FLOOR, PACKAGE
+from fused_lora.modules.siblings import LoRASiblings
 
 # Of torch.compile, which looks at .grad of what it traces.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
@@ -55,15 +56,15 @@ def test_adapters_change_outputs_by_about_their_own_size(r):
 
 def test_what_is_fused():
     group, mlp, alone = CPU_BLOCKS
-    assert build(group, PACKAGE, CPU, torch.float32).q_proj.group is not None
-    assert build(group, ALONE, CPU, torch.float32).q_proj.group is None
+    assert isinstance(build(group, PACKAGE, CPU, torch.float32), LoRASiblings)
+    assert not isinstance(build(group, ALONE, CPU, torch.float32), LoRASiblings)
     assert [build(mlp, name, CPU, torch.float32).save for name in (PACKAGE, LESS)] == ["all", "less"]
     assert type(build(mlp, ALONE, CPU, torch.float32)).__name__ == "MLP"
     assert alone.ways() == [FLOOR, PACKAGE, UNFUSED]
 
 
 def test_what_is_not_fused_is_not_timed_as_if(monkeypatch):
-    monkeypatch.setattr(block_ways, "MLP", lambda config: block_ways.Projections(config.hidden_size, (32,)))
+    monkeypatch.setattr(block_ways, "MLP", lambda config: block_ways.One(config.hidden_size, (32,)))
     with pytest.raises(RuntimeError, match="was not fused"):
         build(Block(32, 64, (85,), gated=True), PACKAGE, CPU, torch.float32)
 

@@ -21,6 +21,7 @@ void list(const Pass& pass, int clusters) {
   }
   std::printf("%d %d %d %d %lld %lld %lld %lld %lld", s.row_pairs, s.groups, s.slices, s.rides, static_cast<long long>(ready_flags(pass.M)),
               chains, most_chains, floats, most_floats);
+  std::printf(" %d %d %d %d %d %d %d", s.finish_spacing, C::kStages, C::kBlockN / kBox, C::kTileCols / kBox, boxes_of(C::kBlockR), C::kShrinkHalves, C::kGradientBlocks);
   for (int i = 0; i < pass.parts; ++i) std::printf(" %d %d %d", s.tile_cols[i], s.dA_pairs[i], s.dB_pairs[i]);
   std::printf(" ;");
   Cursor cursor(s);

@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import INTERPRETING
 
-ROWS, SPACING = 4200, 2**19  # the last row starts at element 2.2e9
+ROWS, SPACING = 300, 2**23  # the last row starts at element 2.5e9
 
 PROGRAM = f"""
 import numpy as np, torch

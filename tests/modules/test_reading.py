@@ -1,6 +1,7 @@
 """Which children a forward provably calls with one unmodified value, read off sources that try to be misread."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ class Base(nn.Module):
         self.act = nn.ReLU(inplace=True)
         self.flag, self.kept, self.table = True, None, torch.ones(4)
 
+    def forget(self):
+        self.kept.zero_()
+
     def shaped(self, y):
         return y.view(*y.shape[:-1], 2, 2).transpose(-1, -2)
 
@@ -29,6 +33,10 @@ def helper(module, x):
 
 def changes(*values):
     values[0].zero_()
+
+
+def starred(module, a, b):
+    b.zero_()
 
 
 def renamed(old, new):
@@ -208,18 +216,36 @@ FLAG, GLOBAL = False, [None]
 
 def compiled_from(body, monkeypatch, before="pass"):
     """A module whose forward has the body between q and k, with a source that inspect finds."""
-    lines = [*(f"        {line}" for line in (before, "a = self.q(x)", body, "return a + self.k(x)"))]
+    lines = [f"        {line}" for line in (before, "a = self.q(x)", body, "return a + self.k(x)")]
     if body.startswith("try"):
         lines[2:3] = [f"        {body}", "        except ValueError: pass"]
     source = "\n".join(["class Made(Base):", "    def forward(self, x, y):", *lines])
-    scope = {"Base": Base, "F": F, "torch": torch, "changes": changes, "FLAG": FLAG, "GLOBAL": GLOBAL}
+    scope = {
+        "Base": Base,
+        "F": F,
+        "torch": torch,
+        "changes": changes,
+        "starred": starred,
+        "FLAG": FLAG,
+        "GLOBAL": GLOBAL,
+    }
     exec(source, scope)
     forward = scope["Made"].forward
-    real = __import__("inspect").getsource
+    real = inspect.getsource
     monkeypatch.setattr(
-        "inspect.getsource", lambda thing: "\n".join(source.splitlines()[1:]) if thing is forward else real(thing)
+        inspect, "getsource", lambda thing: source.partition("\n")[2] if thing is forward else real(thing)
     )
     return scope["Made"]()
+
+
+@pytest.mark.parametrize(("before", "body"), [
+    ("self.kept = x", "self.kept.zero_()"), ("self.kept = [x]", "self.kept[0].zero_()"),
+    ("z = {}; z['x'] = x", "z['x'].zero_()"), ("z = []; z.append(x)", "z[0].zero_()"), ("z = x[0]", "z += 1"),
+    ("z = (x, y)", "z[0].zero_()"), ("pass", "starred(self, *[y, x])"), ("pass", "starred(self, y, **{'b': x})"),
+    ("pass", "starred(self, y, b=x)"), ("self.kept = x", "self.forget()"),
+])  # fmt: skip
+def test_what_is_kept_elsewhere(before, body, monkeypatch):
+    assert read(compiled_from(body, monkeypatch, before)) is None
 
 
 @pytest.mark.parametrize("body", [line for line in NOT if not line.startswith("except")])

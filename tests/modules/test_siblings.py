@@ -89,14 +89,14 @@ def test_nothing_outlives_the_call(groups):
 
     class Watching(nn.Module):
         def forward(self, x):
-            kept.append([weakref.ref(y) for _, y, *_ in siblings._thread.call.waiting])
+            kept.append([weakref.ref(y) for _, y, *_ in siblings.thread.call.waiting])
             raise KeyError("in the middle")
 
     q = together.q
     together.k = Watching()
     with torch.no_grad(), pytest.raises(KeyError):
         together(torch.randn(3, 24))
-    assert siblings._thread.call is None
+    assert siblings.thread.call is None
     together.k = LoRALinear(24, 8, 4)
     q.register_forward_hook(lambda *_: None)
     for leave in (pickle.dumps, copy.deepcopy, copy.copy):
@@ -119,7 +119,7 @@ def test_a_call_that_fails_leaves_nothing(groups):
     x = torch.randn(3, 24)
     with pytest.raises(KeyError):
         together(x, True)
-    assert siblings._thread.call is None
+    assert siblings.thread.call is None
     close(together(x), alone(x))
     close(together.k(x), alone.k(x))
 
@@ -274,6 +274,18 @@ def test_checkpoint_around_the_whole(reentrant, groups):
     assert groups == [3, 3]
 
 
+def test_a_class_that_got_another_forward(groups, monkeypatch):
+    class Patched(Attention):
+        pass
+
+    Patched.forward = Attention.forward
+    alone, together = make_pair(Patched)
+    monkeypatch.setattr(Patched, "forward", lambda self, x: self.q(x) + 1)
+    x = torch.randn(3, 24)
+    close(together(x), alone(x))
+    assert not groups
+
+
 def test_copies_and_pickles(groups):
     alone, together = make_pair()
     x = torch.randn(3, 24)
@@ -365,7 +377,7 @@ def test_compiled_in_one_graph(kind, groups):
     for _ in range(2):
         close(compiled(x), alone(x))
     assert groups == [3, 3]
-    assert siblings._thread.call is None
+    assert siblings.thread.call is None
 
 
 class Broken(Attention):
@@ -384,7 +396,7 @@ def test_a_graph_that_breaks(groups):
     for _ in range(3):
         x = torch.randn(3, 24)
         close(compiled(x), alone(x))
-    assert siblings._thread.call is None
+    assert siblings.thread.call is None
 
 
 @DYNAMO

@@ -1,4 +1,4 @@
-"""torch.compile, fake tensors and torch's own examination of the ops."""
+"""torch.compile and fake tensors."""
 
 import pytest
 import torch
@@ -19,17 +19,6 @@ def _fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def frozen_inputs(*shape, device, lora_dtype=None, bias=True):
-    inputs = make_inputs(*shape, device, torch.float32, lora_dtype, bias)
-    return [inputs[name].detach() if name in inputs else None for name in ("x", "weight", "A", "B", "bias")]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_opcheck_merge(device):
-    _, weight, A, B, _ = frozen_inputs(1, 10, 7, 3, device=device)
-    torch.library.opcheck(ops.merge_.default, (weight, A, B, torch.tensor(SCALE, device=device)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

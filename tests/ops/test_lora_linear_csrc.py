@@ -9,15 +9,7 @@ from fused_lora.reference import keep_mask
 from tests.ops.problem import SCALE, SEED, make_dy, make_inputs, run, seed_on, solve
 from tests.ops.test_lora_linear_cuda import assert_same, capture
 
-
-@pytest.fixture(autouse=True)
-def _on_hopper():
-    reason = backends._cuda_obstacle(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
-    if reason is not None:
-        pytest.skip(reason)
-
-
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 DTYPES = [torch.bfloat16, torch.float16]
 
 

@@ -158,17 +158,3 @@ def test_two_devices_in_one_call(name):
     inputs[name] = inputs[name].to("cuda:1")
     with pytest.raises(ValueError, match=f"{name} must be on cuda:0"):
         lora_linear(**inputs)
-
-
-@with_dtypes
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_no_synchronisation(problem):
-    inputs, dy = problem
-    scale = torch.tensor(SCALE, device="cuda")
-    run(lora_linear, inputs, dy, scale=scale, p=0.2)
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        run(lora_linear, inputs, dy, scale=scale, p=0.2)
-        merge_(inputs["weight"], inputs["A"], inputs["B"], scale)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -105,3 +105,25 @@ def test_backward_under_autocast_is_the_backward_outside():
         y.backward(dy)
     for name in ("x", "A", "B", "bias"):
         assert torch.equal(inputs[name].grad, outside[f"d{name}"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("r", [4, 16, 64])
+@pytest.mark.parametrize("rows", [8, 9000])
+@pytest.mark.parametrize("scale", [64.0, 100.0, 3.0, -64.0])
+def test_float16_is_finite_where_the_unfused_layer_is(scale, rows, r, device):
+    """x A^T = 1280 and a scale of 64 are more than float16 holds."""
+    if device == "cpu" and rows > 8:
+        pytest.skip("of the kernels' tiles")
+    inputs = make_inputs(rows, 64, 72, r, device, torch.float16)
+    x, A = inputs["x"].data.fill_(4.0), inputs["A"].data.fill_(5.0)
+    assert (x @ A.T == 1280).all()
+    for B in (torch.zeros(72, r), torch.randn(72, r) * 1e-3):
+        inputs["B"].data.copy_(B)
+        dy = make_dy(inputs) * 1e-3
+        got = run(lora_linear, inputs, dy, scale=scale)
+        assert all(value.isfinite().all() for value in got.values())
+        exact = run(lora_linear_ref, cast(inputs, torch.float64), dy.double(), scale=scale)
+        for name in ("y", "dx", "dA"):
+            torch.testing.assert_close(got[name].double(), exact[name], rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(got["dB"].double(), exact["dB"].clamp(-65504, 65504), rtol=2e-2, atol=2.0)

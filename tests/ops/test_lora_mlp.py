@@ -241,3 +241,14 @@ def test_gate_and_down_drop_by_different_masks():
     masks = [reference.keep_mask(64, 48, 0.5, seed + more) for more in (0, reference.DOWN_SEED)]
     rows = [{tuple(row) for row in mask.tolist()} for mask in masks]
     assert not rows[0] & rows[1], "not even in another order"
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("save", ["all", "less"])
+def test_factors_of_different_dtypes(save, device, dtype):
+    """No launch takes them together; each part still gets its kernels."""
+    x, parts = make_mlp(300, 40, 56, 24, (8, 8, 8), device, dtype)
+    parts[1] = {name: t.detach().float().requires_grad_() if name in "AB" else t for name, t in parts[1].items()}
+    dy = randn(300, 24, device=device, dtype=dtype)
+    got = results(fused, x, parts, dy, "silu", save=save)
+    check(got, x, parts, dy, "silu")

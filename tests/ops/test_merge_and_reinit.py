@@ -115,14 +115,6 @@ def test_layouts(layout, device):
         assert all(torch.equal(got, want) for got, want in zip(tensors, layers[name], strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    layers = make_layers(device)
-    scales = [torch.tensor(SCALE, device=device)] * len(SHAPES)
-    arguments = (layers["weights"], layers["As"], layers["Bs"], scales, layers["seeds"], [], False)
-    torch.library.opcheck(torch.ops.fused_lora.merge_and_reinit_.default, arguments)
-
-
 def test_a_failure_half_way_says_how_far_it_came(monkeypatch):
     layers = make_layers()
     before, real = copy.deepcopy(layers), reference.uniform

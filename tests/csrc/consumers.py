@@ -1,0 +1,181 @@
+"""A warpgroup that multiplies, as playing.py plays it: consumer.cuh, chain.cuh, and what outbox.cuh keeps for later."""
+
+import itertools
+
+from tests.csrc.passes import BOX, CONSUMERS, FLAG_PARTS, GRADIENT_A, SHRINK, TILE, Turns, boxes_of
+
+
+class Outbox:
+    """Boxes and a flag that leave a part a step, while the next item is multiplied."""
+
+    def __init__(self, launch, block, index):
+        self.launch, self.block, self.index = launch, block, index
+        self.flag, self.most = None, 0  # most: how often it is raised in all
+        self.next_part = self.boxes = self.parts = self.pause = 0
+        self.whole_tile = self.to_finisher = False
+
+    def keep(self, boxes, flag=None, most=0) -> Turns:
+        yield from self.send_all()
+        self.hold(boxes, flag, most)
+
+    def keep_out(self) -> Turns:
+        launch = self.launch
+        yield from self.keep(launch.sizes.tile_boxes)
+        self.whole_tile, self.to_finisher = True, launch.each.gated or launch.rows_start_anywhere
+        if self.to_finisher:
+            self.parts, self.pause = launch.sizes.out_boxes, self.index * launch.sizes.finish_spacing // 2
+
+    def hold(self, boxes, flag=None, most=0) -> None:
+        self.next_part, self.boxes, self.flag, self.most = 0, boxes, flag, most
+        self.parts = boxes + (FLAG_PARTS if flag else 0)
+        self.whole_tile = self.to_finisher = False
+
+    def pending(self) -> bool:
+        return self.next_part < self.parts
+
+    def send_all(self) -> Turns:
+        while self.pending():
+            yield from self.send_part()
+
+    def send_boxes(self) -> Turns:
+        while self.next_part < self.boxes:
+            yield from self.send_part()
+
+    def send_flag(self) -> Turns:
+        if self.flag:
+            yield from self.send_all()
+
+    def send_part(self) -> Turns:
+        if self.to_finisher:
+            self.pause -= 1
+            if self.pause >= 0:
+                return
+            yield from self.await_buffer()
+            if self.next_part == 0:
+                self.announce("a tile")
+            self.block.given[self.index] += 1
+            self.pause = self.launch.sizes.finish_spacing - 1
+        elif self.next_part < self.boxes:
+            yield from self.await_buffer()
+        elif self.next_part + 1 == self.parts:
+            self.launch.raise_(self.flag, self.most)
+        self.next_part += 1
+
+    def await_buffer(self) -> Turns:
+        given, taken = self.block.given, self.block.taken
+        yield lambda: given[self.index] == taken[self.index]
+
+    def announce(self, tile) -> None:
+        if self.index == 0:
+            self.block.tiles.append(tile)
+
+    def finish(self) -> Turns:
+        """After the last item."""
+        if self.next_part == 0 and self.parts > 0 and self.whole_tile:
+            self.block.waiting_to_finish += 1
+            yield lambda: self.block.waiting_to_finish == CONSUMERS
+        else:
+            yield from self.send_all()
+        self.announce(None)
+
+
+class Consumer:
+    def __init__(self, launch, block, index):
+        self.launch, self.block, self.index = launch, block, index
+        self.outbox = Outbox(launch, block, index)
+        self.step = self.released = 0
+
+    def run(self) -> Turns:
+        for number in itertools.count():
+            item = yield from self.block.cluster.await_item(number)
+            if item is None:
+                break
+            self.block.cluster.release_item()
+            multiply = {SHRINK: self.shrink, TILE: self.tile}.get(item[0], self.gradient)
+            yield from multiply(item)
+        yield from self.outbox.finish()
+
+    def await_stage(self) -> Turns:
+        yield lambda: self.block.full(self.step)
+        self.step += 1
+
+    def issue(self, steps) -> Turns:
+        for _ in range(steps):
+            yield from self.await_stage()
+            self.released = self.step - 1
+            if self.outbox.pending():
+                yield from self.outbox.send_part()
+
+    def drain(self) -> None:
+        self.released = self.step
+
+    def low_flag(self, part, pair):
+        return "low", part, 2 * pair + self.block.rank
+
+    def shrink(self, item) -> Turns:
+        each, sizes = self.launch.each, self.launch.sizes
+        _, part, first, count, stride = item
+        for pair in range(first, first + count * stride, stride):
+            if each.drops and not each.backward:
+                yield from self.outbox.send_all()
+            yield from self.issue(-(-each.parts[part].depth // (sizes.shrink_halves * BOX)))
+            self.drain()
+            yield from self.outbox.keep(sizes.rank_boxes, self.low_flag(part, pair), CONSUMERS)
+            yield from self.outbox.send_boxes()
+
+    def tile(self, item) -> Turns:
+        launch, each, sizes = self.launch, self.launch.each, self.launch.sizes
+        parts = [each.parts[i] for i in launch.parts_of_tile(item)]
+        steps, rank_steps = (sum(map(boxes_of, sizes)) for sizes in zip(*((p.depth, p.r) for p in parts), strict=True))
+        masked = each.backward and each.drops
+        if self.sends_flag_first(steps, masked):
+            yield from self.outbox.send_flag()
+        if masked:
+            yield from self.issue(rank_steps)
+            self.drain()
+        yield from self.issue(steps)
+        if each.gated and not each.backward:
+            self.drain()
+            yield from self.outbox.send_all()
+            yield from self.add_ranks(sizes.out_boxes * sum(part.r > 0 for part in each.parts))
+        elif launch.rides(item):
+            yield from self.ride(item)
+        elif not masked:
+            yield from self.issue(rank_steps)
+        self.drain()
+        yield from self.outbox.keep_out()
+
+    def sends_flag_first(self, steps, masked) -> bool:
+        return masked or steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
+
+    def add_ranks(self, steps) -> Turns:
+        for _ in range(steps):
+            yield from self.await_stage()
+            self.drain()
+
+    def ride(self, item) -> Turns:
+        self.drain()
+        yield from self.await_stage()
+        if self.launch.riding_low_is_awaited():
+            self.launch.raise_(self.low_flag(0, item[2]), CONSUMERS)
+
+    def gradient(self, item) -> Turns:
+        launch, outbox = self.launch, self.outbox
+        work, part, _, col, number = item
+        yield from outbox.send_flag()
+        sums = work != GRADIENT_A and launch.sums[part]
+        if sums or (work == GRADIENT_A and launch.each.drops):
+            yield from outbox.send_all()
+        yield from self.issue(boxes_of(launch.tokens(item)))
+        self.drain()
+        yield from outbox.send_all()
+        flag = "chain", work, part, 2 * CONSUMERS * col + CONSUMERS * self.block.rank + self.index
+        last = number + 1 == launch.sizes.slices
+        if number > 0:
+            yield from launch.wait(flag, number)
+            if last:
+                launch.flags[flag] = 0
+        if not last:
+            outbox.hold(0, flag, launch.sizes.slices - 1)
+        elif launch.copied and (work == GRADIENT_A or launch.each.parts[part].r > 0):
+            outbox.hold(launch.sizes.gradient_blocks * launch.sizes.rank_boxes)

@@ -1,0 +1,228 @@
+"""A launch of csrc's kernels played on the CPU, for what its threads wait for and tell each other; nothing is computed.
+
+Each thread that waits or raises flags is a generator with the name of what it is in csrc/sm90. It yields a condition
+before whatever may not come yet, and whose turn is next is drawn. Warpgroups that multiply are one thread each.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+
+from tests.csrc.consumers import Consumer
+from tests.csrc.passes import (
+    BLOCK_M,
+    BOX,
+    CLUSTER,
+    CONSUMERS,
+    GRADIENT_A,
+    LOOKAHEAD,
+    PAIR_ROWS,
+    SHRINK,
+    TILE,
+    Pass,
+    Sizes,
+    Turns,
+    boxes_of,
+)
+
+
+def lookahead(size: int, width: int) -> int:
+    return max(0, size - LOOKAHEAD * width) // width * width
+
+
+class Launch:
+    """What clusters share, and how they are played. rows_start_anywhere: out leaves through the finisher."""
+
+    def __init__(self, each: Pass, sizes: Sizes, items: list, rng, clusters: int):
+        self.each, self.sizes, self.items, self.rng = each, sizes, items, rng
+        self.flags, self.awaited, self.next_item, self.exited = Counter(), set(), 0, 0
+        self.rows_start_anywhere = rng.random() < 0.5
+        self.sums = [rng.random() < 0.5 or part.r == 0 for part in each.parts]
+        self.copied = rng.random() < 0.5
+        self.clusters = [Cluster(self) for _ in range(min(clusters, len(items)))]
+
+    def play(self) -> None:
+        threads = [thread for cluster in self.clusters for thread in cluster.threads()]
+        weights = [self.rng.choice([1, 1, 0.01]) for _ in threads]  # some are slow
+        waiting_for = [next(thread) for thread in threads]
+        while threads:
+            ready = [i for i, condition in enumerate(waiting_for) if condition()]
+            assert ready, f"all wait for ever, with flags {dict(self.flags)}"
+            (i,) = self.rng.choices(ready, [weights[i] for i in ready])
+            waiting_for[i] = self.advance(threads[i])
+            if waiting_for[i] is None:
+                del threads[i], weights[i], waiting_for[i]
+        for_nobody = self.flags.keys() - self.awaited  # which may be raised after the launch, another time
+        assert not for_nobody, f"raised for nobody: {for_nobody}"
+        assert not any(self.flags.values()), f"raised after they were cleared: {self.flags}"
+
+    def advance(self, thread) -> Callable[[], bool] | None:
+        """Lets it go on, for a while or until it must wait. What it waits for then; None at its end."""
+        for _ in range(self.rng.choice([1, 5, 1000])):
+            condition = next(thread, None)
+            if condition is None or not condition():
+                break
+        return condition
+
+    # ---- flags ----
+
+    def wait(self, flag, value: int) -> Turns:
+        self.awaited.add(flag)
+        yield lambda: self.flags[flag] >= value
+
+    def raise_(self, flag, most: int) -> None:
+        self.flags[flag] += 1
+        assert self.flags[flag] <= most, f"{flag} is raised once too often"
+
+    def leave(self) -> None:
+        """Of a block whose producer has seen the list's end; the last one clears low's flags."""
+        self.exited += 1
+        if self.exited == CLUSTER * len(self.clusters):
+            for flag in self.flags:
+                if flag[0] == "low":
+                    self.flags[flag] = 0
+
+    # ---- what the kernels' parameters say ----
+
+    def rides(self, item) -> bool:
+        return bool(self.sizes.rides) and item[3] == 0
+
+    def riding_low_is_awaited(self) -> bool:
+        return self.sizes.tile_cols[0] > 1
+
+    def parts_of_tile(self, item) -> range:
+        return range(self.each.summed) if self.each.backward else range(item[1], item[1] + 1)
+
+    def tokens(self, item) -> int:
+        return min(self.each.M, self.sizes.slice_firsts()[item[4] + 1] * PAIR_ROWS) - item[2] * PAIR_ROWS
+
+
+class Cluster:
+    def __init__(self, launch: Launch):
+        self.items, self.seen = [], 0  # seen: how often somebody allowed the next item
+        self.consumers = []  # of both blocks
+        self.blocks = [Block(launch, self, rank) for rank in range(CLUSTER)]
+        self.launch = launch
+
+    def threads(self) -> list[Turns]:
+        return [self.take_items(), *(thread for block in self.blocks for thread in block.threads())]
+
+    def take_items(self) -> Turns:
+        launch = self.launch
+        yield lambda: True
+        for taken in itertools.count(1):
+            self.items.append(launch.items[launch.next_item] if launch.next_item < len(launch.items) else None)
+            launch.next_item += 1
+            if self.items[-1] is None:
+                return
+            yield lambda taken=taken: self.seen == taken * CLUSTER * (CONSUMERS + 1)
+
+    def release_item(self) -> None:
+        self.seen += 1
+
+    def await_item(self, number: int) -> Turns:
+        yield lambda: len(self.items) > number
+        return self.items[number]
+
+
+class Block:
+    """Its producer and its finisher; the warpgroups that multiply are Consumers."""
+
+    def __init__(self, launch: Launch, cluster: Cluster, rank: int):
+        self.launch, self.cluster, self.rank = launch, cluster, rank
+        self.steps = []  # of each that was loaded: boxes that both blocks share, every other one loaded by each
+        self.consumers = [Consumer(launch, self, index) for index in range(CONSUMERS)]
+        self.tiles, self.given, self.taken = [], [0] * CONSUMERS, [0] * CONSUMERS  # the finisher's; two in boxes
+        self.waiting_to_finish = 0
+        cluster.consumers += self.consumers
+
+    def threads(self) -> list[Turns]:
+        return [self.produce(), self.finish_tiles(), *(consumer.run() for consumer in self.consumers)]
+
+    def full(self, step: int) -> bool:
+        other = self.cluster.blocks[1 - self.rank]
+        return len(self.steps) > step and (self.steps[step] <= other.rank or len(other.steps) > step)
+
+    # ---- producer.cuh ----
+
+    def produce(self) -> Turns:
+        for number in itertools.count():
+            item = yield from self.cluster.await_item(number)
+            if item is None:
+                break
+            load = {SHRINK: self.shrink, TILE: self.tile}.get(item[0], self.gradient)
+            yield from load(item)
+        self.launch.leave()
+
+    def step(self, shared_boxes: int) -> Turns:
+        step, stages = len(self.steps), self.launch.sizes.stages
+        yield lambda: all(consumer.released > step - stages for consumer in self.cluster.consumers)
+        self.steps.append(shared_boxes)
+
+    def wait_for_low(self, part: int, row: int) -> Turns:
+        yield from self.launch.wait(("low", part, row // BLOCK_M), CONSUMERS)
+
+    def wait_for_low_of_pair(self, part: int, row: int) -> Turns:
+        for first in (row, row + BLOCK_M):  # of rows beyond M too
+            yield from self.wait_for_low(part, first)
+
+    def row(self, pair: int) -> int:
+        return pair * PAIR_ROWS + self.rank * BLOCK_M
+
+    def shrink(self, item) -> Turns:
+        sizes, depth = self.launch.sizes, self.launch.each.parts[item[1]].depth
+        width = sizes.shrink_halves * BOX
+        for i in range(item[3]):
+            for k in range(0, depth, width):
+                yield from self.step(sizes.rank_boxes)
+                if i + 1 == item[3] and k == lookahead(depth, width):
+                    self.cluster.release_item()
+
+    def tile(self, item) -> Turns:
+        each, sizes, parts = self.launch.each, self.launch.sizes, self.launch.parts_of_tile(item)
+        masked = each.backward and each.drops
+        if masked:
+            yield from self.tile_ranks(item)
+        for i in parts:
+            depth = each.parts[i].depth
+            for k in range(0, depth, BOX):
+                yield from self.step(sizes.tile_boxes)
+                if i == parts[-1] and k == lookahead(depth, BOX):
+                    self.cluster.release_item()
+        if not masked:
+            yield from self.tile_ranks(item)
+
+    def tile_ranks(self, item) -> Turns:
+        each, sizes, riding = self.launch.each, self.launch.sizes, self.launch.rides(item)
+        gates = each.gated and not each.backward
+        for i in range(2) if gates else self.launch.parts_of_tile(item):
+            r = each.parts[i].r
+            if r > 0 and not riding:
+                yield from self.wait_for_low(i, self.row(item[2]))
+            for _ in range(sizes.out_boxes if gates and r else boxes_of(r)):
+                yield from self.step(sizes.rank_boxes if gates else sizes.tile_boxes)
+
+    def gradient(self, item) -> Turns:
+        tokens, part = self.launch.tokens(item), item[1]
+        needs_low = item[0] == GRADIENT_A and part < self.launch.each.summed
+        for i in range(0, tokens, BOX):
+            if needs_low and i % PAIR_ROWS == 0:
+                yield from self.wait_for_low_of_pair(part, item[2] * PAIR_ROWS + i)
+            yield from self.step(self.launch.sizes.rank_boxes)
+            if i == lookahead(tokens, BOX):
+                self.cluster.release_item()
+
+    # ---- finisher.cuh ----
+
+    def finish_tiles(self) -> Turns:
+        if not (self.launch.each.gated or self.launch.rows_start_anywhere):
+            yield lambda: True
+            return
+        for number in itertools.count():
+            yield lambda number=number: len(self.tiles) > number
+            if self.tiles[number] is None:
+                return
+            for box in range(CONSUMERS * self.launch.sizes.out_boxes):
+                w = box % CONSUMERS
+                yield lambda w=w: self.given[w] > self.taken[w]
+                self.taken[w] += 1

@@ -1,0 +1,77 @@
+"""The list of work as clusters play it, with flags that are raised late: nobody waits for ever, and none is left."""
+
+import random
+
+import pytest
+
+from tests.csrc.consumers import Consumer, Outbox
+from tests.csrc.passes import Part, Pass, some_passes
+from tests.csrc.playing import Block, Launch
+
+PLAYS = 3  # of each pass: whose turn is next, and how out leaves, are drawn anew
+
+
+def small_passes():
+    """Such that ride, into one column of tiles and more; of few steps; of many, where lists have other orders."""
+    for cols, M in ((100, 300), (700, 1000)):
+        yield Pass(M, False, False, True, False, 256, 66, (Part(cols, 200, 16, False, False),), 1)
+    yield from some_passes(120, (1, 136, 300), 700, 1500)
+    yield from some_passes(10, (300, 3100), 3100, 600, seed=1)
+
+
+def play(list_work, passes, launch=Launch):
+    passes = list(passes)
+    for each, (sizes, items) in zip(passes, list_work(passes), strict=True):
+        for seed in range(PLAYS):
+            rng = random.Random(seed)
+            launch(each, sizes, items, rng, clusters=rng.choice([1, 2, 3])).play()
+
+
+def test_nobody_waits_for_ever_and_no_flag_is_left(list_work):
+    play(list_work, small_passes())
+
+
+def nothing(*_):
+    yield from ()
+
+
+def only_within_m(self, part, row):
+    for first in (row, row + 128):
+        if first < self.launch.each.M:
+            yield from self.wait_for_low(part, first)
+
+
+def all_but_the_last(self, flag, most):
+    self.flags[flag] += self.flags[flag] + 1 < most
+
+
+def as_if_a_tile(self):
+    self.whole_tile = self.parts > 0
+    yield from finish(self)
+
+
+finish = Outbox.finish
+# What has gone wrong in the kernels, or could: a method of the play, what stands in its place, what is found then.
+FAULTS = {
+    "a flag for nobody": (Launch, "riding_low_is_awaited", lambda self: True, "for nobody"),
+    "no wait for rows beyond M": (Block, "wait_for_low_of_pair", only_within_m, "for nobody"),
+    "a raise is forgotten": (Launch, "raise_", all_but_the_last, "wait for ever"),
+    "a flag is left behind": (Outbox, "send_flag", nothing, "wait for ever"),
+    "a tile does not send it first": (Consumer, "sends_flag_first", lambda *_: False, "wait for ever"),
+    "the last to leave is taken for a tile": (Outbox, "finish", as_if_a_tile, "wait for ever"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, list_work, monkeypatch):
+    owner, name, wrong, found = FAULTS[fault]
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError, match=found):
+        play(list_work, small_passes())
+
+
+def test_an_item_before_what_it_waits_for_is_found(list_work):
+    each = Pass(1000, False, False, True, False, 128, 66, (Part(300, 300, 40, False, False),), 1)
+    ((sizes, items),) = list_work([each])
+    with pytest.raises(AssertionError, match="wait for ever"):
+        Launch(each, sizes, items[::-1], random.Random(0), clusters=2).play()

@@ -1,0 +1,92 @@
+"""torch's own examination of every op of the namespace. test_lora_parts.py has more of the two that compute layers."""
+
+import pytest
+import torch
+
+from tests.ops.problem import DEVICES, SCALE, make_inputs
+from tests.ops.test_lora_parts import backward_arguments, flatten, make_parts
+from tests.ops.test_merge_and_reinit import SHAPES, make_layers, zeros_beside
+
+ops = torch.ops.fused_lora
+
+
+def parts_of(device, dtype=torch.float32, K=10):
+    return make_parts(12, K, [(7, 3), (24, 5)], device, dtype, None)
+
+
+def forward(device):
+    x, parts = parts_of(device)
+    yield x, flatten(parts), 0.0, [], "none"
+
+
+def backward(device):
+    x, parts = parts_of(device)
+    xas = ops.lora_parts_forward(x, flatten(parts), 0.0, [], "none")[len(parts) :]
+    yield backward_arguments(x, parts, xas, 0.0, (True, True, True, True))
+
+
+def again(device):
+    """Its arguments are what a backward pass saved, of which some require gradients."""
+    x, (part, _) = parts_of(device)
+    part = part._replace(**{name: getattr(part, name).requires_grad_() for name in ("A", "B", "bias")})
+    yield [x.new_ones(12, 7)], x.requires_grad_(), flatten([part]), 0.0, [], True, [True, True, True]
+
+
+def merge(device, dtype=torch.float32):
+    inputs = make_inputs(1, 10, 7, 3, device, dtype)
+    yield *(inputs[name].detach() for name in ("weight", "A", "B")), torch.tensor(SCALE, device=device)
+
+
+def restart(device):
+    scales = [torch.tensor(SCALE, device=device)] * len(SHAPES)
+    for has_lows, stochastic in ((False, False), (False, True), (True, False)):
+        layers = make_layers(device)
+        lows = zeros_beside(layers) if has_lows else []
+        yield layers["weights"], layers["As"], layers["Bs"], scales, layers["seeds"], lows, stochastic
+
+
+def csrc_forward(device):
+    x, parts = parts_of(device, torch.bfloat16, 72)
+    yield x, flatten(parts), 0.0, [], "none"
+
+
+def csrc_backward(device):
+    x, parts = parts_of(device, torch.bfloat16, 72)
+    xas = ops.cuda_lora_parts_forward(x, flatten(parts), 0.0, [], "none")[len(parts) :]
+    yield backward_arguments(x, parts, xas, 0.0, (True, True, True, True))
+
+
+ARGUMENTS = {
+    "lora_parts_forward": forward,
+    "lora_parts_backward": backward,
+    "lora_again": again,
+    "merge_": merge,
+    "merge_and_reinit_": restart,
+}
+# csrc's, which are called within these alone: they have no fakes, and what they say that they change is left to check.
+CSRC_ARGUMENTS = {
+    "cuda_lora_parts_forward": csrc_forward,
+    "cuda_lora_parts_backward": csrc_backward,
+    "cuda_merge_": merge,
+}
+
+
+def test_every_op_is_examined():
+    names = {name.removeprefix("fused_lora::").split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("fused_lora::")}  # fmt: skip
+    assert ARGUMENTS.keys() <= names <= ARGUMENTS.keys() | CSRC_ARGUMENTS.keys()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck(name, device):
+    for arguments in ARGUMENTS[name](device):
+        torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("name", CSRC_ARGUMENTS)
+def test_schemas_of_csrc(name):
+    for arguments in CSRC_ARGUMENTS[name]("cuda"):
+        torch.library.opcheck(getattr(ops, name).default, arguments, test_utils="test_schema")
