@@ -554,3 +554,17 @@ def test_a_layer_that_is_merged_by_hand_is_not_finished():
     assert isinstance(run.net.mlp, LoRALinear)
     run.net.attn.unmerge_()
     assert type(run.relora.finish().attn) is nn.Linear
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("ends", ["restart", "finish"])
+def test_factors_that_are_not_finite_are_not_merged(ends, value, factor):
+    run = Run()
+    run.train(8)
+    getattr(run.net.mlp, factor).data[0, 0] = value
+    before = copy.deepcopy(run.net.state_dict())
+    with pytest.raises(ValueError, match=f"mlp.{factor} must be finite to be merged"):
+        getattr(run.relora, ends)()
+    for name, tensor in run.net.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7), before[name].nan_to_num(7)), name
