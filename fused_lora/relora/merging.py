@@ -14,7 +14,7 @@ def check_finite(layers: dict[str, LoRALinear]) -> None:
         f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in ("lora_A", "lora_B")
     }
     largest = torch._foreach_norm([local(factor.detach()) for factor in factors.values()], float("inf"))  # few launches
-    finite = torch.stack([each.to(largest[0].device) for each in largest]).isfinite().int()
+    finite = torch.stack([each.to(largest[0].device, torch.float64) for each in largest]).isfinite().int()
     if any(map(is_sharded, factors.values())):  # each rank has seen its own rows
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
     wrong = [name for name, is_finite in zip(factors, finite.tolist(), strict=True) if not is_finite]
