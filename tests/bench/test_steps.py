@@ -16,6 +16,8 @@ from bench.step_cases import FULL, Case, flops
 from bench.step_report import entry, merged, step_table
 from bench.steps import COMPILED, EAGER, available, check, main
 from bench.variants import FLOOR, PACKAGE
+from fused_lora.modules import LoRAMLP
+from fused_lora.modules.siblings import LoRASiblings
 
 CASE = Case("tiny", 2, 16, blocks=1)
 CPU = torch.device("cpu")
@@ -67,7 +69,9 @@ def test_gradients_of_micro_batches_add_up():
 
 
 def test_the_package_fuses_the_blocks():
-    assert type(make(PACKAGE).model.layers[0].mlp).__name__ == "LoRAMLP"
+    layer = make(PACKAGE).model.layers[0]
+    assert isinstance(layer.mlp, LoRAMLP)
+    assert isinstance(layer.self_attn, LoRASiblings)
 
 
 def test_flops():
