@@ -128,6 +128,12 @@ def _check_seed(seed: Tensor, weight: Tensor) -> None:
         raise ValueError(f"seed must be on {weight.device} like weight, got {seed.device}")
 
 
+def check_frozen(weight: Tensor) -> None:
+    """A parameter; a weight that was made from something else is its maker's business."""
+    if weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
+        raise ValueError("weight must be frozen, got requires_grad=True: it has no gradient here")
+
+
 def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
     """All of lora_linear's arguments."""
     if torch.jit.is_tracing():  # whose sizes are tensors
@@ -143,8 +149,7 @@ def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
         raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype} (torch.autocast casts both)")
     if bias is not None:
         _check_bias(bias, weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight must be frozen, got requires_grad=True: there is no gradient of weight here")
+    check_frozen(weight)
     check_scale_on("scale", scale, weight)
     check_probability("p", p)
     if seed is not None:

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from . import backends, checks
-from .modules import LoRALinear, LoRAMLP
-from .modules.siblings import LoRASiblings, why_apart
+from .modules import LoRAMLP
+from .modules.protocol import LoRALayer, is_lora, together
+from .modules.siblings import LoRASiblings
 
 # Launch parameters that name the tile, in the order in which they are shown.
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
@@ -108,11 +109,19 @@ def _group_notes(module: LoRASiblings, gpu: str | None) -> dict[nn.Module, str]:
     notes = {}
     for names in reversed(module._reading.every):  # the largest groups last
         layers = [module.get_submodule(name) for name in names]
-        x = layers[0].weight
-        reason = f"explained for {gpu}" if gpu else why_apart(layers, x)
-        how = "in one launch" if reason is None else f"one by one: {reason}"
+        how = f"one by one: explained for {gpu}" if gpu else _how(layers)
         notes |= dict.fromkeys(layers, f"one of {len(layers)} layers that are computed together, {how}")
     return notes
+
+
+def _like(layer: nn.Module) -> torch.Tensor:
+    """Of the dtype and the place of what a layer reads."""
+    return layer.lora_part().weight if is_lora(layer) else torch.empty(0)
+
+
+def _how(layers: list[LoRALayer]) -> str:
+    found = together(layers, _like(layers[0]))
+    return f"one by one: {found}" if isinstance(found, str) else "in one launch"
 
 
 @dataclass(frozen=True)
@@ -129,11 +138,10 @@ class MLPExplanation:
 def _explain_mlp(mlp: LoRAMLP, gpu: str | None, **options) -> MLPExplanation:
     structure = mlp._structure
     layers = dict(zip((structure.gate, structure.up, structure.down), structure.layers(mlp), strict=True))
-    x = next(iter(layers.values())).weight
-    reason = f"explained for {gpu}" if gpu else mlp.why_not(x)
+    reason = f"explained for {gpu}" if gpu else mlp.why_not(_like(structure.layers(mlp)[0]))
     fused = "act(gate) up is made, and differentiated, in the launches of the products beside it"
     return MLPExplanation(
-        {name: explain(layer, gpu=gpu, **options) for name, layer in layers.items() if isinstance(layer, LoRALinear)},
+        {name: explain(layer, gpu=gpu, **options) for name, layer in layers.items() if is_lora(layer)},
         fused if reason is None else f"no: {reason}",
     )
 
@@ -174,7 +182,7 @@ def _explain_model(model: nn.Module, **options) -> ModelExplanation:
             of_mlps.update(module.modules())
         elif isinstance(module, LoRASiblings):
             notes |= _group_notes(module, options["gpu"])
-        if isinstance(module, LoRAMLP) or (isinstance(module, LoRALinear) and module not in of_mlps):
+        if isinstance(module, LoRAMLP) or (is_lora(module) and module not in of_mlps):
             layers[name] = _with_note(explain(module, **options), notes.get(module))
     if not layers:
         raise ValueError(f"layer must be or hold a LoRALinear, got {type(model).__name__} without one: replace_linear")
@@ -206,7 +214,7 @@ def explain(
     """
     if isinstance(layer, LoRAMLP):
         return _explain_mlp(layer, gpu, tokens=tokens)
-    if layer is not None and not isinstance(layer, LoRALinear):
+    if layer is not None and not is_lora(layer):
         return _explain_model(layer, tokens=tokens, gpu=gpu)
     return _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
 
@@ -214,10 +222,10 @@ def explain(
 def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu) -> Explanation:
     readable = True
     if layer is not None:
-        in_features, out_features, r = layer.in_features, layer.out_features, layer.r
-        dtype, lora_dtype, p = layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout
-        device = layer.weight.device
-        readable = backends.csrc_reads(layer.weight, layer.lora_A, layer.lora_B)
+        part, p = layer.lora_part(), layer.dropping
+        (out_features, in_features), r = part.weight.shape, part.r
+        dtype, lora_dtype, device = part.weight.dtype, part.A.dtype, part.weight.device
+        readable = backends.csrc_reads(part.weight, part.A, part.B)
     elif device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

@@ -9,6 +9,7 @@ from types import FunctionType, MethodType, ModuleType
 import torch
 from torch import nn
 
+from .protocol import is_lora
 from .values import UNKNOWN, Called, Value, is_given, link, memory_of
 
 # Attributes and methods of a tensor whose results share no memory with it.
@@ -189,7 +190,8 @@ class Expressions:
             self.events.append(Called(name, given[0], self.path))
         else:
             self.events.append(Called(name, None, self.path))
-        if isinstance(self.module._modules[name], nn.Linear) or hasattr(self.module._modules[name], "part"):
+        module = self.module._modules[name]
+        if isinstance(module, nn.Linear) or is_lora(module):
             return Value()
         self.may_change(given)
         link(given)

@@ -50,7 +50,8 @@ def _join(module: nn.Module, layers: set[int], readings: dict[tuple, Reading | N
 
 def _alike(children: dict[str, nn.Module]) -> set[str]:
     """Those of the first one's dtype and device."""
-    kinds = {name: (child.weight.dtype, child.weight.device) for name, child in children.items()}
+    weights = {name: child.lora_part().weight for name, child in children.items()}
+    kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
     first = next(iter(kinds.values()))
     return {name for name, kind in kinds.items() if kind == first}
 
@@ -67,5 +68,5 @@ def _may_be_mlp(module: nn.Module, layers: set[int]) -> bool:
     children = _own(module, layers).values()
     if len(children) != 3 or isinstance(module, Mixin):
         return False
-    sizes = sorted((child.in_features, child.out_features) for child in children)
+    sizes = sorted(tuple(child.lora_part().weight.shape[::-1]) for child in children)
     return any(sizes.count((size, wide)) >= 2 and any(wide == K for K, _ in sizes) for size, wide in sizes)

@@ -209,9 +209,9 @@ class LoRALinear(Scaled):
             raise TypeError("a LoRALinear is a leaf of fx.symbolic_trace: trace a module that contains it")
         return input.tracer.create_proxy("call_module", path, (input,), {})
 
-    # What siblings.py and lora_mlp.py ask of any layer that they compute.
+    # What protocol.py asks of any layer.
 
-    def part(self) -> ops.Part:
+    def lora_part(self) -> ops.Part:
         """What the layer adds to a pass that it shares with others."""
         weight = self.weight
         return ops.Part(weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight))
@@ -223,7 +223,11 @@ class LoRALinear(Scaled):
 
     def why_alone(self) -> str | None:
         """Why nobody may compute it but by calling it, or None."""
-        return "it is merged" if self.merged else hooks.why_alone(self, LoRALinear.forward)
+        if self.merged:
+            return "it is merged"
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return "its weight requires gradients"
+        return hooks.why_alone(self, LoRALinear.forward)
 
     def merge_(self) -> "LoRALinear":
         """weight += scale B A in place; forward is then a plain linear.

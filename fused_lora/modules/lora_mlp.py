@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops.lora_mlp import SAVE
-from ..ops.lora_parts import obstacle
-from ..ops.parts import autocast_dtype
 from .hooks import has_hooks, why_alone
 from .mixins import Mixin, mix
-from .siblings import own_obstacle
+from .protocol import LoRALayer, is_lora, together
 
 FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 
@@ -29,7 +27,7 @@ class Structure:
     activation: str
     act: str | None
 
-    def layers(self, mlp: nn.Module) -> list[nn.Module]:
+    def layers(self, mlp: nn.Module) -> list[LoRALayer]:
         return [mlp.get_submodule(name) for name in (self.gate, self.up, self.down)]
 
 
@@ -67,11 +65,11 @@ class LoRAMLP(Mixin):
         return mlp
 
     @staticmethod
-    def obstacle(layers: list[nn.Module]) -> str | None:
+    def obstacle(layers: list[LoRALayer]) -> str | None:
         """Why gate, up and down cannot be computed as one, or None."""
-        if not all(hasattr(layer, "part") for layer in layers):
+        if not all(map(is_lora, layers)):
             return "gate, up and down must be LoRALinear"
-        gate, up, down = weights = [layer.part().weight for layer in layers]
+        gate, up, down = weights = [layer.lora_part().weight for layer in layers]
         if gate.shape != up.shape:
             return f"gate and up must have weights of one shape, got {tuple(gate.shape)} and {tuple(up.shape)}"
         if down.shape[1] != gate.shape[0]:
@@ -84,23 +82,26 @@ class LoRAMLP(Mixin):
 
     def why_not(self, x: Tensor) -> str | None:
         """Why the forward that it had is called for x, or None."""
-        layers = self._structure.layers(self)
-        reason = own_obstacle(layers)
-        if reason is not None:
-            return reason
+        parts = self._parts(x)
+        return parts if isinstance(parts, str) else None
+
+    def _parts(self, x: Tensor) -> list[ops.Part] | str:
+        """gate, up and down, or why the forward that it had is called for x."""
         if not self.is_as_known():
             return "its class has another forward now"
         for act in self._act:
             if self.get_submodule(self._structure.act) is not act or why_alone(act, type(act).forward):
                 return "its activation was replaced or must be called"
-        return obstacle(x.device, autocast_dtype(x) or x.dtype, [layer.part() for layer in layers], gated=True)
+        return together(self._structure.layers(self), x, gated=True)
 
     def forward(self, *args, **kwargs):
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or self.why_not(x) is not None:
+        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor):
             return super().forward(*args, **kwargs)
-        layers = self._structure.layers(self)
-        parts, p = (layer.part() for layer in layers), layers[0].dropping
+        parts = self._parts(x)
+        if isinstance(parts, str):
+            return super().forward(*args, **kwargs)
+        p = self._structure.layers(self)[0].dropping
         return ops.lora_mlp(x, *parts, activation=self._structure.activation, p=p, save=self.save)
 
 

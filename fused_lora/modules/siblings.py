@@ -5,15 +5,14 @@ wait that were not called yet. It ends with the call, whatever happens: nothing 
 """
 
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.lora_parts import obstacle
 from ..ops.parts import autocast_dtype
 from .mixins import Mixin, mix
+from .protocol import LoRALayer, together
 from .reading import Groups, Reading
 
 
@@ -53,13 +52,11 @@ class Call:
                 return self._compute([self.modules.get(name) for name in names], x)
         return None
 
-    def _compute(self, layers: list[nn.Module | None], x: Tensor) -> Tensor | None:
-        if own_obstacle(layers) is not None:
+    def _compute(self, layers: list[LoRALayer | None], x: Tensor) -> Tensor | None:
+        parts = together(layers, x)
+        if isinstance(parts, str):
             return None
         first, *others = layers
-        parts = [layer.part() for layer in layers]
-        if obstacle(x.device, autocast_dtype(x) or x.dtype, parts) is not None:
-            return None
         y, *ys = ops.lora_group(x, parts, first.dropping)
         state = _state(x)
         self.waiting += [(layer, each, x, state) for layer, each in zip(others, ys, strict=True)]
@@ -73,22 +70,6 @@ def _state(x: Tensor) -> tuple:
         return modes
     version = None if x.is_inference() else x._version
     return (*modes, version, torch._C._autograd._top_saved_tensors_default_hooks(False))
-
-
-def why_apart(layers: Sequence[nn.Module | None], x: Tensor) -> str | None:
-    """Why layers that read x are computed one by one now, or None."""
-    return own_obstacle(layers) or obstacle(x.device, autocast_dtype(x) or x.dtype, [layer.part() for layer in layers])
-
-
-def own_obstacle(layers: Sequence[nn.Module | None]) -> str | None:
-    """Why only calls of the layers themselves will do, or None. Any layer that has a part() may answer for itself."""
-    for layer in layers:
-        reason = layer.why_alone() if hasattr(layer, "part") else f"it is a {type(layer).__name__}"
-        if reason is not None:
-            return f"one of its layers must be called: {reason}"
-    if any(layer.dropping != layers[0].dropping for layer in layers):
-        return "its layers drop by different rules"
-    return None
 
 
 class LoRASiblings(Mixin):

@@ -1,5 +1,6 @@
 """What autograd does with parts: the Function around the ops, second derivatives, and who must see plain torch."""
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ ops = torch.ops.fused_lora
 
 def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
     """The ys of parts that read x, checked and complete."""
-    if watched():
+    if in_plain_torch(parts):
         return linears(x, parts, p)
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         flops.show()
@@ -136,6 +137,17 @@ LIBRARY.define(
 )
 for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
     LIBRARY.impl("lora_again", _again, key)
+
+
+def in_plain_torch(parts: Sequence[Part]) -> bool:
+    """Whether a pass is by the formula: somebody looks on, or a weight was made from what requires gradients, as the
+    views of one flat parameter that FSDP's first version lends. These have their gradients too then."""
+    if watched():
+        return True
+    made = torch.is_grad_enabled() and any(part.weight.requires_grad for part in parts)
+    if made and not torch.compiler.is_compiling():
+        warnings.warn("weight was made from a tensor that requires gradients: computed in plain torch", stacklevel=4)
+    return made
 
 
 def watched() -> bool:

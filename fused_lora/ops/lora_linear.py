@@ -47,7 +47,8 @@ def lora_linear(
     dtypes of x, A and B, and that of bias. Saves x and xa = scale dropout(x) A^T (M, r). Second derivatives,
     forward-mode ones and torch.func's transformations are computed by the formula in plain torch.
 
-    Raises ValueError or TypeError naming the argument for a shape, dtype or device; weight.requires_grad is one.
+    Raises ValueError or TypeError naming the argument for a shape, dtype or device, and for a weight that is a
+    parameter and requires gradients. A weight that was made from such a one has its gradient by the formula too.
     LoRA: Hu et al. 2021, arXiv:2106.09685.
     """
     if isinstance(x, Tensor) and of_parts.autocast_dtype(x) is not None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import checks, reference
 from . import eager
 from . import parts as of_parts
-from .autograd import by_formula, mlp, needs_formula, of_inputs, wanted_of, watched
+from .autograd import by_formula, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
 from .lora_parts import like, ops, rows_of
 from .parts import Part, flatten, unflatten
 
@@ -101,7 +101,7 @@ def lora_mlp(
     seed = of_parts.drawn_seed(x, p, seed)
     down_seed = None if seed is None else seed + reference.DOWN_SEED
     parts = [*of_parts.complete(x, parts[:2], seed), *of_parts.complete(x, parts[2:], down_seed)]
-    if watched():
+    if in_plain_torch(parts):
         return mlp(x, parts, p, act)
     if of_parts.trains(x, parts):
         return LoRAMLPFunction.apply(x, p, act, save, *flatten(parts))

@@ -65,6 +65,8 @@ def autocast(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Part]]:
     dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
     if dtype is None:
         return x, list(parts)
+    for part in parts:
+        checks.check_frozen(part.weight)  # a cast one would be no parameter any more
     cast = [
         part._replace(weight=part.weight.to(dtype), bias=part.bias if part.bias is None else part.bias.to(dtype))
         for part in parts

@@ -8,10 +8,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import reference
-from ..modules import LoRALinear, ReplaceReport
+from ..modules import ReplaceReport
+from ..modules.protocol import LoRALayer
 from ..modules.targets import listed
+from ..ops import Part
 from .loading import refuse_other_phases
-from .merging import merge_layers
+from .merging import merge_parts
 from .optimizer_reset import check_kind, optimizer_reset, states_of
 from .options import check_options
 from .seeds import mix
@@ -21,7 +23,8 @@ from .wrapping import (
     check_model,
     check_scheduler,
     lora_layers,
-    parts_to_train,
+    parameters_to_train,
+    parts_of,
     scale_learning_rates,
     unwrap,
     weights_to_train,
@@ -109,7 +112,7 @@ class ReLoRA:
         self.steps = self.cycle = 0
         self.finished = False
         self.report: ReplaceReport | None = None
-        self.layers: dict[str, LoRALinear] = {}
+        self.layers: dict[str, LoRALayer] = {}
         self.lows: dict[str, Tensor] = {}
         self._knows_states = self._check_states()
         if warm_start_steps == 0:
@@ -180,7 +183,7 @@ class ReLoRA:
         cycle = self.cycle + 1
         rounding = "stochastic" if self.precision == "stochastic" else "nearest"
         seeds = {name: self._seed_of(name, cycle) for name in self.layers}
-        merge_layers(self.layers, seeds, self.lows, rounding)
+        merge_parts(parts_of(self.layers), seeds, self.lows, rounding)
         self.cycle = cycle
 
     def state_dict(self) -> dict:
@@ -190,7 +193,7 @@ class ReLoRA:
             "steps": self.steps,
             "cycle": self.cycle,
             "options": self._options(),
-            "shapes": {name: tuple(layer.weight.shape) for name, layer in self.layers.items()},
+            "shapes": {name: tuple(part.weight.shape) for name, part in parts_of(self.layers).items()},
             "lows": dict(self.lows),
         }
 
@@ -251,10 +254,10 @@ class ReLoRA:
         if self.reset_every is None or not self.optimizer.state:
             return self.reset_every is None
         reshard(self.model)
-        return bool(states_of(self.optimizer, parts_to_train(self.model, self._lora).values()))
+        return bool(states_of(self.optimizer, parameters_to_train(self.model, self._lora).values()))
 
     def _factors(self) -> list[Tensor]:
-        return [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
+        return [factor for part in parts_of(self.layers).values() for factor in (part.A, part.B)]
 
     def _seed_of(self, name: str, cycle: int) -> int:
         return mix(self.seed, cycle, list(self.layers).index(name))
@@ -267,18 +270,18 @@ class ReLoRA:
         self.report = wrap(self.model, self.optimizer, self._lora)
         self.layers = lora_layers(self.model)
         scale_learning_rates(self.optimizer, self.scheduler, self.lr_factor)
-        for name, layer in self.layers.items():
-            self._begin(name, layer)
+        for name, part in parts_of(self.layers).items():
+            self._begin(name, part)
 
-    def _begin(self, name: str, layer: LoRALinear) -> None:
+    def _begin(self, name: str, part: Part) -> None:
         """The first cycle's factors, by the counter too: torch's own generator differs between ranks."""
-        weight = local(layer.weight)
+        weight, (out_features, in_features) = local(part.weight), part.weight.shape
         seed = torch.tensor(self._seed_of(name, 0), device=weight.device)
-        if not whole(layer.lora_B).any():  # else the layer has begun already
-            keep(layer.lora_A, reference.new_A(layer.r, layer.in_features, seed))
+        if not whole(part.B).any():  # else the layer has begun already
+            keep(part.A, reference.new_A(part.r, in_features, seed))
         if self.base != "trained":
             weight.zero_()
-            keep(layer.lora_B, reference.uniform(layer.out_features, layer.r, layer.r**-0.5, seed + 1))
+            keep(part.B, reference.uniform(out_features, part.r, part.r**-0.5, seed + 1))
         if self._needs_low(weight):
             place = {"device": weight.device}
             if self.residual_device == "cpu":

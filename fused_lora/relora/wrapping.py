@@ -5,33 +5,38 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import checks
-from ..modules import LoRALinear, ReplaceReport, replace_linear
+from ..modules import ReplaceReport, replace_linear
 from ..modules.mixins import unmix
+from ..modules.protocol import LoRALayer, is_lora
 from ..modules.targets import find_linears
+from ..ops import Part
 from .schedule import JaggedCosine
 from .shards import check_rows, is_sharded
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """By name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if is_lora(module)}
+
+
+def parts_of(layers: dict[str, LoRALayer]) -> dict[str, Part]:
+    return {name: layer.lora_part() for name, layer in layers.items()}
 
 
 def weights_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
-    """The weights of the LoRALinear layers that a model has, or else would have after wrap(), by their names."""
-    layers = lora_layers(model)
-    if layers:
-        return {name: layer.weight for name, layer in layers.items()}
+    """The weights of the LoRA layers that a model has, or else would have after wrap(), by their names."""
+    parts = parts_of(lora_layers(model))
+    if parts:
+        return {name: part.weight for name, part in parts.items()}
     report, linears = find_linears(model, lora["target_modules"], lora["exclude_modules"])
     return {name: linear.weight for name, linear in zip(report.replaced, linears, strict=True)}
 
 
-def parts_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
-    """What of the linears or of their factors has to train, by name."""
-    layers = lora_layers(model)
-    parts = {f"{name}.lora_A": layer.lora_A for name, layer in layers.items()}
-    parts |= {f"{name}.lora_B": layer.lora_B for name, layer in layers.items()}
-    return parts or {f"{name}.weight": weight for name, weight in weights_to_train(model, lora).items()}
+def parameters_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
+    """Of the linears or of their factors, by name."""
+    parts = parts_of(lora_layers(model))
+    factors = {f"{name}.lora_{which}": getattr(part, which) for name, part in parts.items() for which in "AB"}
+    return factors or {f"{name}.weight": weight for name, weight in weights_to_train(model, lora).items()}
 
 
 def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_steps: int) -> None:
@@ -47,11 +52,12 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged: unmerge_() it first")
-        for part in ("weight", "lora_A", "lora_B"):
-            check_rows(f"{name}.{part}", getattr(layer, part))
+        part = layer.lora_part()
+        for what, tensor in (("weight", part.weight), ("lora_A", part.A), ("lora_B", part.B)):
+            check_rows(f"{name}.{what}", tensor)
     if not layers and any(map(is_sharded, model.parameters())):
         raise ValueError("model is sharded already: call replace_linear before fully_shard")
-    for name, parameter in parts_to_train(model, lora).items():
+    for name, parameter in parameters_to_train(model, lora).items():
         if not parameter.requires_grad:
             raise ValueError(
                 f"{name} is frozen, and ReLoRA would train it: let it require gradients, or leave its layer out by "
@@ -109,26 +115,27 @@ def unwrap(model: nn.Module, optimizer: Optimizer) -> nn.Module:
     """The reverse, for layers whose update is merged: each an nn.Linear again, on its weight and bias, which train.
 
     The optimizer loses the factors and their states. Returns the model, or what takes its place if it is a layer."""
-    layers = lora_layers(model).values()
-    linears = {id(layer): _linear_of(layer) for layer in layers}
+    layers = lora_layers(model)
+    linears = {id(layer): _linear_of(layer) for layer in layers.values()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if id(child) in linears:
                 parent._modules[name] = linears[id(child)]
         unmix(parent)
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    factors = [factor for part in parts_of(layers).values() for factor in (part.A, part.B)]
     _exchange(optimizer, {id(factor): {} for factor in factors})
     for factor in factors:
         optimizer.state.pop(factor, None)
     return linears.get(id(model), model)
 
 
-def _linear_of(layer: LoRALinear) -> nn.Linear:
+def _linear_of(layer: LoRALayer) -> nn.Linear:
     """On the layer's own tensors, in dense rows."""
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.weight.detach().contiguous())
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach())
+    weight, bias = layer.lora_part().weight, layer.lora_part().bias
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
     return linear.train(layer.training)
 
 

@@ -2,14 +2,13 @@
 
 import pytest
 
-from fused_lora.modules import lora_mlp, siblings
+from fused_lora.modules import protocol
 
 
 @pytest.fixture(autouse=True)
 def _together(monkeypatch):
     """Layers are computed together wherever they may be, as where kernels are for it."""
-    for module in (siblings, lora_mlp):
-        monkeypatch.setattr(module, "obstacle", lambda *args, **options: None)
+    monkeypatch.setattr(protocol, "obstacle", lambda *args: None)
 
 
 def pytest_addoption(parser):

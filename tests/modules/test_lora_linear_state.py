@@ -292,7 +292,28 @@ def with_buffers_in_16_bits():
     return [net.first.merged, net.second.merged], y
 
 
+def steps(net, x, count=3):
+    """Of AdamW, over what trains."""
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(count):
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained_by_the_first_fsdp():
+    """FSDP1, which lends weights as views of one flat parameter that requires gradients, trains what trains alone."""
+    net, twin = trained(), trained()
+    net = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+    for model in (net, twin):
+        steps(model, inputs())
+    with FullyShardedDataParallel.summon_full_params(net):
+        for name, parameter in twin.named_parameters():
+            torch.testing.assert_close(net.module.get_parameter(name).data, parameter.data)
+
+
 def on_ranks(rank, folder):
+    trained_by_the_first_fsdp()
     return [broadcast(rank), sharded(rank, folder), with_buffers_in_16_bits()]
 
 

@@ -14,7 +14,7 @@ from tests.relora.test_controller import Run
 
 @pytest.mark.parametrize("residual_device", ["weight", "cpu"])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("place", ["merge_layers", "optimizer_reset", "wrap", "unwrap"])
+@pytest.mark.parametrize("place", ["merge_parts", "optimizer_reset", "wrap", "unwrap"])
 def test_ctrl_c_within_a_step_loses_nothing(place, device, residual_device, monkeypatch):
     """Before and after what a step does in each place; the bits that follow are those of a run that was left alone."""
     alone, stopped = (Run(device, torch.bfloat16, residual_device=residual_device) for _ in range(2))

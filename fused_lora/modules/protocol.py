@@ -1,0 +1,54 @@
+"""What groups, MLPs, explain and ReLoRA ask of a layer, whatever its class."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..ops import Part
+from ..ops.lora_parts import obstacle
+from ..ops.parts import autocast_dtype
+
+
+class LoRALayer(Protocol):
+    """A module that is a frozen linear and its update, and can be computed or merged from outside.
+
+    Its forward begins by asking siblings.output, which may have its result.
+    """
+
+    merged: bool
+
+    def lora_part(self) -> Part:
+        """Its own tensors: what they are changed to, the layer is."""
+
+    @property
+    def dropping(self) -> float:
+        """The probability by which it drops now."""
+
+    def why_alone(self) -> str | None:
+        """Why nobody may compute it but by calling it, or None."""
+
+
+def is_lora(module: nn.Module | None) -> bool:
+    """By its class: a child of any name is no method."""
+    return hasattr(type(module), "lora_part")
+
+
+def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False) -> list[Part] | str:
+    """The parts of layers that read x (gated: of an MLP), or why each must be computed by itself."""
+    reason = _own_obstacle(layers)
+    if reason is not None:
+        return reason
+    parts = [layer.lora_part() for layer in layers]
+    return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated) or parts
+
+
+def _own_obstacle(layers: Sequence[LoRALayer | None]) -> str | None:
+    """Why only calls of the layers themselves will do, whatever x is, or None."""
+    for layer in layers:
+        reason = layer.why_alone() if is_lora(layer) else f"it is a {type(layer).__name__}"
+        if reason is not None:
+            return f"one of its layers must be called: {reason}"
+    if any(layer.dropping != layers[0].dropping for layer in layers):
+        return "its layers drop by different rules"
+    return None
