@@ -44,7 +44,7 @@ ROWS = [
     ("restarts, reset", f"--published {FROM_ZERO} --no-jagged", "diverged"),
     ("restarts", f"--published {FROM_ZERO} --no-jagged --no-reset", "34.25"),
     ("none of the four", "--published --method lora --base absent --warm-start-steps 0", "34.17"),
-    ("all four, and Adam's step is reset", "--method relora", None),
+    ("all four, and Adam's step is reset", "--method relora --reset-step", None),
     ("restarts, reset, and Adam's step is reset", f"{FROM_ZERO} --no-jagged", None),
 ]
 

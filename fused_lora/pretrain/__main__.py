@@ -76,6 +76,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--no-jagged", dest="jagged", action="store_false", help="one cosine, without climbs at restarts"
     )
     parts.add_argument(
+        "--reset-step",
+        action=argparse.BooleanOptionalAction,
+        help="whether restarts set Adam's step back (where the rate does not climb after them)",
+    )
+    parts.add_argument(
         "--published", action="store_true", help="as the paper's code: resets keep Adam's step, climbs begin at 0"
     )
     numbers = parser.add_argument_group("numbers in the place of the preset's")
@@ -99,6 +104,7 @@ def options_of(args: argparse.Namespace) -> Options:
         reset=args.reset,
         jagged=args.jagged,
         published=args.published,
+        reset_step=args.reset_step,
         dtype=DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")],
         seed=args.seed,
     )

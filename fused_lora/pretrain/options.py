@@ -22,6 +22,7 @@ class Options:
     * method: "full" trains every weight; "control" a smaller model with as many parameters as ReLoRA trains; "lora"
       and "relora" the factors after preset.warm_start_steps, without and with restarts every preset.reset_every steps.
     * base, precision: as ReLoRA's. reset: of the optimizer at restarts; jagged: the learning rate climbs after them.
+    * reset_step: whether that resets Adam's step too; None leaves it to ReLoRA.
     * published: as in the paper's code, Adam's step survives a reset and the first step of a climb has a rate of 0.
     """
 
@@ -32,12 +33,15 @@ class Options:
     reset: bool = True
     jagged: bool = True
     published: bool = False
+    reset_step: bool | None = None
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.reset_step and (self.published or not self.reset):
+            raise ValueError("reset_step=True is not for published=True or reset=False, which keep Adam's step")
         self.schedule()
 
     @property
@@ -87,7 +91,7 @@ class Options:
             precision=self.precision,
             base=self.base,
             reset_ratio=preset.reset_ratio if self.reset else 0.0,
-            reset_step=self.reset and not self.published,
+            reset_step=self.reset_step if self.reset and not self.published else False,
             seed=self.seed,
         )
 

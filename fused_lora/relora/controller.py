@@ -16,6 +16,7 @@ from .loading import refuse_other_phases
 from .merging import merge_parts
 from .optimizer_reset import check_kind, optimizer_reset, states_of
 from .options import check_options
+from .schedule import climbs
 from .seeds import mix
 from .shards import is_sharded, keep, local, reshard, whole
 from .uninterrupted import uninterrupted
@@ -53,6 +54,9 @@ class ReLoRA:
     target_modules and the like are then theirs. That is the way under FSDP2: replace_linear, fully_shard, the
     optimizer, ReLoRA. The controller's state is then this rank's, and stochastic rounding differs with their number.
 
+    * reset_step: whether a restart sets Adam's step back too. By default it is kept, as in the paper, where the
+      scheduler is a jagged_cosine_schedule whose rates climb again after it, and set back otherwise: without a climb, a
+      kept step makes the first updates several times the learning rate (docs/reproduction.md).
     * lr_factor: the learning rates of all groups after the warm start, in units of those before.
     * precision: how 16-bit weights take an update, "residual" (exact; an int16 for each weight), "stochastic" or
       "nearest"; "auto" is residual for 16-bit weights, and wider ones need none.
@@ -89,7 +93,7 @@ class ReLoRA:
         base: str = "trained",
         reset_mode: str = "magnitude",
         reset_ratio: float = 0.99,
-        reset_step: bool = True,
+        reset_step: bool | None = None,
         seed: int = 0,
     ):
         lora = {
@@ -108,6 +112,7 @@ class ReLoRA:
         self.reset_every, self.warm_start_steps, self.seed = reset_every, warm_start_steps, seed
         self.precision, self.residual_device, self.base, self.lr_factor = precision, residual_device, base, lr_factor
         self._lora = lora
+        reset_step = not climbs(scheduler) if reset_step is None else reset_step
         self._reset = {"mode": reset_mode, "ratio": reset_ratio, "reset_step": reset_step}
         self.steps = self.cycle = 0
         self.finished = False

@@ -41,7 +41,8 @@ def optimizer_reset(
       All moments of a parameter keep the same entries: one that lost its second moment alone would move by hundreds
       of times its learning rate.
     * reset_step sets Adam's step to zero, so that its bias correction knows how young the moments are, and NAdam's
-      mu_product with it. Without it, as published, the first updates after a reset are several times the learning rate.
+      mu_product with it. Without it, as published, the first updates after a reset are several times the learning rate:
+      right where that climbs again meanwhile, and the better choice there (docs/reproduction.md).
 
     In place: tensors keep their memory, which CUDA graphs and fused optimizers hold on to. Every other state keeps its
     bits. A parameter that has no state has nothing to reset: before its first step, or by SGD without momentum. Sharded

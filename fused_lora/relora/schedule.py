@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .. import checks
 
@@ -89,6 +89,12 @@ class JaggedCosine:
             return self.min_ratio
         share = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return self.min_ratio + (1 - self.min_ratio) / 2 * (1 + math.cos(math.pi * share))
+
+
+def climbs(scheduler: LRScheduler | None) -> bool:
+    """Whether its rates are known to climb again after each restart."""
+    factors = [factor for factor in getattr(scheduler, "lr_lambdas", ()) if isinstance(factor, JaggedCosine)]
+    return any(factor.reset_every and factor.restart_warmup_steps for factor in factors)
 
 
 def jagged_cosine_schedule(

@@ -115,13 +115,40 @@ def test_a_checkpoint_that_is_cut_short_changes_nothing(parts, tmp_path):
     assert same(weights(other), before)
 
 
-def test_the_published_resets_keep_adams_step(parts):
+KEPT = 4  # steps since the warm start
+
+
+@pytest.mark.parametrize(
+    ("chosen", "step"),
+    [
+        ({}, KEPT),
+        ({"published": True}, KEPT),
+        ({"published": True, "jagged": False}, KEPT),
+        ({"reset": False, "jagged": False}, KEPT),
+        ({"reset_step": True}, 0),
+        ({"jagged": False}, 0),
+        ({"jagged": False, "reset_step": False}, KEPT),
+    ],
+    ids=str,
+)
+def test_adams_step_after_a_restart(parts, chosen, step):
+    run = trainer(parts, **chosen)
+    steps(run, 8)
+    factor = run.model.layers[0].mlp.up_proj.lora_A
+    assert run.optimizer.state[factor]["step"].item() == step
+
+
+def test_published_climbs_begin_at_zero(parts):
     for published in (True, False):
         run = trainer(parts, published=published)
         steps(run, 8)
-        factor = run.model.layers[0].mlp.up_proj.lora_A
-        assert run.optimizer.state[factor]["step"].item() == (4 if published else 0)
         assert (run.scheduler.get_last_lr()[0] == 0) == published
+
+
+@pytest.mark.parametrize("keeps", [{"published": True}, {"reset": False}], ids=str)
+def test_a_step_that_would_be_kept_and_reset(keeps):
+    with pytest.raises(ValueError, match="reset_step=True is not for"):
+        options(reset_step=True, **keeps)
 
 
 def test_without_reset_the_moments_survive_a_restart(parts):

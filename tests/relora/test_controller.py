@@ -133,7 +133,24 @@ def test_what_the_optimizer_holds():
     assert set(shares) == {"exp_avg", "exp_avg_sq"}
     assert 0.9 < shares["exp_avg"] <= 1
     assert run.optimizer.state[run.net.head.weight]["step"] == head["step"] + 1 == 6
-    assert run.optimizer.state[run.net.attn.lora_A]["step"] == 0
+
+
+@pytest.mark.parametrize("schedule", ["climbs", "does not climb", "has no restarts", "none"])
+@pytest.mark.parametrize("reset_step", [None, True, False])
+def test_adams_step_is_kept_where_the_rate_climbs_again(schedule, reset_step):
+    climb, every = (0 if schedule == "does not climb" else 2), (None if schedule == "has no restarts" else 6)
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    scheduler = None
+    if schedule != "none":
+        scheduler = jagged_cosine_schedule(optimizer, 28, 2, climb, every, warm_start_steps=4)
+    relora = ReLoRA(net, optimizer, scheduler, **OPTIONS, reset_step=reset_step)
+    for _ in range(10):
+        net(torch.ones(2, 12)).sum().backward()
+        optimizer.step()
+        relora.step()
+    kept = schedule == "climbs" if reset_step is None else not reset_step
+    assert optimizer.state[net.attn.lora_A]["step"] == (6 if kept else 0)
 
 
 def test_it_steps_the_scheduler():
