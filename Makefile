@@ -3,7 +3,8 @@
 # make test-architectures  every architecture of transformers that builds small: replaced, compared, differentiated
 # make bench  time every variant on this machine and write bench/results/<gpu>/
 # make bench-step  whole training steps of the paper's models: bench/results/<gpu>/steps.md
-# make bench-blocks  q, k, v and MLPs as one and layer by layer, odd widths: bench/results/<gpu>/blocks.md
+# make bench-blocks  q, k, v and MLPs as one and layer by layer, odd widths: bench/results/<gpu>/blocks.md; and in the
+#             attention modules of transformers and diffusers, where these are installed: attentions.md
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
 # make sanitize  csrc's kernels under compute-sanitizer's four tools
 # make lint   ruff; make build: the optional CUDA extension, in place
@@ -38,6 +39,7 @@ bench-step: $(READY)
 
 bench-blocks: $(READY)
 	$(PYTHON) -m bench.blocks
+	$(PYTHON) -m bench.attentions
 
 # The CUDA kernels' ranges are in a domain of their own, those of Triton's launches in the default one.
 RANGES := --nvtx $(foreach pass,forward backward,--nvtx-include "fused_lora@$(pass)/" --nvtx-include "fused_lora.$(pass)/")
