@@ -1,4 +1,7 @@
-"""`make sanitize`: small passes, forward and backward, for compute-sanitizer to watch."""
+"""`make sanitize`: small passes, forward and backward, for compute-sanitizer to watch. Arguments: which of them (all)."""
+
+import sys
+import time
 
 import torch
 
@@ -16,26 +19,40 @@ PASSES = [
 ]  # fmt: skip
 
 
-def main() -> None:
+BLOCKS = [
+    (kind, p) for p in (0.0, 0.25) for kind in ("q, k, v", (16, 8, 5), (64, 33, 16), (128, 128, 128))
+]  # groups, and MLPs of three ranks
+
+
+def run_linear(M: int, K: int, N: int, r: int, p: float) -> None:
+    inputs = make_inputs(M, K, N, r, "cuda", torch.bfloat16)
+    assert backends.choose_lora_linear(inputs["x"].device, torch.bfloat16, r).name == "cuda"
     scale = torch.tensor(SCALE).cuda()
-    seed = seed_on("cuda")
-    for M, K, N, r, p in PASSES:
-        inputs = make_inputs(M, K, N, r, "cuda", torch.bfloat16)
-        assert backends.choose_lora_linear(inputs["x"].device, torch.bfloat16, r).name == "cuda"
-        run(lora_linear, inputs, make_dy(inputs), scale=scale, p=p, seed=seed if p else None)
+    run(lora_linear, inputs, make_dy(inputs), scale=scale, p=p, seed=seed_on("cuda") if p else None)
+
+
+def run_block(kind: str | tuple[int, int, int], p: float) -> None:
+    options = {"p": p, "seed": seed_on("cuda")} if p else {}
+    if isinstance(kind, tuple):
+        x, parts = test_lora_mlp.make_mlp(600, 264, 391, 264, kind, "cuda", torch.bfloat16)
+        test_lora_mlp.results(test_lora_mlp.fused, x, parts, torch.ones_like(x), "silu", **options)
+        return
+    x, parts = test_lora_group.make_group(600, 264, [(392, 24), (137, 8), (40, 0)], "cuda", torch.bfloat16)
+    dys = [part["weight"].new_ones(600, part["weight"].shape[0]) for part in parts]
+    test_lora_group.results(test_lora_group.grouped, x, parts, dys, **options)
+
+
+def main(numbers: list[str]) -> None:
+    """The tools slow these down a hundredfold and more: the seconds say that something goes on."""
+    passes = [(run_linear, each) for each in PASSES] + [(run_block, each) for each in BLOCKS]
+    start = time.monotonic()
+    for number in map(int, numbers or range(len(passes))):
+        run_pass, each = passes[number]
+        print(f"{time.monotonic() - start:6.1f} s: pass {number}, {each}", flush=True)
+        run_pass(*each)
         torch.cuda.synchronize()
-        print((M, K, N, r, p), flush=True)
-    for p in (0.0, 0.25):
-        options = {"p": p, "seed": seed} if p else {}
-        x, parts = test_lora_group.make_group(600, 264, [(392, 24), (137, 8), (40, 0)], "cuda", torch.bfloat16)
-        dys = [part["weight"].new_ones(600, part["weight"].shape[0]) for part in parts]
-        test_lora_group.results(test_lora_group.grouped, x, parts, dys, **options)
-        for ranks in ((16, 8, 5), (64, 33, 16), (128, 128, 128)):
-            x, parts = test_lora_mlp.make_mlp(600, 264, 391, 264, ranks, "cuda", torch.bfloat16)
-            test_lora_mlp.results(test_lora_mlp.fused, x, parts, torch.ones_like(x), "silu", **options)
-        torch.cuda.synchronize()
-        print("groups and MLPs", p, flush=True)
+    print(f"{time.monotonic() - start:6.1f} s: done", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
