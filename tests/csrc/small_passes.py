@@ -1,4 +1,4 @@
-"""`make sanitize`: small passes, forward and backward, for compute-sanitizer to watch. Arguments: which of them (all)."""
+"""`make sanitize`: small passes, forward and backward, for compute-sanitizer to watch. Arguments: the numbers of some."""
 
 import sys
 import time
