@@ -1,4 +1,4 @@
-"""`make sanitize`: small passes, forward and backward, for compute-sanitizer to watch. Arguments: the numbers of some."""
+"""`make sanitize`: small passes, forward and backward, for compute-sanitizer to watch. Arguments: which of them."""
 
 import sys
 import time
