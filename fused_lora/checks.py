@@ -129,8 +129,10 @@ def _check_seed(seed: Tensor, weight: Tensor) -> None:
 
 
 def check_frozen(weight: Tensor) -> None:
-    """A parameter; a weight that was made from something else is its maker's business."""
-    if weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
+    """A parameter; a weight that was made from something else is its maker's business, and so is torch.func's."""
+    if not (weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()):
+        return
+    if not torch._C._are_functorch_transforms_active():
         raise ValueError("weight must be frozen, got requires_grad=True: it has no gradient here")
 
 
@@ -160,6 +162,16 @@ def check_same_rows(name: str, weight: Tensor, other: str, like: Tensor) -> None
     """Of two parts' weights."""
     if weight.shape[0] != like.shape[0]:
         raise ValueError(f"{name}: weight must have {like.shape[0]} rows like {other}'s, got {weight.shape[0]}")
+
+
+def check_at_hand(name: str, tensor: Tensor) -> None:
+    """Whether a parameter is a plain tensor with memory, and not elsewhere (offloaded) or in shards."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} must be in memory to be merged, got one on meta: bring back what is offloaded first")
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise TypeError(
+            f"{name} must be a plain tensor to be merged, got {type(tensor).__name__} (ReLoRA merges shards)"
+        )
 
 
 def check_writable(name: str, tensor: Tensor) -> None:

@@ -1,6 +1,8 @@
 """python -m fused_lora.doctor: what this machine has, which backend runs, and what would be slow."""
 
+import argparse
 import platform
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -67,7 +69,9 @@ def slow_points() -> list[str]:
     """What costs speed on this machine, each with what to do about it."""
     points = []
     if not torch.cuda.is_available():
-        points.append("no CUDA device: layers run in plain torch, right but no faster than an unfused LoRA")
+        points.append(
+            "no CUDA device: layers run in plain torch, right but no faster than an unfused LoRA, and small ones slower"
+        )
         return points
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
@@ -87,13 +91,16 @@ def slow_points() -> list[str]:
     return points
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """1 where every layer will raise."""
+    argparse.ArgumentParser(prog="python -m fused_lora.doctor", description=__doc__).parse_args(arguments)
     rows = [*_software(), *map(_device_row, _devices()), *_settings()]
     print("\n".join(f"{name:<12}{value}" for name, value in rows))
     failing = failures()
     print("\nEvery layer will raise here:" if failing else "\nWhat would be slow here:")
     print("\n".join(f"  - {point}" for point in failing or slow_points()))
+    return 1 if failing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -110,7 +110,7 @@ def _group_notes(module: LoRASiblings, gpu: str | None) -> dict[nn.Module, str]:
     for names in reversed(module._reading.every):  # the largest groups last
         layers = [module.get_submodule(name) for name in names]
         how = f"one by one: explained for {gpu}" if gpu else _how(layers)
-        notes |= dict.fromkeys(layers, f"one of {len(layers)} layers that are computed together, {how}")
+        notes |= dict.fromkeys(layers, f"one of {len(layers)} layers that are called with one x, computed {how}")
     return notes
 
 

@@ -9,7 +9,7 @@ from fused_lora import backends, doctor
 
 
 def test_prints_versions_backend_and_slow_points(capsys):
-    doctor.main()
+    doctor.main([])
     printed = capsys.readouterr().out
     for expected in ("torch", torch.__version__, "triton", "C compiler", "extension", "What would be slow here"):
         assert expected in printed
@@ -23,7 +23,7 @@ def test_without_a_gpu_it_says_what_runs(monkeypatch):
 
 def test_a_missing_compiler_is_named(monkeypatch, capsys):
     monkeypatch.setattr(backends, "host_compiler", lambda: None)
-    doctor.main()
+    doctor.main([])
     assert "C compiler  none" in capsys.readouterr().out
 
 
@@ -31,7 +31,9 @@ def run_with(**variables):
     """As a person runs it, in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fused_lora.doctor"]
-    return subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == ("Every layer will raise" in done.stdout), done.stderr
+    return done.stdout
 
 
 def test_a_variable_that_is_wrong_is_said():
@@ -57,5 +59,11 @@ def test_a_backend_that_runs_is_not_said_to_raise():
 
 def test_an_extension_that_no_longer_loads_is_said(monkeypatch, capsys):
     monkeypatch.setattr(backends, "extension_obstacle", lambda: "the CUDA extension does not load, build it again")
-    doctor.main()
+    doctor.main([])
     assert "extension   the CUDA extension does not load, build it again" in capsys.readouterr().out
+
+
+def test_its_help(capsys):
+    with pytest.raises(SystemExit):
+        doctor.main(["--help"])
+    assert "what this machine has" in capsys.readouterr().out

@@ -175,7 +175,9 @@ def test_a_group_and_an_mlp_say_whether_they_are_computed_as_one():
     block = fused_block()
     layers = explain(block).layers
     notes = layers["attention.k_proj"].notes
-    assert notes[-1].startswith("one of 3 layers that are computed together, one by one: no kernel for device cpu")
+    assert notes[-1].startswith(
+        "one of 3 layers that are called with one x, computed one by one: no kernel for device cpu"
+    )
     assert not any("together" in note for note in layers["attention.o_proj"].notes)
     told = explain(block["mlp"], tokens=100)
     assert [told.layers[name].shape for name in ("gate_proj", "up_proj", "down_proj")] == [
@@ -222,5 +224,5 @@ def test_a_group_and_an_mlp_are_computed_as_one_on_hopper():
     if explain(block["mlp"].gate_proj).backend != "cuda":
         pytest.skip("csrc's kernels do not run here")
     notes = explain(block).layers["attention.k_proj"].notes
-    assert notes[-1] == "one of 3 layers that are computed together, in one launch"
+    assert notes[-1] == "one of 3 layers that are called with one x, computed in one launch"
     assert explain(block["mlp"]).fused.startswith("act(gate) up is made")

@@ -232,11 +232,12 @@ class LoRALinear(Scaled):
     def merge_(self) -> "LoRALinear":
         """weight += scale B A in place; forward is then a plain linear.
 
-        Raises RuntimeError if merged already, ValueError for a factor that is not finite: it could not be taken out.
+        The factors have no gradients meanwhile. Raises RuntimeError if merged already, ValueError for a factor that is
+        not finite (it could not be taken out) and for tensors that are offloaded, TypeError for sharded ones.
         """
         if self.merged:
             raise RuntimeError("the update is already merged")
-        self._check_finite()
+        self._check_mergeable()
         ops.merge_(self.weight, self.lora_A, self.lora_B, self.scale)
         self.merged = True
         return self
@@ -246,14 +247,22 @@ class LoRALinear(Scaled):
         back to within one unit in the last place of the larger of its two values. Raises as merge_ does."""
         if not self.merged:
             raise RuntimeError("the update is not merged")
-        self._check_finite()
+        self._check_mergeable()
         ops.merge_(self.weight, self.lora_A, self.lora_B, -self.scale)
         self.merged = False
         return self
 
+    def _check_mergeable(self) -> None:
+        self._check_at_hand()
+        self._check_finite()
+
+    def _check_at_hand(self) -> None:
+        for name in ("weight", "lora_A", "lora_B"):
+            checks.check_at_hand(name, getattr(self, name))
+
     def _check_finite(self) -> None:
-        """Waits for the device once. In a CUDA graph, which cannot wait, and on meta there is nothing to look at."""
-        if self.weight.is_meta or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        """Waits for the device once, but in a CUDA graph, which cannot."""
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         finite = torch.stack([self.lora_A.isfinite().all(), self.lora_B.isfinite().all()]).tolist()
         for name, is_finite in zip(("lora_A", "lora_B"), finite, strict=True):
@@ -261,10 +270,11 @@ class LoRALinear(Scaled):
                 raise ValueError(f"{name} must be finite to be merged, got an infinity or a NaN")
 
     def to_linear(self) -> nn.Linear:
-        """A new nn.Linear with the merged weight and a copy of the bias; this layer stays as it is.
+        """A new nn.Linear with the merged weight and a copy of the bias, which train; this layer stays as it is.
 
-        Raises ValueError for a factor that is not finite.
+        Raises ValueError or TypeError as merge_ does.
         """
+        self._check_at_hand()
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
         )

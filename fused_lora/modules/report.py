@@ -44,7 +44,7 @@ class ReplaceReport:
         lines += [f"  + {name}" for name in self.replaced]
         lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  ? {entry} matches no linear layer" for entry in self.unmatched]
-        lines += [f"  = {', '.join(names)}: together" for names in self.groups]
+        lines += [f"  = {', '.join(names)}: together where they get one x" for names in self.groups]
         lines += [f"  = {name}: as one" for name in self.mlps]
         return "\n".join(lines)
 

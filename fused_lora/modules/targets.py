@@ -44,7 +44,8 @@ def find_linears(
         report.unmatched += _unmatched(argument, modules, candidates)
     if not linears:
         what = "model has" if targets is None else "target_modules matches"
-        raise ValueError(f"{what} no nn.Linear that can be replaced: {report}")
+        how = " (a string is a regular expression for the whole name)" if isinstance(targets, str) else ""
+        raise ValueError(f"{what} no nn.Linear that can be replaced{how}: {report}")
     for entry in report.unmatched:
         warnings.warn(f"{entry} matches no linear layer", stacklevel=3)
     return report, linears

@@ -10,6 +10,11 @@ from .shards import is_sharded, keep, local, whole
 def check_finite(parts: dict[str, Part]) -> None:
     """Raises ValueError for factors that are not, on all ranks alike: merged, they would be in the weights for good."""
     factors = {f"{name}.lora_{which}": getattr(part, which) for name, part in parts.items() for which in "AB"}
+    for name, factor in factors.items():
+        if factor.is_meta:
+            raise ValueError(
+                f"{name} must be in memory to be merged, got one on meta: bring back what is offloaded first"
+            )
     largest = torch._foreach_norm([local(factor.detach()) for factor in factors.values()], float("inf"))  # few launches
     finite = torch.stack([each.to(largest[0].device, torch.float64) for each in largest]).isfinite().int()
     if any(map(is_sharded, factors.values())):  # each rank has seen its own rows

@@ -58,6 +58,8 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
     if not layers and any(map(is_sharded, model.parameters())):
         raise ValueError("model is sharded already: call replace_linear before fully_shard")
     for name, parameter in parameters_to_train(model, lora).items():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on meta, where nothing trains: bring back what is offloaded first")
         if not parameter.requires_grad:
             raise ValueError(
                 f"{name} is frozen, and ReLoRA would train it: let it require gradients, or leave its layer out by "

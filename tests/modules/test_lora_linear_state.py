@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import accelerate
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -271,6 +272,9 @@ def sharded(rank, folder):
     net, merged = trained(seed=1), trained(merged=True)
     for model in (net, merged):
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    for act in (net.first.merge_, merged.first.unmerge_, net.first.to_linear, merged.first.to_linear):
+        with pytest.raises(TypeError, match="weight must be a plain tensor to be merged, got DTensor"):
+            act()
     dcp.save(get_model_state_dict(merged), checkpoint_id=folder)
     template = get_model_state_dict(net)
     dcp.load(template, checkpoint_id=folder)
@@ -354,8 +358,21 @@ def test_merging_under_compile():
         merge(layer)
 
 
-def test_merging_on_meta():
-    assert LoRALinear(5, 4, 2, device="meta").merge_().merged
+@pytest.mark.parametrize("act", ["merge_", "unmerge_", "to_linear"])
+@pytest.mark.parametrize("to_meta", [accelerate.cpu_offload, lambda net, device: net.to("meta")], ids=["offload", "to"])
+def test_what_is_elsewhere_is_not_merged(act, to_meta):
+    """Where the merge would be done to a tensor on meta, and the weight that is loaded for a forward stays."""
+    net = trained(merged=act == "unmerge_")
+    want = net(inputs()).detach()
+    to_meta(net, torch.device("cpu"))
+    with pytest.raises(ValueError, match="weight must be in memory to be merged, got one on meta"):
+        getattr(net.first, act)()
+    assert net.first.merged == (act == "unmerge_")
+    if hasattr(net.first, "_hf_hook"):
+        torch.testing.assert_close(net(inputs()).detach(), want)
+        accelerate.hooks.remove_hook_from_submodules(net)
+        getattr(net.first, act)()
+        torch.testing.assert_close(net(inputs()).detach(), want)
 
 
 @pytest.mark.gpu

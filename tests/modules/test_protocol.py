@@ -162,6 +162,21 @@ def test_gradients_of_what_a_weight_was_made_from(way):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("model", [Attention, MLP])
+def test_torch_funcs_grad_of_all_parameters(model):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(model(lambda linear: linear)), torch.randn(4, 9)
+    replace_linear(net, 3, 2.0, target_modules=r".*(_proj|gate|up|down)")
+    parameters = dict(net.named_parameters())
+    got = torch.func.grad(lambda values: functional_call(net, values, (x,)).sum())(parameters)
+    names = [name for name in parameters if "lora_" not in name]
+    plain = nn.Sequential(model(lambda linear: linear))
+    own = {name: parameters[name].detach().requires_grad_() for name in names}  # with B = 0
+    wanted = torch.autograd.grad(functional_call(plain, own, (x,)).sum(), own.values())
+    for name, want in zip(names, wanted, strict=True):
+        torch.testing.assert_close(got[name], want, msg=name)
+
+
 def test_a_parameter_under_autocast_must_be_frozen_too():
     part = Part(*part_of(11, 9, 3, 0))
     with torch.autocast("cpu"), pytest.raises(ValueError, match="weight must be frozen"):

@@ -446,7 +446,9 @@ def test_replace_linear_finds_them():
     assert report.mlps == ["layers.0.mlp", "layers.1.mlp"]
     assert f"  = {', '.join(names[0])}: together" in str(report)
     assert "  = layers.0.mlp: as one" in str(report)
-    assert "one of 3 layers that are computed together, one by one: no kernel for device cpu" in str(explain(model))
+    assert "one of 3 layers that are called with one x, computed one by one: no kernel for device cpu" in str(
+        explain(model)
+    )
     twin.load_state_dict(model.state_dict())
     close(model(tokens), twin(tokens))
     (model(tokens).sum() + twin(tokens).sum()).backward()

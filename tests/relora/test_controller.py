@@ -4,6 +4,7 @@ import copy
 import io
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -585,3 +586,24 @@ def test_factors_that_are_not_finite_are_not_merged(ends, value, factor):
         getattr(run.relora, ends)()
     for name, tensor in run.net.state_dict().items():
         assert torch.equal(tensor.nan_to_num(7), before[name].nan_to_num(7)), name
+
+
+def test_an_offloaded_model_is_refused():
+    net = Net()
+    replace_linear(net, 3, exclude_modules=["head"])
+    accelerate.cpu_offload(net, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"attn\.lora_A is on meta, where nothing trains"):
+        ReLoRA(net, torch.optim.AdamW(net.parameters()), **OPTIONS | {"warm_start_steps": 0})
+
+
+@pytest.mark.parametrize(("act", "why"), [("restart", "not held by the optimizer"), ("finish", "got one on meta")])
+def test_an_update_that_is_offloaded_is_not_merged(act, why):
+    run = Run(warm_start_steps=0, total=24)
+    run.train(3)
+    x, _ = run.batch(0)
+    want = run.net(x).detach()
+    accelerate.cpu_offload(run.net, torch.device("cpu"))
+    with pytest.raises(ValueError, match=why):
+        getattr(run.relora, act)()
+    torch.testing.assert_close(run.net(x).detach(), want)
+    assert run.relora.cycle == 0
