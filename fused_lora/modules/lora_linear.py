@@ -10,6 +10,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .. import checks, ops, padding
 from . import hooks, siblings
+from .loading import MATRICES, loading_errors
 from .scaled import Scaled
 
 
@@ -98,7 +99,7 @@ class LoRALinear(Scaled):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         key, before = prefix + _EXTRA_STATE_KEY_SUFFIX, self.merged
-        errors = self._load_errors(state_dict, prefix)
+        errors = loading_errors(self, state_dict, prefix)
         if errors:
             error_msgs += errors
             return
@@ -112,25 +113,6 @@ class LoRALinear(Scaled):
         if key in missing_keys:
             missing_keys.remove(key)
         self._settle()
-
-    def _load_errors(self, state_dict, prefix: str) -> list[str]:
-        """Why nothing of a state dict is loaded, since a part of it would leave the layer half of one state and half
-        of another."""
-        mine = {prefix + name: parameter for name, parameter in self.named_parameters(recurse=False)}
-        errors = [
-            f"size mismatch for {key}: the checkpoint has {found}, the layer {own.shape}"
-            for key, own in mine.items()
-            if key in state_dict and (found := _shape_of(state_dict[key])) != own.shape
-        ]
-        given = [name for name in ("weight", "lora_A", "lora_B") if prefix + name in state_dict]
-        merged = state_dict.get(prefix + _EXTRA_STATE_KEY_SUFFIX, False) if "weight" in given else self.merged
-        if merged and 0 < len(given) < 3:
-            whose = "the checkpoint's" if "weight" in given else "the layer's"
-            errors.append(
-                f"{prefix.rstrip('.') or type(self).__name__}: {whose} weight is merged, and so is loaded with both "
-                f"factors only, got {' and '.join(given)}: call unmerge_() first"
-            )
-        return errors
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -257,7 +239,7 @@ class LoRALinear(Scaled):
         self._check_finite()
 
     def _check_at_hand(self) -> None:
-        for name in ("weight", "lora_A", "lora_B"):
+        for name in MATRICES:
             checks.check_at_hand(name, getattr(self, name))
 
     def _check_finite(self) -> None:
@@ -293,8 +275,3 @@ class LoRALinear(Scaled):
             + (", use_rslora=True" if self.use_rslora else "")
             + (", merged" if self.merged else "")
         )
-
-
-def _shape_of(value) -> torch.Size | str:
-    """What takes its place where it is no tensor."""
-    return value.shape if isinstance(value, Tensor) else type(value).__name__

@@ -12,6 +12,14 @@ from tests.ops.problem import DEVICES
 from tests.relora.test_controller import Run
 
 
+@pytest.fixture(autouse=True)
+def _hears():
+    """Processes in a shell's background begin deaf."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("residual_device", ["weight", "cpu"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("place", ["merge_parts", "optimizer_reset", "wrap", "unwrap"])
