@@ -1,6 +1,7 @@
 # make demo   the main job: a LLaMA trained with fused LoRA beside its unfused twin, merged, compared, plotted
 # make test   everything that can be checked on this machine
-# make test-architectures  every architecture of transformers that builds small: replaced, compared, differentiated
+# make test-long  what takes minutes: every architecture of transformers that builds small, replaced, compared and
+#             differentiated; the CUDA kernels compiled (where nvcc is), and what their machine code must be like
 # make bench  time every variant on this machine and write bench/results/<gpu>/
 # make bench-step  whole training steps of the paper's models: bench/results/<gpu>/steps.md
 # make bench-blocks  q, k, v and MLPs as one and layer by layer, odd widths: bench/results/<gpu>/blocks.md; and in the
@@ -19,7 +20,7 @@ PACKAGES ?= $(if $(GPU),torch>=2.10,torch==2.13.0 triton==3.7.1)
 WORKERS ?= $(if $(GPU),8,auto)
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test test-architectures bench bench-step bench-blocks profile sanitize lint build
+.PHONY: demo test test-long bench bench-step bench-blocks profile sanitize lint build
 
 demo: $(READY)
 	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
@@ -28,8 +29,9 @@ test: $(READY)
 	$(PYTHON) -m pytest tests -n $(WORKERS)
 	$(if $(GPU),,TRITON_INTERPRET=1 $(PYTHON) -m pytest tests -m interpreter -n $(WORKERS))
 
-test-architectures: $(READY)
-	$(PYTHON) -m pytest tests/architectures -m architectures -n $(WORKERS) -rs --at-least 300
+test-long: $(READY)
+	$(PYTHON) -m pytest tests/architectures -m long -n $(WORKERS) -rs --at-least 300
+	$(PYTHON) -m pytest tests/csrc -m long -n $(WORKERS)
 
 bench: $(READY)
 	$(PYTHON) -m bench

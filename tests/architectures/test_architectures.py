@@ -12,7 +12,7 @@ from fused_lora import replace_linear
 from .small import small_model
 
 # The libraries that are converted warn of their own affairs.
-pytestmark = [pytest.mark.architectures, pytest.mark.filterwarnings("default"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default"), pytest.mark.timeout(300)]
 R, ALPHA = 3, 4.5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 TASKS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "CTC", "SPEECH_SEQ_2_SEQ")

@@ -57,6 +57,7 @@ def test_no_spills(source, arch, tmp_path):
 # For each pass: two dtypes times seven tiles, or times three where it is gated.
 @needs_nvcc
 @COMPILES
+@pytest.mark.long
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_hopper_kernels(source, tmp_path):
     said = compile_to(HOPPER, source, tmp_path / "out.cubin")
