@@ -174,6 +174,13 @@ def check_at_hand(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_own(name: str, tensor: Tensor) -> None:
+    """Whether a tensor is a parameter, and not made from one for this moment (parametrized, pruned, lent by FSDP1), in
+    which a merge would be lost."""
+    if not isinstance(tensor, nn.Parameter):
+        raise ValueError(f"{name} must be a parameter to be merged, got a tensor that is made from others at each use")
+
+
 def check_writable(name: str, tensor: Tensor) -> None:
     """Whether a tensor can be changed in place and keep its meaning."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():

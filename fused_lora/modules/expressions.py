@@ -32,7 +32,7 @@ PURE = {
 }
 PURE_MODULES = (torch, torch.nn.functional, math)
 # Arguments by which they change another, or call something.
-TELLING = {"out", "inplace", "key"}
+TELLING = {"out", "inplace", "key", "max_norm"}
 CONSTANTS = (bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -93,10 +93,20 @@ class Expressions:
             function = inspect.getattr_static(type(self.module), name, None)
             if isinstance(function, FunctionType):
                 return Value(known=MethodType(function, self.module))
+            if isinstance(function, property):
+                return self.of_property(function)
         elif isinstance(getattr(type(held), "__call__", None), FunctionType):  # noqa: B004  its code, not whether it has any
             self.relies_on[name] = type(held)
             return Value(known=MethodType(type(held).__call__, held))
         return Value() if isinstance(held, CONSTANTS) else Value(shares=self.kept.memory)
+
+    def of_property(self, found: property) -> Value:
+        getter = MethodType(found.fget, self.module)
+        if self.follows(getter, []):
+            return self.followed(getter, [], {}, [])
+        self.all_used()
+        self.may_change([self.kept])
+        return Value(shares=self.kept.memory)
 
     def of_Compare(self, node, scope):
         values = [self.value(each, scope) for each in (node.left, *node.comparators)]

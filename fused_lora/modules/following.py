@@ -202,7 +202,8 @@ class Follower(Expressions):
         """Whether it is Python's and gets the module."""
         if not isinstance(function, (MethodType, FunctionType)) or not self.gets_module(function, given):
             return False
-        return self.depth < MOST_DEPTH and _has_source(inspect.unwrap(function))
+        wrapped = hasattr(function, "__wrapped__")  # what a decorator does besides is not in its function's source
+        return self.depth < MOST_DEPTH and not wrapped and _has_source(function)
 
     def gets_module(self, function, given: list[Value]) -> bool:
         of_module = isinstance(function, MethodType) and function.__self__ is self.module
@@ -211,7 +212,7 @@ class Follower(Expressions):
     def followed(self, function, args: list[Value], kwargs: dict[str, Value], rest: list[Value]) -> Value:
         if isinstance(function, MethodType):
             args = [Value(known=function.__self__), *args]
-        return self.call(inspect.unwrap(getattr(function, "__func__", function)), args, kwargs, rest)
+        return self.call(getattr(function, "__func__", function), args, kwargs, rest)
 
 
 def _only_raises(block: list[ast.stmt]) -> bool:

@@ -236,6 +236,7 @@ class LoRALinear(Scaled):
 
     def _check_mergeable(self) -> None:
         self._check_at_hand()
+        checks.check_own("weight", self.weight)
         self._check_finite()
 
     def _check_at_hand(self) -> None:

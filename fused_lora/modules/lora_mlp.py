@@ -13,6 +13,7 @@ from ..ops.lora_mlp import SAVE
 from .hooks import has_hooks, why_alone
 from .mixins import Mixin, mix
 from .protocol import LoRALayer, is_lora, together
+from .straight import facts_of, is_straight
 
 FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 
@@ -26,6 +27,7 @@ class Structure:
     down: str
     activation: str
     act: str | None
+    x: str  # the argument
 
     def layers(self, mlp: nn.Module) -> list[LoRALayer]:
         return [mlp.get_submodule(name) for name in (self.gate, self.up, self.down)]
@@ -45,7 +47,7 @@ class LoRAMLP(Mixin):
     save = "all"
     _adds = ("_structure", "_act", "save")
     _structure: Structure
-    _act: tuple[nn.Module, ...]  # in a tuple, since it is a child already
+    _act: tuple[tuple[nn.Module, dict], ...]  # in a tuple, since it is a child already; and its attributes
 
     @staticmethod
     def fuse(mlp: nn.Module, structure: Structure | None = None, save: str = "all") -> nn.Module:
@@ -59,7 +61,7 @@ class LoRAMLP(Mixin):
         if reason:
             raise ValueError(reason)
         mlp._structure = structure
-        mlp._act = (mlp.get_submodule(structure.act),) if structure.act else ()
+        mlp._act = tuple((act, facts_of(act)) for act in (mlp.get_submodule(structure.act),)) if structure.act else ()
         mix(mlp, LoRAMLP)
         mlp.save = save
         return mlp
@@ -89,13 +91,15 @@ class LoRAMLP(Mixin):
         """gate, up and down, or why the forward that it had is called for x."""
         if not self.is_as_known():
             return "its class has another forward now"
-        for act in self._act:
+        for act, facts in self._act:
             if self.get_submodule(self._structure.act) is not act or why_alone(act, type(act).forward):
                 return "its activation was replaced or must be called"
+            if any(getattr(act, name, None) != value for name, value in facts.items()):
+                return "its activation was changed"
         return together(self._structure.layers(self), x, gated=True)
 
     def forward(self, *args, **kwargs):
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = args[0] if args else kwargs.get(self._structure.x)
         if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor):
             return super().forward(*args, **kwargs)
         parts = self._parts(x)
@@ -108,9 +112,11 @@ class LoRAMLP(Mixin):
 def recognise(mlp: nn.Module) -> Structure | None:
     """What the forward of a module does, if that is down(act(gate(x)) up(x)) and nothing else, in training or not.
 
-    Read off a trace of it, whatever the names: Hugging Face's LLaMA, Mistral, Qwen2 and Qwen3 (SiLU), Gemma (GELU in
-    its tanh form), and the like. The module is not changed.
+    Read off a trace of it, whatever the names, where its source could give no other one: Hugging Face's LLaMA, Mistral,
+    Qwen2 and Qwen3 (SiLU), Gemma (GELU in its tanh form), and the like. The module is not changed.
     """
+    if not is_straight(mlp):
+        return None
     try:
         found = {_structure_of(_trace(mlp, training), mlp) for training in (False, True)}
     except Exception:  # whatever a forward may do that cannot be traced, it is no such MLP
@@ -172,7 +178,7 @@ def _structure_of(nodes: list[fx.Node], mlp: nn.Module) -> Structure | None:
             names, activation = (gate.target, up.target, down.target), _activation(mlp, act)
             if activation is None or len(set(names)) != 3:
                 return None
-            return Structure(*names, activation, act.target if act.op == "call_module" else None)
+            return Structure(*names, activation, act.target if act.op == "call_module" else None, x.target)
     return None
 
 

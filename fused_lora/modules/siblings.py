@@ -40,13 +40,15 @@ class Call:
     def __init__(self, modules: dict[str, nn.Module], groups: Groups):
         self.modules, self.groups = modules, groups
         self.compiling = torch.compiler.is_compiling()
-        self.waiting: list[tuple[nn.Module, Tensor, Tensor, tuple]] = []  # layers, outputs, and what these are of
+        self.waiting: list[tuple[nn.Module, Tensor, tuple, tuple]] = []  # layers, outputs, and what these are of
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        for i, (waiting, y, of, state) in enumerate(self.waiting):
+        for i, (waiting, y, tensors, state) in enumerate(self.waiting):
             if waiting is layer:
                 del self.waiting[i]
-                return y if of is x and state == _state(x) else None
+                now = (x, *layer.lora_part())
+                same = all(each is before for each, before in zip(now, tensors, strict=True))
+                return y if same and state == _state(layer, now) else None
         for names in self.groups:
             if self.modules.get(names[0]) is layer:
                 return self._compute([self.modules.get(name) for name in names], x)
@@ -58,18 +60,23 @@ class Call:
             return None
         first, *others = layers
         y, *ys = ops.lora_group(x, parts, first.dropping)
-        state = _state(x)
-        self.waiting += [(layer, each, x, state) for layer, each in zip(others, ys, strict=True)]
+        for layer, own, part in zip(others, ys, parts[1:], strict=True):
+            tensors = (x, *part)
+            self.waiting.append((layer, own, tensors, _state(layer, tensors)))
         return y
 
 
-def _state(x: Tensor) -> tuple:
-    """What an output depends on besides x and its layer. Under torch.compile tensors have no versions."""
-    modes = (torch.is_grad_enabled(), autocast_dtype(x))
+def _state(layer: LoRALayer, tensors: tuple) -> tuple:
+    """What an output depends on besides x and its layer's tensors. Under torch.compile these have no versions."""
+    modes = (torch.is_grad_enabled(), autocast_dtype(tensors[0]), layer.dropping)
     if torch.compiler.is_compiling():
         return modes
-    version = None if x.is_inference() else x._version
-    return (*modes, version, torch._C._autograd._top_saved_tensors_default_hooks(False))
+    versions = [_version(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    return (*modes, torch._C._autograd._top_saved_tensors_default_hooks(False), *versions)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class LoRASiblings(Mixin):

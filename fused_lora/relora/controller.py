@@ -12,7 +12,7 @@ from ..modules import ReplaceReport
 from ..modules.protocol import LoRALayer
 from ..modules.targets import listed
 from ..ops import Part
-from .loading import refuse_other_phases
+from .loading import check_shapes, refuse_other_phases
 from .merging import merge_parts
 from .optimizer_reset import check_kind, optimizer_reset, states_of
 from .options import check_options
@@ -131,16 +131,17 @@ class ReLoRA:
         """Counts an optimizer step, and restarts if one is due: then the shares of the moments that were zeroed."""
         self._check_running()
         self._knows_states = self._knows_states or self._check_states()
-        wraps = not self.layers and self.steps + 1 == self.warm_start_steps
-        if wraps:  # what has been done to the model since it was looked at
+        if not self.layers and self.steps + 1 == self.warm_start_steps:
+            # What has been done to the model since it was looked at.
             check_model(self.model, self.optimizer, self._lora, self.warm_start_steps)
+            self._wrap()
+        since = self.steps + 1 - self.warm_start_steps
+        restarts = self.reset_every and since > 0 and since % self.reset_every == 0
+        shares = self.restart() if restarts else None  # what is refused was not counted, and is tried again
         self.steps += 1
         if self.scheduler is not None:
             self.scheduler.step()
-        if wraps:
-            self._wrap()
-        since = self.steps - self.warm_start_steps
-        return self.restart() if self.reset_every and since > 0 and since % self.reset_every == 0 else None
+        return shares
 
     @torch.no_grad()
     @uninterrupted()
@@ -218,22 +219,15 @@ class ReLoRA:
         if self.layers and not state["shapes"]:
             raise ValueError("the checkpoint is of the warm start, which this run has behind it: make a new one")
         if state["shapes"]:
-            self._check_shapes(state)
+            weights = weights_to_train(self.model, self._lora)
+            check_shapes(state, weights, {name: local(w) for name, w in weights.items() if self._needs_low(w)})
+        steps, cycle = state["steps"], state["cycle"]
         if state["shapes"] and not self.layers:
             self._check_new()
             self._wrap()
-        self.steps, self.cycle = state["steps"], state["cycle"]
+        self.steps, self.cycle = steps, cycle
         for name, low in self.lows.items():
             low.copy_(state["lows"][name])
-
-    def _check_shapes(self, state: dict) -> None:
-        weights = weights_to_train(self.model, self._lora)
-        lows = {name: local(weight) for name, weight in weights.items() if self._needs_low(weight)}
-        for what, theirs, ours in (("linear", state["shapes"], weights), ("residual", state["lows"], lows)):
-            for name in {**theirs, **ours}:
-                found, wanted = _shape(theirs.get(name)), _shape(ours.get(name))
-                if found != wanted:
-                    raise ValueError(f"the checkpoint's {what} at {name} is {found}, this run's is {wanted}")
 
     def _options(self) -> dict:
         names = ("reset_every", "warm_start_steps", "seed", "precision", "base", "lr_factor")
@@ -247,6 +241,8 @@ class ReLoRA:
     def _check_new(self) -> None:
         """A wrap makes the optimizer a new one. Whatever it knows at another time than the warm start's end was loaded
         too early, or is somebody's who does not expect that."""
+        if self.lr_factor != 1 and getattr(self.scheduler, "last_epoch", 0) > self.steps:
+            raise ValueError("scheduler was loaded before ReLoRA, whose lr_factor would scale it twice: load it after")
         states = [state for state in self.optimizer.state.values() if state]
         if not lora_layers(self.model) and any(state.get("step", 1) != 0 for state in states):
             raise ValueError(
@@ -292,8 +288,3 @@ class ReLoRA:
             if self.residual_device == "cpu":
                 place = {"device": "cpu", "pin_memory": weight.is_cuda}
             self.lows[name] = torch.zeros(weight.shape, dtype=torch.int16, **place)
-
-
-def _shape(found: Tensor | tuple | None) -> tuple | str:
-    """Of a tensor; a shape itself."""
-    return "missing" if found is None else tuple(getattr(found, "shape", found))

@@ -1,4 +1,5 @@
-"""An optimizer's saved state is of one phase: of the weights in the warm start, of the factors after it."""
+"""What of a checkpoint a run cannot take. An optimizer's state is of one phase: of the weights in the warm start, or of
+the factors after it."""
 
 from itertools import chain
 
@@ -31,3 +32,17 @@ def _check(optimizer: Optimizer, saved: dict) -> None:
 def _differ(state: dict, parameter: Tensor) -> bool:
     moments = (state.get(name) for name in MOMENTS)
     return any(isinstance(moment, Tensor) and moment.shape != parameter.shape for moment in moments)
+
+
+def check_shapes(state: dict, weights: dict[str, Tensor], lows: dict[str, Tensor]) -> None:
+    """Raises ValueError where a controller's state is of other weights, or of other residuals beside them."""
+    for what, theirs, ours in (("linear", state["shapes"], weights), ("residual", state["lows"], lows)):
+        for name in {**theirs, **ours}:
+            found, wanted = _shape(theirs.get(name)), _shape(ours.get(name))
+            if found != wanted:
+                raise ValueError(f"the checkpoint's {what} at {name} is {found}, this run's is {wanted}")
+
+
+def _shape(found: Tensor | tuple | None) -> tuple | str:
+    """Of a tensor; a shape itself."""
+    return "missing" if found is None else tuple(getattr(found, "shape", found))

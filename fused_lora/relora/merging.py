@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..ops import Part, merge_and_reinit_
 from .shards import is_sharded, keep, local, whole
 
@@ -10,6 +11,9 @@ from .shards import is_sharded, keep, local, whole
 def check_finite(parts: dict[str, Part]) -> None:
     """Raises ValueError for factors that are not, on all ranks alike: merged, they would be in the weights for good."""
     factors = {f"{name}.lora_{which}": getattr(part, which) for name, part in parts.items() for which in "AB"}
+    for name, part in parts.items():
+        for what, tensor in (("weight", part.weight), ("lora_A", part.A), ("lora_B", part.B)):
+            checks.check_own(f"{name}.{what}", tensor)
     for name, factor in factors.items():
         if factor.is_meta:
             raise ValueError(

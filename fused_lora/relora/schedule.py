@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler
 
 from .. import checks
 
@@ -93,8 +93,15 @@ class JaggedCosine:
 
 def climbs(scheduler: LRScheduler | None) -> bool:
     """Whether its rates are known to climb again after each restart."""
-    factors = [factor for factor in getattr(scheduler, "lr_lambdas", ()) if isinstance(factor, JaggedCosine)]
-    return any(factor.reset_every and factor.restart_warmup_steps for factor in factors)
+    return any(factor.reset_every and factor.restart_warmup_steps for factor in jagged_cosines(scheduler))
+
+
+def jagged_cosines(scheduler: LRScheduler | None) -> list[JaggedCosine]:
+    """Those of a scheduler, of one that Accelerate wraps, and of those that torch's ChainedScheduler steps together."""
+    if isinstance(scheduler, ChainedScheduler):
+        return [factor for each in scheduler._schedulers for factor in jagged_cosines(each)]
+    inner = getattr(scheduler, "scheduler", scheduler)
+    return [factor for factor in getattr(inner, "lr_lambdas", ()) if isinstance(factor, JaggedCosine)]
 
 
 def jagged_cosine_schedule(

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from .. import checks
 from ..modules import ReplaceReport, replace_linear
@@ -10,7 +10,7 @@ from ..modules.mixins import unmix
 from ..modules.protocol import LoRALayer, is_lora
 from ..modules.targets import find_linears
 from ..ops import Part
-from .schedule import JaggedCosine
+from .schedule import jagged_cosines
 from .shards import check_rows, is_sharded
 
 
@@ -54,10 +54,12 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
             raise ValueError(f"{name} is merged: unmerge_() it first")
         part = layer.lora_part()
         for what, tensor in (("weight", part.weight), ("lora_A", part.A), ("lora_B", part.B)):
+            checks.check_own(f"{name}.{what}", tensor)
             check_rows(f"{name}.{what}", tensor)
     if not layers and any(map(is_sharded, model.parameters())):
         raise ValueError("model is sharded already: call replace_linear before fully_shard")
     for name, parameter in parameters_to_train(model, lora).items():
+        checks.check_own(name, parameter)
         if parameter.is_meta:
             raise ValueError(f"{name} is on meta, where nothing trains: bring back what is offloaded first")
         if not parameter.requires_grad:
@@ -80,9 +82,11 @@ def check_scheduler(
         raise TypeError("scheduler must step without a metric: step a ReduceLROnPlateau yourself")
     if lr_factor != 1 and scheduler is not None and not hasattr(scheduler, "base_lrs"):
         raise TypeError(f"lr_factor needs a scheduler with base_lrs, got {type(scheduler).__name__}")
-    for factor in getattr(scheduler, "lr_lambdas", ()):
-        if not isinstance(factor, JaggedCosine):
-            continue
+    if lr_factor != 1 and (isinstance(scheduler, (CyclicLR, OneCycleLR)) or getattr(scheduler, "eta_min", 0) != 0):
+        raise TypeError(
+            f"lr_factor needs a scheduler whose rates are multiples of base_lrs, got {type(scheduler).__name__}"
+        )
+    for factor in jagged_cosines(scheduler):
         ours, theirs = (reset_every, warm_start_steps), (factor.reset_every, factor.warm_start_steps)
         if None in (reset_every, factor.reset_every):  # one of them has no restarts
             ours, theirs = ours[1:], theirs[1:]

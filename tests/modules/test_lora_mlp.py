@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +244,46 @@ class Keywords(GatedMLP):
         return self.w2(torch.mul(input=self.act(self.w1(x)), other=self.w3(x)))
 
 
+class Flagged(GatedMLP):
+    doubles = False
+
+    def forward(self, x):
+        h = self.act(self.w1(x)) * self.w3(x)
+        if self.doubles:
+            h = h * 2
+        return self.w2(h)
+
+
+class OfConfig(GatedMLP):
+    config = SimpleNamespace(doubles=False)
+
+    def forward(self, x):
+        return self.w2(
+            self.act(self.w1(x)) * self.w3(x) * 2 if self.config.doubles else self.act(self.w1(x)) * self.w3(x)
+        )
+
+
+class OfModes(GatedMLP):
+    def forward(self, x):
+        h = self.act(self.w1(x)) * self.w3(x)
+        return self.w2(h if torch.is_grad_enabled() else 2 * h)
+
+
+class OfItsFunction(GatedMLP):
+    function = staticmethod(F.silu)
+
+    def forward(self, x):
+        return self.w2(self.function(self.w1(x)) * self.w3(x))
+
+
+class OfItsMethod(GatedMLP):
+    def hidden(self, x):
+        return self.act(self.w1(x)) * self.w3(x)
+
+    def forward(self, x):
+        return self.w2(self.hidden(x))
+
+
 class ClippedSiLU(nn.Module):
     def forward(self, x):
         return F.silu(x.clamp(max=50))
@@ -254,14 +295,15 @@ class OfMatrices(nn.Module):
 
 
 def test_a_forward_is_recognised_by_what_it_does():
-    assert recognise(GatedMLP()) == Structure("w1", "w3", "w2", "silu", "act")
-    assert recognise(Swapped()) == Structure("w1", "w3", "w2", "silu", None)
-    assert recognise(GatedMLP(nn.GELU("tanh"))) == Structure("w1", "w3", "w2", "gelu_tanh", "act")
+    assert recognise(GatedMLP()) == Structure("w1", "w3", "w2", "silu", "act", "hidden_states")
+    assert recognise(Swapped()) == Structure("w1", "w3", "w2", "silu", None, "x")
+    assert recognise(GatedMLP(nn.GELU("tanh"))) == Structure("w1", "w3", "w2", "gelu_tanh", "act", "hidden_states")
 
 
 OTHERS = [
     *(kind() for kind in (Scaled, Branching, Ungated, Squared, DropsInTraining, WithoutGradients, WithoutAutocast)),
     *(kind() for kind in (Checkpointed, Clipped, Counting, Keywords)),
+    *(kind() for kind in (Flagged, OfConfig, OfModes, OfItsFunction, OfItsMethod)),  # such at times
     *map(GatedMLP, (nn.GELU(), nn.ReLU(), nn.PReLU(), ClippedSiLU(), OfMatrices())),
 ]
 
@@ -276,6 +318,27 @@ def test_anything_else_is_left_as_it_is(mlp, training):
     assert not isinstance(model.mlp, LoRAMLP)
     assert type(unmix(model.mlp)) is type(mlp)
     assert {name: vars(model.mlp)[name] for name in before} == before
+
+
+def test_an_activation_that_is_changed(as_one):
+    model = Holder(GatedMLP(nn.GELU("tanh")))
+    replace_linear(model, r=2)
+    x = torch.randn(3, 16)
+    before = model(x)
+    model.mlp.act.approximate = "none"
+    assert model.mlp.why_not(x) == "its activation was changed"
+    assert not torch.equal(model(x), before)
+    assert len(as_one) == 1
+
+
+def test_an_argument_of_another_name(as_one):
+    model = Holder(GatedMLP())
+    replace_linear(model, r=2)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(model.mlp(hidden_states=x), model.mlp(x))
+    with pytest.raises(TypeError, match="bogus"):
+        model.mlp(bogus=x)
+    assert len(as_one) == 2
 
 
 def test_partial_replacements_and_later_calls_fuse_nothing_else():

@@ -23,12 +23,12 @@ class Foreign(nn.Module):
 
     def __init__(self, linear, r=3, scale=0.7):
         super().__init__()
-        self.base, self.scale = linear.requires_grad_(False), scale
+        self.base, self.scale = linear.requires_grad_(False), torch.tensor(scale)
         self.down = nn.Parameter(torch.randn(r, linear.in_features))
         self.up = nn.Parameter(torch.randn(linear.out_features, r))
 
     def lora_part(self):
-        return Part(self.base.weight, self.down, self.up, self.base.bias, torch.tensor(self.scale))
+        return Part(self.base.weight, self.down, self.up, self.base.bias, self.scale)
 
     def why_alone(self):
         return None
@@ -207,3 +207,45 @@ def test_a_functional_call_with_weights_that_train(model, groups, as_one):
         torch.testing.assert_close(grad, want, msg=name)
     assert not groups
     assert not as_one
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("act", ["merge_", "unmerge_"])
+def test_a_weight_that_is_made_at_each_use_is_not_merged(act):
+    layer = LoRALinear(9, 5, 2, 3.0)
+    nn.init.normal_(layer.lora_B)
+    if act == "unmerge_":
+        layer.merge_()
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    x = torch.randn(4, 9)
+    before = layer(x)
+    with pytest.raises(ValueError, match="weight must be a parameter to be merged"):
+        getattr(layer, act)()
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+@pytest.mark.parametrize("late", [True, False])
+def test_relora_wants_parameters(name, late):
+    layer = LoRALinear(9, 5, 2, 3.0)
+    model = nn.Sequential(layer)
+
+    def parametrize():
+        nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+
+    if not late:
+        parametrize()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    if not late:
+        with pytest.raises(ValueError, match=f"0.{name} must be a parameter"):
+            ReLoRA(model, optimizer, reset_every=2)
+        return
+    relora = ReLoRA(model, optimizer, reset_every=2)
+    parametrize()
+    with pytest.raises(ValueError, match=f"{name} must be a parameter|not held by the optimizer"):
+        relora.finish()
+    assert relora.cycle == 0

@@ -330,3 +330,58 @@ def test_a_processor_is_followed_and_may_be_replaced():
     assert reading.groups(module, (x, x), {}) == (KV,)
     module.processor = lambda *args: x
     assert reading.groups(module, (x,), {}) == ()
+
+
+def bumping(function):
+    @functools.wraps(function)
+    def wrapper(self, x):
+        x.mul_(2)
+        return function(self, x)
+
+    return wrapper
+
+
+class ByProperty(Base):
+    @property
+    def bump(self):
+        self.kept.mul_(2)
+
+    def forward(self, x):
+        self.kept = x
+        q = self.q(x)
+        self.bump  # noqa: B018
+        return q, self.k(x)
+
+
+class ByDecorator(Base):
+    @bumping
+    def to_k(self, x):
+        return self.k(x)
+
+    def forward(self, x):
+        return self.q(x), self.to_k(x)
+
+
+class ByMaxNorm(Base):
+    def forward(self, x, i):
+        q = self.q(x)
+        return q, F.embedding(i, x, None, 0.1), self.k(x)
+
+
+class HarmlessProperty(Base):
+    @property
+    def width(self):
+        return self.table.shape[0]
+
+    def forward(self, x):
+        return self.q(x) * self.width, self.k(x)
+
+
+@pytest.mark.parametrize("kind", [ByProperty, ByDecorator, ByMaxNorm])
+def test_changes_that_hide(kind):
+    reading = read(kind())
+    assert reading is None or not reading.every
+
+
+def test_a_property_that_is_followed():
+    assert read(HarmlessProperty()).every == [("q", "k")]

@@ -469,3 +469,36 @@ def test_only_what_was_replaced_is_together():
     assert isinstance(model.layers[0].self_attn, LoRASiblings)
     with pytest.raises(ValueError, match="fuse must be one of auto, off, got 'on'"):
         replace_linear(model, 2, target_modules=["k_proj"], fuse="on")
+
+
+class Told(Attention):
+    """Between the calls of q and k something from elsewhere is called."""
+
+    def forward(self, x):
+        q = self.q(x)
+        self.told[0]()
+        return q.sum() + self.k(x).sum() + self.v(x).sum()
+
+
+CHANGES = {
+    "alpha": lambda k: setattr(k, "lora_alpha", 7.0),
+    "a factor": lambda k: setattr(k, "lora_B", nn.Parameter(torch.ones_like(k.lora_B))),
+    "a factor's values": lambda k: k.lora_B.detach().mul_(2),
+    "a bias": lambda k: k.bias.detach().add_(1) if k.bias is not None else k.weight.detach().add_(1),
+    "a state": lambda k: k.load_state_dict(
+        {name: value + 1 for name, value in k.state_dict().items() if "lora" in name}, strict=False
+    ),
+    "dropout": lambda k: setattr(k, "lora_dropout", 1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_changes_after_its_result_was_made(change, groups):
+    torch.manual_seed(0)
+    alone, together = make_pair(Told)
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        for model in (alone, together):
+            model.told = [lambda model=model: CHANGES[change](model.k)]
+        close(together(x), alone(x))
+    assert groups

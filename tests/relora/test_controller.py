@@ -3,15 +3,18 @@
 import copy
 import io
 from functools import partial
+from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import ChainedScheduler
 
 from fused_lora import LoRALinear, replace_linear
 from fused_lora.reference import join
-from fused_lora.relora import ReLoRA, jagged_cosine_schedule
+from fused_lora.relora import ReLoRA, controller, jagged_cosine_schedule
 from fused_lora.relora.optimizer_reset import MOMENTS
 from fused_lora.relora.seeds import mix
 from tests.ops.problem import DEVICES
@@ -607,3 +610,75 @@ def test_an_update_that_is_offloaded_is_not_merged(act, why):
         getattr(run.relora, act)()
     torch.testing.assert_close(run.net(x).detach(), want)
     assert run.relora.cycle == 0
+
+
+def test_a_step_that_is_refused_is_not_counted():
+    run = Run(warm_start_steps=0, total=24)
+    run.train(5)
+    factor = run.net.attn.lora_B
+    kept, rate = factor.detach().clone(), run.optimizer.param_groups[0]["lr"]
+    factor.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="lora_B must be finite"):
+        run.relora.step()
+    assert (run.relora.steps, run.relora.cycle, run.scheduler.last_epoch) == (5, 0, 5)
+    assert run.optimizer.param_groups[0]["lr"] == rate
+    factor.data.copy_(kept)
+    assert run.relora.step() is not None
+    assert (run.relora.steps, run.relora.cycle, run.scheduler.last_epoch) == (6, 1, 6)
+
+
+def test_a_wrap_that_fails_is_tried_again(monkeypatch):
+    run = Run()
+    run.train(3)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(controller, "wrap", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.train(1)
+    monkeypatch.undo()
+    assert (run.relora.steps, run.scheduler.last_epoch) == (3, 3)
+    run.train(1)
+    assert isinstance(run.net.attn, LoRALinear)
+
+
+@pytest.mark.parametrize(
+    "wrapper", [lambda each: SimpleNamespace(scheduler=each), lambda each: ChainedScheduler([each])]
+)
+def test_schedulers_inside_others_are_looked_at(wrapper):
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    wrong = jagged_cosine_schedule(optimizer, 28, 2, 2, 8, warm_start_steps=4)
+    with pytest.raises(ValueError, match="must be the scheduler's"):
+        ReLoRA(net, optimizer, wrapper(wrong), **OPTIONS)
+    right = jagged_cosine_schedule(optimizer, 28, 2, 2, 6, warm_start_steps=4)
+    assert ReLoRA(net, optimizer, wrapper(right), **OPTIONS)._reset["reset_step"] is False
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 20),
+        lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, cycle_momentum=False),
+        lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 20, eta_min=1e-3),
+        lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 20, eta_min=1e-3),
+    ],
+)
+def test_schedulers_with_rates_of_their_own(make):
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    with pytest.raises(TypeError, match="whose rates are multiples of base_lrs"):
+        ReLoRA(net, optimizer, make(optimizer), **OPTIONS, lr_factor=0.5)
+    ReLoRA(net, optimizer, make(optimizer), **OPTIONS)
+
+
+def test_a_scheduler_that_was_loaded_before():
+    run = Run(lr_factor=0.5)
+    run.train(8)
+    states = run.relora.state_dict(), run.scheduler.state_dict()
+    other = Run(lr_factor=0.5)
+    other.scheduler.load_state_dict(states[1])
+    with pytest.raises(ValueError, match="scheduler was loaded before ReLoRA"):
+        other.relora.load_state_dict(states[0])
+    assert type(other.net.attn) is nn.Linear
