@@ -20,14 +20,16 @@ def is_straight(module: nn.Module) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
     except (OSError, TypeError, SyntaxError):
         return False
-    return isinstance(tree, ast.FunctionDef) and not tree.decorator_list and _Straight(module, forward, tree).holds()
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+        return False
+    names = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args)]
+    return len(names) > 1 and _Straight(module, forward, tree, *names).holds()
 
 
 class _Straight:
-    def __init__(self, module: nn.Module, forward: FunctionType, tree: ast.FunctionDef):
+    def __init__(self, module: nn.Module, forward: FunctionType, tree: ast.FunctionDef, own: str, *names: str):
         self.module, self.tree, self.globals = module, tree, forward.__globals__
-        first, *others = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args)]
-        self.own, self.known = first, set(others)
+        self.own, self.known = own, set(names)
 
     def holds(self) -> bool:
         return all(self.statement(node) for node in self.tree.body)

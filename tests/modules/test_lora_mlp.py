@@ -284,6 +284,12 @@ class OfItsMethod(GatedMLP):
         return self.w2(self.hidden(x))
 
 
+class WithoutNames(GatedMLP):
+    def forward(*args):
+        self, x = args
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+
 class ClippedSiLU(nn.Module):
     def forward(self, x):
         return F.silu(x.clamp(max=50))
@@ -303,7 +309,7 @@ def test_a_forward_is_recognised_by_what_it_does():
 OTHERS = [
     *(kind() for kind in (Scaled, Branching, Ungated, Squared, DropsInTraining, WithoutGradients, WithoutAutocast)),
     *(kind() for kind in (Checkpointed, Clipped, Counting, Keywords)),
-    *(kind() for kind in (Flagged, OfConfig, OfModes, OfItsFunction, OfItsMethod)),  # such at times
+    *(kind() for kind in (Flagged, OfConfig, OfModes, OfItsFunction, OfItsMethod, WithoutNames)),  # such at times
     *map(GatedMLP, (nn.GELU(), nn.ReLU(), nn.PReLU(), ClippedSiLU(), OfMatrices())),
 ]
 
