@@ -34,6 +34,15 @@ PURE_MODULES = (torch, torch.nn.functional, math)
 # Arguments by which they change another, or call something.
 TELLING = {"out", "inplace", "key", "max_norm"}
 CONSTANTS = (bool, int, float, str, torch.dtype, torch.device)
+# By which an object's own code is called without a call.
+OPERATORS = {
+    f"__{name}__"
+    for name in (
+        *("getitem", "setitem", "contains", "iter", "len", "bool", "enter", "exit", "getattr", "getattribute"),
+        *("add", "sub", "mul", "truediv", "matmul", "pow", "and", "or", "lt", "gt", "le", "ge", "neg", "invert"),
+        *("radd", "rsub", "rmul", "rtruediv", "rmatmul", "iadd", "imul"),
+    )
+}
 
 
 class Expressions:
@@ -98,6 +107,8 @@ class Expressions:
         elif isinstance(getattr(type(held), "__call__", None), FunctionType):  # noqa: B004  its code, not whether it has any
             self.relies_on[name] = type(held)
             return Value(known=MethodType(type(held).__call__, held))
+        if _has_operators(held):
+            self.may_change([self.kept])
         return Value() if isinstance(held, CONSTANTS) else Value(shares=self.kept.memory)
 
     def of_property(self, found: property) -> Value:
@@ -206,6 +217,13 @@ class Expressions:
         self.may_change(given)
         link(given)
         return Value(shares=memory_of(given))
+
+
+def _has_operators(held) -> bool:
+    """Whether it is an object whose operators are somebody's code; torch's are known."""
+    if isinstance(held, (torch.Tensor, nn.Module)):
+        return False
+    return any(isinstance(inspect.getattr_static(type(held), name, None), FunctionType) for name in OPERATORS)
 
 
 def _is_pure(function, node: ast.Call) -> bool:

@@ -368,6 +368,47 @@ class ByMaxNorm(Base):
         return q, F.embedding(i, x, None, 0.1), self.k(x)
 
 
+class Bumps:
+    def __init__(self, module):
+        self.module = [module]
+
+    def __getitem__(self, _):
+        self.module[0].kept.mul_(2)
+
+    __add__ = __enter__ = __getitem__
+
+    def __exit__(self, *_):
+        pass
+
+
+class ByItem(Base):
+    def __init__(self):
+        super().__init__()
+        self.bumps = Bumps(self)
+
+    def forward(self, x):
+        self.kept = x
+        q = self.q(x)
+        self.bumps[0]  # noqa: B018
+        return q, self.k(x)
+
+
+class ByOperator(ByItem):
+    def forward(self, x):
+        self.kept = x
+        q = self.q(x)
+        self.bumps + 1  # noqa: B018
+        return q, self.k(x)
+
+
+class ByContext(ByItem):
+    def forward(self, x):
+        self.kept = x
+        q = self.q(x)
+        with self.bumps:
+            return q, self.k(x)
+
+
 class HarmlessProperty(Base):
     @property
     def width(self):
@@ -377,7 +418,7 @@ class HarmlessProperty(Base):
         return self.q(x) * self.width, self.k(x)
 
 
-@pytest.mark.parametrize("kind", [ByProperty, ByDecorator, ByMaxNorm])
+@pytest.mark.parametrize("kind", [ByProperty, ByDecorator, ByMaxNorm, ByItem, ByOperator, ByContext])
 def test_changes_that_hide(kind):
     reading = read(kind())
     assert reading is None or not reading.every

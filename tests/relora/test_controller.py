@@ -682,3 +682,14 @@ def test_a_scheduler_that_was_loaded_before():
     with pytest.raises(ValueError, match="scheduler was loaded before ReLoRA"):
         other.relora.load_state_dict(states[0])
     assert type(other.net.attn) is nn.Linear
+
+
+def test_residuals_of_another_dtype():
+    run = Run(dtype=torch.bfloat16)
+    run.train(12)
+    state = run.relora.state_dict()
+    lows = {name: low.float() for name, low in state["lows"].items()}
+    other = Run(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"residual at attn must be int16, got torch\.float32"):
+        other.relora.load_state_dict(state | {"lows": lows})
+    assert type(other.net.attn) is nn.Linear
