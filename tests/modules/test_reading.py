@@ -389,7 +389,7 @@ class ByItem(Base):
     def forward(self, x):
         self.kept = x
         q = self.q(x)
-        self.bumps[0]  # noqa: B018
+        self.bumps[0]
         return q, self.k(x)
 
 
@@ -397,7 +397,7 @@ class ByOperator(ByItem):
     def forward(self, x):
         self.kept = x
         q = self.q(x)
-        self.bumps + 1  # noqa: B018
+        self.bumps + 1
         return q, self.k(x)
 
 
