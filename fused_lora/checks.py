@@ -164,10 +164,15 @@ def check_same_rows(name: str, weight: Tensor, other: str, like: Tensor) -> None
         raise ValueError(f"{name}: weight must have {like.shape[0]} rows like {other}'s, got {weight.shape[0]}")
 
 
-def check_at_hand(name: str, tensor: Tensor) -> None:
-    """Whether a parameter is a plain tensor with memory, and not elsewhere (offloaded) or in shards."""
+def check_in_memory(name: str, tensor: Tensor) -> None:
+    """Whether a tensor is not elsewhere: offloaded."""
     if tensor.is_meta:
         raise ValueError(f"{name} must be in memory to be merged, got one on meta: bring back what is offloaded first")
+
+
+def check_at_hand(name: str, tensor: Tensor) -> None:
+    """Whether a parameter is a plain tensor with memory, and not in shards."""
+    check_in_memory(name, tensor)
     if type(tensor) not in (Tensor, nn.Parameter):
         raise TypeError(
             f"{name} must be a plain tensor to be merged, got {type(tensor).__name__} (ReLoRA merges shards)"

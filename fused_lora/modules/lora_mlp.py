@@ -105,7 +105,7 @@ class LoRAMLP(Mixin):
         parts = self._parts(x)
         if isinstance(parts, str):
             return super().forward(*args, **kwargs)
-        p = self._structure.layers(self)[0].dropping
+        p = self.get_submodule(self._structure.gate).dropping
         return ops.lora_mlp(x, *parts, activation=self._structure.activation, p=p, save=self.save)
 
 

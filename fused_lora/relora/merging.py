@@ -8,17 +8,19 @@ from ..ops import Part, merge_and_reinit_
 from .shards import is_sharded, keep, local, whole
 
 
-def check_finite(parts: dict[str, Part]) -> None:
-    """Raises ValueError for factors that are not, on all ranks alike: merged, they would be in the weights for good."""
-    factors = {f"{name}.lora_{which}": getattr(part, which) for name, part in parts.items() for which in "AB"}
+def tensors_of(name: str, part: Part) -> dict[str, Tensor]:
+    """What a merge reads or writes of a layer, as parameters are called."""
+    return {f"{name}.lora_A": part.A, f"{name}.lora_B": part.B, f"{name}.weight": part.weight}
+
+
+def check_mergeable(parts: dict[str, Part]) -> None:
+    """Raises ValueError for what a merge would be lost in; and for factors that are not finite, on all ranks alike:
+    merged, they would be in the weights for good."""
     for name, part in parts.items():
-        for what, tensor in (("weight", part.weight), ("lora_A", part.A), ("lora_B", part.B)):
-            checks.check_own(f"{name}.{what}", tensor)
-    for name, factor in factors.items():
-        if factor.is_meta:
-            raise ValueError(
-                f"{name} must be in memory to be merged, got one on meta: bring back what is offloaded first"
-            )
+        for what, tensor in tensors_of(name, part).items():
+            checks.check_own(what, tensor)
+            checks.check_in_memory(what, tensor)
+    factors = {f"{name}.lora_{which}": getattr(part, which) for name, part in parts.items() for which in "AB"}
     largest = torch._foreach_norm([local(factor.detach()) for factor in factors.values()], float("inf"))  # few launches
     finite = torch.stack([each.to(largest[0].device, torch.float64) for each in largest]).isfinite().int()
     if any(map(is_sharded, factors.values())):  # each rank has seen its own rows
@@ -31,9 +33,9 @@ def check_finite(parts: dict[str, Part]) -> None:
 def merge_parts(parts: dict[str, Part], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str) -> None:
     """merge_and_reinit_ of all layers' parts: those with low halves in one call, those without in another.
 
-    Raises ValueError naming a factor that is not finite, before anything is merged.
+    Raises ValueError as check_mergeable does, before anything is merged.
     """
-    check_finite(parts)
+    check_mergeable(parts)
     for names in ([name for name in parts if name in lows], [name for name in parts if name not in lows]):
         some = [parts[name] for name in names]
         As = [whole(part.A) for part in some]

@@ -10,6 +10,7 @@ from ..modules.mixins import unmix
 from ..modules.protocol import LoRALayer, is_lora
 from ..modules.targets import find_linears
 from ..ops import Part
+from .merging import tensors_of
 from .schedule import jagged_cosines
 from .shards import check_rows, is_sharded
 
@@ -52,10 +53,9 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged: unmerge_() it first")
-        part = layer.lora_part()
-        for what, tensor in (("weight", part.weight), ("lora_A", part.A), ("lora_B", part.B)):
-            checks.check_own(f"{name}.{what}", tensor)
-            check_rows(f"{name}.{what}", tensor)
+        for what, tensor in tensors_of(name, layer.lora_part()).items():
+            checks.check_own(what, tensor)
+            check_rows(what, tensor)
     if not layers and any(map(is_sharded, model.parameters())):
         raise ValueError("model is sharded already: call replace_linear before fully_shard")
     for name, parameter in parameters_to_train(model, lora).items():

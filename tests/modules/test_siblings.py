@@ -16,6 +16,7 @@ from fused_lora import explain, replace_linear
 from fused_lora.modules import LoRALinear, siblings
 from fused_lora.modules.mixins import unmix
 from fused_lora.modules.siblings import LoRASiblings
+from tests.modules.threads import at_once
 
 DYNAMO = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 
@@ -140,11 +141,7 @@ def test_threads(groups):
             except Exception as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=serve, args=each) for each in zip(xs, wanted, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(serve, xs, wanted)
     assert not wrong
     assert len(groups) == 1200
 

@@ -10,6 +10,7 @@ from torch import nn
 from fused_lora import backends, replace_linear
 from fused_lora.modules import siblings
 from fused_lora.pretrain.llama import Llama, LlamaConfig
+from tests.modules.threads import at_once
 
 pytestmark = pytest.mark.gpu
 
@@ -77,11 +78,7 @@ def test_threads(streams, groups):
                 except Exception as error:
                     wrong.append(error)
 
-    threads = [threading.Thread(target=serve, args=each) for each in zip(inputs, wanted, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(serve, inputs, wanted)
     assert not wrong
 
 
@@ -95,11 +92,7 @@ def test_training_in_threads(groups):
         return torch.autograd.grad(model(x).float().square().mean(), factors)
 
     wanted, found = gradients(together), []
-    threads = [threading.Thread(target=lambda: found.append(gradients(together))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(lambda model: found.append(gradients(model)), [together] * 4)
     assert len(found) == 4
     for grads in found:
         assert all(torch.equal(one, other) for one, other in zip(grads, wanted, strict=True))
