@@ -32,6 +32,7 @@ struct Outbox {
   static constexpr int kNoFlag = -1;
   int next_part = 0, box_count = 0, parts = 0;
   int pause = 0;  // steps until the finisher may take the next box
+  uint32_t finish_phase = 1;  // of finish_empty, which ends when the finisher has given back the last box
 
   // A 64 x 2 kCount result for (row, col) of the map's matrix. What was pending goes out before.
   template <int kCount>
@@ -128,12 +129,11 @@ struct Outbox {
     ++next_part;
   }
 
-  // Until what left it last has been read.
+  // Until what left it last has been read. All threads wait for the finisher: where one lane alone reads shared memory while
+  // others wait for it, compute-sanitizer's tools hang.
   __device__ __forceinline__ void await_buffer() const {
-    if (self.thread() == 0) {
-      ptx::tma_store_wait_read<0>();
-      if (kGated || p.rows_start_anywhere) ptx::mbarrier_wait(&shared.finish_empty[self.index], shared.finish_phase[self.index]);
-    }
+    if (self.thread() == 0) ptx::tma_store_wait_read<0>();
+    if (kGated || p.rows_start_anywhere) ptx::mbarrier_wait(&shared.finish_empty[self.index], finish_phase);
     self.sync();
   }
 
@@ -144,7 +144,7 @@ struct Outbox {
     write_box(box, buffer);
     if constexpr (C::kGates) write_box(box + kOutBoxes, buffer + kBoxBytes);
     if (box == 0) announce(first_row, first_col, what);
-    if (self.thread() == 0) shared.finish_phase[self.index] ^= 1;
+    finish_phase ^= 1;
     ptx::mbarrier_arrive(&shared.finish_full[self.index]);
   }
 

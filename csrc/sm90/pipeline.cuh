@@ -75,7 +75,6 @@ struct Shared {
   Item item;
   // Between the warpgroups that multiply and the finisher: boxes in out, and the tile that they are of.
   uint64_t finish_full[kConsumers], finish_empty[kConsumers], finish_tile_full;
-  uint32_t finish_phase[kConsumers];  // of finish_empty, which ends when the finisher has given back the last box
   int4 finish_tile;  // row, column and part; -1: none comes any more
 };
 
@@ -87,7 +86,6 @@ __device__ void init_barriers(Shared<C>& shared) {
     ptx::mbarrier_init(&shared.empty[stage], kCluster * kWarps);
   }
   for (uint64_t& barrier : shared.finish_full) ptx::mbarrier_init(&barrier, kWarpgroup);
-  for (uint32_t& phase : shared.finish_phase) phase = 1;
   for (uint64_t& barrier : shared.finish_empty) ptx::mbarrier_init(&barrier, kFinishThreads);
   ptx::mbarrier_init(&shared.finish_tile_full, 1);
   ptx::mbarrier_init(&shared.item_full, 1);
