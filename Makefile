@@ -53,10 +53,12 @@ profile: $(READY)
 		$(PYTHON) -m bench.profile $(SHAPE)
 	ncu --import profile_output/step.ncu-rep --page details | tee profile_output/step.txt
 
-# Without torch's memory pool every tensor is an allocation of its own, whose bounds the tools know.
-TOOLS := memcheck racecheck initcheck synccheck
+# Without torch's memory pool every tensor is an allocation of its own, whose bounds the tools know. initcheck watches all
+# kernels, since others write what ours read.
+TOOLS := memcheck racecheck synccheck initcheck
+OURS = $(if $(filter initcheck,$(tool)),,--kernel-name kns=fused_lora)
 sanitize: $(READY)
-	$(foreach tool,$(TOOLS),PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(tool) --error-exitcode 1 \
+	$(foreach tool,$(TOOLS),PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(tool) $(OURS) --error-exitcode 1 \
 		$(PYTHON) -m tests.csrc.small_passes &&) true
 
 lint: $(READY)

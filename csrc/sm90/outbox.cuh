@@ -129,8 +129,7 @@ struct Outbox {
     ++next_part;
   }
 
-  // Until what left it last has been read. All threads wait for the finisher: where one lane alone reads shared memory while
-  // others wait for it, compute-sanitizer's tools hang.
+  // Until what left it last has been read.
   __device__ __forceinline__ void await_buffer() const {
     if (self.thread() == 0) ptx::tma_store_wait_read<0>();
     if (kGated || p.rows_start_anywhere) ptx::mbarrier_wait(&shared.finish_empty[self.index], finish_phase);
