@@ -59,7 +59,7 @@ TOOLS := memcheck racecheck synccheck initcheck
 OURS = $(if $(filter initcheck,$(tool)),,--kernel-name kns=fused_lora)
 sanitize: $(READY)
 	$(foreach tool,$(TOOLS),PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(tool) $(OURS) --error-exitcode 1 \
-		$(PYTHON) -m tests.csrc.small_passes &&) true
+		$(PYTHON) -m tests.csrc.small_passes $(if $(filter initcheck,$(tool)),--aligned) &&) true
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
