@@ -33,19 +33,24 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void flag_add_release(int* flag, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+__device__ __forceinline__ void flag_raise(int* flag, int mark) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(mark) : "memory");
 }
 
-__device__ __forceinline__ int flag_load_acquire(const int* flag) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
+// Until the flag has this mark.
+__device__ __forceinline__ void flag_wait(const int* flag, int mark) {
+  for (int value;; __nanosleep(64)) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    if (value == mark) return;
+  }
 }
 
-// Until the flag has reached `value`.
-__device__ __forceinline__ void flag_wait(const int* flag, int value) {
-  while (flag_load_acquire(flag) < value) __nanosleep(64);
+// Of two flags side by side, the first at an even place.
+__device__ __forceinline__ void flag_pair_wait(const int* flags, int mark) {
+  for (long long value;; __nanosleep(64)) {
+    asm volatile("ld.acquire.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(flags) : "memory");
+    if (static_cast<int>(value) == mark && static_cast<int>(value >> 32) == mark) return;
+  }
 }
 
 // Adds at the L2 cache, without an answer.
@@ -74,6 +79,12 @@ __device__ __forceinline__ void async_copies_commit() { asm volatile("cp.async.c
 template <int kGroups>
 __device__ __forceinline__ void async_copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+__device__ __forceinline__ int load_shared_32(uint32_t address) {
+  int v;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
 }
 
 __device__ __forceinline__ uint16_t load_shared_16(uint32_t address) {
