@@ -91,6 +91,8 @@ auto launcher_of(const Pass& pass) {
   return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
 }
 
+static_assert(sizeof(work::Counters) == kCounters * sizeof(int), "they precede the flags");
+
 // Parameters that both passes have.
 inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
   KernelParams p{};

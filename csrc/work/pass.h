@@ -14,6 +14,8 @@ constexpr int ceil_div(Int a, int b) {
   return static_cast<int>((a + b - 1) / b);
 }
 
+constexpr int kListRows = 128;  // the rows of every kernel's items are a multiple of these
+
 // What one linear of a group adds to a pass: out (M, cols) sums over depth. Backward the summed ones have the same cols, and one
 // out.
 struct PassPart {
@@ -47,10 +49,10 @@ struct Pass {
     return sum;
   }
 
-  // Passes with the same one have the same list, where an item has `rows`.
+  // Passes with the same one have the same list.
   using Key = std::array<int64_t, 3 + 4 * kMostParts>;
-  Key key(int rows) const {
-    Key key{ceil_div(M, rows), backward | drops << 1 | wants_out << 2 | gated << 3, parts | summed << 8};
+  Key key() const {
+    Key key{ceil_div(M, kListRows), backward | drops << 1 | wants_out << 2 | gated << 3, parts | summed << 8};
     for (int i = 0; i < parts; ++i) {
       const int64_t of_part[4] = {part[i].cols, part[i].depth, part[i].r, part[i].wants_dA | part[i].wants_dB << 1};
       std::copy_n(of_part, 4, key.begin() + 3 + 4 * i);
