@@ -10,7 +10,7 @@ namespace fused_lora {
 // What is done in its scope is never captured, and allowed during a capture.
 class RelaxedCapture {
  public:
-  RelaxedCapture() { C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  RelaxedCapture() { C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode_)); }
   ~RelaxedCapture() { C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode_)); }
 
  private:

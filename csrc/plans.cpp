@@ -28,6 +28,7 @@ std::shared_ptr<const Planned> make(const work::Pass& pass) {
   }
   // cudaFree waits for launches that still read the list.
   return {made.release(), [](const Planned* gone) {
+            const RelaxedCapture relaxed;  // another thread may be capturing
             cudaFree(gone->list);
             delete gone;
           }};

@@ -321,7 +321,7 @@ struct Consumer {
       const int c = i / 2 * 8 + self.col();
       if (at < p.M && c < part.low_stride) *reinterpret_cast<uint32_t*>(low + at * part.low_stride + c) = rounded[i];
     }
-    outbox.raise(own_flag(item.raises), false);
+    if (item.raises != work::kNone) outbox.raise(own_flag(item.raises), false);
   }
 
   template <int kCount>

@@ -41,11 +41,9 @@ struct Pass {
     for (int i = 1; backward && i < summed; ++i) sum += part[i].depth;
     return sum;
   }
-  // Parts whose columns tiles are made of: of others the first part's stand for all.
-  int tiled_parts() const { return !wants_out ? 0 : backward || gated ? 1 : parts; }
   int tile_cols(int width) const {
     int sum = 0;
-    for (int i = 0; i < tiled_parts(); ++i) sum += ceil_div(part[i].cols, width);
+    for (int i = 0; i < (backward ? 1 : parts); ++i) sum += ceil_div(part[i].cols, width);
     return sum;
   }
 

@@ -25,7 +25,9 @@ struct Order {
 class Planner {
  public:
   Planner(const Pass& pass, const Tiling& tiling) : pass_(pass), tiling_(tiling), rows_(ceil_div(pass.M, tiling.rows)) {
-    for (int i = 0; i < pass.tiled_parts(); ++i) tile_cols_ += ceil_div(pass.part[i].cols, tiling.tile_cols);
+    // Where one tile is of several parts, the first one's columns stand for all.
+    const int tiled = !pass.wants_out ? 0 : pass.backward || pass.gated ? 1 : pass.parts;
+    for (int i = 0; i < tiled; ++i) tile_cols_ += ceil_div(pass.part[i].cols, tiling.tile_cols);
     for (int i = 0; i < pass.parts; ++i) {
       const PassPart& part = pass.part[i];
       if (pass.needs_low(i)) shrinking_.push_back(i);
@@ -140,7 +142,8 @@ class Planner {
       for (int own; col >= (own = ceil_div(pass_.part[part].cols, tiling_.tile_cols)); ++part) col -= own;
       const bool rides = rides_ && col == 0;
       const int low = shrinking_.empty() ? kNone : low_flag(part, row);
-      add(Work::kTile, rides ? kRides : 0, part, {row, 1}, col * tiling_.tile_cols, rides ? kNone : low, rides ? low : kNone);
+      add(Work::kTile, rides ? kRides : 0, part, {row, 1}, col * tiling_.tile_cols, rides ? kNone : low,
+          rides && tile_cols_ > 1 ? low : kNone);
     }
   }
 

@@ -167,7 +167,8 @@ class Consumer:
     def ride(self, item: Item) -> Turns:
         self.drain()
         yield from self.await_stage()
-        self.launch.raise_(self.own_flag(item.raises))
+        if item.raises != NONE:
+            self.launch.raise_(self.own_flag(item.raises))
 
     def gradient(self, item: Item) -> Turns:
         launch, outbox = self.launch, self.outbox

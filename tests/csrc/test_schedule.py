@@ -41,7 +41,7 @@ def made_low(item: Item) -> list[tuple[int, int]]:
 def raised(item: Item) -> set[int]:
     if item.work in (GRADIENT_A, GRADIENT_B):
         return set(range(item.raises, item.raises + CHAIN_FLAGS))
-    rows = [row - item.row for _, row in made_low(item)]
+    rows = [row - item.row for _, row in made_low(item) if item.raises != NONE]
     return {item.raises + row // FLAG_ROWS + i for row in rows for i in range(ROW_FLAGS)}
 
 
@@ -103,8 +103,8 @@ def check(each: Pass, sizes, items: list[Item]) -> None:
     check_gradients(each, sizes, items)
     for item in items:
         assert item.work != TILE or (item.waits == NONE) == (item.rides or not needs_low(each))
-        for i, (part, row) in enumerate(made_low(item)):
-            assert item.raises == part * sizes.low_flags + (item.row if i else row) // FLAG_ROWS
+        if made_low(item) and not (item.rides and item.raises == NONE):
+            assert item.raises == item.part * sizes.low_flags + item.row // FLAG_ROWS
     so_far = set()
     for item in items:
         assert awaited(each, sizes, item) <= so_far, "an item waits only for earlier ones"
