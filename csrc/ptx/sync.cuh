@@ -70,17 +70,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
-// 16 bytes from global to shared memory, of which only this thread is told.
-__device__ __forceinline__ void async_copy_16(uint32_t target, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-__device__ __forceinline__ void async_copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `kGroups` of this thread's committed groups are under way.
-template <int kGroups>
-__device__ __forceinline__ void async_copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-
 __device__ __forceinline__ int load_shared_32(uint32_t address) {
   int v;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
