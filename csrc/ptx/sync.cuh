@@ -37,12 +37,15 @@ __device__ __forceinline__ void flag_raise(int* flag, int mark) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(mark) : "memory");
 }
 
+__device__ __forceinline__ bool flag_is(const int* flag, int mark) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value == mark;
+}
+
 // Until the flag has this mark.
 __device__ __forceinline__ void flag_wait(const int* flag, int mark) {
-  for (int value;; __nanosleep(64)) {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-    if (value == mark) return;
-  }
+  while (!flag_is(flag, mark)) __nanosleep(64);
 }
 
 // Of two flags side by side, the first at an even place.

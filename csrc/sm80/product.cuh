@@ -7,13 +7,21 @@
 
 namespace fused_lora::sm80 {
 
+// A thread's sums, of whichever product.
+struct Sums {
+  float of[32][4];
+};
+
 // kLeftMN, kRightMN: the operand is MN-major, and its fragments are transposed on their way.
 template <typename T, int kRows_, int kCols_, bool kLeftMN, bool kRightMN>
 struct Product {
   static constexpr int kRows = kRows_, kCols = kCols_;
   static constexpr int kSlices = kDepth / 16;
 
-  float sums[kRows][2 * kCols][4] = {};
+  // Of 16 rows and 8 columns: two of row lane / 4, columns lane % 4 * 2 and the next, and two of the row 8 below.
+  static __device__ __forceinline__ float (&of(Sums& sums, int i, int j))[4] { return sums.of[i * 2 * kCols + j]; }
+  static __device__ __forceinline__ const float (&of(const Sums& sums, int i, int j))[4] { return sums.of[i * 2 * kCols + j]; }
+
   uint32_t left[2][kRows][4], right[2][kCols][4];
   uint32_t left_at, right_at;  // of this lane in a stage
   int left_twist, right_twist;  // of its chunk, by the swizzle
@@ -23,8 +31,8 @@ struct Product {
     const int lane = threadIdx.x % 32;
     if constexpr (kLeftMN) {
       const int k = lane % 8 + lane / 16 * 8;
-      left_at = k * (kBlockM * 2) + row * 2;
-      left_twist = lane / 8 % 2 ^ k % 8;
+      left_at = k * (kBlockM * 2) + row / 64 * 128;
+      left_twist = row / 8 % 8 ^ lane / 8 % 2 ^ k % 8;
     } else {
       left_at = (row + lane % 16) * (kDepth * 2);
       left_twist = lane / 16 ^ lane / 2 % 4;
@@ -60,14 +68,14 @@ struct Product {
   }
 
   // In serpentine order: from one product to the next, one of the two operands stays.
-  __device__ __forceinline__ void multiply(int buffer) {
+  __device__ __forceinline__ void multiply(Sums& sums, int buffer) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int n = 0; n < 2 * kCols; ++n) {
         const int j = i % 2 ? 2 * kCols - 1 - n : n;
         const uint32_t(&rhs)[4] = right[buffer][j / 2];
-        ptx::mma<T>(sums[i][j], left[buffer][i], rhs[j % 2 * 2], rhs[j % 2 * 2 + 1]);
+        ptx::mma<T>(of(sums, i, j), left[buffer][i], rhs[j % 2 * 2], rhs[j % 2 * 2 + 1]);
       }
     }
   }

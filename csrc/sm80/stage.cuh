@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../ptx/address.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/sync.cuh"
 
@@ -69,7 +70,7 @@ struct Copies {
   }
 
   // The segment's last step, `left` deep, with zeros behind. They end within a chunk of 8 where columns are summed over.
-  __device__ __noinline__ void copy_end_k_major(uint32_t stage, int left) const {
+  __device__ __forceinline__ void copy_end_k_major(uint32_t stage, int left) const {
     const int own = left - static_cast<int>(threadIdx.x) % 4 * 8;
     for (int i = 0; i < count; ++i) {
       const uint32_t target = stage + to + i * kPassBytes;
@@ -80,7 +81,7 @@ struct Copies {
       }
     }
   }
-  __device__ __noinline__ void copy_end_mn_major(uint32_t stage, int left) const {
+  __device__ __forceinline__ void copy_end_mn_major(uint32_t stage, int left) const {
     const int row = threadIdx.x / (kWidth / 8);
     for (int i = 0; i < count; ++i) {
       ptx::async_copy_16_or_zeros(stage + to + i * kPassBytes, from + i * apart, row + i * kDown < left);
