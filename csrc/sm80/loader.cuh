@@ -25,7 +25,7 @@ struct List {
 
   // The first item's number is the block's own.
   __device__ explicit List(const KernelParams& p) : p(p), number(blockIdx.x) {
-    request();
+    if (threadIdx.x < 32) request();
   }
 
   // By the first warp: puts the next item where others read it.
@@ -37,7 +37,7 @@ struct List {
 
  private:
   __device__ void request() {
-    const int lane = threadIdx.x % 32, next = __shfl_sync(~0u, number, 0);
+    const int lane = threadIdx.x, next = __shfl_sync(~0u, number, 0);
     word = lane == 0 ? static_cast<int>(Work::kEnd) : 0;
     if (lane < 8 && next < p.items) word = __ldg(reinterpret_cast<const int*>(p.list + next) + lane);
     if (lane == 0) number = gridDim.x + atomicAdd(&p.counters->taken, 1);
@@ -69,7 +69,7 @@ struct Loader {
   // One step, while another one is multiplied.
   __device__ __forceinline__ void copy() {
     left.copy(stage(target));
-    right.copy(stage(target));
+    right.copy(stage(target) + kLeftBytes);
     ptx::async_copies_commit();
     target = after(target, state < kWaits ? kStageBytes : 0);
   }
@@ -99,7 +99,11 @@ struct Loader {
       }
     }
     if (!copied) return;
-    ptx::async_copies_wait<kStages - 2>();
+    if (ahead == kStages - 1) {
+      ptx::async_copies_wait<kStages - 2>();
+    } else {
+      ptx::async_copies_wait<0>();  // the groups behind a step are as many only where stages are full
+    }
     __syncthreads();
   }
 
@@ -124,22 +128,22 @@ struct Loader {
       const Part& part = p.part[of.part];
       sum = part.depth;
       left.begin_k_major(part.lhs, of.row, p.M);
-      begin_right(part.down, 0, 0, part.r);
+      begin_right(part.down, 0, of.rank, part.r);
     } else if (of.work == Work::kTile) {
       const int count = kBackward ? p.summed : 1, i = segment % count;
       const Part& part = p.part[(kBackward ? 0 : of.part) + i];
       const bool ranks = segment >= count;
       sum = ranks ? part.r : part.depth;
-      if (ranks && sum > 0) ready = is_raised(of.waits + i * p.low_flags, 1);
+      if (ranks && sum > 0) ready = is_raised(of.waits + i * p.low_flags, p.row_flags);
       left.begin_k_major(ranks ? part.low : part.lhs, of.row, p.M);
       begin_right(ranks ? part.up : part.weight, 0, of.col, part.cols);
     } else if (kBackward && of.work != Work::kEnd) {
       const Part& part = p.part[of.part];
       const Gradient& g = of.work == Work::kGradientA ? part.dA : part.dB;
       sum = min(p.M - of.row, of.rows);
-      if (of.waits != work::kNone) ready = is_raised(of.waits, of.rows / kBlockM);
+      if (of.waits != work::kNone) ready = is_raised(of.waits, of.rows / kBlockM * p.row_flags);
       left.begin_mn_major(g.big, of.row, of.col, g.cols);
-      begin_right(g.low, of.row, 0, part.r);
+      begin_right(g.low, of.row, of.rank, part.r);
     }
     steps = sum / kDepth;
     rest = sum % kDepth;
@@ -156,8 +160,8 @@ struct Loader {
   __device__ void copy_rest() {
     if (kBackward && at(item).work >= Work::kGradientA) left.copy_end_mn_major(stage(target), rest);
     else left.copy_end_k_major(stage(target), rest);
-    if constexpr (kBackward) right.copy_end_mn_major(stage(target), rest);
-    else right.copy_end_k_major(stage(target), rest);
+    if constexpr (kBackward) right.copy_end_mn_major(stage(target) + kLeftBytes, rest);
+    else right.copy_end_k_major(stage(target) + kLeftBytes, rest);
     left.count = right.count = 0;
     steps = 1;
     state = kCopied;

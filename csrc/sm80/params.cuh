@@ -34,7 +34,8 @@ struct Part {
 struct KernelParams {
   const Item* list;
   int items;
-  int low_flags, chain_flags;
+  int low_flags, chain_flags;  // of each part, one part's after another's; of all gradients, a slice's after another's
+  int row_flags, rank;         // flags of an item's rows of low: one for each of its items; ranks of all of those
   work::Counters* counters;
   int* flags;
   int M, parts, summed;

@@ -2,6 +2,7 @@
 // while those before are multiplied.
 #pragma once
 
+#include "../elements.cuh"
 #include "../ptx/mma.cuh"
 #include "stage.cuh"
 
@@ -65,6 +66,13 @@ struct Product {
         ptx::ldmatrix(right[buffer][j], stage + right_at + j * 16 * kDepth * 2 + ((2 * slice ^ right_twist) << 4));
       }
     }
+  }
+
+  // The left operand's rows by a column of ones: their sums, eight times.
+  __device__ __forceinline__ void add_up(float (&totals)[kRows][4], int buffer) const {
+    const uint32_t ones = pack<T>(1, 1);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) ptx::mma<T>(totals[i], left[buffer][i], ones, ones);
   }
 
   // In serpentine order: from one product to the next, one of the two operands stays.

@@ -1,16 +1,11 @@
 // Sums on their way to memory, rounded once.
 #pragma once
 
-#include "../sm90/convert.cuh"
-#include "../sm90/fragments.cuh"
+#include "../elements.cuh"
 #include "params.cuh"
 #include "product.cuh"
 
 namespace fused_lora::sm80 {
-
-using sm90::load_as_float;
-using sm90::pack;
-using sm90::store_as;
 
 // Words of four lanes side by side change places: lane i gets the i-th word of each.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {

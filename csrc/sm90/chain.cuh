@@ -3,7 +3,7 @@
 #pragma once
 
 #include "column_sums.cuh"
-#include "convert.cuh"
+#include "../elements.cuh"
 #include "params.cuh"
 
 namespace fused_lora::sm90 {
@@ -23,7 +23,7 @@ struct Chain {
 
   __device__ bool first() const { return turn & work::kFirst; }
   __device__ bool last() const { return turn & work::kLast; }
-  __device__ int flag() const { return (turn & -work::kChainFlags) + writer; }
+  __device__ int flag() const { return (turn & -kChainFlags) + writer; }
 
   __device__ __forceinline__ void await_turn(uint32_t mark) const {
     if (first()) return;

@@ -94,7 +94,7 @@ struct Consumer {
 
   __device__ __forceinline__ void shrink(const Item& item) {
     int row = own_row(item.row), flag = own_flag(item.raises);
-    for (int left = item.rows; left > 0; left -= item.stride, row += item.stride, flag += item.stride / work::kFlagRows) {
+    for (int left = item.rows; left > 0; left -= item.stride, row += item.stride, flag += item.stride / kFlagRows) {
       const Part& part = p.part[item.part];
       float acc[C::kBlockR / 2] = {};
       if constexpr (kDrops && !kBackward) {

@@ -14,7 +14,7 @@ struct ItemWords {
 
   __device__ Item item() const {
     return {static_cast<Work>(first.x & 0xFF), static_cast<uint8_t>(first.x >> 8), static_cast<int16_t>(first.x >> 16), first.y,
-            first.z, {first.w}, second.x, second.y, second.z};
+            first.z, first.w, second.x, second.y, second.z, {second.w}};
   }
   __device__ bool is_end() const { return (first.x & 0xFF) == static_cast<int>(Work::kEnd); }
 };

@@ -28,7 +28,9 @@ constexpr int kWarpgroup = 128;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kFinishThreads = 64;  // the last two warps of the warpgroup that loads
 constexpr int kGateAhead = 8;       // chunks of each thread, a box
-static_assert(work::kFlagRows == kBlockM / kConsumers && work::kChainFlags == kCluster * kConsumers, "a flag has one writer");
+// A flag has one writer.
+constexpr int kFlagRows = kBlockM / kConsumers;         // of low
+constexpr int kChainFlags = kCluster * kConsumers;      // of a gradient item
 
 __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBox); }
 

@@ -165,7 +165,7 @@ struct Producer {
     const int release_at = lookahead(tokens, kBox);
     for (int i = 0; i < tokens; i += kBox) {
       const int row = item.row + i;
-      if (item.waits != work::kNone && i % kBlockM == 0) wait_for_low(item.waits + i / work::kFlagRows, item.mark);
+      if (item.waits != work::kNone && i % kBlockM == 0) wait_for_low(item.waits + i / kFlagRows, item.mark);
       const uint32_t stage = begin_step(C::kGradientBoxes * kBoxBytes);
       load<true>(stage, &g.big, row, col, kBigBoxes);
       load_for_both<true>(stage + kBigBoxes * kBoxBytes, &g.low, row, 0, boxes_of(C::kBlockR));

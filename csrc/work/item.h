@@ -11,9 +11,7 @@ namespace fused_lora::work {
 
 enum class Work : int8_t { kShrink, kTile, kGradientA, kGradientB, kEnd };
 
-constexpr int kNone = -1;       // no flag
-constexpr int kFlagRows = 64;   // of low, for which there is one flag
-constexpr int kChainFlags = 4;  // of a gradient item's columns, which as many writers share
+constexpr int kNone = -1;  // no flag
 
 enum Bits : uint8_t {
   kFirst = 1,  // a gradient's sums begin here
@@ -26,13 +24,14 @@ struct alignas(16) Item {
   uint8_t bits;
   int16_t part;  // of the group: whose low, whose columns of out (backward they are one), whose gradient
   int row, rows;  // of low, out, or of the tokens that a gradient sums over; out's are one tile
-  union {
-    int col;     // the first of a tile or a gradient
-    int stride;  // a shrink item makes an item's rows of low every `stride` rows, in `rows` of them
-  };
+  int col;        // the first of a tile or a gradient
   int waits;   // the flag of the first rows of low that are read
   int raises;  // the first of its own. A gradient but the first waits for those of the slice before, chain_flags before them
   int mark;    // the launch's, once an item is taken
+  union {
+    int stride;  // a shrink item makes low of an item's rows every `stride` rows, in `rows` of them
+    int rank;    // or, where items have not all ranks, the first of its own; of a gradient too
+  };
 };
 static_assert(sizeof(Item) == 32, "two loads of 16 bytes");
 

@@ -46,8 +46,8 @@ class Planner {
 
   Plan plan() {
     plan_.tiling = tiling_;
-    plan_.low_flags = rows_ * (tiling_.rows / kFlagRows);
-    plan_.chain_flags = kChainFlags * gradient_cols_;
+    plan_.low_flags = rows_ * row_flags();
+    plan_.chain_flags = tiling_.chain_flags * gradient_cols_ * rank_items_;
     plan_.flags = pass_.parts * plan_.low_flags;
     plan_.finish_spacing = std::max<int>(1, pass_.depth() / tiling_.tile_cols);
     for (int i = 0; i < pass_.parts; ++i) plan_.partials += partials(pass_.part[i]);
@@ -72,7 +72,7 @@ class Planner {
     order.groups = ceil_div(rows_, most_rows);
     const bool small_groups = most_rows * tile_cols_ < tiling_.workers / 2;
     if (!shrinking_.empty() && !rides_) {
-      order.shrink_batch = long_tiles && tiling_.block_cols == 256 && tiling_.rank <= 128 && !masks_shrink ? 2 : 1;
+      order.shrink_batch = tiling_.strides && long_tiles && tiling_.block_cols == 256 && tiling_.rank <= 128 && !masks_shrink ? 2 : 1;
       order.shrink_lead = pass_.backward && small_groups ? 4 : 1;
     }
     order.gradient_lead = pass_.backward && small_groups ? std::min(2, std::max(0, order.shrink_lead - 1)) : 0;
@@ -113,11 +113,12 @@ class Planner {
   }
 
   bool exists(int group) const { return group >= 0 && group < order_.groups; }
-  int low_flag(int part, int row) const { return part * plan_.low_flags + row * (tiling_.rows / kFlagRows); }
+  int row_flags() const { return rank_items_ * (tiling_.rows / tiling_.flag_rows); }
+  int low_flag(int part, int row) const { return part * plan_.low_flags + row * row_flags(); }
 
-  void add(Work work, int bits, int part, Rows rows, int col, int waits, int raises) {
+  void add(Work work, int bits, int part, Rows rows, int col, int waits, int raises, int stride_or_rank = 0) {
     plan_.items.push_back({work, static_cast<uint8_t>(bits), static_cast<int16_t>(part), rows.first * tiling_.rows,
-                           rows.count * tiling_.rows, {col}, waits, raises, 0});
+                           rows.count * tiling_.rows, col, waits, raises, 0, {stride_or_rank}});
   }
 
   // The group's rows dealt to its items in turn: the first of each come first. The same rows of all parts follow one another.
@@ -128,7 +129,12 @@ class Planner {
     for (int i = 0; i < stride; ++i) {
       const int count = ceil_div(rows.count - i, stride), row = rows.first + i;
       for (int part : shrinking_) {
-        add(Work::kShrink, 0, part, {row, count * stride}, stride * tiling_.rows, kNone, low_flag(part, row));
+        if (tiling_.strides) {
+          add(Work::kShrink, 0, part, {row, count * stride}, 0, kNone, low_flag(part, row), stride * tiling_.rows);
+        }
+        for (int k = 0; !tiling_.strides && k < rank_items_; ++k) {
+          add(Work::kShrink, 0, part, {row, 1}, 0, kNone, low_flag(part, row) + k, k * tiling_.item_ranks);
+        }
       }
     }
   }
@@ -170,13 +176,14 @@ class Planner {
   // Slices of the same columns are chained in order: each waits for the one before.
   void add_gradient(Work work, int part, Rows slice, int col, int waits) {
     const int bits = (slice.first == 0 ? kFirst : 0) | (slice.first + slice.count == rows_ ? kLast : 0);
-    add(work, bits, part, slice, col * tiling_.gradient_cols, waits, plan_.flags);
-    plan_.flags += kChainFlags;
+    for (int k = 0; k < rank_items_; ++k, plan_.flags += tiling_.chain_flags) {
+      add(work, bits, part, slice, col * tiling_.gradient_cols, waits, plan_.flags, k * tiling_.item_ranks);
+    }
   }
 
   const Pass& pass_;
   const Tiling& tiling_;
-  const int rows_;
+  const int rows_, rank_items_ = tiling_.rank / tiling_.item_ranks;
   int tile_cols_ = 0, gradient_cols_ = 0;  // of all parts, in items
   std::vector<int> shrinking_;             // parts whose low is wanted
   bool rides_;                             // low comes from the first column of tiles instead of shrink items

@@ -14,7 +14,11 @@ struct Tiling {
   int block_cols;     // of a tile's products
   int tile_cols;      // of out: half of them where a tile is of gate and up
   int rank;           // to which ranks are padded
+  int item_ranks;     // of a shrink or gradient item: all of them where shrink items have strides
+  bool strides;       // whether a shrink item may make several items' rows
   int gradient_cols;  // of an item
+  int flag_rows;      // of low, for which there is one flag
+  int chain_flags;    // of a gradient item's columns, which as many writers share
   bool can_ride;
   int workers;
 };
@@ -22,7 +26,7 @@ struct Tiling {
 struct Plan {
   Tiling tiling;
   std::vector<Item> items;
-  int low_flags;       // of each part
+  int low_flags;       // of each part: for each rows of an item, and of those for each of its items
   int chain_flags;     // of all gradients, a slice
   int flags;           // in all
   int64_t partials;    // floats for sums of gradients that are under way

@@ -15,7 +15,8 @@ void list(const Pass& pass, int clusters) {
   std::printf("%d %d %d %d %d %d %d %d ;", plan.tiling.tile_cols, plan.tiling.gradient_cols, C::kStages, C::kBlockN / kBox,
               C::kTileCols / kBox, boxes_of(C::kBlockR), C::kShrinkHalves, C::kGradientBlocks);
   for (const Item& item : plan.items) {
-    std::printf(" %d %d %d %d %d %d %d %d", static_cast<int>(item.work), item.bits, item.part, item.row, item.rows, item.col, item.waits, item.raises);
+    std::printf(" %d %d %d %d %d %d %d %d", static_cast<int>(item.work), item.bits, item.part, item.row, item.rows,
+                item.work == Work::kShrink ? item.stride : item.col, item.waits, item.raises);
   }
   std::printf("\n");
 }

@@ -1,0 +1,57 @@
+// Launches of csrc/sm80 on the CPU, by one block.
+#include "sm80/lora_linear.cuh"
+#include "sm80/tiling.h"
+
+using namespace fused_lora;
+
+namespace fused_lora::sm80 {
+alignas(128) uint8_t memory[1 << 18];
+cudaError_t launch_forward(const ForwardParams&, const Workspace&, cudaStream_t);
+cudaError_t launch_backward(const BackwardParams&, const Workspace&, cudaStream_t);
+}  // namespace fused_lora::sm80
+
+namespace {
+
+int most_shared_bytes = 0;  // of the device that is played
+std::vector<int> flags;
+
+Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
+  flags.resize(std::max<size_t>(flags.size(), kCounters + plan.flags));  // launches share them, and their marks
+  partial.assign(plan.partials, NAN);
+  return {&plan, plan.items.data(), flags.data(), partial.data()};
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = most_shared_bytes, cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaLaunchKernel(const void* entry, dim3, dim3 threads, void** arguments, size_t, cudaStream_t) {
+  using Kernel = void (*)(const sm80::KernelParams);
+  const auto kernel = reinterpret_cast<Kernel>(reinterpret_cast<uintptr_t>(entry));
+  const auto& p = *static_cast<const sm80::KernelParams*>(arguments[0]);
+  simt::shared_memory = sm80::memory;
+  std::memset(sm80::memory, 0xFF, sizeof(sm80::memory));  // NaN
+  simt::run(threads.x, [&] { kernel(p); });
+  return cudaSuccess;
+}
+
+void play_on(int bytes) { most_shared_bytes = bytes; }
+size_t size_of_forward() { return sizeof(ForwardParams); }
+size_t size_of_backward() { return sizeof(BackwardParams); }
+int forward(const ForwardParams* params) {
+  const work::Pass pass = work::pass_of(*params);
+  std::vector<float> partial;
+  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, 1));
+  return sm80::launch_forward(*params, workspace_of(plan, partial), nullptr);
+}
+int backward(const BackwardParams* params) {
+  const work::Pass pass = work::pass_of(*params);
+  std::vector<float> partial;
+  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, 1));
+  return sm80::launch_backward(*params, workspace_of(plan, partial), nullptr);
+}
+
+}
