@@ -70,7 +70,11 @@ def build(folder: Path, headers: list[str]):
     shutil.copytree(CSRC, folder / "csrc")
     shutil.rmtree(folder / "csrc" / "ptx")
     shutil.copytree(EMULATED, folder / "csrc", dirs_exist_ok=True)
-    flags = ["-std=c++17", "-O2", "-fPIC", "-I.", *(f"-isystem{path}" for path in headers)]
+    kernel = folder / "csrc" / "sm80" / "lora_linear.cuh"
+    declared, own = "extern __shared__ __align__(128) uint8_t memory[];", "uint8_t* memory = simt::shared_memory();"
+    assert declared in kernel.read_text()
+    kernel.write_text(kernel.read_text().replace(declared, own))
+    flags = ["-std=c++20", "-O2", "-fPIC", "-I.", *(f"-isystem{path}" for path in headers)]
     flags += ["-include", "cuda_runtime_api.h", "-include", "simt.h"]
     sources = ["launches.cpp", "work/plan.cpp", "sm80/lora_linear_forward.cu", "sm80/lora_linear_backward.cu"]
     running = [

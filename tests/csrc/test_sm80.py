@@ -22,7 +22,8 @@ from tests.csrc.emulation import (
 NONE = Dropout(None, 0, 1.0)
 SCALE = 0.7
 BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
-A100, ADA = 166912, 101376  # bytes of shared memory that a block may have
+# SMs and the bytes of shared memory that a block may have: those of an A100, and of newer cards.
+CARDS = [(torch.bfloat16, 3, 166912), (torch.float16, 1, 101376)]
 # M, K, N of each part, r of each part: one tile and several, edges in every dimension, sums of less than a step, groups,
 # no ranks and many, rows that start anywhere.
 PASSES = [
@@ -103,12 +104,12 @@ class Linear:
         return self.dy.double() @ self.weight.double() + dxa @ self.A.double()
 
 
-@pytest.mark.parametrize("dtype, shared_bytes", [(torch.bfloat16, A100), (torch.float16, ADA)], ids=["A100", "Ada"])
+@pytest.mark.parametrize(("dtype", "sms", "shared_bytes"), CARDS, ids=["A100", "Ada"])
 @pytest.mark.parametrize("sizes", PASSES, ids=str)
-def test_a_pass(launches, sizes, dtype, shared_bytes):
+def test_a_pass(launches, sizes, dtype, sms, shared_bytes):
     M, K, widths, ranks = sizes
     torch.manual_seed(0)
-    launches.play_on(shared_bytes)
+    launches.play_on(sms, shared_bytes)
     x, dx = random(M, K, dtype), empty(M, K, dtype)
     grad_dtype = torch.float32 if M % 100 else dtype
     parts = [Linear(x, N, r, grad_dtype) for N, r in zip(widths, ranks, strict=True)]

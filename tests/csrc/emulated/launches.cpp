@@ -1,18 +1,17 @@
-// Launches of csrc/sm80 on the CPU, by one block.
+// Launches of csrc/sm80 on the CPU.
 #include "sm80/lora_linear.cuh"
 #include "sm80/tiling.h"
 
 using namespace fused_lora;
 
 namespace fused_lora::sm80 {
-alignas(128) uint8_t memory[1 << 18];
 cudaError_t launch_forward(const ForwardParams&, const Workspace&, cudaStream_t);
 cudaError_t launch_backward(const BackwardParams&, const Workspace&, cudaStream_t);
 }  // namespace fused_lora::sm80
 
 namespace {
 
-int most_shared_bytes = 0;  // of the device that is played
+int most_shared_bytes = 0, sms = 1;  // of the device that is played
 std::vector<int> flags;
 
 Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
@@ -28,29 +27,29 @@ extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = most_shared_bytes, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaLaunchKernel(const void* entry, dim3, dim3 threads, void** arguments, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void** arguments, size_t bytes, cudaStream_t) {
   using Kernel = void (*)(const sm80::KernelParams);
   const auto kernel = reinterpret_cast<Kernel>(reinterpret_cast<uintptr_t>(entry));
   const auto& p = *static_cast<const sm80::KernelParams*>(arguments[0]);
-  simt::shared_memory = sm80::memory;
-  std::memset(sm80::memory, 0xFF, sizeof(sm80::memory));  // NaN
-  simt::run(threads.x, [&] { kernel(p); });
-  return cudaSuccess;
+  return simt::run(blocks.x, threads.x, bytes, [&] { kernel(p); }) ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 
-void play_on(int bytes) { most_shared_bytes = bytes; }
+void play_on(int blocks, int bytes) {
+  sms = blocks;
+  most_shared_bytes = bytes;
+}
 size_t size_of_forward() { return sizeof(ForwardParams); }
 size_t size_of_backward() { return sizeof(BackwardParams); }
 int forward(const ForwardParams* params) {
   const work::Pass pass = work::pass_of(*params);
   std::vector<float> partial;
-  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, 1));
+  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, sms));
   return sm80::launch_forward(*params, workspace_of(plan, partial), nullptr);
 }
 int backward(const BackwardParams* params) {
   const work::Pass pass = work::pass_of(*params);
   std::vector<float> partial;
-  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, 1));
+  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, sms));
   return sm80::launch_backward(*params, workspace_of(plan, partial), nullptr);
 }
 

@@ -1,5 +1,5 @@
-// A block of threads on the CPU: each is a fiber, and whoever must wait for others lets them go on. Copies of cp.async arrive
-// as late as they may.
+// Blocks of threads on the CPU: each thread is a fiber that goes on until it must wait for others. Copies of cp.async arrive as
+// late as they may.
 #pragma once
 
 #include <ucontext.h>
@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 #define __launch_bounds__(...)
@@ -45,20 +46,36 @@ struct Meeting {
   void meet(const std::function<void()>& act);
 };
 
-struct Block {
-  std::vector<Thread> threads;
-  std::vector<Meeting> warps;
-  Meeting all;
-  ucontext_t scheduler;
-  int current = 0;
-  bool vote = true, outcome = true;
-  explicit Block(int count) : threads(count), warps(count / kWarp, Meeting{kWarp}), all{count} {}
+// What the lanes of a warp show each other.
+struct Warp {
+  Meeting meeting{kWarp};
+  uint32_t words[kWarp], kept[kWarp];
+  float lhs[16][16], rhs[16][8];
 };
 
-inline Block* block;
-inline uint8_t* shared_memory;  // of the block
+struct Block {
+  int index;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Meeting all;
+  std::vector<uint8_t> memory;  // shared
+  bool vote = true, outcome = true;
+  Block(int index, int count, size_t bytes) : index(index), threads(count), warps(count / kWarp), all{count}, memory(bytes + 128, 0xFF) {}
+};
 
-inline void let_others() { swapcontext(&block->threads[block->current].context, &block->scheduler); }
+inline ucontext_t scheduler;
+inline Block* block;
+inline int thread_index, blocks;
+
+inline uint8_t* shared_memory() {
+  uint8_t* memory = block->memory.data();
+  return memory + (128 - reinterpret_cast<uintptr_t>(memory) % 128) % 128;
+}
+inline Thread& thread() { return block->threads[thread_index]; }
+inline int lane() { return thread_index % kWarp; }
+inline Warp& warp() { return block->warps[thread_index / kWarp]; }
+
+inline void let_others() { swapcontext(&thread().context, &scheduler); }
 
 inline void Meeting::meet(const std::function<void()>& act) {
   const long own = round;
@@ -71,52 +88,63 @@ inline void Meeting::meet(const std::function<void()>& act) {
   while (round == own) let_others();
 }
 
-inline int lane() { return block->current % kWarp; }
-inline void meet_warp(const std::function<void()>& act) { block->warps[block->current / kWarp].meet(act); }
+inline void meet_warp(const std::function<void()>& act = [] {}) { warp().meeting.meet(act); }
 
 inline std::function<void()>* body;
 inline void start() {
   (*body)();
-  block->threads[block->current].ended = true;
+  thread().ended = true;
   let_others();
 }
 
-inline void run(int threads, std::function<void()> kernel) {
-  Block own(threads);
-  block = &own;
+// Whose turn is next is drawn among the threads of all blocks. False: nobody has come to an end for long.
+inline bool run(int block_count, int threads, size_t bytes, std::function<void()> kernel) {
+  std::vector<Block> all;
+  std::vector<std::pair<int, int>> order;
+  for (int i = 0; i < block_count; ++i) all.emplace_back(i, threads, bytes);
   body = &kernel;
-  for (Thread& thread : own.threads) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStack;
-    makecontext(&thread.context, start, 0);
-  }
-  for (long idle = 0; !std::all_of(own.threads.begin(), own.threads.end(), [](const Thread& t) { return t.ended; }); ++idle) {
-    if (idle > 20000000) {
-      std::fprintf(stderr, "a block hangs\n");
-      std::abort();
-    }
-    for (own.current = 0; own.current < threads; ++own.current) {
-      if (!own.threads[own.current].ended) swapcontext(&own.scheduler, &own.threads[own.current].context);
+  blocks = block_count;
+  for (Block& own : all) {
+    for (Thread& thread : own.threads) {
+      getcontext(&thread.context);
+      thread.context.uc_stack.ss_sp = thread.stack.get();
+      thread.context.uc_stack.ss_size = kStack;
+      makecontext(&thread.context, start, 0);
+      order.emplace_back(own.index, &thread - own.threads.data());
     }
   }
+  std::mt19937 chance(threads);
+  for (long rounds = 0; !order.empty(); ++rounds) {
+    if (rounds > 2000000) return false;
+    std::shuffle(order.begin(), order.end(), chance);
+    for (const auto& [index, number] : order) {
+      block = &all[index];
+      thread_index = number;
+      swapcontext(&scheduler, &thread().context);
+    }
+    std::erase_if(order, [&](const auto& next) { return all[next.first].threads[next.second].ended; });
+  }
+  return true;
 }
 
 }  // namespace simt
 
+template <int* kValue>
 struct Index {
-  operator int() const { return simt::block->current; }
+  operator int() const { return *kValue; }
 };
-struct ThreadIdx {
-  Index x;
-};
-inline ThreadIdx threadIdx;
 inline struct {
-  int x = 0;
-} blockIdx;
+  Index<&simt::thread_index> x;
+} threadIdx;
 inline struct {
-  int x = 1;
+  Index<&simt::blocks> x;
 } gridDim;
+struct BlockIndex {
+  operator int() const { return simt::block->index; }
+};
+inline struct {
+  BlockIndex x;
+} blockIdx;
 
 inline void __syncthreads() {
   simt::block->all.meet([] {});
@@ -131,13 +159,11 @@ inline bool __syncthreads_and(bool value) {
 }
 template <typename T>
 T exchange(T value, int from) {
-  static uint32_t words[8][simt::kWarp], kept[8][simt::kWarp];
-  const int warp = simt::block->current / simt::kWarp;
-  words[warp][simt::lane()] = reinterpret_cast<uint32_t&>(value);
-  simt::meet_warp([warp] { std::copy_n(words[warp], simt::kWarp, kept[warp]); });
-  T result;
-  reinterpret_cast<uint32_t&>(result) = kept[warp][from];
-  return result;
+  simt::Warp& warp = simt::warp();
+  std::memcpy(&warp.words[simt::lane()], &value, 4);
+  simt::meet_warp([&] { std::copy_n(warp.words, simt::kWarp, warp.kept); });
+  std::memcpy(&value, &warp.kept[from], 4);
+  return value;
 }
 template <typename T>
 T __shfl_sync(uint32_t, T value, int from) {

@@ -8,19 +8,18 @@ namespace fused_lora::ptx {
 // Lane i gets elements 2 (i % 4) and the next of row i / 4 of each of four matrices; transposed, of column i / 4.
 inline void load_matrices(uint32_t (&matrices)[4], uint32_t address, bool transposed) {
   const int lane = simt::lane();
-  static uint32_t rows[8][32];
-  const int warp = simt::block->current / 32;
-  rows[warp][lane] = address;
-  simt::meet_warp([] {});
+  uint32_t(&rows)[simt::kWarp] = simt::warp().words;
+  rows[lane] = address;
+  simt::meet_warp();
   for (int q = 0; q < 4; ++q) {
     uint16_t pair[2];
     for (int k = 0; k < 2; ++k) {
       const int row = transposed ? lane % 4 * 2 + k : lane / 4, col = transposed ? lane / 4 : lane % 4 * 2 + k;
-      std::memcpy(&pair[k], simt::shared_memory + rows[warp][8 * q + row] + 2 * col, 2);
+      std::memcpy(&pair[k], simt::shared_memory() + rows[8 * q + row] + 2 * col, 2);
     }
     matrices[q] = pair[0] | pair[1] << 16;
   }
-  simt::meet_warp([] {});
+  simt::meet_warp();
 }
 inline void ldmatrix(uint32_t (&matrices)[4], uint32_t address) { load_matrices(matrices, address, false); }
 inline void ldmatrix_transposed(uint32_t (&matrices)[4], uint32_t address) { load_matrices(matrices, address, true); }
@@ -35,18 +34,18 @@ float number(uint32_t word, int half) {
 
 template <typename T>
 void mma(float (&sums)[4], const uint32_t (&lhs)[4], uint32_t rhs0, uint32_t rhs1) {
-  static float a[8][16][16], b[8][16][8];
-  const int warp = simt::block->current / 32, lane = simt::lane(), row = lane / 4, col = lane % 4 * 2;
+  float(&a)[16][16] = simt::warp().lhs, (&b)[16][8] = simt::warp().rhs;
+  const int lane = simt::lane(), row = lane / 4, col = lane % 4 * 2;
   for (int half = 0; half < 2; ++half) {
-    for (int q = 0; q < 4; ++q) a[warp][row + q % 2 * 8][col + half + q / 2 * 8] = number<T>(lhs[q], half);
-    b[warp][col + half][row] = number<T>(rhs0, half);
-    b[warp][col + half + 8][row] = number<T>(rhs1, half);
+    for (int q = 0; q < 4; ++q) a[row + q % 2 * 8][col + half + q / 2 * 8] = number<T>(lhs[q], half);
+    b[col + half][row] = number<T>(rhs0, half);
+    b[col + half + 8][row] = number<T>(rhs1, half);
   }
-  simt::meet_warp([] {});
+  simt::meet_warp();
   for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < 16; ++k) sums[i] += a[warp][row + i / 2 * 8][k] * b[warp][k][col + i % 2];
+    for (int k = 0; k < 16; ++k) sums[i] += a[row + i / 2 * 8][k] * b[k][col + i % 2];
   }
-  simt::meet_warp([] {});
+  simt::meet_warp();
 }
 
 }  // namespace fused_lora::ptx
