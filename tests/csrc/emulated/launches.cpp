@@ -1,4 +1,5 @@
 // Launches of csrc/sm80 on the CPU.
+#include "mask.cuh"
 #include "sm80/lora_linear.cuh"
 #include "sm80/tiling.h"
 
@@ -38,6 +39,17 @@ void play_on(int blocks, int bytes) {
   sms = blocks;
   most_shared_bytes = bytes;
 }
+// Of x's entries: whether they are kept.
+void mask(int64_t seed, uint32_t threshold, int rows, int cols, bool* kept) {
+  const Mask mask(Dropout{&seed, threshold, 1});
+  for (int row = 0; row < rows; ++row) {
+    for (int col = 0; col < cols; ++col) {
+      const uint32_t bits = mask.kept_bits(Mask::group_key(mask.row_key(row), col / 8), col % 8 / 2);
+      kept[row * cols + col] = bits >> col % 2 * 16 & 1;
+    }
+  }
+}
+
 size_t size_of_forward() { return sizeof(ForwardParams); }
 size_t size_of_backward() { return sizeof(BackwardParams); }
 int forward(const ForwardParams* params) {
