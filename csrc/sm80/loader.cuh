@@ -20,11 +20,11 @@ struct Shared {
 // The list, one item ahead: words of the next one are on their way to the first eight lanes.
 struct List {
   const KernelParams& p;
-  int number;  // lane 0's, of the item after the next one
+  int number = 0;  // lane 0's, of the item after the next one
   int word;    // of the next one
 
-  // The first item's number is the block's own.
-  __device__ explicit List(const KernelParams& p) : p(p), number(blockIdx.x) {
+  __device__ explicit List(const KernelParams& p) : p(p) {
+    if (threadIdx.x == 0) number = take_number();
     if (threadIdx.x < 32) request();
   }
 
@@ -40,8 +40,11 @@ struct List {
     const int lane = threadIdx.x, next = __shfl_sync(~0u, number, 0);
     word = lane == 0 ? static_cast<int>(Work::kEnd) : 0;
     if (lane < 8 && next < p.items) word = __ldg(reinterpret_cast<const int*>(p.list + next) + lane);
-    if (lane == 0) number = gridDim.x + atomicAdd(&p.counters->taken, 1);
+    if (lane == 0) number = take_number();
   }
+
+  // All are taken so, since nobody knows which blocks run.
+  __device__ int take_number() const { return atomicAdd(&p.counters->taken, 1); }
 };
 
 template <int kStages, bool kBackward>

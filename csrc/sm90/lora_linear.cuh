@@ -30,15 +30,20 @@ __device__ inline ItemWords read_item(const KernelParams& p, int number, int mar
   return read;
 }
 
-// One thread of a cluster takes items off the list for both blocks, after the first, whose number is the cluster's.
+// The next one that nobody has taken: all are taken so, since nobody knows which clusters run.
+__device__ inline ItemWords take_item(const KernelParams& p, int mark) {
+  return read_item(p, atomicAdd(&p.counters->taken, 1), mark);
+}
+
+// One thread of a cluster takes items off the list for both blocks, after the first `item`.
 template <typename C>
 __device__ void take_items(Shared<C>& shared, const KernelParams& p, ItemWords item) {
-  const int clusters = gridDim.x / kCluster, mark = item.second.z;
+  const int mark = item.second.z;
   for (uint32_t phase = 0;; phase ^= 1) {
     for (int rank = 0; rank < kCluster; ++rank) ptx::publish_at(&shared.item, &shared.item_full, rank, item.first, item.second);
     if (item.is_end()) return;
     ptx::mbarrier_wait(&shared.item_empty, phase);
-    item = read_item(p, clusters + atomicAdd(&p.counters->taken, 1), mark);
+    item = take_item(p, mark);
   }
 }
 
@@ -84,7 +89,10 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   if (threadIdx.x == kWarpgroup - 1) prefetch_maps<kBackward>(p);
   const bool takes_items = rank == 0 && threadIdx.x == 32;
   ItemWords first_item;
-  if (takes_items) first_item = read_item(p, blockIdx.x / kCluster, p.counters->launches + 1);  // while the barriers are made
+  if (takes_items) {  // while the barriers are made
+    ptx::prefetch(p.list + blockIdx.x / kCluster);  // one cluster's is another one's
+    first_item = take_item(p, p.counters->launches + 1);
+  }
   ptx::cluster_arrive();
   ptx::cluster_wait();
 

@@ -38,7 +38,7 @@ static_assert(sizeof(Item) == 32, "two loads of 16 bytes");
 // What precedes the flags: zeros before the first launch that uses them.
 struct alignas(16) Counters {
   int launches;
-  int taken;   // items, but for the first of each worker, whose number is its own
+  int taken;   // items, and more
   int exited;  // blocks
   int unused;
 };

@@ -39,7 +39,7 @@ class Launch:
         self.rows_start_anywhere = rng.random() < 0.5
         self.sums = [rng.random() < 0.5 or part.r == 0 for part in each.parts]
         self.copied = rng.random() < 0.5
-        self.clusters = [Cluster(self, number) for number in range(min(clusters, len(items)))]
+        self.clusters = [Cluster(self) for _ in range(min(clusters, len(items)))]
 
     def play(self) -> None:
         threads = [thread for cluster in self.clusters for thread in cluster.threads()]
@@ -86,8 +86,8 @@ class Launch:
 
 
 class Cluster:
-    def __init__(self, launch: Launch, number: int):
-        self.number, self.items, self.seen = number, [], 0  # seen: how often somebody allowed the next item
+    def __init__(self, launch: Launch):
+        self.items, self.seen = [], 0  # seen: how often somebody allowed the next item
         self.consumers = []  # of both blocks
         self.blocks = [Block(launch, self, rank) for rank in range(CLUSTER)]
         self.launch = launch
@@ -96,15 +96,15 @@ class Cluster:
         return [self.take_items(), *(thread for block in self.blocks for thread in block.threads())]
 
     def take_items(self) -> Turns:
-        launch, number = self.launch, self.number  # the first is its own
+        launch = self.launch
         yield lambda: True
         for taken in itertools.count(1):
+            number = launch.taken
+            launch.taken += 1
             self.items.append(launch.items[number] if number < len(launch.items) else None)
             if self.items[-1] is None:
                 return
             yield lambda taken=taken: self.seen == taken * CLUSTER * (CONSUMERS + 1)
-            number = len(launch.clusters) + launch.taken
-            launch.taken += 1
 
     def release_item(self) -> None:
         self.seen += 1

@@ -97,7 +97,8 @@ inline void start() {
   let_others();
 }
 
-// Whose turn is next is drawn among the threads of all blocks. False: nobody has come to an end for long.
+// Whose turn is next is drawn among the threads of all blocks; the last block begins when the others have ended, as where a device
+// has no room for it. False: nobody has come to an end for long.
 inline bool run(int block_count, int threads, size_t bytes, std::function<void()> kernel) {
   std::vector<Block> all;
   std::vector<std::pair<int, int>> order;
@@ -118,6 +119,7 @@ inline bool run(int block_count, int threads, size_t bytes, std::function<void()
     if (rounds > 2000000) return false;
     std::shuffle(order.begin(), order.end(), chance);
     for (const auto& [index, number] : order) {
+      if (index > 0 && index + 1 == block_count && order.size() > static_cast<size_t>(threads)) continue;
       block = &all[index];
       thread_index = number;
       swapcontext(&scheduler, &thread().context);
