@@ -56,7 +56,7 @@ profile: $(READY)
 # Without torch's memory pool every tensor is an allocation of its own, whose bounds the tools know. initcheck watches all
 # kernels, since others write what ours read.
 TOOLS := memcheck racecheck synccheck initcheck
-OURS = $(if $(filter initcheck,$(tool)),,--kernel-name kns=fused_lora)
+OURS = $(if $(filter initcheck,$(tool)),,--kernel-regex kns=fused_lora)
 sanitize: $(READY)
 	$(foreach tool,$(TOOLS),PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(tool) $(OURS) --error-exitcode 1 \
 		$(PYTHON) -m tests.csrc.small_passes $(if $(filter initcheck,$(tool)),--aligned) &&) true

@@ -61,7 +61,8 @@ class LoRAMLP(Mixin):
         if reason:
             raise ValueError(reason)
         mlp._structure = structure
-        mlp._act = tuple((act, facts_of(act)) for act in (mlp.get_submodule(structure.act),)) if structure.act else ()
+        act = mlp.get_submodule(structure.act) if structure.act else None
+        mlp._act = () if act is None else ((act, facts_of(act)),)
         mix(mlp, LoRAMLP)
         mlp.save = save
         return mlp
