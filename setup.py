@@ -33,9 +33,10 @@ def extension_arguments() -> dict:
 
     # csrc/sm90 is empty but for sm_90a, whose instructions no other target has; the PTX is for cards to come.
     targets = [("80", "sm_80"), ("86", "sm_86"), ("89", "sm_89"), ("90a", "sm_90a"), ("90", "compute_90")]
+    sources = [path for pattern in ("*.cpp", "*.cu", "work/*.cpp", "sm90/*.cu") for path in Path("csrc").glob(pattern)]
     extension = CUDAExtension(
         "fused_lora._C",
-        sorted(str(path) for pattern in ("*.cpp", "*.cu", "sm90/*.cu") for path in Path("csrc").glob(pattern)),
+        sorted(map(str, sources)),
         depends=sorted(str(path) for path in Path("csrc").glob("**/*.*h")),
         extra_compile_args={
             "cxx": ["-O2", "-g0"],

@@ -1,6 +1,5 @@
 #include "flags.h"
 
-#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -9,43 +8,17 @@
 #include <mutex>
 #include <vector>
 
+#include "capture.h"
+
 namespace fused_lora {
 namespace {
 
-constexpr int64_t kBlockInts = 1 << 20, kStreamInts = 1 << 12;
+constexpr int64_t kBlockInts = 1 << 20, kStreamInts = 1 << 12, kAlignment = 4;
 
-// What is done in its scope is never captured, and allowed during a capture.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-  ~RelaxedCapture() { C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
-bool capturing() {
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-}
-
-// cudaMalloc and not torch's allocator: during a capture that would give memory of the graph's pool, and the launch that zeroes it
-// would be captured. What torch's allocator keeps unused is given up for it, as for its own allocations.
 int* zeroed_ints(int64_t count) {
   const RelaxedCapture relaxed;
-  void* memory = nullptr;
-  cudaError_t error = cudaMalloc(&memory, count * sizeof(int));
-  if (error == cudaErrorMemoryAllocation && !capturing()) {
-    cudaGetLastError();
-    c10::cuda::CUDACachingAllocator::emptyCache();
-    error = cudaMalloc(&memory, count * sizeof(int));
-  }
-  C10_CUDA_CHECK(error);
-  cudaStream_t stream;  // of its own: one of torch's pool may be the one that is capturing
-  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  error = cudaMemsetAsync(memory, 0, count * sizeof(int), stream);
-  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  C10_CUDA_CHECK(cudaStreamDestroy(stream));
-  C10_CUDA_CHECK(error);
+  void* memory = allocate(count * sizeof(int));
+  fill_now([&](cudaStream_t stream) { return cudaMemsetAsync(memory, 0, count * sizeof(int), stream); });
   return static_cast<int*>(memory);
 }
 
@@ -53,6 +26,7 @@ int* zeroed_ints(int64_t count) {
 class Arena {
  public:
   int* take(int64_t count) {
+    count = (count + kAlignment - 1) / kAlignment * kAlignment;
     if (used_ + count > size_) grow(count);
     int* taken = memory_ + used_;
     used_ += count;
@@ -89,11 +63,11 @@ Device& current_device() {
 
 }  // namespace
 
-int* launch_flags(int64_t count) {
+int* launch_flags(int64_t count, bool captured) {
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   Device& device = current_device();
   const std::lock_guard<std::mutex> lock(device.mutex);
-  if (capturing()) return device.arena.take(count);
+  if (captured) return device.arena.take(count);
   unsigned long long id = 0;
   C10_CUDA_CHECK(cudaStreamGetId(stream, &id));
   StreamFlags& own = device.streams[id];

@@ -1,12 +1,13 @@
-// Flags that kernels raise and wait for: zeros that every launch leaves zero.
+// Counters, and flags that kernels raise and wait for.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_lora {
 
-// `count` zeros on the current device for one launch on the current stream. Launches on one stream share them, one after the
-// other; a captured launch gets its own for good, since its graph may be replayed beside anything.
-int* launch_flags(int64_t count);
+// `count` ints on the current device for one launch on the current stream, zero before the first launch that uses them, aligned
+// to 16 bytes. Launches on one stream share them, one after the other; a captured launch gets its own for good, since its graph
+// may be replayed beside anything.
+int* launch_flags(int64_t count, bool captured);
 
 }  // namespace fused_lora

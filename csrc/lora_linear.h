@@ -15,6 +15,12 @@
 
 namespace fused_lora {
 
+namespace work {  // whose files know the structs below
+struct Item;
+struct Pass;
+struct Plan;
+}  // namespace work
+
 constexpr int kMaxRank = 256, kMaxGatedRank = 128;
 
 // A matrix that a kernel reads or writes: rows contiguous, stride in elements. Without data it is not wanted.
@@ -56,7 +62,6 @@ struct ForwardParams {
   bool gated, factors;
   Activation activation;
   Operand hidden;
-  int* flags;  // forward_flags() zeros, which the kernel leaves zero
 };
 
 struct BackwardPart {
@@ -76,20 +81,25 @@ struct BackwardParams {
   bool gated, factors;
   Activation activation;
   Operand gate, up, dgate, dup, hidden;
-  int* flags;      // backward_flags() zeros, which the kernel leaves zero
-  float* partial;  // backward_partials()
 };
 
 // Columns of the tiles, 128 rows each, that a pass with M x N results is cut into on the current device.
 int tile_width(int64_t M, int64_t N, int64_t r);
 
-// What the launches of these sizes need.
-int64_t forward_flags(const ForwardParams& params);
-int64_t backward_flags(const BackwardParams& params);
-int64_t backward_partials(const BackwardParams& params);
+// The list of work of a pass on the current device.
+work::Plan plan_pass(const work::Pass& pass);
+
+// What a launch needs beside its operands. Launches that share flags run one after another.
+struct Workspace {
+  const work::Plan* plan;  // plan_pass()'s
+  const work::Item* list;  // its items, on the device
+  int* flags;              // kCounters + plan->flags, aligned to 16 bytes; zero before the first launch that uses them
+  float* partial;          // plan->partials; backward
+};
+constexpr int kCounters = 4;
 
 // sizes M, K, N >= 1; r <= kMaxRank.
-cudaError_t launch_lora_linear_forward(const ForwardParams& params, cudaStream_t stream);
-cudaError_t launch_lora_linear_backward(const BackwardParams& params, cudaStream_t stream);
+cudaError_t launch_lora_linear_forward(const ForwardParams& params, const Workspace& workspace, cudaStream_t stream);
+cudaError_t launch_lora_linear_backward(const BackwardParams& params, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace fused_lora

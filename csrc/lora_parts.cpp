@@ -1,7 +1,9 @@
 // The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
+#include "capture.h"
 #include "flags.h"
 #include "nvtx_range.h"
 #include "operands.h"
+#include "plans.h"
 
 namespace fused_lora {
 namespace {
@@ -36,18 +38,30 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
   };
 }
 
-void launch(ForwardParams& params) {
-  params.flags = launch_flags(forward_flags(params));
+// A pass's list, and a launch's flags.
+struct Own {
+  explicit Own(const work::Pass& pass) : planned(fused_lora::planned(pass, captured)) {}
+  Workspace workspace(float* partial) const {
+    return {.plan = &planned->plan, .list = planned->list, .flags = flags, .partial = partial};
+  }
+
+  const bool captured = capturing();
+  const std::shared_ptr<const Planned> planned;
+  int* const flags = launch_flags(kCounters + planned->plan.flags, captured);
+};
+
+void launch(const ForwardParams& params) {
+  const Own own(work::pass_of(params));
   const NvtxRange range("forward");
-  C10_CUDA_CHECK(launch_lora_linear_forward(params, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_lora_linear_forward(params, own.workspace(nullptr), c10::cuda::getCurrentCUDAStream()));
 }
 
-void launch(BackwardParams& params, const Tensor& x) {
-  const Tensor partial = at::empty({backward_partials(params)}, x.options().dtype(at::kFloat));
-  params.partial = partial.data_ptr<float>();
-  params.flags = launch_flags(backward_flags(params));
+void launch(const BackwardParams& params, const Tensor& x) {
+  const Own own(work::pass_of(params));
+  const Tensor partial = at::empty({own.planned->plan.partials}, x.options().dtype(at::kFloat));
+  const Workspace workspace = own.workspace(partial.data_ptr<float>());
   const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
-  C10_CUDA_CHECK(launch_lora_linear_backward(params, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_lora_linear_backward(params, workspace, c10::cuda::getCurrentCUDAStream()));
 }
 
 // hidden = act(gate) up, and gate and up or their factors, or two empty matrices.

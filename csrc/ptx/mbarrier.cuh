@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-namespace fused_lora::ptx {
+#include "address.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace fused_lora::ptx {
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -48,18 +46,20 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
-// Stores to the 16 bytes that lie where `target` does in block `rank` of the cluster; their arrival there completes the phase
+// Stores to the 32 bytes that lie where `target` does in block `rank` of the cluster; their arrival there completes the phase
 // of its barrier, which expects one arrival. Whoever waits for it reads its own block's memory, and gives the place back only
 // after what it read was used.
-__device__ __forceinline__ void publish_at(void* target, uint64_t* barrier, uint32_t rank, int4 value) {
+__device__ __forceinline__ void publish_at(void* target, uint64_t* barrier, uint32_t rank, int4 a, int4 b) {
   asm volatile(
       "{\n.reg .b32 remote, at;\n"
       "mapa.shared::cluster.u32 remote, %0, %2;\n"
       "mapa.shared::cluster.u32 at, %1, %2;\n"
-      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [at], 16;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [at];\n}" ::"r"(
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [at], 32;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [at];\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote + 16], {%7, %8, %9, %10}, [at];\n}" ::"r"(
           shared_address(target)),
-      "r"(shared_address(barrier)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      "r"(shared_address(barrier)), "r"(rank), "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x),
+      "r"(b.y), "r"(b.z), "r"(b.w)
       : "memory");
 }
 

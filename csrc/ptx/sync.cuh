@@ -33,19 +33,30 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void flag_add_release(int* flag, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+__device__ __forceinline__ void flag_raise(int* flag, int mark) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(mark) : "memory");
 }
 
-__device__ __forceinline__ int flag_load_acquire(const int* flag) {
+// Into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+__device__ __forceinline__ bool flag_is(const int* flag, int mark) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
+  return value == mark;
 }
 
-// Until the flag has reached `value`.
-__device__ __forceinline__ void flag_wait(const int* flag, int value) {
-  while (flag_load_acquire(flag) < value) __nanosleep(64);
+// Until the flag has this mark.
+__device__ __forceinline__ void flag_wait(const int* flag, int mark) {
+  while (!flag_is(flag, mark)) __nanosleep(64);
+}
+
+// Of two flags side by side, the first at an even place.
+__device__ __forceinline__ void flag_pair_wait(const int* flags, int mark) {
+  for (long long value;; __nanosleep(64)) {
+    asm volatile("ld.acquire.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(flags) : "memory");
+    if (static_cast<int>(value) == mark && static_cast<int>(value >> 32) == mark) return;
+  }
 }
 
 // Adds at the L2 cache, without an answer.
@@ -65,15 +76,10 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
-// 16 bytes from global to shared memory, of which only this thread is told.
-__device__ __forceinline__ void async_copy_16(uint32_t target, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-__device__ __forceinline__ void async_copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `kGroups` of this thread's committed groups are under way.
-template <int kGroups>
-__device__ __forceinline__ void async_copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+__device__ __forceinline__ int load_shared_32(uint32_t address) {
+  int v;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
 }
 
 __device__ __forceinline__ uint16_t load_shared_16(uint32_t address) {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "column_sums.cuh"
-#include "convert.cuh"
+#include "../elements.cuh"
 #include "params.cuh"
 
 namespace fused_lora::sm90 {
@@ -17,25 +17,23 @@ struct Chain {
   const Part& of;
   const Warpgroup& self;
   const Gradient& g;
-  const int part, slice, slices;
+  const int first_col;
+  const int turn;  // the flag to raise, and an item's bits where it is a multiple of 4: registers are scarce
+  const int writer;
 
-  __device__ bool first() const { return slice == 0; }
-  __device__ bool last() const { return slice + 1 == slices; }
-  __device__ int* flag() const { return g.chain + part; }
-  __device__ int first_col() const { return part * kBlocks * kBox; }
+  __device__ bool first() const { return turn & work::kFirst; }
+  __device__ bool last() const { return turn & work::kLast; }
+  __device__ int flag() const { return (turn & -kChainFlags) + writer; }
 
-  __device__ __forceinline__ void await_turn() const {
+  __device__ __forceinline__ void await_turn(uint32_t mark) const {
     if (first()) return;
-    if (self.thread() == 0) {
-      ptx::flag_wait(flag(), slice);
-      if (last()) *flag() = 0;  // as the next launch needs it
-    }
+    if (self.thread() == 0) ptx::flag_wait(p.flags + flag() - p.chain_flags, ptx::load_shared_32(mark));
     self.sync();
   }
 
   // Leaves the sum so far in memory, or after the last slice the whole sum in acc.
   __device__ __forceinline__ void add(Acc& acc) const {
-    float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{part} * kBlocks * kBox * C::kBlockR) + self.thread();
+    float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{first_col} * C::kBlockR) + self.thread();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b, partial += C::kBlockR / 8 * kWarpgroup) {
       if (!last()) {
@@ -46,15 +44,16 @@ struct Chain {
     }
   }
 
+  // What all threads agree on is asked first: where only some threads ask it, the compiler takes all that follows for theirs.
   __device__ __forceinline__ void add_sum(float sum) const {
-    if (!ColumnSums<C, T>::holds(self)) return;
-    const int col = first_col() + ColumnSums<C, T>::col(self);
+    const bool holds = ColumnSums<C, T>::holds(self);
+    const int col = first_col + ColumnSums<C, T>::col(self);
     if (last()) {
-      if (!first()) sum += __ldcg(g.sums_partial + col);
-      if (col < g.cols) store_as(g.sums, of.bias_dtype, col, sum);
+      if (holds && !first()) sum += __ldcg(g.sums_partial + col);
+      if (holds && col < g.cols) store_as(g.sums, of.bias_dtype, col, sum);
     } else if (first()) {
-      __stcg(g.sums_partial + col, sum);
-    } else {
+      if (holds) __stcg(g.sums_partial + col, sum);
+    } else if (holds) {
       ptx::add_float(g.sums_partial + col, sum);
     }
   }
@@ -63,7 +62,7 @@ struct Chain {
   __device__ __forceinline__ void store(const Acc& acc) const {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const int c = first_col() + b * kBox + self.row();
+      const int c = first_col + b * kBox + self.row();
       int64_t at = c * g.stride_col + self.col() * g.stride_rank;
 #pragma unroll
       for (int j = 0; j < C::kBlockR / 8; ++j, at += 8 * g.stride_rank) {

@@ -26,6 +26,10 @@ struct Consumer {
     if constexpr (kBackward && !C::kGateGrads) gradient(item);
   }
 
+  // Among an item's rows from `row` on, and its flags.
+  __device__ int own_row(int row) const { return row + rank * kBlockM + self.index * kBox; }
+  __device__ int own_flag(int flag) const { return flag + rank * kConsumers + self.index; }
+
   // ---- steps -------------------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ uint32_t await_stage() {
@@ -89,8 +93,8 @@ struct Consumer {
   // ---- low = scale keep_scale lhs down ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void shrink(const Item& item) {
-    for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
-      const int tile_row = pair * kPairRows + rank * kBlockM, row = tile_row + self.index * kBox;
+    int row = own_row(item.row), flag = own_flag(item.raises);
+    for (int left = item.rows; left > 0; left -= item.stride, row += item.stride, flag += item.stride / kFlagRows) {
       const Part& part = p.part[item.part];
       float acc[C::kBlockR / 2] = {};
       if constexpr (kDrops && !kBackward) {
@@ -99,7 +103,7 @@ struct Consumer {
         consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
       }
       scale_by(acc, low_scale(part) * part.dropout.keep_scale);
-      outbox.keep(acc, &part.low, row, 0, part.ready + tile_row / kBlockM);
+      outbox.keep(acc, &part.low, row, 0, flag);
       outbox.send_boxes();  // somebody may wait already
     }
   }
@@ -170,11 +174,11 @@ struct Consumer {
     // Before steps over r that may wait for a flag which is pending here: they come soon with few steps before, or first.
     if (kMasked || terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
-    const int tile_row = item.row_pair * kPairRows + rank * kBlockM;
+    const int row = own_row(item.row), col = item.col;
     if constexpr (kMasked) {
       issue_ranks(acc, terms);
       drain();
-      mask_out(acc, tile_row + self.index * kBox, item.col * C::kBlockN);
+      mask_out(acc, row, col);
       issue_depth(acc, terms);
       drain();
     } else if constexpr (C::kGates) {
@@ -182,8 +186,8 @@ struct Consumer {
       drain();
       outbox.empty();  // its registers are needed
       add_ranks(acc);
-    } else if (rides<C, kBackward, kDrops>(p.schedule, item)) {
-      if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, tile_row);
+    } else if (rides<C, kBackward, kDrops>(item)) {
+      if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, item);
     } else {
       issue_depth(acc, terms);
       if constexpr (kHasRoom && !kBackward) {
@@ -198,14 +202,13 @@ struct Consumer {
         drain();
       }
     }
-    const int col = item.col * C::kTileCols;
     if constexpr (C::kGates) {
       add_bias(half<0>(acc), p.part[0], col);
       add_bias(half<1>(acc), p.part[1], col);
     } else if constexpr (!kBackward) {
       add_bias(acc, p.part[item.part], col);
     }
-    outbox.keep_out(acc, kBackward ? 0 : item.part, tile_row + self.index * kBox, col);
+    outbox.keep_out(acc, kBackward ? 0 : item.part, row, col);
   }
 
   // What a tile sums over: steps over depth, those over ranks, and the part whose ranks come first.
@@ -282,7 +285,7 @@ struct Consumer {
   }
 
   // With 16 more columns, which are low; it is multiplied from registers, and stored for the other tiles of these rows.
-  __device__ __forceinline__ void multiply_riding(float (&acc)[C::kBlockN / 2], int tile_row) {
+  __device__ __forceinline__ void multiply_riding(float (&acc)[C::kBlockN / 2], const Item& item) {
     float low[8] = {};
     const Part& part = p.part[0];  // a group of one alone rides
     consume(boxes_of(part.depth), [&](uint32_t stage, int) {
@@ -303,22 +306,22 @@ struct Consumer {
     ptx::wgmma_fence();
     ptx::wgmma<T, false>(acc, rounded, up);
     ptx::wgmma_commit();
-    store_riding_low(rounded, part, tile_row);
+    store_riding_low(rounded, part, item);
     ptx::wgmma_wait<0>();
     if constexpr (kHasRoom) scale_by(acc, room(part));
     release(ring.stage);
     ring.advance();
   }
 
-  __device__ void store_riding_low(const uint32_t (&rounded)[4], const Part& part, int tile_row) {
+  __device__ void store_riding_low(const uint32_t (&rounded)[4], const Part& part, const Item& item) {
     T* low = static_cast<T*>(part.low_data);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t at = tile_row + self.index * kBox + self.row() + i % 2 * 8;
+      const int64_t at = own_row(item.row) + self.row() + i % 2 * 8;
       const int c = i / 2 * 8 + self.col();
       if (at < p.M && c < part.low_stride) *reinterpret_cast<uint32_t*>(low + at * part.low_stride + c) = rounded[i];
     }
-    if (p.schedule.riding_low_is_awaited()) outbox.raise(part.ready + tile_row / kBlockM, false);
+    if (item.raises != work::kNone) outbox.raise(own_flag(item.raises), false);
   }
 
   template <int kCount>
@@ -344,9 +347,8 @@ struct Consumer {
     const bool of_A = item.work == Work::kGradientA;
     const Part& of = p.part[item.part];
     const Gradient& g = of_A ? of.dA : of.dB;
-    const int row = item.row_pair * kPairRows, tokens = min(p.M, p.schedule.slice_end(item.slice)) - row;
-    const int part = (item.col * kCluster + rank) * kConsumers + self.index;
-    const int first_col = part * kBlocks * kBox;
+    const int tokens = min(p.M - item.row, item.rows);
+    const int turn = item.raises | item.bits, first_col = item.col + (rank * kConsumers + self.index) * kBlocks * kBox;
     outbox.send_flag();  // the first step may wait for it
     float acc[kBlocks][C::kBlockR / 2] = {};
     float sum = 0;
@@ -355,7 +357,7 @@ struct Consumer {
       outbox.empty();
       BoxMask mask(Mask(of.dropout), self);
       consume(steps, [&](uint32_t stage, int step) {
-        mask.set_rows(row + step * kBox);
+        mask.set_rows(item.row + step * kBox);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) mask.apply(own_boxes(stage) + b * kBoxBytes, first_col + b * kBox);
         publish_shared();
@@ -378,8 +380,8 @@ struct Consumer {
       }
     }
     outbox.empty();
-    const Chain<C, T> chain{p, of, self, g, part, item.slice, p.schedule.slices};
-    chain.await_turn();
+    const Chain<C, T> chain{p, of, self, g, first_col, turn, own_flag(0)};
+    chain.await_turn(ptx::shared_address(&shared.mark));
     if (g.sums != nullptr) chain.add_sum(sum);
     chain.add(acc);
     if (!chain.last()) return outbox.hold_flag(chain.flag());

@@ -2,6 +2,7 @@
 // gate them, or store rows that start anywhere. In between the products, these instructions would stop them.
 #pragma once
 
+#include "../ptx/cp_async.cuh"
 #include "gated.cuh"
 
 namespace fused_lora::sm90 {

@@ -1,11 +1,12 @@
 // From a pass's parameters to its kernel: which tile, which grid.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "../lora_linear.h"
 #include "lora_linear.cuh"
-#include "plan.cuh"
+#include "tiling.cuh"
 
 namespace fused_lora::sm90 {
 
@@ -30,80 +31,50 @@ cudaError_t allow_shared_memory(int bytes) {
   return error;
 }
 
-// The chains' flags behind those of low, and their partial sums one after another from the first's on.
-template <typename C>
-void place_chains(KernelParams& p, const Pass& pass) {
-  int* chain = p.next_item + p.flags;
-  float* partial = p.part[0].dA.partial;
+// Partial sums of gradients lie one after another.
+inline void place_partials(KernelParams& p, const Pass& pass, const Tiling& tiling, float* partial) {
   for (int i = 0; i < pass.parts; ++i) {
-    const PassPart& sizes = pass.part[i];
+    const work::PassPart& sizes = pass.part[i];
     Part& part = p.part[i];
-    part.dA.chain = chain;
     part.dA.partial = partial;
-    chain += sizes.wants_dA ? chain_flags<C>(sizes.cols) : 0;
-    partial += sizes.wants_dA ? partial_floats<C>(sizes.cols) : 0;
-    part.dB.chain = chain;
+    partial += sizes.wants_dA ? work::partial_floats(tiling, sizes.cols) : 0;
     part.dB.partial = partial;
-    chain += sizes.wants_dB ? chain_flags<C>(sizes.depth) : 0;
-    partial += sizes.wants_dB ? partial_floats<C>(sizes.depth) : 0;
+    partial += sizes.wants_dB ? work::partial_floats(tiling, sizes.depth) : 0;
     part.dB.sums_partial = partial;
-    partial += sizes.wants_dB ? partial_cols<C>(sizes.depth) : 0;
+    partial += sizes.wants_dB ? work::partial_cols(tiling, sizes.depth) : 0;
   }
 }
 
 template <typename C, typename T, bool kBackward, bool kDrops>
-cudaError_t launch(KernelParams p, const Pass& pass, int clusters, cudaStream_t stream) {
-  p.schedule = make_schedule<C>(pass, clusters);
-  p.flags = static_cast<int>(2 + pass.parts * ready_flags(pass.M));
-  if constexpr (kBackward) place_chains<C>(p, pass);
-  int items = 0;
-  for (int step = p.schedule.first_step(); step < p.schedule.last_step(); ++step) items += p.schedule.size(step);
-
-  if (items == 0) return cudaSuccess;
-
+cudaError_t launch(const KernelParams& p, cudaStream_t stream, int clusters) {
   constexpr int kSharedBytes = sizeof(Shared<C>);
   static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
   const cudaError_t error = allow_shared_memory<C, T, kBackward, kDrops>(kSharedBytes);
   if (error != cudaSuccess) return error;
-  lora_linear_kernel<C, T, kBackward, kDrops><<<kCluster * std::min(clusters, items), kThreads, kSharedBytes, stream>>>(p);
+  lora_linear_kernel<C, T, kBackward, kDrops><<<kCluster * clusters, kThreads, kSharedBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
-template <typename T, bool kBackward, bool kDrops, int kBlockN, Epilogue kEpilogue = Epilogue::kPlain>
-cudaError_t launch_rank(const KernelParams& p, const Pass& pass, int clusters, cudaStream_t stream) {
-  switch (block_rank(pass.most_rank())) {
-    case 16: return launch<Config<kBlockN, 16, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
-    case 64: return launch<Config<kBlockN, 64, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
-    case 128: return launch<Config<kBlockN, 128, kEpilogue>, T, kBackward, kDrops>(p, pass, clusters, stream);
-  }
-  if constexpr (kEpilogue == Epilogue::kPlain) {
-    return launch<Config<256, 256>, T, kBackward, kDrops>(p, pass, clusters, stream);  // which is never narrow
-  }
-  return cudaErrorInvalidValue;
-}
-
 template <typename T, bool kBackward, bool kDrops, bool kGated>
-cudaError_t launch_tiles(const KernelParams& p, const Pass& pass, cudaStream_t stream) {
-  const int clusters = clusters_at_once();
-  if (clusters == 0) return cudaErrorInvalidDevice;
+cudaError_t launch_tiles(const KernelParams& p, const Tiling& tiling, cudaStream_t stream) {
+  const int clusters = std::min(tiling.workers, p.items);
+  const auto call = [&](auto config) { return launch<decltype(config), T, kBackward, kDrops>(p, stream, clusters); };
   if constexpr (kGated) {
-    constexpr auto kEpilogue = kBackward ? Epilogue::kGateGrad : Epilogue::kGate;
-    return launch_rank<T, kBackward, kDrops, 256, kEpilogue>(p, pass, clusters, stream);
+    return with_rank<256, kBackward ? Epilogue::kGateGrad : Epilogue::kGate>(tiling.rank, call);
   } else {
-    if (wants_narrow_tiles(pass, clusters)) return launch_rank<T, kBackward, kDrops, 128>(p, pass, clusters, stream);
-    return launch_rank<T, kBackward, kDrops, 256>(p, pass, clusters, stream);
+    return tiling.block_cols == 128 ? with_rank<128, Epilogue::kPlain>(tiling.rank, call) : with_rank<256, Epilogue::kPlain>(tiling.rank, call);
   }
 }
 
 template <bool kBackward, bool kDrops, bool kGated>
-cudaError_t launch_pass(const KernelParams& p, const Pass& pass, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops, kGated>(p, pass, stream);
-  return launch_tiles<__half, kBackward, kDrops, kGated>(p, pass, stream);
+cudaError_t launch_pass(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
+  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops, kGated>(p, tiling, stream);
+  return launch_tiles<__half, kBackward, kDrops, kGated>(p, tiling, stream);
 }
 
 // Each instantiated in a file of its own, so that they compile beside each other.
 #define FUSED_LORA_LAUNCH_PASS(backward, drops, gated) \
-  template cudaError_t launch_pass<backward, drops, gated>(const KernelParams&, const Pass&, DType, cudaStream_t)
+  template cudaError_t launch_pass<backward, drops, gated>(const KernelParams&, const Tiling&, DType, cudaStream_t)
 extern FUSED_LORA_LAUNCH_PASS(false, false, false);
 extern FUSED_LORA_LAUNCH_PASS(false, true, false);
 extern FUSED_LORA_LAUNCH_PASS(false, false, true);
@@ -120,20 +91,26 @@ auto launcher_of(const Pass& pass) {
   return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
 }
 
-// Parameters that both passes have: sizes, and the flags, in the order in which KernelParams says they lie.
-inline KernelParams params_of(const Pass& pass, int* flags) {
+static_assert(sizeof(work::Counters) == kCounters * sizeof(int), "they precede the flags");
+
+// Parameters that both passes have.
+inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
   KernelParams p{};
+  p.list = workspace.list;
+  p.items = static_cast<int>(workspace.plan->items.size());
+  p.low_flags = workspace.plan->low_flags;
+  p.chain_flags = workspace.plan->chain_flags;
+  p.counters = reinterpret_cast<work::Counters*>(workspace.flags);
+  p.flags = workspace.flags + kCounters;
+  p.finish_spacing = workspace.plan->finish_spacing;
   p.M = static_cast<int>(pass.M);
   p.parts = pass.parts;
   p.summed = pass.summed;
-  p.next_item = flags;
-  p.exited = flags + 1;
   for (int i = 0; i < pass.parts; ++i) {
     Part& part = p.part[i];
     part.cols = static_cast<int>(pass.part[i].cols);
     part.depth = static_cast<int>(pass.part[i].depth);
     part.r = static_cast<int>(pass.part[i].r);
-    part.ready = flags + 2 + i * ready_flags(pass.M);
   }
   return p;
 }

@@ -8,36 +8,56 @@
 
 namespace fused_lora::sm90 {
 
+// An item in 16-byte words, as it is read and published.
+struct ItemWords {
+  int4 first, second;
+
+  __device__ Item item() const {
+    return {static_cast<Work>(first.x & 0xFF), static_cast<uint8_t>(first.x >> 8), static_cast<int16_t>(first.x >> 16), first.y,
+            first.z, first.w, second.x, second.y, second.z, {second.w}};
+  }
+  __device__ bool is_end() const { return (first.x & 0xFF) == static_cast<int>(Work::kEnd); }
+};
+
+// The list's item of this number, with the launch's mark; its end behind the last one.
+__device__ inline ItemWords read_item(const KernelParams& p, int number, int mark) {
+  ItemWords read{{static_cast<int>(Work::kEnd)}, {}};
+  if (number < p.items) {
+    const int4* from = reinterpret_cast<const int4*>(p.list + number);
+    read = {__ldg(from), __ldg(from + 1)};
+  }
+  read.second.z = mark;
+  return read;
+}
+
+// The next one that nobody has taken: all are taken so, since nobody knows which clusters run.
+__device__ inline ItemWords take_item(const KernelParams& p, int mark) {
+  return read_item(p, atomicAdd(&p.counters->taken, 1), mark);
+}
+
 // One thread of a cluster takes items off the list for both blocks, after the first `item`.
 template <typename C>
-__device__ void take_items(Shared<C>& shared, const KernelParams& p, Cursor cursor, Item item) {
+__device__ void take_items(Shared<C>& shared, const KernelParams& p, ItemWords item) {
+  const int mark = item.second.z;
   for (uint32_t phase = 0;; phase ^= 1) {
-    const int4 words = make_int4(static_cast<int>(item.work) | item.part << 16, item.row_pair, item.col, item.stride);
-    for (int rank = 0; rank < kCluster; ++rank) ptx::publish_at(&shared.item, &shared.item_full, rank, words);
-    if (item.work == Work::kEnd) return;
+    for (int rank = 0; rank < kCluster; ++rank) ptx::publish_at(&shared.item, &shared.item_full, rank, item.first, item.second);
+    if (item.is_end()) return;
     ptx::mbarrier_wait(&shared.item_empty, phase);
-    item = cursor.item(p.schedule, atomicAdd(p.next_item, 1));
+    item = take_item(p, mark);
   }
 }
 
 template <typename C>
 __device__ Item await_item(Shared<C>& shared, uint32_t phase) {
   ptx::mbarrier_wait(&shared.item_full, phase);
-  const int4 words = *reinterpret_cast<const int4*>(&shared.item);
-  return {static_cast<Work>(words.x & 0xFFFF), static_cast<short>(words.x >> 16), words.y, {words.z}, {words.w}};
+  const int4* words = reinterpret_cast<const int4*>(&shared.item);
+  return ItemWords{words[0], words[1]}.item();
 }
 
-// The last block whose producer has seen the list's end sets the flags back to zero for the next launch: nobody waits for
-// one any more, and all have been raised, since somebody waited for each.
-__device__ inline void leave(const KernelParams& p) {
-  int last = 0;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(p.exited, 1) == static_cast<int>(gridDim.x) - 1;
-  }
-  if (__shfl_sync(~0u, last, 0)) {
-    for (int i = threadIdx.x; i < p.flags; i += 32) p.next_item[i] = 0;
-  }
+// Of the block's producer, which has seen the list's end. The last one makes the counters what the next launch needs.
+__device__ inline void leave(const KernelParams& p, int mark) {
+  __threadfence();
+  if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {mark, 0, 0, 0};
 }
 
 template <bool kBackward>
@@ -68,9 +88,11 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   if (threadIdx.x == 0) init_barriers(shared);
   if (threadIdx.x == kWarpgroup - 1) prefetch_maps<kBackward>(p);
   const bool takes_items = rank == 0 && threadIdx.x == 32;
-  Cursor cursor(p.schedule);
-  Item first_item{};
-  if (takes_items) first_item = cursor.item(p.schedule, atomicAdd(p.next_item, 1));  // while the barriers are made
+  ItemWords first_item;
+  if (takes_items) {  // while the barriers are made
+    ptx::prefetch(p.list + blockIdx.x / kCluster);  // one cluster's is another one's
+    first_item = take_item(p, p.counters->launches + 1);
+  }
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
@@ -78,18 +100,18 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
     ptx::give_registers<C::kLoadRegisters>();
     if (threadIdx.x == 0) {
       Producer<C, kBackward, kDrops> producer{shared, p, rank};
-      for (uint32_t phase = 0;; phase ^= 1) {
-        const Item item = await_item(shared, phase);
-        if (item.work == Work::kEnd) break;
+      Item item = await_item(shared, 0);
+      shared.mark = item.mark;  // for the consumers, who see it when they see a stage
+      for (uint32_t phase = 1; item.work != Work::kEnd; phase ^= 1) {
         producer.run(item);
+        item = await_item(shared, phase);
       }
+      leave(p, item.mark);
     } else if (takes_items) {
-      take_items(shared, p, cursor, first_item);
+      take_items(shared, p, first_item);
     } else if (threadIdx.x >= kWarpgroup - kFinishThreads) {
       run_finisher<C, T>(shared, p);
     }
-    __syncwarp();
-    if (threadIdx.x < 32) leave(p);
   } else {
     ptx::take_registers<C::kMultiplyRegisters>();
     Consumer<C, T, kBackward, kDrops> consumer{shared, p, rank, {warpgroup - 1}};

@@ -9,26 +9,13 @@ FUSED_LORA_LAUNCH_PASS(true, false, false);
 
 namespace {
 
-// Sums of dy come with dB.
-bool wants_dB(const BackwardPart& part) { return part.dB.data != nullptr || part.dbias.data != nullptr; }
-
 // Whether the copy engine can write a factor's gradient.
 bool is_copied(const Operand& grad, const Operand& x) { return grad.format == x.format && grad.cols % 8 == 0; }
 
-Pass pass_of(const BackwardParams& b) {
-  Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.dx.data != nullptr || b.gated, b.gated, b.parts, b.summed, {}};
-  for (int i = 0; i < b.parts; ++i) {
-    const BackwardPart& part = b.part[i];
-    pass.part[i] = {part.x.cols, part.dy.cols, part.A.rows, part.dA.data != nullptr, wants_dB(part)};
-  }
-  return pass;
-}
-
-void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& low, bool makes_low) {
+void set_dA(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap& low) {
   const Operand& x = b.x;
   g.big = map(x);
   g.low = low;
-  g.needs_low = makes_low;
   g.out = b.dA.data;
   g.stride_col = 1;
   g.stride_rank = x.cols;
@@ -60,8 +47,8 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
       part.up = map(b.A);
     }
   }
-  if (b.dA.data != nullptr) set_dA(part.dA, map, b, part.low, summed);
-  if (wants_dB(b)) set_dB(part.dB, map, b, part.lhs);
+  if (b.dA.data != nullptr) set_dA(part.dA, map, b, part.low);
+  if (work::wants_dB(b)) set_dB(part.dB, map, b, part.lhs);
   part.scale = b.scale;
   part.dropout = b.dropout;
   part.bias_dtype = b.dbias.format;
@@ -72,27 +59,9 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
 
 using namespace sm90;
 
-int64_t backward_flags(const BackwardParams& b) {
-  int64_t flags = 2;
-  for (int i = 0; i < b.parts; ++i) flags += ready_flags(b.part[i].x.rows) + most_chain_flags(b.part[i].x.cols) + most_chain_flags(b.part[i].dy.cols);
-  return flags;
-}
-
-int64_t backward_partials(const BackwardParams& b) {
-  int64_t most_rank = 0, floats = 0;
-  for (int i = 0; i < b.parts; ++i) most_rank = std::max(most_rank, b.part[i].A.rows);
-  for (int i = 0; i < b.parts; ++i) {
-    const BackwardPart& part = b.part[i];
-    const int64_t N = part.dy.cols;
-    if (part.dA.data != nullptr) floats += most_partial_floats(part.x.cols, most_rank);
-    if (wants_dB(part)) floats += most_partial_floats(N, most_rank) + most_partial_cols(N);
-  }
-  return floats;
-}
-
-cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t stream) {
-  const Pass pass = pass_of(b);
-  KernelParams p = params_of(pass, b.flags);
+cudaError_t launch_lora_linear_backward(const BackwardParams& b, const Workspace& workspace, cudaStream_t stream) {
+  const Pass pass = work::pass_of(b);
+  KernelParams p = params_of(pass, workspace);
   MapMaker map;
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed);
   if (b.gated) {
@@ -101,9 +70,11 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, cudaStream_t st
     set_out(p, p.part[0], map, b.dx);
   }
   if (map.error != cudaSuccess) return map.error;
-  p.part[0].dA.partial = b.partial;
+  const Tiling& tiling = workspace.plan->tiling;
+  place_partials(p, pass, tiling, workspace.partial);
   p.factor_dtype = b.part[0].dA.format;
-  return launcher_of<true>(pass)(p, pass, b.part[0].dy.format, stream);
+  if (p.items == 0) return cudaSuccess;
+  return launcher_of<true>(pass)(p, tiling, b.part[0].dy.format, stream);
 }
 
 }  // namespace fused_lora

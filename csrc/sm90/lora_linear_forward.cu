@@ -8,12 +8,6 @@ FUSED_LORA_LAUNCH_PASS(false, false, false);
 
 namespace {
 
-Pass pass_of(const ForwardParams& f) {
-  Pass pass{f.x.rows, false, f.part[0].dropout.seed != nullptr, true, f.gated, f.parts, f.parts, {}};
-  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false};
-  return pass;
-}
-
 void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, const Operand& x, bool gated) {
   part.lhs = map(x);
   part.weight = map(f.weight);
@@ -41,11 +35,11 @@ int tile_width(int64_t M, int64_t N, int64_t r) {
   return wants_narrow_tiles(pass, std::max(1, clusters_at_once())) ? 128 : 256;
 }
 
-int64_t forward_flags(const ForwardParams& f) { return 2 + f.parts * ready_flags(f.x.rows); }
+work::Plan plan_pass(const Pass& pass) { return work::make_plan(pass, tiling_of(pass, std::max(1, clusters_at_once()))); }
 
-cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stream) {
-  const Pass pass = pass_of(f);
-  KernelParams p = params_of(pass, f.flags);
+cudaError_t launch_lora_linear_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
+  const Pass pass = work::pass_of(f);
+  KernelParams p = params_of(pass, workspace);
   MapMaker map;
   for (int i = 0; i < f.parts; ++i) set_part(p, p.part[i], map, f.part[i], f.x, f.gated);
   if (f.gated) {
@@ -58,7 +52,7 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, cudaStream_t stre
   }
   if (f.parts == 1 && p.part[0].r > 0) p.down_riding = map(f.part[0].A, 16);
   if (map.error != cudaSuccess) return map.error;
-  return launcher_of<false>(pass)(p, pass, f.x.format, stream);
+  return launcher_of<false>(pass)(p, workspace.plan->tiling, f.x.format, stream);
 }
 
 }  // namespace fused_lora

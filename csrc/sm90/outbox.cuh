@@ -28,15 +28,14 @@ struct Outbox {
   int first_row, first_col;  // in the map's matrix
   int what;                  // part of the group whose tile goes to the finisher, or one of these
   static constexpr int kOut = -1, kLow = -2, kGradient = -3, kTransposed = -4;  // the last is a gradient, of which registers hold columns
-  int flag = kNoFlag;        // among the launch's
-  static constexpr int kNoFlag = -1;
+  int flag = work::kNone;    // among the launch's
   int next_part = 0, box_count = 0, parts = 0;
   int pause = 0;  // steps until the finisher may take the next box
   uint32_t finish_phase = 1;  // of finish_empty, which ends when the finisher has given back the last box
 
   // A 64 x 2 kCount result for (row, col) of the map's matrix. What was pending goes out before.
   template <int kCount>
-  __device__ __forceinline__ void keep(const float (&acc)[kCount], const CUtensorMap* of, int row, int col, int* raise_when_out) {
+  __device__ __forceinline__ void keep(const float (&acc)[kCount], const CUtensorMap* of, int row, int col, int raise_when_out) {
     send_all();
     pack_boxes<0>(acc);
     address(of, row, col, kLow);
@@ -45,11 +44,11 @@ struct Outbox {
 
   template <int kCount>
   __device__ __forceinline__ void keep_out(const float (&acc)[kCount], int part, int row, int col) {
-    keep(acc, &p.part[part].out, row, col, nullptr);
+    keep(acc, &p.part[part].out, row, col, work::kNone);
     what = kGated || p.part[part].out_data != nullptr ? part : kOut;
     if (!to_finisher()) return;
     parts = kOutBoxes;
-    pause = self.index * p.schedule.finish_spacing / 2;
+    pause = self.index * p.finish_spacing / 2;
   }
 
   // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
@@ -59,7 +58,7 @@ struct Outbox {
     pack_boxes<0>(acc[0]);
     if constexpr (kBlocks == 2) pack_boxes<boxes_of(C::kBlockR)>(acc[1]);
     address(&g.result, of_A ? 0 : col, of_A ? col : 0, of_A ? kTransposed : kGradient);
-    hold(kBlocks * boxes_of(C::kBlockR), nullptr);
+    hold(kBlocks * boxes_of(C::kBlockR), work::kNone);
   }
 
   template <int kFirstBox, int kCount>
@@ -75,14 +74,14 @@ struct Outbox {
     what = is;
   }
 
-  __device__ __forceinline__ void hold(int count, int* raise_when_out) {
+  __device__ __forceinline__ void hold(int count, int raise_when_out) {
     next_part = 0;
     box_count = count;
-    flag = raise_when_out == nullptr ? kNoFlag : static_cast<int>(raise_when_out - p.next_item);
-    parts = count + (flag == kNoFlag ? 0 : kFlagParts);
+    flag = raise_when_out;
+    parts = count + (flag == work::kNone ? 0 : kFlagParts);
   }
 
-  __device__ __forceinline__ void hold_flag(int* raise) {
+  __device__ __forceinline__ void hold_flag(int raise) {
     what = kLow;
     hold(0, raise);
   }
@@ -109,14 +108,14 @@ struct Outbox {
 
   // Before steps that may wait for a flag which is still pending here.
   __device__ __forceinline__ void send_flag() {
-    if (flag != kNoFlag) send_all();
+    if (flag != work::kNone) send_all();
   }
 
   __device__ __forceinline__ void send_part() {
     if (to_finisher()) {
       if (--pause >= 0) return;
       send_to_finisher(next_part);
-      pause = p.schedule.finish_spacing - 1;
+      pause = p.finish_spacing - 1;
     } else if (next_part < box_count) {
       const uint32_t buffer = ptx::shared_address(shared.out[self.index]);
       await_buffer();
@@ -124,7 +123,7 @@ struct Outbox {
       publish_buffer();
       if (self.thread() == 0) copy_out(buffer, next_part);
     } else if (next_part + 1 == parts) {
-      raise(p.next_item + flag, box_count > 0);
+      raise(flag, box_count > 0);
     }
     ++next_part;
   }
@@ -206,7 +205,7 @@ struct Outbox {
   }
 
   // Tells readers in other blocks that what this warpgroup wrote is there: by copies, which are one thread's, or by everybody.
-  __device__ void raise(int* raised, bool copied) {
+  __device__ void raise(int raised, bool copied) {
     if (!copied) {
       __threadfence();
       self.sync();
@@ -214,7 +213,7 @@ struct Outbox {
     if (self.thread() == 0) {
       ptx::tma_store_wait();
       ptx::fence_async_global();
-      ptx::flag_add_release(raised, 1);
+      ptx::flag_raise(p.flags + raised, ptx::load_shared_32(ptx::shared_address(&shared.mark)));
     }
   }
 

@@ -13,7 +13,7 @@
 #include <cstdint>
 
 #include "../lora_linear.h"
-#include "schedule.cuh"
+#include "../work/item.h"
 
 namespace fused_lora::sm90 {
 
@@ -25,8 +25,6 @@ struct Gradient {
   int64_t stride_col, stride_rank;
   int cols;
   float* partial;
-  int* chain;      // for each warpgroup's part of the columns: slices added so far
-  bool needs_low;  // low is made by this launch
   void* sums;      // of big over tokens, (cols,), or null
   float* sums_partial;
 };
@@ -41,7 +39,6 @@ struct Part {
   Dropout dropout;
   const void* bias;
   DType bias_dtype;  // of bias or its gradient
-  int* ready;        // for each 128 rows: warpgroups whose part of low is written
   CUtensorMap lhs, weight, down, low, up, out;
   Gradient dA, dB;
 };
@@ -57,14 +54,15 @@ struct Gated {
 
 // What is read first lies together: each line of the constant cache comes from memory at a launch's start.
 struct KernelParams {
-  Schedule schedule;
+  const work::Item* list;
+  int items;
+  int low_flags, chain_flags;  // of each part, one part's after another's; of all gradients, a slice's after another's
+  work::Counters* counters;
+  int* flags;
   int M, parts, summed;  // summed: those that tiles are made of, which come first
+  int finish_spacing;    // steps of a tile between boxes of the one before that leave for the finisher
   bool rows_start_anywhere;  // in some part's out
   DType factor_dtype;        // of A's and B's gradients
-  // Zeros before and after a launch: next_item, exited and the parts' flags follow one another, flags in all.
-  int* next_item;
-  int* exited;
-  int flags;
   Part part[kMostParts];
   Gated gated;
   CUtensorMap down_riding;

@@ -6,17 +6,31 @@
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/sync.cuh"
 #include "../ptx/tma.cuh"
-#include "schedule.cuh"
+#include "../work/item.h"
 #include "tensor_map.h"
 
 namespace fused_lora::sm90 {
 
+using work::Item;
+using work::Work;
+
+template <typename Int>
+__host__ __device__ constexpr int ceil_div(Int a, int b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
+constexpr int kBlockM = 128;  // rows of a block's tile
+
 constexpr int kCluster = 2;
+constexpr int kPairRows = kCluster * kBlockM;  // of an item
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kFinishThreads = 64;  // the last two warps of the warpgroup that loads
 constexpr int kGateAhead = 8;       // chunks of each thread, a box
+// A flag has one writer.
+constexpr int kFlagRows = kBlockM / kConsumers;         // of low
+constexpr int kChainFlags = kCluster * kConsumers;      // of a gradient item
 
 __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBox); }
 
@@ -61,8 +75,8 @@ template <typename C, bool kBackward, bool kDrops>
 constexpr bool can_ride = C::kCanRide && !kBackward && !kDrops;
 
 template <typename C, bool kBackward, bool kDrops>
-__device__ __forceinline__ bool rides(const Schedule& schedule, const Item& item) {
-  return can_ride<C, kBackward, kDrops> && schedule.rides && item.col == 0;
+__device__ __forceinline__ bool rides(const Item& item) {
+  return can_ride<C, kBackward, kDrops> && (item.bits & work::kRides);
 }
 
 template <typename C>
@@ -73,6 +87,7 @@ struct Shared {
   uint64_t full[C::kStages], empty[C::kStages];
   uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster
   Item item;
+  int mark;  // the launch's
   // Between the warpgroups that multiply and the finisher: boxes in out, and the tile that they are of.
   uint64_t finish_full[kConsumers], finish_empty[kConsumers], finish_tile_full;
   int4 finish_tile;  // row, column and part; -1: none comes any more

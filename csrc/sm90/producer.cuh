@@ -51,9 +51,14 @@ struct Producer {
   // The next item may be taken: late, so that whoever is free first takes it, and early enough to hide that.
   __device__ void release_item() { ptx::mbarrier_arrive_at(&shared.item_empty, 0); }
 
-  __device__ void wait_for_low(const Part& part, int row) {
-    ptx::flag_wait(part.ready + row / kBlockM, kConsumers);
+  // Of a block's rows, the first of whose flags is given.
+  __device__ void wait_for_low(int flag, int mark) {
+    ptx::flag_pair_wait(p.flags + flag, mark);
     ptx::fence_async_global();
+  }
+  // The same, of this block's rows of an item's low, `part` parts behind the item's first.
+  __device__ void wait_for_own_low(const Item& item, int part) {
+    wait_for_low(item.waits + part * p.low_flags + rank * kConsumers, item.mark);
   }
 
   __device__ void run(const Item& item) {
@@ -69,8 +74,8 @@ struct Producer {
     constexpr int kWidth = C::kShrinkHalves * kBox;
     const Part& part = p.part[item.part];
     const int release_at = lookahead(part.depth, kWidth);
-    for (int i = 0, pair = item.row_pair; i < item.count; ++i, pair += item.stride) {
-      const int row = pair * kPairRows + rank * kBlockM;
+    for (int done = 0; done < item.rows; done += item.stride) {
+      const int row = item.row + done + rank * kBlockM;
 #pragma unroll 1
       for (int k = 0; k < part.depth; k += kWidth) {
         const uint32_t stage = begin_step(C::kShrinkBoxes * kBoxBytes);
@@ -80,7 +85,7 @@ struct Producer {
                      boxes_of(C::kBlockR));
         }
         ring.advance();
-        if (i + 1 == item.count && k == release_at) release_item();
+        if (done + item.stride == item.rows && k == release_at) release_item();
       }
     }
   }
@@ -91,10 +96,10 @@ struct Producer {
   // Forward a tile is one linear's; backward it sums over all of them. What may have to be waited for comes last, or where it
   // is masked first.
   __device__ void tile(const Item& item) {
-    const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kBlockN;
+    const int row = item.row + rank * kBlockM, col = item.col;
     const int first = kBackward ? 0 : item.part, last = kBackward ? p.summed : item.part + 1;
-    const bool riding = rides<C, kBackward, kDrops>(p.schedule, item);
-    if (kBackward && kDrops) tile_ranks(first, last, row, col, riding);
+    const bool riding = rides<C, kBackward, kDrops>(item);
+    if (kBackward && kDrops) tile_ranks(item, first, last, riding);
     for (int i = first; i < last; ++i) {
       const Part& part = p.part[i];
       const int release_at = i + 1 == last ? lookahead(part.depth, kBox) : -1;
@@ -108,12 +113,12 @@ struct Producer {
         if (k == release_at) release_item();
       }
     }
-    if (!(kBackward && kDrops)) tile_ranks(first, last, row, col, riding);
+    if (!(kBackward && kDrops)) tile_ranks(item, first, last, riding);
   }
 
   // Of two linears at once: half of the right operand is each one's. Steps over ranks are one linear's, of all ranks and 64 columns.
   __device__ void tile_gated(const Item& item) {
-    const int row = item.row_pair * kPairRows + rank * kBlockM, col = item.col * C::kTileCols;
+    const int row = item.row + rank * kBlockM, col = item.col;
     const int depth = p.part[0].depth, release_at = lookahead(depth, kBox);
 #pragma unroll 1
     for (int k = 0; k < depth; k += kBox) {
@@ -126,7 +131,7 @@ struct Producer {
     for (int i = 0; i < 2; ++i) {
       const Part& part = p.part[i];
       if (part.r == 0) continue;
-      wait_for_low(part, row);
+      wait_for_own_low(item, i);
 #pragma unroll 1
       for (int box = 0; box < kHalf; ++box) {
         const uint32_t stage = begin_step(3 * kRankBoxes * kBoxBytes);
@@ -137,10 +142,11 @@ struct Producer {
     }
   }
 
-  __device__ void tile_ranks(int first, int last, int row, int col, bool riding) {
+  __device__ void tile_ranks(const Item& item, int first, int last, bool riding) {
+    const int row = item.row + rank * kBlockM, col = item.col;
     for (int i = first; i < last; ++i) {
       const Part& part = p.part[i];
-      if (part.r > 0 && !riding) wait_for_low(part, row);
+      if (part.r > 0 && !riding) wait_for_own_low(item, i - first);
 #pragma unroll 1
       for (int k = 0; k < part.r; k += kBox) {
         const uint32_t stage = begin_step((C::kTileBoxes - (riding ? 2 : 0)) * kBoxBytes);
@@ -155,15 +161,11 @@ struct Producer {
     const Part& part = p.part[item.part];
     const Gradient& g = item.work == Work::kGradientA ? part.dA : part.dB;
     constexpr int kBigBoxes = C::kGradientCols / kBox;
-    const int col = (item.col * kCluster + rank) * C::kGradientCols;
-    const int first = item.row_pair * kPairRows, tokens = min(p.M, p.schedule.slice_end(item.slice)) - first;
+    const int col = item.col + rank * C::kGradientCols, tokens = min(p.M - item.row, item.rows);
     const int release_at = lookahead(tokens, kBox);
     for (int i = 0; i < tokens; i += kBox) {
-      const int row = first + i;
-      if (g.needs_low && row % kPairRows == 0) {
-        wait_for_low(part, row);
-        wait_for_low(part, row + kBlockM);  // of rows beyond M too: a flag that is raised must be waited for before the launch ends
-      }
+      const int row = item.row + i;
+      if (item.waits != work::kNone && i % kBlockM == 0) wait_for_low(item.waits + i / kFlagRows, item.mark);
       const uint32_t stage = begin_step(C::kGradientBoxes * kBoxBytes);
       load<true>(stage, &g.big, row, col, kBigBoxes);
       load_for_both<true>(stage + kBigBoxes * kBoxBytes, &g.low, row, 0, boxes_of(C::kBlockR));

@@ -1,12 +1,13 @@
 """The list of work of csrc's kernels, made on the CPU."""
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.csrc.passes import Sizes
+from tests.csrc.passes import Item, Sizes
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +16,9 @@ def list_work(tmp_path_factory):
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     program = tmp_path_factory.mktemp("list_work") / "list_work"
-    source = Path(__file__).parent / "list_work.cu"
-    subprocess.run(["nvcc", "-std=c++17", "-O1", "-o", str(program), str(source)], check=True)
+    here = Path(__file__).parent
+    sources = [here / "list_work.cu", here.parents[1] / "csrc" / "work" / "plan.cpp"]
+    subprocess.run(["nvcc", "-std=c++17", "-O1", "-o", str(program), *map(str, sources)], check=True)
 
     def run(passes):
         lines = "\n".join(map(str, passes))
@@ -24,6 +26,6 @@ def list_work(tmp_path_factory):
         for line in done.stdout.splitlines():
             sizes, items = line.split(";")
             numbers = map(int, items.split())
-            yield Sizes.of([int(number) for number in sizes.split()]), list(zip(*[numbers] * 5, strict=True))
+            yield Sizes(*map(int, sizes.split())), list(itertools.starmap(Item, zip(*[numbers] * 8, strict=True)))
 
     return run

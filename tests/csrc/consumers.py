@@ -2,7 +2,19 @@
 
 import itertools
 
-from tests.csrc.passes import BOX, CONSUMERS, FLAG_PARTS, GRADIENT_A, SHRINK, TILE, Turns, boxes_of
+from tests.csrc.passes import (
+    BOX,
+    CONSUMERS,
+    FLAG_PARTS,
+    FLAG_ROWS,
+    GRADIENT_A,
+    NONE,
+    SHRINK,
+    TILE,
+    Item,
+    Turns,
+    boxes_of,
+)
 
 
 class Outbox:
@@ -10,13 +22,13 @@ class Outbox:
 
     def __init__(self, launch, block, index):
         self.launch, self.block, self.index = launch, block, index
-        self.flag, self.most = None, 0  # most: how often it is raised in all
+        self.flag = NONE
         self.next_part = self.boxes = self.parts = self.pause = 0
         self.whole_tile = self.to_finisher = False
 
-    def keep(self, boxes, flag=None, most=0) -> Turns:
+    def keep(self, boxes, flag=NONE) -> Turns:
         yield from self.send_all()
-        self.hold(boxes, flag, most)
+        self.hold(boxes, flag)
 
     def keep_out(self) -> Turns:
         launch = self.launch
@@ -25,9 +37,9 @@ class Outbox:
         if self.to_finisher:
             self.parts, self.pause = launch.sizes.out_boxes, self.index * launch.sizes.finish_spacing // 2
 
-    def hold(self, boxes, flag=None, most=0) -> None:
-        self.next_part, self.boxes, self.flag, self.most = 0, boxes, flag, most
-        self.parts = boxes + (FLAG_PARTS if flag else 0)
+    def hold(self, boxes, flag=NONE) -> None:
+        self.next_part, self.boxes, self.flag = 0, boxes, flag
+        self.parts = boxes + (0 if flag == NONE else FLAG_PARTS)
         self.whole_tile = self.to_finisher = False
 
     def pending(self) -> bool:
@@ -42,7 +54,7 @@ class Outbox:
             yield from self.send_part()
 
     def send_flag(self) -> Turns:
-        if self.flag:
+        if self.flag != NONE:
             yield from self.send_all()
 
     def send_part(self) -> Turns:
@@ -58,7 +70,7 @@ class Outbox:
         elif self.next_part < self.boxes:
             yield from self.await_buffer()
         elif self.next_part + 1 == self.parts:
-            self.launch.raise_(self.flag, self.most)
+            self.launch.raise_(self.flag)
         self.next_part += 1
 
     def await_buffer(self) -> Turns:
@@ -91,7 +103,7 @@ class Consumer:
             if item is None:
                 break
             self.block.cluster.release_item()
-            multiply = {SHRINK: self.shrink, TILE: self.tile}.get(item[0], self.gradient)
+            multiply = {SHRINK: self.shrink, TILE: self.tile}.get(item.work, self.gradient)
             yield from multiply(item)
         yield from self.outbox.finish()
 
@@ -109,21 +121,20 @@ class Consumer:
     def drain(self) -> None:
         self.released = self.step
 
-    def low_flag(self, part, pair):
-        return "low", part, 2 * pair + self.block.rank
+    def own_flag(self, flag: int) -> int:
+        return flag + CONSUMERS * self.block.rank + self.index
 
-    def shrink(self, item) -> Turns:
+    def shrink(self, item: Item) -> Turns:
         each, sizes = self.launch.each, self.launch.sizes
-        _, part, first, count, stride = item
-        for pair in range(first, first + count * stride, stride):
+        for row in item.shrunk_rows:
             if each.drops and not each.backward:
                 yield from self.outbox.send_all()
-            yield from self.issue(-(-each.parts[part].depth // (sizes.shrink_halves * BOX)))
+            yield from self.issue(-(-each.parts[item.part].depth // (sizes.shrink_halves * BOX)))
             self.drain()
-            yield from self.outbox.keep(sizes.rank_boxes, self.low_flag(part, pair), CONSUMERS)
+            yield from self.outbox.keep(sizes.rank_boxes, self.own_flag(item.raises + (row - item.row) // FLAG_ROWS))
             yield from self.outbox.send_boxes()
 
-    def tile(self, item) -> Turns:
+    def tile(self, item: Item) -> Turns:
         launch, each, sizes = self.launch, self.launch.each, self.launch.sizes
         parts = [each.parts[i] for i in launch.parts_of_tile(item)]
         steps, rank_steps = (sum(map(boxes_of, sizes)) for sizes in zip(*((p.depth, p.r) for p in parts), strict=True))
@@ -138,7 +149,7 @@ class Consumer:
             self.drain()
             yield from self.outbox.send_all()
             yield from self.add_ranks(sizes.out_boxes * sum(part.r > 0 for part in each.parts))
-        elif launch.rides(item):
+        elif item.rides:
             yield from self.ride(item)
         elif not masked:
             yield from self.issue(rank_steps)
@@ -153,29 +164,25 @@ class Consumer:
             yield from self.await_stage()
             self.drain()
 
-    def ride(self, item) -> Turns:
+    def ride(self, item: Item) -> Turns:
         self.drain()
         yield from self.await_stage()
-        if self.launch.riding_low_is_awaited():
-            self.launch.raise_(self.low_flag(0, item[2]), CONSUMERS)
+        if item.raises != NONE:
+            self.launch.raise_(self.own_flag(item.raises))
 
-    def gradient(self, item) -> Turns:
+    def gradient(self, item: Item) -> Turns:
         launch, outbox = self.launch, self.outbox
-        work, part, _, col, number = item
         yield from outbox.send_flag()
-        sums = work != GRADIENT_A and launch.sums[part]
-        if sums or (work == GRADIENT_A and launch.each.drops):
+        sums = item.work != GRADIENT_A and launch.sums[item.part]
+        if sums or (item.work == GRADIENT_A and launch.each.drops):
             yield from outbox.send_all()
         yield from self.issue(boxes_of(launch.tokens(item)))
         self.drain()
         yield from outbox.send_all()
-        flag = "chain", work, part, 2 * CONSUMERS * col + CONSUMERS * self.block.rank + self.index
-        last = number + 1 == launch.sizes.slices
-        if number > 0:
-            yield from launch.wait(flag, number)
-            if last:
-                launch.flags[flag] = 0
-        if not last:
-            outbox.hold(0, flag, launch.sizes.slices - 1)
-        elif launch.copied and (work == GRADIENT_A or launch.each.parts[part].r > 0):
+        flag = self.own_flag(item.raises)
+        if not item.is_first:
+            yield from launch.wait(flag - launch.sizes.chain_flags)
+        if not item.is_last:
+            outbox.hold(0, flag)
+        elif launch.copied and (item.work == GRADIENT_A or launch.each.parts[item.part].r > 0):
             outbox.hold(launch.sizes.gradient_blocks * launch.sizes.rank_boxes)

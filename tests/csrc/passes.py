@@ -1,7 +1,6 @@
 """Passes of csrc's kernels by their sizes, and some of every kind."""
 
 import dataclasses
-import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import NamedTuple
 SHRINK, TILE, GRADIENT_A, GRADIENT_B = range(4)
 CLUSTER, CONSUMERS, BOX, BLOCK_M = 2, 2, 64, 128
 PAIR_ROWS = CLUSTER * BLOCK_M
+FLAG_ROWS, CHAIN_FLAGS, NONE = 64, 4, -1
 LOOKAHEAD, FLAG_PARTS = 8, 2
 Turns = Iterator[Callable[[], bool]]  # of a thread: what must hold before it goes on
 
@@ -56,39 +56,50 @@ def promised_floats(each: Pass) -> int:
 
 
 class Sizes(NamedTuple):
-    """What list_work.cu says of a pass, and of the kernel that is its."""
+    """What list_work.cu says of a pass's plan, and of the kernel that is its."""
 
-    row_pairs: int
-    groups: int
-    slices: int
-    rides: int
-    ready: int
-    chains: int
-    most_chains: int
+    low_flags: int
+    chain_flags: int
+    flags: int
     floats: int
-    most_floats: int
     finish_spacing: int
+    tile_cols: int
+    gradient_cols: int
     stages: int
     tile_boxes: int
     out_boxes: int
     rank_boxes: int
     shrink_halves: int
     gradient_blocks: int
-    tile_cols: list[int]  # of each part, as the next
-    a_pairs: list[int]
-    b_pairs: list[int]
 
-    @classmethod
-    def of(cls, numbers: list[int]) -> "Sizes":
-        own = len(cls._fields) - 3
-        return cls(*numbers[:own], *(numbers[own + i :: 3] for i in range(3)))
 
-    def slice_firsts(self) -> list[int]:
-        """The first row pairs of groups, the longer ones first, or of their halves; and one past the last."""
-        each, longer = divmod(self.row_pairs, self.groups)
-        pairs = [each + (group < longer) for group in range(self.groups)]
-        lengths = pairs if self.slices == self.groups else [half for n in pairs for half in (n - n // 2, n // 2)]
-        return [0, *itertools.accumulate(lengths)]
+class Item(NamedTuple):
+    """csrc/work/item.h."""
+
+    work: int
+    bits: int
+    part: int
+    row: int
+    rows: int
+    col: int  # of a shrink item, its stride
+    waits: int
+    raises: int
+
+    @property
+    def shrunk_rows(self) -> range:
+        return range(self.row, self.row + self.rows, self.col)
+
+    @property
+    def is_first(self) -> bool:
+        return bool(self.bits & 1)
+
+    @property
+    def is_last(self) -> bool:
+        return bool(self.bits & 2)
+
+    @property
+    def rides(self) -> bool:
+        return bool(self.bits & 4)
 
 
 def some_passes(count, widths=(1, 136, 151, 512, 4096, 8191, 50257), most_width=14400, most_rows=40000, seed=0):

@@ -5,7 +5,6 @@ before whatever may not come yet, and whose turn is next is drawn. Warpgroups th
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 
 from tests.csrc.consumers import Consumer
@@ -14,11 +13,12 @@ from tests.csrc.passes import (
     BOX,
     CLUSTER,
     CONSUMERS,
-    GRADIENT_A,
+    FLAG_ROWS,
     LOOKAHEAD,
-    PAIR_ROWS,
+    NONE,
     SHRINK,
     TILE,
+    Item,
     Pass,
     Sizes,
     Turns,
@@ -35,7 +35,7 @@ class Launch:
 
     def __init__(self, each: Pass, sizes: Sizes, items: list, rng, clusters: int):
         self.each, self.sizes, self.items, self.rng = each, sizes, items, rng
-        self.flags, self.awaited, self.next_item, self.exited = Counter(), set(), 0, 0
+        self.raised, self.taken, self.exited = set(), 0, 0
         self.rows_start_anywhere = rng.random() < 0.5
         self.sums = [rng.random() < 0.5 or part.r == 0 for part in each.parts]
         self.copied = rng.random() < 0.5
@@ -47,14 +47,12 @@ class Launch:
         waiting_for = [next(thread) for thread in threads]
         while threads:
             ready = [i for i, condition in enumerate(waiting_for) if condition()]
-            assert ready, f"all wait for ever, with flags {dict(self.flags)}"
+            assert ready, f"all wait for ever, with {self.raised} raised"
             (i,) = self.rng.choices(ready, [weights[i] for i in ready])
             waiting_for[i] = self.advance(threads[i])
             if waiting_for[i] is None:
                 del threads[i], weights[i], waiting_for[i]
-        for_nobody = self.flags.keys() - self.awaited  # which may be raised after the launch, another time
-        assert not for_nobody, f"raised for nobody: {for_nobody}"
-        assert not any(self.flags.values()), f"raised after they were cleared: {self.flags}"
+        assert self.exited == CLUSTER * len(self.clusters), "the last one makes the counters ready for the next launch"
 
     def advance(self, thread) -> Callable[[], bool] | None:
         """Lets it go on, for a while or until it must wait. What it waits for then; None at its end."""
@@ -66,35 +64,25 @@ class Launch:
 
     # ---- flags ----
 
-    def wait(self, flag, value: int) -> Turns:
-        self.awaited.add(flag)
-        yield lambda: self.flags[flag] >= value
+    def wait(self, *flags: int) -> Turns:
+        yield lambda: self.raised.issuperset(flags)
 
-    def raise_(self, flag, most: int) -> None:
-        self.flags[flag] += 1
-        assert self.flags[flag] <= most, f"{flag} is raised once too often"
+    def raise_(self, flag: int) -> None:
+        assert 0 <= flag < self.sizes.flags
+        assert flag not in self.raised, f"{flag} has two writers"
+        self.raised.add(flag)
 
     def leave(self) -> None:
-        """Of a block whose producer has seen the list's end; the last one clears low's flags."""
+        """Of a block whose producer has seen the list's end."""
         self.exited += 1
-        if self.exited == CLUSTER * len(self.clusters):
-            for flag in self.flags:
-                if flag[0] == "low":
-                    self.flags[flag] = 0
 
     # ---- what the kernels' parameters say ----
 
-    def rides(self, item) -> bool:
-        return bool(self.sizes.rides) and item[3] == 0
+    def parts_of_tile(self, item: Item) -> range:
+        return range(self.each.summed) if self.each.backward else range(item.part, item.part + 1)
 
-    def riding_low_is_awaited(self) -> bool:
-        return self.sizes.tile_cols[0] > 1
-
-    def parts_of_tile(self, item) -> range:
-        return range(self.each.summed) if self.each.backward else range(item[1], item[1] + 1)
-
-    def tokens(self, item) -> int:
-        return min(self.each.M, self.sizes.slice_firsts()[item[4] + 1] * PAIR_ROWS) - item[2] * PAIR_ROWS
+    def tokens(self, item: Item) -> int:
+        return min(self.each.M - item.row, item.rows)
 
 
 class Cluster:
@@ -111,8 +99,9 @@ class Cluster:
         launch = self.launch
         yield lambda: True
         for taken in itertools.count(1):
-            self.items.append(launch.items[launch.next_item] if launch.next_item < len(launch.items) else None)
-            launch.next_item += 1
+            number = launch.taken
+            launch.taken += 1
+            self.items.append(launch.items[number] if number < len(launch.items) else None)
             if self.items[-1] is None:
                 return
             yield lambda taken=taken: self.seen == taken * CLUSTER * (CONSUMERS + 1)
@@ -150,7 +139,7 @@ class Block:
             item = yield from self.cluster.await_item(number)
             if item is None:
                 break
-            load = {SHRINK: self.shrink, TILE: self.tile}.get(item[0], self.gradient)
+            load = {SHRINK: self.shrink, TILE: self.tile}.get(item.work, self.gradient)
             yield from load(item)
         self.launch.leave()
 
@@ -159,26 +148,23 @@ class Block:
         yield lambda: all(consumer.released > step - stages for consumer in self.cluster.consumers)
         self.steps.append(shared_boxes)
 
-    def wait_for_low(self, part: int, row: int) -> Turns:
-        yield from self.launch.wait(("low", part, row // BLOCK_M), CONSUMERS)
+    def wait_for_low(self, flag: int) -> Turns:
+        """Of a block's rows."""
+        yield from self.launch.wait(flag, flag + 1)
 
-    def wait_for_low_of_pair(self, part: int, row: int) -> Turns:
-        for first in (row, row + BLOCK_M):  # of rows beyond M too
-            yield from self.wait_for_low(part, first)
+    def wait_for_own_low(self, item: Item, part: int) -> Turns:
+        yield from self.wait_for_low(item.waits + part * self.launch.sizes.low_flags + self.rank * CONSUMERS)
 
-    def row(self, pair: int) -> int:
-        return pair * PAIR_ROWS + self.rank * BLOCK_M
-
-    def shrink(self, item) -> Turns:
-        sizes, depth = self.launch.sizes, self.launch.each.parts[item[1]].depth
+    def shrink(self, item: Item) -> Turns:
+        sizes, depth = self.launch.sizes, self.launch.each.parts[item.part].depth
         width = sizes.shrink_halves * BOX
-        for i in range(item[3]):
+        for row in item.shrunk_rows:
             for k in range(0, depth, width):
                 yield from self.step(sizes.rank_boxes)
-                if i + 1 == item[3] and k == lookahead(depth, width):
+                if row == item.shrunk_rows[-1] and k == lookahead(depth, width):
                     self.cluster.release_item()
 
-    def tile(self, item) -> Turns:
+    def tile(self, item: Item) -> Turns:
         each, sizes, parts = self.launch.each, self.launch.sizes, self.launch.parts_of_tile(item)
         masked = each.backward and each.drops
         if masked:
@@ -192,22 +178,21 @@ class Block:
         if not masked:
             yield from self.tile_ranks(item)
 
-    def tile_ranks(self, item) -> Turns:
-        each, sizes, riding = self.launch.each, self.launch.sizes, self.launch.rides(item)
+    def tile_ranks(self, item: Item) -> Turns:
+        each, sizes = self.launch.each, self.launch.sizes
         gates = each.gated and not each.backward
         for i in range(2) if gates else self.launch.parts_of_tile(item):
             r = each.parts[i].r
-            if r > 0 and not riding:
-                yield from self.wait_for_low(i, self.row(item[2]))
+            if r > 0 and not item.rides:
+                yield from self.wait_for_own_low(item, i if gates or each.backward else 0)
             for _ in range(sizes.out_boxes if gates and r else boxes_of(r)):
                 yield from self.step(sizes.rank_boxes if gates else sizes.tile_boxes)
 
-    def gradient(self, item) -> Turns:
-        tokens, part = self.launch.tokens(item), item[1]
-        needs_low = item[0] == GRADIENT_A and part < self.launch.each.summed
+    def gradient(self, item: Item) -> Turns:
+        tokens = self.launch.tokens(item)
         for i in range(0, tokens, BOX):
-            if needs_low and i % PAIR_ROWS == 0:
-                yield from self.wait_for_low_of_pair(part, item[2] * PAIR_ROWS + i)
+            if item.waits != NONE and i % BLOCK_M == 0:
+                yield from self.wait_for_low(item.waits + i // FLAG_ROWS)
             yield from self.step(self.launch.sizes.rank_boxes)
             if i == lookahead(tokens, BOX):
                 self.cluster.release_item()

@@ -92,4 +92,4 @@ def test_kernels_know_no_torch(source):
 
 @pytest.mark.parametrize("source", [*CSRC.glob("**/*.*")], ids=lambda path: path.name)
 def test_assembly_is_in_one_room(source):
-    assert ("asm" in re.findall(r"\w+", source.read_text())) == (source.parent.name == "ptx")
+    assert source.parent.name == "ptx" or "asm" not in re.findall(r"\w+", source.read_text())

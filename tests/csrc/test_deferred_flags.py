@@ -1,4 +1,4 @@
-"""The list of work as clusters play it, with flags that are raised late: nobody waits for ever, and none is left."""
+"""The list of work as clusters play it, with flags raised late: nobody waits for ever, and each has one writer."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.csrc.consumers import Consumer, Outbox
 from tests.csrc.passes import Part, Pass, some_passes
-from tests.csrc.playing import Block, Launch
+from tests.csrc.playing import Launch
 
 PLAYS = 3  # of each pass: whose turn is next, and how out leaves, are drawn anew
 
@@ -27,7 +27,7 @@ def play(list_work, passes, launch=Launch):
             launch(each, sizes, items, rng, clusters=rng.choice([1, 2, 3])).play()
 
 
-def test_nobody_waits_for_ever_and_no_flag_is_left(list_work):
+def test_nobody_waits_for_ever(list_work):
     play(list_work, small_passes())
 
 
@@ -35,14 +35,9 @@ def nothing(*_):
     yield from ()
 
 
-def only_within_m(self, part, row):
-    for first in (row, row + 128):
-        if first < self.launch.each.M:
-            yield from self.wait_for_low(part, first)
-
-
-def all_but_the_last(self, flag, most):
-    self.flags[flag] += self.flags[flag] + 1 < most
+def all_but_every_hundredth(self, flag):
+    if flag % 100:
+        self.raised.add(flag)
 
 
 def as_if_a_tile(self):
@@ -53,9 +48,9 @@ def as_if_a_tile(self):
 finish = Outbox.finish
 # What has gone wrong in the kernels, or could: a method of the play, what stands in its place, what is found then.
 FAULTS = {
-    "a flag for nobody": (Launch, "riding_low_is_awaited", lambda self: True, "for nobody"),
-    "no wait for rows beyond M": (Block, "wait_for_low_of_pair", only_within_m, "for nobody"),
-    "a raise is forgotten": (Launch, "raise_", all_but_the_last, "wait for ever"),
+    "a raise is forgotten": (Launch, "raise_", all_but_every_hundredth, "wait for ever"),
+    "another's flag is raised": (Consumer, "own_flag", lambda self, flag: flag + self.index, "two writers"),
+    "a block does not leave": (Launch, "leave", lambda self: None, "counters"),
     "a flag is left behind": (Outbox, "send_flag", nothing, "wait for ever"),
     "a tile does not send it first": (Consumer, "sends_flag_first", lambda *_: False, "wait for ever"),
     "the last to leave is taken for a tile": (Outbox, "finish", as_if_a_tile, "wait for ever"),

@@ -4,67 +4,114 @@ import itertools
 
 import pytest
 
-from tests.csrc.passes import GRADIENT_A, GRADIENT_B, PAIR_ROWS, SHRINK, TILE, Part, Pass, promised_floats, some_passes
+from tests.csrc.passes import (
+    CHAIN_FLAGS,
+    FLAG_ROWS,
+    GRADIENT_A,
+    GRADIENT_B,
+    NONE,
+    PAIR_ROWS,
+    SHRINK,
+    TILE,
+    Item,
+    Part,
+    Pass,
+    promised_floats,
+    some_passes,
+)
+
+ROW_FLAGS = PAIR_ROWS // FLAG_ROWS
 
 
-def places(items, keys_of):
-    """Item numbers by what they do: each key once."""
-    found = {}
-    for number, item in enumerate(items):
-        for key in keys_of(item):
-            assert key not in found, f"{key} is in the list twice"
-            found[key] = number
+def starts(size: int, each: int) -> range:
+    return range(0, size, each)
+
+
+def needs_low(each: Pass) -> list[int]:
+    return [i for i, part in enumerate(each.parts[: each.summed]) if part.r and (each.wants_out or part.wants_a)]
+
+
+def made_low(item: Item) -> list[tuple[int, int]]:
+    """Parts and first rows of the low that it makes."""
+    if item.work == SHRINK:
+        return [(item.part, row) for row in item.shrunk_rows]
+    return [(item.part, item.row)] if item.rides else []
+
+
+def raised(item: Item) -> set[int]:
+    if item.work in (GRADIENT_A, GRADIENT_B):
+        return set(range(item.raises, item.raises + CHAIN_FLAGS))
+    rows = [row - item.row for _, row in made_low(item) if item.raises != NONE]
+    return {item.raises + row // FLAG_ROWS + i for row in rows for i in range(ROW_FLAGS)}
+
+
+def awaited(each: Pass, sizes, item: Item) -> set[int]:
+    if item.work == TILE and item.waits != NONE:
+        summed = each.parts[: each.summed] if each.backward or each.gated else [each.parts[item.part]]
+        of_low = [item.waits + i * sizes.low_flags for i, part in enumerate(summed) if part.r]
+        return {flag + i for flag in of_low for i in range(ROW_FLAGS)}
+    found = set()
+    if item.work == GRADIENT_A and item.waits != NONE:
+        found = set(range(item.waits, item.waits + item.rows // FLAG_ROWS))
+    if item.work in (GRADIENT_A, GRADIENT_B) and not item.is_first:
+        found |= {flag - sizes.chain_flags for flag in raised(item)}
     return found
 
 
-def shrunk(item):
-    work, part, first, count, stride = item
-    return [(part, first + i * stride) for i in range(count)] if work == SHRINK else []
+def wanted_tiles(each: Pass, sizes) -> set[tuple[int, int, int]]:
+    own = each.parts[:1] if each.backward or each.gated else each.parts
+    rows = starts(each.M, PAIR_ROWS)
+    return {
+        (i, row, col)
+        for i, part in enumerate(own if each.wants_out else ())
+        for row, col in itertools.product(rows, starts(part.cols, sizes.tile_cols))
+    }
 
 
-def check(each, sizes, items):
-    row_pairs, rides = sizes.row_pairs, sizes.rides
-    assert row_pairs == -(-each.M // PAIR_ROWS)
-    assert sizes.ready == 2 * row_pairs
-    assert sizes.chains <= sizes.most_chains
-    assert sizes.floats <= sizes.most_floats == promised_floats(each)
-    low = places(items, shrunk)
-    tiles = places(items, lambda item: [item[1:4]] if item[0] == TILE else [])
-    if rides:
-        assert not low
-        low = {(0, pair): tiles[0, pair, 0] for pair in range(row_pairs)}
-    needed = [i for i, part in enumerate(each.parts[: each.summed]) if part.r and (each.wants_out or part.wants_a)]
-    assert set(low) == set(itertools.product(needed, range(row_pairs)))
-    wanted = set()
-    for i, part in enumerate(each.parts):
-        has_tiles = each.wants_out and (not (each.backward or each.gated) or i == 0)
-        tile_cols = each.block_n // (1 if each.backward or not each.gated else 2)
-        assert sizes.tile_cols[i] == (-(-part.cols // tile_cols) if has_tiles else 0)
-        wanted |= set(itertools.product([i], range(row_pairs), range(sizes.tile_cols[i])))
-    assert set(tiles) == wanted
-    for (i, pair, col), number in tiles.items():
-        waited_for = needed if each.backward or each.gated else [part for part in needed if part == i]
-        assert all(low[part, pair] < number for part in waited_for) or (rides and col == 0)
-    gradients = 0
-    firsts = sizes.slice_firsts()
-    ends = dict(itertools.pairwise(firsts))
-    assert firsts.pop() == row_pairs
-    before = dict(zip(firsts[1:], firsts[:-1], strict=True))
-    assert len(ends) == sizes.slices, "none is empty"
-    for work, pairs, wants in ((GRADIENT_A, sizes.a_pairs, "wants_a"), (GRADIENT_B, sizes.b_pairs, "wants_b")):
-        sums = places(items, lambda item, work=work: [item[1:4]] if item[0] == work else [])
-        wanted = set()
-        for i, part in enumerate(each.parts):
-            assert (pairs[i] > 0) == getattr(part, wants)
-            wanted |= set(itertools.product([i], firsts, range(pairs[i])))
-        assert set(sums) == wanted
-        gradients += len(sums)
-        for i, first, col in sums:
-            assert first == 0 or sums[i, before[first], col] < sums[i, first, col], "slices are chained in order"
-            if work == GRADIENT_A:
-                waited_for = range(first, ends[first])
-                assert i >= each.summed or all(low[i, pair] < sums[i, first, col] for pair in waited_for)
-    assert len(items) == len(set(low.values())) * (not rides) + len(tiles) + gradients
+def check_gradients(each: Pass, sizes, items: list[Item]) -> None:
+    """Each column of a gradient once, in slices that follow one another from the first row to the last."""
+    for work, wants, size in ((GRADIENT_A, "wants_a", "cols"), (GRADIENT_B, "wants_b", "depth")):
+        slices = {}
+        for item in items:
+            if item.work == work:
+                slices.setdefault((item.part, item.col), []).append(item)
+        assert set(slices) == {
+            (i, col)
+            for i, part in enumerate(each.parts)
+            for col in starts(getattr(part, size) if getattr(part, wants) else 0, sizes.gradient_cols)
+        }
+        for (part, _), own in slices.items():
+            assert [item.row for item in own] == [0, *itertools.accumulate(item.rows for item in own[:-1])]
+            assert own[-1].row < each.M <= own[-1].row + own[-1].rows
+            assert [item.is_first for item in own] == [True] + [False] * (len(own) - 1)
+            assert [item.is_last for item in own] == [False] * (len(own) - 1) + [True]
+            for before, after in itertools.pairwise(own):
+                assert after.raises - before.raises == sizes.chain_flags
+            makes_low = work == GRADIENT_A and part < each.summed
+            assert all((item.waits == part * sizes.low_flags + item.row // FLAG_ROWS) == makes_low for item in own)
+            assert makes_low or {item.waits for item in own} == {NONE}
+
+
+def check(each: Pass, sizes, items: list[Item]) -> None:
+    row_pairs = -(-each.M // PAIR_ROWS)
+    assert sizes.low_flags == ROW_FLAGS * row_pairs
+    assert sizes.floats <= promised_floats(each)
+    low = [made for item in items for made in made_low(item)]
+    assert sorted(low) == sorted(itertools.product(needs_low(each), starts(each.M, PAIR_ROWS)))
+    tiles = [(item.part, item.row, item.col) for item in items if item.work == TILE]
+    assert sorted(tiles) == sorted(wanted_tiles(each, sizes))
+    check_gradients(each, sizes, items)
+    for item in items:
+        assert item.work != TILE or (item.waits == NONE) == (item.rides or not needs_low(each))
+        if made_low(item) and not (item.rides and item.raises == NONE):
+            assert item.raises == item.part * sizes.low_flags + item.row // FLAG_ROWS
+    so_far = set()
+    for item in items:
+        assert awaited(each, sizes, item) <= so_far, "an item waits only for earlier ones"
+        own = raised(item)
+        assert not own & so_far, "a flag has one writer"
+        assert all(0 <= flag < sizes.flags for flag in own)
+        so_far |= own
 
 
 def test_all_work_once_and_in_an_order_that_can_finish(list_work):
@@ -73,7 +120,7 @@ def test_all_work_once_and_in_an_order_that_can_finish(list_work):
     assert len(listed) == len(passes)
     for each, (sizes, items) in zip(passes, listed, strict=True):
         check(each, sizes, items)
-    assert {bool(sizes.rides) for sizes, _ in listed} == {True, False}, "some ride and some do not"
+    assert {any(item.rides for item in items) for _, items in listed} == {True, False}, "some ride and some do not"
 
 
 def test_the_check_can_fail(list_work):
@@ -81,12 +128,14 @@ def test_the_check_can_fail(list_work):
     each = Pass(6000, True, False, True, False, 256, 66, parts, 2)
     ((sizes, items),) = list_work([each])
     check(each, sizes, items)
-    first_tile = next(number for number, item in enumerate(items) if item[0] == TILE)
+    first_tile = next(number for number, item in enumerate(items) if item.work == TILE)
     for wrong in (
         items[:-1],
         [*items, items[-1]],
         items[first_tile:] + items[:first_tile],
         items[::-1],
+        [item._replace(waits=NONE) if item.work == TILE else item for item in items],
+        [item._replace(raises=0) if item.work == GRADIENT_A else item for item in items],
     ):
         with pytest.raises((AssertionError, KeyError)):
             check(each, sizes, wrong)

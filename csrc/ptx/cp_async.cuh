@@ -1,0 +1,25 @@
+// Copies of 16 bytes from global to shared memory that run while a thread goes on, in groups in the order of their commits.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_lora::ptx {
+
+__device__ __forceinline__ void async_copy_16(uint32_t target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
+// Zeros where it is not valid; the source is not read then.
+__device__ __forceinline__ void async_copy_16_or_zeros(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void async_copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `kGroups` of this thread's committed groups are under way.
+template <int kGroups>
+__device__ __forceinline__ void async_copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+}  // namespace fused_lora::ptx

@@ -1,0 +1,182 @@
+// Copies of steps, far enough ahead of the products, through the segments of one item after another: a segment sums over one
+// part's depth, its ranks, or tokens. It waits for nothing while there is something to multiply.
+#pragma once
+
+#include <cstddef>
+
+#include "params.cuh"
+
+namespace fused_lora::sm80 {
+
+constexpr int kSlots = 8;  // items that are known at once: more than stages, since an item has a step at least
+
+template <int kStages>
+struct Shared {
+  uint8_t stages[kStages][kStageBytes];
+  Item items[kSlots];
+  int mark;  // the launch's
+};
+
+// The list, one item ahead: words of the next one are on their way to the first eight lanes.
+struct List {
+  const KernelParams& p;
+  int number = 0;  // lane 0's, of the item after the next one
+  int word;    // of the next one
+
+  __device__ explicit List(const KernelParams& p) : p(p) {
+    if (threadIdx.x == 0) number = take_number();
+    if (threadIdx.x < 32) request();
+  }
+
+  // By the first warp: puts the next item where others read it.
+  __device__ void take(Item* slot, int mark) {
+    const int lane = threadIdx.x;
+    if (lane < 8) reinterpret_cast<int*>(slot)[lane] = lane == offsetof(Item, mark) / 4 ? mark : word;
+    request();
+  }
+
+ private:
+  __device__ void request() {
+    const int lane = threadIdx.x, next = __shfl_sync(~0u, number, 0);
+    word = lane == 0 ? static_cast<int>(Work::kEnd) : 0;
+    if (lane < 8 && next < p.items) word = __ldg(reinterpret_cast<const int*>(p.list + next) + lane);
+    if (lane == 0) number = take_number();
+  }
+
+  // All are taken so, since nobody knows which blocks run.
+  __device__ int take_number() const { return atomicAdd(&p.counters->taken, 1); }
+};
+
+template <int kStages, bool kBackward>
+struct Loader {
+  Shared<kStages>& shared;
+  const KernelParams& p;
+  List list;
+  Copies<kBlockM> left;
+  Copies<kBlockN> right;
+  int item = -1, segment = 0;  // item: how many were taken before
+  int steps = 0;               // until something else happens here
+  int rest = 0;                // of the sum, behind those steps
+  uint32_t target = 0;         // the stage for the next step
+  int ahead = 0;               // steps that are copied and not multiplied
+  enum State { kCopies, kCopied, kWaits, kEnds } state = kCopied;  // kCopied: the next step is copied already
+
+  __device__ Loader(Shared<kStages>& shared, const KernelParams& p) : shared(shared), p(p), list(p) {}
+
+  __device__ __forceinline__ uint32_t stage(uint32_t offset) const { return ptx::shared_address(shared.stages) + offset; }
+  static __device__ __forceinline__ uint32_t after(uint32_t offset, int bytes = kStageBytes) {
+    return offset + bytes == kStages * kStageBytes ? 0 : offset + bytes;
+  }
+  __device__ Item& at(int number) { return shared.items[number % kSlots]; }
+
+  // One step, while another one is multiplied.
+  __device__ __forceinline__ void copy() {
+    left.copy(stage(target));
+    right.copy(stage(target) + kLeftBytes);
+    ptx::async_copies_commit();
+    target = after(target, state < kWaits ? kStageBytes : 0);
+  }
+
+  // How many steps may be multiplied before something happens here: there is always one.
+  __device__ int free_steps() const { return state < kWaits ? steps : ahead; }
+
+  // After so many steps, each of which copied one where there was one to copy.
+  __device__ void advance(int count) { (state < kWaits ? steps : ahead) -= count; }
+
+  // Goes on to what comes next, and copies as many steps as fit. Waits for others only where nothing is left to multiply.
+  __device__ __forceinline__ void serve() {
+    bool copied = false;
+    while (state != kEnds) {
+      if (state < kWaits && steps > 0) {
+        if (ahead == kStages - 1) break;
+        copy();
+        ++ahead;
+        --steps;
+        copied = true;
+      } else if (state == kCopies && rest > 0) {
+        copy_rest();
+      } else {
+        if (state != kWaits && ++segment >= segments()) take_item();
+        begin_segment();
+        if (state == kWaits && ahead > 0) break;
+      }
+    }
+    if (!copied) return;
+    if (ahead == kStages - 1) {
+      ptx::async_copies_wait<kStages - 2>();
+    } else {
+      ptx::async_copies_wait<0>();  // the groups behind a step are as many only where stages are full
+    }
+    __syncthreads();
+  }
+
+  __device__ void take_item() {
+    segment = 0;
+    ++item;
+    if (threadIdx.x < 32) list.take(&at(item), shared.mark);
+    __syncthreads();
+  }
+
+  __device__ int segments() {
+    if (item < 0) return 0;
+    return at(item).work == Work::kTile ? 2 * (kBackward ? p.summed : 1) : 1;
+  }
+
+  // What it reads may not be there yet.
+  __device__ __forceinline__ void begin_segment() {
+    const Item& of = at(item);
+    int sum = 0;
+    bool ready = true;
+    if (of.work == Work::kShrink) {
+      const Part& part = p.part[of.part];
+      sum = part.depth;
+      left.begin_k_major(part.lhs, of.row, p.M);
+      begin_right(part.down, 0, of.rank, part.r);
+    } else if (of.work == Work::kTile) {
+      const int count = kBackward ? p.summed : 1, i = segment % count;
+      const Part& part = p.part[(kBackward ? 0 : of.part) + i];
+      const bool ranks = segment >= count;
+      sum = ranks ? part.r : part.depth;
+      if (ranks && sum > 0) ready = is_raised(of.waits + i * p.low_flags, p.row_flags);
+      left.begin_k_major(ranks ? part.low : part.lhs, of.row, p.M);
+      begin_right(ranks ? part.up : part.weight, 0, of.col, part.cols);
+    } else if (kBackward && of.work != Work::kEnd) {
+      const Part& part = p.part[of.part];
+      const Gradient& g = of.work == Work::kGradientA ? part.dA : part.dB;
+      sum = min(p.M - of.row, of.rows);
+      if (of.waits != work::kNone) ready = is_raised(of.waits, of.rows / kBlockM * p.row_flags);
+      left.begin_mn_major(g.big, of.row, of.col, g.cols);
+      begin_right(g.low, of.row, of.rank, part.r);
+    }
+    steps = sum / kDepth;
+    rest = sum % kDepth;
+    state = of.work == Work::kEnd ? kEnds : ready ? kCopies : kWaits;
+    if (state != kCopies) left.count = right.count = 0;
+  }
+
+  __device__ __forceinline__ void begin_right(const Matrix& matrix, int row, int first, int last) {
+    if constexpr (kBackward) right.begin_mn_major(matrix, row, first, last);
+    else right.begin_k_major(matrix, first, last);
+  }
+
+  // The last step of a segment.
+  __device__ void copy_rest() {
+    if (kBackward && at(item).work >= Work::kGradientA) left.copy_end_mn_major(stage(target), rest);
+    else left.copy_end_k_major(stage(target), rest);
+    if constexpr (kBackward) right.copy_end_mn_major(stage(target) + kLeftBytes, rest);
+    else right.copy_end_k_major(stage(target) + kLeftBytes, rest);
+    left.count = right.count = 0;
+    steps = 1;
+    state = kCopied;
+  }
+
+  // For all threads alike.
+  __device__ bool is_raised(int first, int count) const {
+    bool raised = true;
+    for (int i = threadIdx.x; i < count; i += kThreads) raised &= ptx::flag_is(p.flags + first + i, shared.mark);
+    if (count == 1) raised = ptx::flag_is(p.flags + first, shared.mark);
+    return __syncthreads_and(raised);
+  }
+};
+
+}  // namespace fused_lora::sm80

@@ -1,0 +1,27 @@
+// xa = scale x A^T, y = x W^T + xa B^T + bias, of each linear that reads x.
+#include "launch.cuh"
+
+namespace fused_lora::sm80 {
+namespace {
+
+void set_part(Part& part, const ForwardPart& f, const Operand& x) {
+  part.lhs = matrix_of(x);
+  part.weight = matrix_of(f.weight);
+  part.down = matrix_of(f.A);
+  part.low = matrix_of(f.xa);
+  part.up = matrix_of(f.B);
+  part.out = matrix_of(f.y);
+  part.scale = f.scale;
+  part.bias = f.bias.data;
+  part.bias_dtype = f.bias.format;
+}
+
+}  // namespace
+
+cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
+  KernelParams p = params_of(work::pass_of(f), workspace);
+  for (int i = 0; i < f.parts; ++i) set_part(p.part[i], f.part[i], f.x);
+  return launch_pass<false>(p, workspace.plan->tiling, f.x.format, stream);
+}
+
+}  // namespace fused_lora::sm80

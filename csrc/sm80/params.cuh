@@ -1,0 +1,46 @@
+// What a launch passes to its kernel; the products are those of sm90/params.cuh.
+#pragma once
+
+#include "../lora_linear.h"
+#include "../work/item.h"
+#include "stage.cuh"
+
+namespace fused_lora::sm80 {
+
+using work::Item;
+using work::Work;
+
+// A factor's gradient: sums over tokens of big (M, cols) times low (M, r), in slices of tokens, chained in order.
+struct Gradient {
+  Matrix big, low;
+  void* out;  // element (col, rank) at col * stride_col + rank * stride_rank; null where only sums are wanted
+  int64_t stride_col, stride_rank;
+  int cols;
+  float* partial;
+  void* sums;  // of big over tokens, (cols,), or null
+  float* sums_partial;
+};
+
+// One linear of a group.
+struct Part {
+  Matrix lhs, weight, down, low, up, out;
+  int cols, depth, r;
+  const float* scale;
+  const void* bias;
+  DType bias_dtype;
+  Gradient dA, dB;
+};
+
+struct KernelParams {
+  const Item* list;
+  int items;
+  int low_flags, chain_flags;  // of each part, one part's after another's; of all gradients, a slice's after another's
+  int row_flags, rank;         // flags of an item's rows of low: one for each of its items; ranks of all of those
+  work::Counters* counters;
+  int* flags;
+  int M, parts, summed;
+  DType factor_dtype;
+  Part part[kMostParts];
+};
+
+}  // namespace fused_lora::sm80

@@ -1,0 +1,23 @@
+// How the kernels for compute capability 8 cut a pass. Host code; nothing here touches a device.
+#pragma once
+
+#include "../work/plan.h"
+
+namespace fused_lora::sm80 {
+
+using work::Pass;
+using work::Tiling;
+
+constexpr int kMostItemRanks = 128;
+
+// Ranks are padded to the next of these in the tensor cores; memory holds none of the padding.
+constexpr int block_rank(int64_t r) { return r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256; }
+
+// Items of 256 rows by 128 columns, of gradients 256 columns; each block is one writer.
+inline Tiling tiling_of(const Pass& pass, int sms) {
+  constexpr int kRows = 256, kCols = 128, kGradientCols = 256;
+  const int rank = block_rank(pass.most_rank()), item_ranks = std::min(rank, kMostItemRanks);
+  return {kRows, kCols, kCols, rank, item_ranks, false, kGradientCols, kRows, 1, false, sms};
+}
+
+}  // namespace fused_lora::sm80

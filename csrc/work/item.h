@@ -1,0 +1,46 @@
+// A work item: what a worker does next, what it waits for before, and what it tells others after. 32 bytes, which the planner
+// writes and a kernel reads with two loads.
+//
+// Flags are numbers in a launch's array. Whoever raises one stores the launch's mark there, which no launch before it had, so
+// that nothing needs clearing. An item waits only for what earlier ones raise: whoever is running can always finish.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_lora::work {
+
+enum class Work : int8_t { kShrink, kTile, kGradientA, kGradientB, kEnd };
+
+constexpr int kNone = -1;  // no flag
+
+enum Bits : uint8_t {
+  kFirst = 1,  // a gradient's sums begin here
+  kLast = 2,   // and are whole here
+  kRides = 4,  // a tile that brings low forth on its way
+};
+
+struct alignas(16) Item {
+  Work work;
+  uint8_t bits;
+  int16_t part;  // of the group: whose low, whose columns of out (backward they are one), whose gradient
+  int row, rows;  // of low, out, or of the tokens that a gradient sums over; out's are one tile
+  int col;        // the first of a tile or a gradient
+  int waits;   // the flag of the first rows of low that are read
+  int raises;  // the first of its own. A gradient but the first waits for those of the slice before, chain_flags before them
+  int mark;    // the launch's, once an item is taken
+  union {
+    int stride;  // a shrink item makes low of an item's rows every `stride` rows, in `rows` of them
+    int rank;    // or, where items have not all ranks, the first of its own; of a gradient too
+  };
+};
+static_assert(sizeof(Item) == 32, "two loads of 16 bytes");
+
+// What precedes the flags: zeros before the first launch that uses them.
+struct alignas(16) Counters {
+  int launches;
+  int taken;   // items, and more
+  int exited;  // blocks
+  int unused;
+};
+
+}  // namespace fused_lora::work

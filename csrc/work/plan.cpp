@@ -1,0 +1,199 @@
+// Rows come in groups whose tiles run together, so that weight and activations stay in L2. The list goes through the groups;
+// before a group's tiles stand the shrink items of a later one, after most of them the gradient items of one near it: memory
+// is asked evenly. Where groups are waves, tiles come first, then the next group's shrink items, then gradient items.
+#include "plan.h"
+
+namespace fused_lora::work {
+namespace {
+
+// Of one group.
+struct Rows {
+  int first, count;  // in items' rows, as all counts here
+};
+
+// How the list is cut. Its order was chosen by measurement (docs/hopper.md).
+struct Order {
+  int groups = 1;
+  int shrink_batch = 0;   // an item's most rows; 0 without shrink items
+  int shrink_lead = 0;    // groups between shrink items and the tiles beside them
+  int gradient_lead = 0;  // the same of gradient items; negative where they come later than their tiles
+  int tail = 0;           // gradient items come before this share of a group's tiles: the last 1 / tail, or none if 0
+  bool halves_slices = false;  // of a gradient, which are groups otherwise
+  bool waves = false;          // a step begins with its tiles
+};
+
+class Planner {
+ public:
+  Planner(const Pass& pass, const Tiling& tiling) : pass_(pass), tiling_(tiling), rows_(ceil_div(pass.M, tiling.rows)) {
+    // Where one tile is of several parts, the first one's columns stand for all.
+    const int tiled = !pass.wants_out ? 0 : pass.backward || pass.gated ? 1 : pass.parts;
+    for (int i = 0; i < tiled; ++i) tile_cols_ += ceil_div(pass.part[i].cols, tiling.tile_cols);
+    for (int i = 0; i < pass.parts; ++i) {
+      const PassPart& part = pass.part[i];
+      if (pass.needs_low(i)) shrinking_.push_back(i);
+      gradient_cols_ += (part.wants_dA ? gradient_cols(part.cols) : 0) + (part.wants_dB ? gradient_cols(part.depth) : 0);
+    }
+    // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
+    rides_ = tiling.can_ride && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols_ <= 4;
+    order_ = order();
+    for (int group = 0, first = 0; group < order_.groups; ++group) {
+      const int count = rows_ / order_.groups + (group < rows_ % order_.groups);
+      groups_.push_back({first, count});
+      first += count;
+    }
+    order_.halves_slices = order_.halves_slices && rows_ / order_.groups > 4;
+  }
+
+  Plan plan() {
+    plan_.tiling = tiling_;
+    plan_.low_flags = rows_ * row_flags();
+    plan_.chain_flags = tiling_.chain_flags * gradient_cols_ * rank_items_;
+    plan_.flags = pass_.parts * plan_.low_flags;
+    plan_.finish_spacing = std::max<int>(1, pass_.depth() / tiling_.tile_cols);
+    for (int i = 0; i < pass_.parts; ++i) plan_.partials += partials(pass_.part[i]);
+    list();
+    return std::move(plan_);
+  }
+
+ private:
+  int gradient_cols(int64_t cols) const { return ceil_div(cols, tiling_.gradient_cols); }
+
+  int64_t partials(const PassPart& part) const {
+    const int64_t of_A = part.wants_dA ? partial_floats(tiling_, part.cols) : 0;
+    return of_A + (part.wants_dB ? partial_floats(tiling_, part.depth) + partial_cols(tiling_, part.depth) : 0);
+  }
+
+  // A shrink item costs about half a tile: where tiles are long, two at a time keep the workers in step. Short tiles want shrink
+  // and gradient items several groups ahead, since those take longer than a group.
+  Order order() const {
+    Order order;
+    const bool long_tiles = pass_.depth() >= 3072, masks_shrink = pass_.drops && !pass_.backward;  // which makes its items long
+    const int most_rows = rides_ ? 32 : 8;  // of a group
+    order.groups = ceil_div(rows_, most_rows);
+    const bool small_groups = most_rows * tile_cols_ < tiling_.workers / 2;
+    if (!shrinking_.empty() && !rides_) {
+      order.shrink_batch = tiling_.strides && long_tiles && tiling_.block_cols == 256 && tiling_.rank <= 128 && !masks_shrink ? 2 : 1;
+      order.shrink_lead = pass_.backward && small_groups ? 4 : 1;
+    }
+    order.gradient_lead = pass_.backward && small_groups ? std::min(2, std::max(0, order.shrink_lead - 1)) : 0;
+    order.tail = long_tiles ? 0 : 4;
+    // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
+    order.halves_slices = order.groups == 1 || (pass_.drops && pass_.depth() >= 2048);
+    const bool few_cols = tile_cols_ > 0 && 5 * tile_cols_ <= tiling_.workers;
+    return pass_.backward && long_tiles && few_cols && !pass_.gated ? in_waves(order) : order;
+  }
+
+  // Groups such that each one's tiles and what goes with them take all workers the time of one tile: tiles that run together ask
+  // for the same bytes at the same time, and what is short fills the workers that have none.
+  Order in_waves(Order order) const {
+    constexpr int kBox = 64;
+    const double steps = static_cast<double>(pass_.depth()) / kBox;  // of a tile; those of the others take so much of their time:
+    const double shrink = 0.6 * steps, gradient = 0.95 * tiling_.rows / kBox * gradient_cols_;
+    const double waves = rows_ * (tile_cols_ * steps + shrink + gradient) / (tiling_.workers * steps);
+    order.groups = std::max({1, static_cast<int>(waves + 0.5), ceil_div(rows_ * tile_cols_, tiling_.workers)});
+    order.groups = std::min(order.groups, rows_);
+    order.shrink_batch = std::min(order.shrink_batch, 1);
+    order.shrink_lead = 1;
+    order.gradient_lead = 0;
+    order.waves = true;
+    return order;
+  }
+
+  void list() {
+    const int last_step = order_.groups + std::max(0, -order_.gradient_lead);
+    for (int step = -std::max(order_.shrink_lead, order_.gradient_lead); step < last_step; ++step) {
+      const int tiles = exists(step) ? groups_[step].count * tile_cols_ : 0;
+      const int first_tiles = order_.tail == 0 ? tiles : tiles - tiles / order_.tail;
+      if (order_.waves) add_tiles(step, 0, tiles);
+      if (order_.shrink_batch > 0) add_shrinks(step + order_.shrink_lead);
+      if (!order_.waves) add_tiles(step, 0, first_tiles);
+      add_gradients(step + order_.gradient_lead);
+      if (!order_.waves) add_tiles(step, first_tiles, tiles);
+    }
+  }
+
+  bool exists(int group) const { return group >= 0 && group < order_.groups; }
+  int row_flags() const { return rank_items_ * (tiling_.rows / tiling_.flag_rows); }
+  int low_flag(int part, int row) const { return part * plan_.low_flags + row * row_flags(); }
+
+  void add(Work work, int bits, int part, Rows rows, int col, int waits, int raises, int stride_or_rank = 0) {
+    plan_.items.push_back({work, static_cast<uint8_t>(bits), static_cast<int16_t>(part), rows.first * tiling_.rows,
+                           rows.count * tiling_.rows, col, waits, raises, 0, {stride_or_rank}});
+  }
+
+  // The group's rows dealt to its items in turn: the first of each come first. The same rows of all parts follow one another.
+  void add_shrinks(int group) {
+    if (!exists(group)) return;
+    const Rows rows = groups_[group];
+    const int stride = ceil_div(rows.count, order_.shrink_batch);
+    for (int i = 0; i < stride; ++i) {
+      const int count = ceil_div(rows.count - i, stride), row = rows.first + i;
+      for (int part : shrinking_) {
+        if (tiling_.strides) {
+          add(Work::kShrink, 0, part, {row, count * stride}, 0, kNone, low_flag(part, row), stride * tiling_.rows);
+        }
+        for (int k = 0; !tiling_.strides && k < rank_items_; ++k) {
+          add(Work::kShrink, 0, part, {row, 1}, 0, kNone, low_flag(part, row) + k, k * tiling_.item_ranks);
+        }
+      }
+    }
+  }
+
+  // Of the group's tiles, column by column.
+  void add_tiles(int group, int first, int last) {
+    for (int i = first; i < last; ++i) {
+      const Rows rows = groups_[group];
+      int col = i / rows.count, part = 0;
+      const int row = rows.first + i % rows.count;
+      for (int own; col >= (own = ceil_div(pass_.part[part].cols, tiling_.tile_cols)); ++part) col -= own;
+      const bool rides = rides_ && col == 0;
+      const int low = shrinking_.empty() ? kNone : low_flag(part, row);
+      add(Work::kTile, rides ? kRides : 0, part, {row, 1}, col * tiling_.tile_cols, rides ? kNone : low,
+          rides && tile_cols_ > 1 ? low : kNone);
+    }
+  }
+
+  void add_gradients(int group) {
+    if (!exists(group)) return;
+    const Rows rows = groups_[group];
+    const int half = order_.halves_slices ? ceil_div(rows.count, 2) : rows.count;
+    add_slice({rows.first, half});
+    if (half < rows.count) add_slice({rows.first + half, rows.count - half});
+  }
+
+  void add_slice(Rows slice) {
+    for (int i = 0; i < pass_.parts; ++i) {
+      const PassPart& part = pass_.part[i];
+      for (int col = 0; part.wants_dB && col < gradient_cols(part.depth); ++col) {
+        add_gradient(Work::kGradientB, i, slice, col, kNone);
+      }
+      for (int col = 0; part.wants_dA && col < gradient_cols(part.cols); ++col) {
+        add_gradient(Work::kGradientA, i, slice, col, i < pass_.summed ? low_flag(i, slice.first) : kNone);
+      }
+    }
+  }
+
+  // Slices of the same columns are chained in order: each waits for the one before.
+  void add_gradient(Work work, int part, Rows slice, int col, int waits) {
+    const int bits = (slice.first == 0 ? kFirst : 0) | (slice.first + slice.count == rows_ ? kLast : 0);
+    for (int k = 0; k < rank_items_; ++k, plan_.flags += tiling_.chain_flags) {
+      add(work, bits, part, slice, col * tiling_.gradient_cols, waits, plan_.flags, k * tiling_.item_ranks);
+    }
+  }
+
+  const Pass& pass_;
+  const Tiling& tiling_;
+  const int rows_, rank_items_ = tiling_.rank / tiling_.item_ranks;
+  int tile_cols_ = 0, gradient_cols_ = 0;  // of all parts, in items
+  std::vector<int> shrinking_;             // parts whose low is wanted
+  bool rides_;                             // low comes from the first column of tiles instead of shrink items
+  Order order_;
+  std::vector<Rows> groups_;
+  Plan plan_{};
+};
+
+}  // namespace
+
+Plan make_plan(const Pass& pass, const Tiling& tiling) { return Planner(pass, tiling).plan(); }
+
+}  // namespace fused_lora::work

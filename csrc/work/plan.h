@@ -1,0 +1,44 @@
+// The list of work items of one pass, in the order in which workers take them. Host code; nothing here touches a device.
+#pragma once
+
+#include <vector>
+
+#include "item.h"
+#include "pass.h"
+
+namespace fused_lora::work {
+
+// How a kernel cuts a pass, and who works.
+struct Tiling {
+  int rows;           // of an item
+  int block_cols;     // of a tile's products
+  int tile_cols;      // of out: half of them where a tile is of gate and up
+  int rank;           // to which ranks are padded
+  int item_ranks;     // of a shrink or gradient item: all of them where shrink items have strides
+  bool strides;       // whether a shrink item may make several items' rows
+  int gradient_cols;  // of an item
+  int flag_rows;      // of low, for which there is one flag
+  int chain_flags;    // of a gradient item's columns, which as many writers share
+  bool can_ride;
+  int workers;
+};
+
+struct Plan {
+  Tiling tiling;
+  std::vector<Item> items;
+  int low_flags;       // of each part: for each rows of an item, and of those for each of its items
+  int chain_flags;     // of all gradients, a slice
+  int flags;           // in all
+  int64_t partials;    // floats for sums of gradients that are under way
+  int finish_spacing;  // steps of a tile between boxes of the one before that leave for the finisher
+};
+
+Plan make_plan(const Pass& pass, const Tiling& tiling);
+
+// Of a gradient of `cols` columns: those of its items, and the floats that its sums take.
+inline int64_t partial_cols(const Tiling& tiling, int64_t cols) {
+  return int64_t{tiling.gradient_cols} * ceil_div(cols, tiling.gradient_cols);
+}
+inline int64_t partial_floats(const Tiling& tiling, int64_t cols) { return partial_cols(tiling, cols) * tiling.rank; }
+
+}  // namespace fused_lora::work

@@ -1,0 +1,68 @@
+// Launches of csrc/sm80 on the CPU.
+#include "mask.cuh"
+#include "sm80/lora_linear.cuh"
+#include "sm80/tiling.h"
+
+using namespace fused_lora;
+
+namespace fused_lora::sm80 {
+cudaError_t launch_forward(const ForwardParams&, const Workspace&, cudaStream_t);
+cudaError_t launch_backward(const BackwardParams&, const Workspace&, cudaStream_t);
+}  // namespace fused_lora::sm80
+
+namespace {
+
+int most_shared_bytes = 0, sms = 1;  // of the device that is played
+std::vector<int> flags;
+
+Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
+  flags.resize(std::max<size_t>(flags.size(), kCounters + plan.flags));  // launches share them, and their marks
+  partial.assign(plan.partials, NAN);
+  return {&plan, plan.items.data(), flags.data(), partial.data()};
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = most_shared_bytes, cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void** arguments, size_t bytes, cudaStream_t) {
+  using Kernel = void (*)(const sm80::KernelParams);
+  const auto kernel = reinterpret_cast<Kernel>(reinterpret_cast<uintptr_t>(entry));
+  const auto& p = *static_cast<const sm80::KernelParams*>(arguments[0]);
+  return simt::run(blocks.x, threads.x, bytes, [&] { kernel(p); }) ? cudaSuccess : cudaErrorLaunchTimeout;
+}
+
+void play_on(int blocks, int bytes) {
+  sms = blocks;
+  most_shared_bytes = bytes;
+}
+// Of x's entries: whether they are kept.
+void mask(int64_t seed, uint32_t threshold, int rows, int cols, bool* kept) {
+  const Mask mask(Dropout{&seed, threshold, 1});
+  for (int row = 0; row < rows; ++row) {
+    for (int col = 0; col < cols; ++col) {
+      const uint32_t bits = mask.kept_bits(Mask::group_key(mask.row_key(row), col / 8), col % 8 / 2);
+      kept[row * cols + col] = bits >> col % 2 * 16 & 1;
+    }
+  }
+}
+
+size_t size_of_forward() { return sizeof(ForwardParams); }
+size_t size_of_backward() { return sizeof(BackwardParams); }
+int forward(const ForwardParams* params) {
+  const work::Pass pass = work::pass_of(*params);
+  std::vector<float> partial;
+  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, sms));
+  return sm80::launch_forward(*params, workspace_of(plan, partial), nullptr);
+}
+int backward(const BackwardParams* params) {
+  const work::Pass pass = work::pass_of(*params);
+  std::vector<float> partial;
+  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, sms));
+  return sm80::launch_backward(*params, workspace_of(plan, partial), nullptr);
+}
+
+}

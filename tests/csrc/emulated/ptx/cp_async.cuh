@@ -1,0 +1,24 @@
+// Copies read at once, and arrive when somebody waits for them.
+#pragma once
+#include "../simt.h"
+namespace fused_lora::ptx {
+inline void async_copy_16_or_zeros(uint32_t target, const void* source, bool valid) {
+  simt::Copy copy{target, {}};
+  if (valid) std::memcpy(copy.bytes, source, 16);
+  simt::thread().open.push_back(copy);
+}
+inline void async_copy_16(uint32_t target, const void* source) { async_copy_16_or_zeros(target, source, true); }
+inline void async_copies_commit() {
+  simt::Thread& thread = simt::thread();
+  thread.groups.push_back(std::move(thread.open));
+  thread.open.clear();
+}
+template <int kGroups>
+void async_copies_wait() {
+  auto& groups = simt::thread().groups;
+  while (groups.size() > kGroups) {
+    for (const simt::Copy& copy : groups.front()) std::memcpy(simt::shared_memory() + copy.target, copy.bytes, 16);
+    groups.erase(groups.begin());
+  }
+}
+}  // namespace fused_lora::ptx

@@ -1,0 +1,10 @@
+#pragma once
+#include "../simt.h"
+namespace fused_lora::ptx {
+inline void flag_raise(int* flag, int mark) { *flag = mark; }
+inline bool flag_is(const int* flag, int mark) { return *flag == mark; }
+inline void flag_wait(const int* flag, int mark) {
+  while (!flag_is(flag, mark)) simt::let_others();
+}
+inline void store_shared(uint32_t address, uint4 v) { std::memcpy(simt::shared_memory() + address, &v, 16); }
+}  // namespace fused_lora::ptx

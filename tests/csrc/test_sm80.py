@@ -1,0 +1,125 @@
+"""csrc/sm80's kernels, played on the CPU, against float64."""
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.csrc.emulation import (
+    BackwardParams,
+    BackwardPart,
+    Dropout,
+    ForwardParams,
+    ForwardPart,
+    build,
+    operand,
+    result,
+)
+
+NONE = Dropout(None, 0, 1.0)
+SCALE = 0.7
+BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# SMs and the bytes of shared memory that a block may have: those of an A100, and of newer cards.
+CARDS = [(torch.bfloat16, 3, 166912), (torch.float16, 1, 101376)]
+# M, K, N of each part, r of each part: one tile and several, edges in every dimension, sums of less than a step,
+# groups, no ranks and many, rows that start anywhere.
+PASSES = [
+    (256, 64, [128], [16]), (300, 200, [130], [5]), (70, 33, [40], [16]), (300, 264, [392], [40]),
+    (530, 136, [257], [100]), (1100, 72, [136], [128]), (600, 200, [136, 72, 264], [24, 128, 0]),
+    (300, 100, [72], [200]),
+]  # fmt: skip
+
+
+def headers() -> list[str]:
+    """Where CUDA's are: the toolkit's, and those in Triton's package."""
+    found = []
+    if shutil.which("nvcc"):
+        nvcc = Path(os.path.realpath(shutil.which("nvcc")))
+        found = [*nvcc.parents[1].glob("include"), *Path("/usr/local").glob("cuda*/include")]
+    triton = pytest.importorskip("triton")
+    found.append(Path(triton.__file__).parent / "backends" / "nvidia" / "include")
+    return [str(path) for path in found if (path / "cuda_runtime_api.h").exists()]
+
+
+@pytest.fixture(scope="session")
+def launches(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return build(tmp_path_factory.mktemp("emulated"), headers())
+
+
+def padded(rows, cols, dtype):
+    """Rows as operands have them, with NaN behind."""
+    return torch.full((rows, -(-cols // 8) * 8), float("nan"), dtype=dtype)[:, :cols]
+
+
+def random(rows, cols, dtype):
+    return padded(rows, cols, dtype).copy_(torch.randn(rows, cols))
+
+
+def empty(rows, cols, dtype):
+    return torch.full((rows, cols), float("nan"), dtype=dtype)
+
+
+def assert_close(got, expected):
+    if expected.numel():
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < BOUNDS[got.dtype if got.dtype in BOUNDS else torch.bfloat16]
+
+
+class Linear:
+    """A part and its results."""
+
+    def __init__(self, x, N, r, grad_dtype):
+        (M, K), dtype = x.shape, x.dtype
+        self.weight, self.A, self.B = random(N, K, dtype), random(r, K, dtype), random(N, r, dtype)
+        self.bias, self.scale = torch.randn(1, N).to(dtype), torch.tensor([SCALE])
+        self.xa, self.y = padded(M, r, dtype), empty(M, N, dtype)
+        self.dy, self.dxa = random(M, N, dtype), padded(M, r, dtype)
+        self.dA, self.dB, self.dbias = empty(r, K, grad_dtype), empty(N, r, grad_dtype), empty(1, N, dtype)
+
+    def forward(self):
+        matrices = [operand(tensor) for tensor in (self.weight, self.A, self.B)]
+        return ForwardPart(*matrices, result(self.bias), operand(self.xa), result(self.y), self.scale.data_ptr(), NONE)
+
+    def backward(self, x):
+        matrices = (self.dy, x, self.weight, self.A, self.B, self.xa, self.dxa)
+        grads = [result(tensor) for tensor in (self.dA, self.dB, self.dbias)]
+        return BackwardPart(*map(operand, matrices), *grads, self.scale.data_ptr(), NONE)
+
+    def check_forward(self, x):
+        xa = SCALE * x.double() @ self.A.double().T
+        assert_close(self.xa, xa)
+        assert_close(self.y, x.double() @ self.weight.double().T + xa @ self.B.double().T + self.bias.double())
+
+    def check_backward(self, x):
+        """What it adds to dx."""
+        dxa = SCALE * self.dy.double() @ self.B.double()
+        assert_close(self.dxa, dxa)
+        assert_close(self.dA, dxa.T @ x.double())
+        assert_close(self.dB, self.dy.double().T @ self.xa.double())
+        assert_close(self.dbias, self.dy.double().sum(0, keepdim=True))
+        return self.dy.double() @ self.weight.double() + dxa @ self.A.double()
+
+
+@pytest.mark.parametrize(("dtype", "sms", "shared_bytes"), CARDS, ids=["A100", "Ada"])
+@pytest.mark.parametrize("sizes", PASSES, ids=str)
+def test_a_pass(launches, sizes, dtype, sms, shared_bytes):
+    M, K, widths, ranks = sizes
+    torch.manual_seed(0)
+    launches.play_on(sms, shared_bytes)
+    x, dx = random(M, K, dtype), empty(M, K, dtype)
+    grad_dtype = torch.float32 if M % 100 else dtype
+    parts = [Linear(x, N, r, grad_dtype) for N, r in zip(widths, ranks, strict=True)]
+    forward = ForwardParams(x=operand(x), parts=len(parts))
+    backward = BackwardParams(dx=result(dx), parts=len(parts), summed=len(parts))
+    for i, part in enumerate(parts):
+        forward.part[i], backward.part[i] = part.forward(), part.backward(x)
+    assert launches.forward(ctypes.byref(forward)) == 0
+    for part in parts:
+        part.check_forward(x)
+    assert launches.backward(ctypes.byref(backward)) == 0
+    assert_close(dx, sum(part.check_backward(x) for part in parts))
