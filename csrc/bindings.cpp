@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "lora_linear.h"
+#include "architecture.h"
 #include "merge.h"
 #include "tensors.h"
 
@@ -57,6 +57,13 @@ TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
 
 namespace {
 
+std::tuple<int, int, int> tile(int64_t M, int64_t N, int64_t r) {
+  const fused_lora::Card card = fused_lora::current_card();
+  const fused_lora::work::Pass pass{M, false, false, true, false, 1, 1, {{N, N, r, false, false}}};
+  const fused_lora::Tile found = fused_lora::kernels_of(card)->tile_of(pass, card);
+  return {found.M, found.N, found.K};
+}
+
 using Flat = std::vector<std::optional<at::Tensor>>;
 
 std::vector<fused_lora::Part> unflatten(const Flat& flat) {
@@ -84,5 +91,6 @@ PYBIND11_MODULE(_C, m) {
         return fused_lora::lora_mlp(x, unflatten(parts), seed, down_seed, p, act, saves_all);
       },
       py::call_guard<py::gil_scoped_release>(), "lora_mlp of the flat parts of gate, up and down, likewise.");
-  m.def("tile_width", &fused_lora::tile_width, "Columns of the tiles of an (M, N) result.");
+  m.def("tile", &tile, "BLOCK_M, BLOCK_N and BLOCK_K of an (M, N) result on the current device.");
+  m.def("play_as", &fused_lora::play_as, "Compute capability 80 or 86: whose kernels later cards run from now on; 0: their own.");
 }

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <utility>
 
+#include "architecture.h"
 #include "operands.h"
 
 namespace fused_lora {
@@ -35,10 +36,7 @@ bool is_plain(const Tensor& tensor, const Tensor& x) {
 bool chosen(const Tensor& x) {
   const char* forced = std::getenv("FUSED_LORA_BACKEND");
   if (forced != nullptr && std::strcmp(forced, "auto") != 0 && std::strcmp(forced, "cuda") != 0) return false;
-  int major = 0, minor = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device()));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device()));
-  return major == 9 && minor == 0;
+  return kernels_of(card_of(x.get_device())) != nullptr;
 }
 
 // As in ops/autograd.py: who must see plain torch. An exporter traces, too. A mode (that counts, or saves by name) sees the ops

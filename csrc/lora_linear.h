@@ -1,4 +1,4 @@
-// Parameters and launchers of LoRA linears on Hopper. Knows memory and streams, nothing of torch.
+// Parameters and launchers of LoRA linears. Knows memory and streams, nothing of torch.
 //
 //   forward    xa  = scale x A^T      y  = x W^T + xa B^T + bias
 //   backward   dxa = scale dy B       dx = dy W + dxa A       dA = dxa^T x       dB = dy^T xa       dbias = sum of dy
@@ -24,8 +24,8 @@ struct Plan;
 constexpr int kMaxRank = 256, kMaxGatedRank = 128;
 
 // A matrix that a kernel reads or writes: rows contiguous, stride in elements. Without data it is not wanted.
-// What the copy engine moves has 16-bit elements, and data and rows that start at multiples of 16 bytes; y, dx, dA, dB, bias and
-// dbias are contiguous instead.
+// What is read in steps has 16-bit elements, and data and rows that start at multiples of 16 bytes; y, dx, dA, dB, bias and dbias
+// are contiguous instead.
 struct Operand {
   void* data;
   DType format;
@@ -83,23 +83,36 @@ struct BackwardParams {
   Operand gate, up, dgate, dup, hidden;
 };
 
-// Columns of the tiles, 128 rows each, that a pass with M x N results is cut into on the current device.
-int tile_width(int64_t M, int64_t N, int64_t r);
+// A device as a pass is cut for it.
+struct Card {
+  int capability, sms, shared_bytes;  // shared memory that a block may have
+};
 
-// The list of work of a pass on the current device.
-work::Plan plan_pass(const work::Pass& pass);
+struct Tile {
+  int M, N, K;
+};
 
 // What a launch needs beside its operands. Launches that share flags run one after another.
 struct Workspace {
-  const work::Plan* plan;  // plan_pass()'s
+  const work::Plan* plan;  // plan_pass()'s, for the current device
   const work::Item* list;  // its items, on the device
   int* flags;              // kCounters + plan->flags, aligned to 16 bytes; zero before the first launch that uses them
   float* partial;          // plan->partials; backward
 };
 constexpr int kCounters = 4;
 
-// sizes M, K, N >= 1; r <= kMaxRank.
-cudaError_t launch_lora_linear_forward(const ForwardParams& params, const Workspace& workspace, cudaStream_t stream);
-cudaError_t launch_lora_linear_backward(const BackwardParams& params, const Workspace& workspace, cudaStream_t stream);
+// The kernels of an architecture. Sizes M, K, N >= 1; r <= kMaxRank.
+#define FUSED_LORA_KERNELS                                                                                          \
+  work::Plan plan_pass(const work::Pass& pass, const Card& card);                                                   \
+  Tile tile_of(const work::Pass& pass, const Card& card);                                                           \
+  cudaError_t launch_forward(const ForwardParams& params, const Workspace& workspace, cudaStream_t stream);         \
+  cudaError_t launch_backward(const BackwardParams& params, const Workspace& workspace, cudaStream_t stream);
+namespace sm80 {
+FUSED_LORA_KERNELS
+}
+namespace sm90 {
+FUSED_LORA_KERNELS
+}
+#undef FUSED_LORA_KERNELS
 
 }  // namespace fused_lora

@@ -53,7 +53,7 @@ struct Own {
 void launch(const ForwardParams& params) {
   const Own own(work::pass_of(params));
   const NvtxRange range("forward");
-  C10_CUDA_CHECK(launch_lora_linear_forward(params, own.workspace(nullptr), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(own.planned->kernels->launch_forward(params, own.workspace(nullptr), c10::cuda::getCurrentCUDAStream()));
 }
 
 void launch(const BackwardParams& params, const Tensor& x) {
@@ -61,7 +61,7 @@ void launch(const BackwardParams& params, const Tensor& x) {
   const Tensor partial = at::empty({own.planned->plan.partials}, x.options().dtype(at::kFloat));
   const Workspace workspace = own.workspace(partial.data_ptr<float>());
   const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
-  C10_CUDA_CHECK(launch_lora_linear_backward(params, workspace, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(own.planned->kernels->launch_backward(params, workspace, c10::cuda::getCurrentCUDAStream()));
 }
 
 // hidden = act(gate) up, and gate and up or their factors, or two empty matrices.

@@ -1,6 +1,7 @@
 #include "plans.h"
 
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/util/Exception.h>
 
 #include <map>
 #include <mutex>
@@ -16,8 +17,8 @@ constexpr size_t kMostBytes = 64 << 20;
 
 size_t bytes_of(const work::Plan& plan) { return plan.items.size() * sizeof(work::Item); }
 
-std::shared_ptr<const Planned> make(const work::Pass& pass) {
-  auto made = std::make_unique<Planned>(Planned{plan_pass(pass), nullptr});
+std::shared_ptr<const Planned> make(const work::Pass& pass, const Kernels& kernels, const Card& card) {
+  auto made = std::make_unique<Planned>(Planned{kernels.plan_pass(pass, card), nullptr, &kernels});
   const size_t bytes = bytes_of(made->plan);
   if (bytes > 0) {
     const RelaxedCapture relaxed;
@@ -36,7 +37,8 @@ std::shared_ptr<const Planned> make(const work::Pass& pass) {
 
 struct Device {
   std::mutex mutex;
-  std::map<work::Pass::Key, std::shared_ptr<const Planned>> plans;
+  using Key = std::pair<int, work::Pass::Key>;  // a capability, as which the device may be played, and a pass
+  std::map<Key, std::shared_ptr<const Planned>> plans;
   size_t bytes = 0;
   std::vector<std::shared_ptr<const Planned>> captured;
 };
@@ -50,15 +52,19 @@ Device& current_device() {
 
 std::shared_ptr<const Planned> planned(const work::Pass& pass, bool captured) {
   Device& device = current_device();
+  const Card card = current_card();
+  const Kernels* kernels = kernels_of(card);
+  TORCH_CHECK(kernels != nullptr, "csrc has no kernels for compute capability ", card.capability / 10, ".", card.capability % 10);
+  const Device::Key key{card.capability, pass.key()};
   const std::lock_guard<std::mutex> lock(device.mutex);
-  std::shared_ptr<const Planned>& found = device.plans[pass.key()];
+  std::shared_ptr<const Planned>& found = device.plans[key];
   if (found == nullptr) {
-    auto made = make(pass);
+    auto made = make(pass, *kernels, card);
     device.bytes += bytes_of(made->plan);
     if (device.bytes > kMostBytes && !captured) {
       device.plans.clear();
       device.bytes = bytes_of(made->plan);
-      return device.plans[pass.key()] = made;
+      return device.plans[key] = made;
     }
     found = made;
   }

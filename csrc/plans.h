@@ -3,13 +3,14 @@
 
 #include <memory>
 
-#include "work/plan.h"
+#include "architecture.h"
 
 namespace fused_lora {
 
 struct Planned {
   work::Plan plan;
   work::Item* list;  // plan.items, on the device
+  const Kernels* kernels;  // which it was made for
 };
 
 // Of a pass on the current device. Whoever launches it holds it until then; of a launch that is captured, it is kept for good.

@@ -17,6 +17,7 @@ import torch
 BACKENDS = ("cuda", "triton", "reference")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 TRITON_DTYPES = (*CUDA_DTYPES, torch.float32)
+PLAYED = {"sm80": 80, "sm86": 86}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def extension_obstacle() -> str | None:
     if importlib.util.find_spec("fused_lora._C") is None:
         return "the CUDA extension is not built (make build)"
     try:
-        from . import _C  # noqa: F401  registers its ops
+        from . import _C  # registers its ops
+
+        _C.play_as(played_capability() or 0)
     except (ImportError, OSError) as error:  # torch was replaced since
         obstacle = f"the CUDA extension does not load, build it again: {error}"
         warnings.warn(f"{obstacle}; layers run without it", stacklevel=2)
@@ -75,6 +78,14 @@ def eager_extension():
     from . import _C
 
     return _C
+
+
+def played_capability() -> int | None:
+    """FUSED_LORA_AS: sm80 or sm86, as which csrc's kernels see later cards; for tests and measurements."""
+    value = os.environ.get("FUSED_LORA_AS", "")
+    if value not in ("", *PLAYED):
+        raise ValueError(f"FUSED_LORA_AS must be one of {', '.join(PLAYED)}, got {value!r}")
+    return PLAYED.get(value)
 
 
 @cache
@@ -247,7 +258,7 @@ def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:
     from . import _C
 
     with torch.cuda.device(device):
-        return {"BLOCK_M": 128, "BLOCK_N": _C.tile_width(M, N, r), "BLOCK_K": 64}
+        return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), _C.tile(M, N, r), strict=True))
 
 
 def choose_merge(device: torch.device, dtype: torch.dtype) -> Choice:

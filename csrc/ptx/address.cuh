@@ -9,4 +9,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// In a loop: a step further. The compiler would keep two copies of such a pointer, one a step ahead.
+__device__ __forceinline__ const char* moved(const char* pointer, int bytes) {
+  pointer += bytes;
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 }  // namespace fused_lora::ptx

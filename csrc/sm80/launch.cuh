@@ -3,58 +3,35 @@
 
 #include <algorithm>
 
+#include "../shared_memory.h"
+#include "../work/params.h"
 #include "lora_linear.cuh"
-#include "tiling.h"
+#include "tiling.cuh"
 
 namespace fused_lora::sm80 {
 
 inline Matrix matrix_of(const Operand& operand) { return {static_cast<const char*>(operand.data), static_cast<int>(operand.stride * 2)}; }
 
-static_assert(sizeof(work::Counters) == kCounters * sizeof(int), "they precede the flags");
-
-inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
-  KernelParams p{};
-  p.list = workspace.list;
-  p.items = static_cast<int>(workspace.plan->items.size());
-  p.low_flags = workspace.plan->low_flags;
-  p.chain_flags = workspace.plan->chain_flags;
-  p.rank = workspace.plan->tiling.rank;
-  p.row_flags = p.rank / workspace.plan->tiling.item_ranks;
-  p.counters = reinterpret_cast<work::Counters*>(workspace.flags);
-  p.flags = workspace.flags + kCounters;
-  p.M = static_cast<int>(pass.M);
-  p.parts = pass.parts;
-  p.summed = pass.summed;
-  for (int i = 0; i < pass.parts; ++i) {
-    Part& part = p.part[i];
-    part.cols = static_cast<int>(pass.part[i].cols);
-    part.depth = static_cast<int>(pass.part[i].depth);
-    part.r = static_cast<int>(pass.part[i].r);
-  }
-  return p;
+inline void take_rank_flags(KernelParams& p, const Tiling& tiling) {
+  p.rank = tiling.rank;
+  p.row_flags = tiling.rank / tiling.item_ranks;
 }
 
 template <int kStages, int kBlockR, typename T, bool kBackward>
 cudaError_t launch(const KernelParams& p, int blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kStages>);
-  const auto kernel = lora_linear_kernel<kStages, kBlockR, T, kBackward>;
-  const void* entry = reinterpret_cast<const void*>(kernel);
-  const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  constexpr auto kKernel = lora_linear_kernel<kStages, kBlockR, T, kBackward>;
+  const cudaError_t error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
   void* arguments[] = {const_cast<KernelParams*>(&p)};
-  return cudaLaunchKernel(entry, dim3(blocks), dim3(kThreads), arguments, kBytes, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks), dim3(kThreads), arguments, kBytes, stream);
 }
 
-// As many stages as fit: 6 in 163 KB, 4 in 99 KB.
 template <int kBlockR, typename T, bool kBackward>
 cudaError_t launch_stages(const KernelParams& p, const Tiling& tiling, cudaStream_t stream) {
-  int device = 0, most = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
   const int blocks = std::min(tiling.workers, p.items);
-  if (most >= static_cast<int>(sizeof(Shared<6>))) return launch<6, kBlockR, T, kBackward>(p, blocks, stream);
-  return launch<4, kBlockR, T, kBackward>(p, blocks, stream);
+  if (tiling.stages == kMostStages) return launch<kMostStages, kBlockR, T, kBackward>(p, blocks, stream);
+  return launch<kFewStages, kBlockR, T, kBackward>(p, blocks, stream);
 }
 
 template <typename T, bool kBackward>

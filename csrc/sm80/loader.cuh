@@ -8,6 +8,9 @@
 
 namespace fused_lora::sm80 {
 
+// What all threads know alike, such that the compiler knows it too and keeps it, and what follows from it, in uniform registers.
+__device__ __forceinline__ int uniform(int number) { return static_cast<int>(__reduce_or_sync(~0u, number)); }
+
 constexpr int kSlots = 8;  // items that are known at once: more than stages, since an item has a step at least
 
 template <int kStages>
@@ -63,7 +66,7 @@ struct Loader {
 
   __device__ Loader(Shared<kStages>& shared, const KernelParams& p) : shared(shared), p(p), list(p) {}
 
-  __device__ __forceinline__ uint32_t stage(uint32_t offset) const { return ptx::shared_address(shared.stages) + offset; }
+  __device__ __forceinline__ uint32_t stages() const { return ptx::shared_address(shared.stages); }
   static __device__ __forceinline__ uint32_t after(uint32_t offset, int bytes = kStageBytes) {
     return offset + bytes == kStages * kStageBytes ? 0 : offset + bytes;
   }
@@ -71,8 +74,8 @@ struct Loader {
 
   // One step, while another one is multiplied.
   __device__ __forceinline__ void copy() {
-    left.copy(stage(target));
-    right.copy(stage(target) + kLeftBytes);
+    left.copy(target, state == kCopies);
+    right.copy(target, state == kCopies);
     ptx::async_copies_commit();
     target = after(target, state < kWaits ? kStageBytes : 0);
   }
@@ -117,55 +120,59 @@ struct Loader {
     __syncthreads();
   }
 
+  __device__ Work work_of(int number) { return static_cast<Work>(uniform(static_cast<int>(at(number).work))); }
+
   __device__ int segments() {
     if (item < 0) return 0;
-    return at(item).work == Work::kTile ? 2 * (kBackward ? p.summed : 1) : 1;
+    return work_of(item) == Work::kTile ? 2 * (kBackward ? p.summed : 1) : 1;
   }
 
   // What it reads may not be there yet.
   __device__ __forceinline__ void begin_segment() {
     const Item& of = at(item);
+    const Work work = work_of(item);
+    const int row = uniform(of.row), rank = uniform(of.rank), waits = uniform(of.waits);
     int sum = 0;
     bool ready = true;
-    if (of.work == Work::kShrink) {
-      const Part& part = p.part[of.part];
+    if (work == Work::kShrink) {
+      const Part& part = p.part[uniform(of.part)];
       sum = part.depth;
-      left.begin_k_major(part.lhs, of.row, p.M);
-      begin_right(part.down, 0, of.rank, part.r);
-    } else if (of.work == Work::kTile) {
+      left.begin_k_major(part.lhs, row, p.M, stages());
+      begin_right(part.down, 0, rank, part.r);
+    } else if (work == Work::kTile) {
       const int count = kBackward ? p.summed : 1, i = segment % count;
-      const Part& part = p.part[(kBackward ? 0 : of.part) + i];
+      const Part& part = p.part[(kBackward ? 0 : uniform(of.part)) + i];
       const bool ranks = segment >= count;
       sum = ranks ? part.r : part.depth;
-      if (ranks && sum > 0) ready = is_raised(of.waits + i * p.low_flags, p.row_flags);
-      left.begin_k_major(ranks ? part.low : part.lhs, of.row, p.M);
-      begin_right(ranks ? part.up : part.weight, 0, of.col, part.cols);
-    } else if (kBackward && of.work != Work::kEnd) {
-      const Part& part = p.part[of.part];
-      const Gradient& g = of.work == Work::kGradientA ? part.dA : part.dB;
-      sum = min(p.M - of.row, of.rows);
-      if (of.waits != work::kNone) ready = is_raised(of.waits, of.rows / kBlockM * p.row_flags);
-      left.begin_mn_major(g.big, of.row, of.col, g.cols);
-      begin_right(g.low, of.row, of.rank, part.r);
+      if (ranks && sum > 0) ready = is_raised(waits + i * p.low_flags, p.row_flags);
+      left.begin_k_major(ranks ? part.low : part.lhs, row, p.M, stages());
+      begin_right(ranks ? part.up : part.weight, 0, uniform(of.col), part.cols);
+    } else if (kBackward && work != Work::kEnd) {
+      const Part& part = p.part[uniform(of.part)];
+      const Gradient& g = work == Work::kGradientA ? part.dA : part.dB;
+      const int rows = uniform(of.rows);
+      sum = min(p.M - row, rows);
+      if (waits != work::kNone) ready = is_raised(waits, rows / kBlockM * p.row_flags);
+      left.begin_mn_major(g.big, row, uniform(of.col), g.cols, stages());
+      begin_right(g.low, row, rank, part.r);
     }
     steps = sum / kDepth;
     rest = sum % kDepth;
-    state = of.work == Work::kEnd ? kEnds : ready ? kCopies : kWaits;
-    if (state != kCopies) left.count = right.count = 0;
+    state = work == Work::kEnd ? kEnds : ready ? kCopies : kWaits;
   }
 
   __device__ __forceinline__ void begin_right(const Matrix& matrix, int row, int first, int last) {
-    if constexpr (kBackward) right.begin_mn_major(matrix, row, first, last);
-    else right.begin_k_major(matrix, first, last);
+    const uint32_t target = stages() + kLeftBytes;
+    if constexpr (kBackward) right.begin_mn_major(matrix, row, first, last, target);
+    else right.begin_k_major(matrix, first, last, target);
   }
 
   // The last step of a segment.
   __device__ void copy_rest() {
-    if (kBackward && at(item).work >= Work::kGradientA) left.copy_end_mn_major(stage(target), rest);
-    else left.copy_end_k_major(stage(target), rest);
-    if constexpr (kBackward) right.copy_end_mn_major(stage(target) + kLeftBytes, rest);
-    else right.copy_end_k_major(stage(target) + kLeftBytes, rest);
-    left.count = right.count = 0;
+    if (kBackward && work_of(item) >= Work::kGradientA) left.copy_end_mn_major(target, rest);
+    else left.copy_end_k_major(target, rest);
+    if constexpr (kBackward) right.copy_end_mn_major(target, rest);
+    else right.copy_end_k_major(target, rest);
     steps = 1;
     state = kCopied;
   }
@@ -175,7 +182,7 @@ struct Loader {
     bool raised = true;
     for (int i = threadIdx.x; i < count; i += kThreads) raised &= ptx::flag_is(p.flags + first + i, shared.mark);
     if (count == 1) raised = ptx::flag_is(p.flags + first, shared.mark);
-    return __syncthreads_and(raised);
+    return uniform(__syncthreads_and(raised));
   }
 };
 

@@ -29,25 +29,27 @@ struct Worker {
   __device__ __forceinline__ void run() {
     loader.serve();
     int left = 0;  // steps of the item
-    for (int number = 0; loader.at(number).work != Work::kEnd;) {
+    for (int number = 0;;) {
       const Item& item = loader.at(number);
+      const Work work = loader.work_of(number);
+      if (work == Work::kEnd) return;
       if (left == 0) {
-        left = steps_of(item);
+        left = steps_of(item, work);
         clear();
       }
       const int count = min(left, loader.free_steps());
-      if (item.work == Work::kShrink) {
+      if (work == Work::kShrink) {
         multiply<Low>(count, warp() * 32, 0);
-      } else if (!kBackward || item.work == Work::kTile) {
+      } else if (!kBackward || work == Work::kTile) {
         multiply<Tile>(count, warp() % 4 * 64, warp() / 4 * 64);
       } else if constexpr (kBackward) {
-        if (adds_up(item)) multiply<Grad, true>(count, warp() * 32, 0);
+        if (uniform(adds_up(item))) multiply<Grad, true>(count, warp() * 32, 0);
         else multiply<Grad>(count, warp() * 32, 0);
       }
       left -= count;
       loader.advance(count);
       if (left == 0) {
-        finish(item);
+        finish(item, work);
         ++number;
       }
       loader.serve();
@@ -70,10 +72,11 @@ struct Worker {
     }
   }
 
-  __device__ int steps_of(const Item& item) const {
-    if (item.work == Work::kShrink) return sm80::steps_of(p.part[item.part].depth);
-    if (item.work != Work::kTile) return sm80::steps_of(min(p.M - item.row, item.rows));
-    const int first = kBackward ? 0 : item.part, last = kBackward ? p.summed : item.part + 1;
+  __device__ int steps_of(const Item& item, Work work) const {
+    const int part = uniform(item.part);
+    if (work == Work::kShrink) return sm80::steps_of(p.part[part].depth);
+    if (work != Work::kTile) return sm80::steps_of(uniform(min(p.M - item.row, item.rows)));
+    const int first = kBackward ? 0 : part, last = kBackward ? p.summed : part + 1;
     int steps = 0;
     for (int i = first; i < last; ++i) steps += sm80::steps_of(p.part[i].depth) + sm80::steps_of(p.part[i].r);
     return steps;
@@ -82,31 +85,32 @@ struct Worker {
   // Steps of the stages from `source` on; each copies one.
   template <typename P, bool kAddsUp = false>
   __device__ __forceinline__ void multiply(int steps, int row, int col) {
-    P product(row, col);
-    product.read(0, loader.stage(source), 0);
+    P product(loader.stages(), row, col);
+    product.read(0, source, 0);
 #pragma unroll 1
     for (; steps > 0; --steps) {
-      product.read(1, loader.stage(source), 1);
-      product.multiply(sums, 0);
-      if constexpr (kAddsUp) product.add_up(totals, 0);
+      product.read(1, source, 1);
+      product.template multiply<0, P::kRows / 2>(sums, 0);
       loader.copy();
+      product.template multiply<P::kRows / 2, P::kRows>(sums, 0);
+      if constexpr (kAddsUp) product.add_up(totals, 0);
       ptx::async_copies_wait<kStages - 2>();
       __syncthreads();
       source = loader.after(source);
-      product.read(0, loader.stage(source), 0);
-      product.multiply(sums, 1);
+      product.read(0, source, 0);
+      product.template multiply<0, P::kRows>(sums, 1);
       if constexpr (kAddsUp) product.add_up(totals, 1);
     }
   }
 
-  __device__ __forceinline__ void finish(const Item& item) {
-    const Part& part = p.part[item.part];
-    if (item.work == Work::kShrink) {
+  __device__ __forceinline__ void finish(const Item& item, Work work) {
+    const Part& part = p.part[uniform(item.part)];
+    if (work == Work::kShrink) {
       scale_by(sums, *part.scale);
       store_rows<T, Low>(sums, part.low, item.row + warp() * 32, item.rank, p.M, part.r);
       raise(item.raises);
-    } else if (kBackward && item.work != Work::kTile) {
-      finish_gradient(item, item.work == Work::kGradientA ? part.dA : part.dB, part.r);
+    } else if (kBackward && work != Work::kTile) {
+      finish_gradient(item, work == Work::kGradientA ? part.dA : part.dB, part.r);
     } else {
       const int row = item.row + warp() % 4 * 64, col = item.col + warp() / 4 * 64;
       if constexpr (!kBackward) add_bias<Tile>(sums, part, col);
@@ -118,7 +122,8 @@ struct Worker {
   // has the whole sum.
   __device__ __forceinline__ void finish_gradient(const Item& item, const Gradient& g, int r) {
     float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{item.col} * p.rank + item.rank * kBlockM) + threadIdx.x;
-    if (!(item.bits & work::kFirst)) {
+    const int bits = uniform(item.bits);
+    if (!(bits & work::kFirst)) {
       if (threadIdx.x == 0) ptx::flag_wait(p.flags + item.raises - p.chain_flags, shared.mark);
       __syncthreads();
 #pragma unroll
@@ -131,8 +136,8 @@ struct Worker {
         own[3] += before.w;
       }
     }
-    if (adds_up(item)) finish_totals(item, g, p.part[item.part].bias_dtype);
-    if (item.bits & work::kLast) return store_gradient(item, g, r);
+    if (uniform(adds_up(item))) finish_totals(item, g, p.part[item.part].bias_dtype);
+    if (bits & work::kLast) return store_gradient(item, g, r);
 #pragma unroll
     for (int i = 0; i < kGradSums; ++i) {
       const float(&own)[4] = sums.of[i];
@@ -184,7 +189,7 @@ struct Worker {
 };
 
 template <int kStages, int kBlockR, typename T, bool kBackward>
-__global__ void __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_constant__ KernelParams p) {
+__device__ __forceinline__ void run_kernel(const KernelParams& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kStages>*>(memory);
   if (threadIdx.x == 0) shared.mark = p.counters->launches + 1;
@@ -194,6 +199,17 @@ __global__ void __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_c
     __threadfence();
     if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {shared.mark, 0, 0, 0};
   }
+}
+
+#ifdef __CUDA_ARCH__
+constexpr int kCapability = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCapability = 90;
+#endif
+
+template <int kStages, int kBlockR, typename T, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_constant__ KernelParams p) {
+  if constexpr (has_kernels(kStages, kCapability)) run_kernel<kStages, kBlockR, T, kBackward>(p);
 }
 
 }  // namespace fused_lora::sm80

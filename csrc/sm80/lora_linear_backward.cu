@@ -13,32 +13,21 @@ void set_part(Part& part, const BackwardPart& b, const Operand& dx) {
   part.out = matrix_of(dx);
   part.scale = b.scale;
   part.dA = {matrix_of(b.x), part.low, b.dA.data, 1, b.x.cols, static_cast<int>(b.x.cols)};
-  part.dB = {part.lhs, matrix_of(b.xa), b.dB.data, b.A.rows, 1, static_cast<int>(b.dy.cols)};
+  // Without factors: something that can be read, whose products nobody wants.
+  part.dB = {part.lhs, b.A.rows > 0 ? matrix_of(b.xa) : part.lhs, b.dB.data, b.A.rows, 1, static_cast<int>(b.dy.cols)};
   part.dB.sums = b.dbias.data;
   part.bias_dtype = b.dbias.format;
-}
-
-// Partial sums of gradients lie one after another.
-void place_partials(KernelParams& p, const Pass& pass, const Tiling& tiling, float* partial) {
-  for (int i = 0; i < pass.parts; ++i) {
-    const work::PassPart& sizes = pass.part[i];
-    Part& part = p.part[i];
-    part.dA.partial = partial;
-    partial += sizes.wants_dA ? work::partial_floats(tiling, sizes.cols) : 0;
-    part.dB.partial = partial;
-    partial += sizes.wants_dB ? work::partial_floats(tiling, sizes.depth) : 0;
-    part.dB.sums_partial = partial;
-    partial += sizes.wants_dB ? work::partial_cols(tiling, sizes.depth) : 0;
-  }
 }
 
 }  // namespace
 
 cudaError_t launch_backward(const BackwardParams& b, const Workspace& workspace, cudaStream_t stream) {
   const Pass pass = work::pass_of(b);
-  KernelParams p = params_of(pass, workspace);
+  if (pass.drops || pass.gated) return cudaErrorNotSupported;
+  KernelParams p = work::params_of<KernelParams>(pass, workspace);
+  take_rank_flags(p, workspace.plan->tiling);
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], b.part[i], b.dx);
-  place_partials(p, pass, workspace.plan->tiling, workspace.partial);
+  work::place_partials(p, pass, workspace.plan->tiling, workspace.partial);
   p.factor_dtype = b.part[0].dA.format;
   return launch_pass<true>(p, workspace.plan->tiling, b.part[0].dy.format, stream);
 }

@@ -18,8 +18,15 @@ void set_part(Part& part, const ForwardPart& f, const Operand& x) {
 
 }  // namespace
 
+work::Plan plan_pass(const Pass& pass, const Card& card) { return work::make_plan(pass, tiling_of(pass, card)); }
+
+Tile tile_of(const Pass&, const Card&) { return {kBlockM, kBlockN, kDepth}; }
+
 cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
-  KernelParams p = params_of(work::pass_of(f), workspace);
+  const Pass pass = work::pass_of(f);
+  if (pass.drops || pass.gated) return cudaErrorNotSupported;
+  KernelParams p = work::params_of<KernelParams>(pass, workspace);
+  take_rank_flags(p, workspace.plan->tiling);
   for (int i = 0; i < f.parts; ++i) set_part(p.part[i], f.part[i], f.x);
   return launch_pass<false>(p, workspace.plan->tiling, f.x.format, stream);
 }

@@ -17,53 +17,46 @@ struct Sums {
 template <typename T, int kRows_, int kCols_, bool kLeftMN, bool kRightMN>
 struct Product {
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kSlices = kDepth / 16;
+  static constexpr uint32_t kPair = 32;  // bytes of two chunks, 16 elements
 
   // Of 16 rows and 8 columns: two of row lane / 4, columns lane % 4 * 2 and the next, and two of the row 8 below.
   static __device__ __forceinline__ float (&of(Sums& sums, int i, int j))[4] { return sums.of[i * 2 * kCols + j]; }
   static __device__ __forceinline__ const float (&of(const Sums& sums, int i, int j))[4] { return sums.of[i * 2 * kCols + j]; }
 
   uint32_t left[2][kRows][4], right[2][kCols][4];
-  uint32_t left_at, right_at;  // of this lane in a stage
-  int left_twist, right_twist;  // of its chunk, by the swizzle
+  uint32_t left_at, right_at;  // this lane's first chunk in the first stage; in chunks of a row, the swizzle is an exclusive or
 
-  // The warp's first row and column among the stage's.
-  __device__ __forceinline__ Product(int row, int col) {
+  // The warp's first row and column among the stage's, the first of which lies at `stages`.
+  __device__ __forceinline__ Product(uint32_t stages, int row, int col) {
     const int lane = threadIdx.x % 32;
     if constexpr (kLeftMN) {
-      const int k = lane % 8 + lane / 16 * 8;
-      left_at = k * (kBlockM * 2) + row / 64 * 128;
-      left_twist = row / 8 % 8 ^ lane / 8 % 2 ^ k % 8;
+      left_at = stages + mn_major<kBlockM>(lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2);
     } else {
-      left_at = (row + lane % 16) * (kDepth * 2);
-      left_twist = lane / 16 ^ lane / 2 % 4;
+      left_at = stages + k_major(row + lane % 16, lane / 16);
     }
     if constexpr (kRightMN) {
-      const int k = lane % 16;
-      right_at = kLeftBytes + k * (kBlockN * 2) + col * 2;
-      right_twist = lane / 16 ^ k % 8;
+      right_at = stages + kLeftBytes + mn_major<kBlockN>(lane % 16, col / 8 + lane / 16);
     } else {
-      right_at = kLeftBytes + (col + lane % 8 + lane / 16 * 8) * (kDepth * 2);
-      right_twist = lane / 8 % 2 ^ lane / 2 % 4;
+      right_at = stages + kLeftBytes + k_major(col + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     }
   }
 
-  // The fragments of a stage's slice of 16.
+  // The fragments of a slice of 16, of the stage that lies `stage` bytes behind the first one.
   __device__ __forceinline__ void read(int buffer, uint32_t stage, int slice) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if constexpr (kLeftMN) {
-        ptx::ldmatrix_transposed(left[buffer][i], stage + left_at + slice * 16 * kBlockM * 2 + ((2 * i ^ left_twist) << 4));
+        ptx::ldmatrix_transposed(left[buffer][i], (stage + left_at ^ i * kPair) + slice * 16 * kBlockM * 2);
       } else {
-        ptx::ldmatrix(left[buffer][i], stage + left_at + i * 16 * kDepth * 2 + ((2 * slice ^ left_twist) << 4));
+        ptx::ldmatrix(left[buffer][i], (stage + left_at ^ slice * kPair) + i * 16 * kDepth * 2);
       }
     }
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       if constexpr (kRightMN) {
-        ptx::ldmatrix_transposed(right[buffer][j], stage + right_at + slice * 16 * kBlockN * 2 + ((2 * j ^ right_twist) << 4));
+        ptx::ldmatrix_transposed(right[buffer][j], (stage + right_at ^ j % 4 * kPair) + slice * 16 * kBlockN * 2 + j / 4 * 4 * kPair);
       } else {
-        ptx::ldmatrix(right[buffer][j], stage + right_at + j * 16 * kDepth * 2 + ((2 * slice ^ right_twist) << 4));
+        ptx::ldmatrix(right[buffer][j], (stage + right_at ^ slice * kPair) + j * 16 * kDepth * 2);
       }
     }
   }
@@ -75,10 +68,11 @@ struct Product {
     for (int i = 0; i < kRows; ++i) ptx::mma<T>(totals[i], left[buffer][i], ones, ones);
   }
 
-  // In serpentine order: from one product to the next, one of the two operands stays.
+  // Rows kFirst to kLast, in serpentine order: from one product to the next, one of the two operands stays.
+  template <int kFirst, int kLast>
   __device__ __forceinline__ void multiply(Sums& sums, int buffer) const {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = kFirst; i < kLast; ++i) {
 #pragma unroll
       for (int n = 0; n < 2 * kCols; ++n) {
         const int j = i % 2 ? 2 * kCols - 1 - n : n;

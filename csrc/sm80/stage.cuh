@@ -14,6 +14,10 @@ constexpr int kBlockM = 256, kBlockN = 128, kDepth = 32;
 constexpr int kPassBytes = kThreads * 16;  // which all threads copy at once
 constexpr int kLeftBytes = kBlockM * kDepth * 2, kRightBytes = kBlockN * kDepth * 2, kStageBytes = kLeftBytes + kRightBytes;
 
+// What fits in 163 and in 99 KB; cards from 9.0 on have the one or the other.
+constexpr int kMostStages = 6, kFewStages = 4;
+__host__ __device__ constexpr bool has_kernels(int stages, int capability) { return capability >= 90 || (stages == kMostStages) == (capability == 80); }
+
 __host__ __device__ constexpr int steps_of(int depth) { return (depth + kDepth - 1) / kDepth; }
 
 // Where chunk `chunk` of 16 bytes of a row lies: swizzled such that eight rows' chunks lie in different banks. K-major, a row is
@@ -29,66 +33,70 @@ struct Matrix {
   int stride;  // bytes
 };
 
-// One operand of kWidth rows as a thread copies it: kPasses chunks of 16 bytes in each step of kDepth.
+// One operand of kWidth rows as a thread copies it: kPasses chunks of 16 bytes in each step of kDepth. What lies beyond the matrix
+// becomes a copy of something in it, and ends in sums that nobody stores.
 template <int kWidth>
 struct Copies {
   static constexpr int kPasses = kWidth * kDepth * 2 / kPassBytes;
   static constexpr int kAcross = kThreads / 4, kDown = kThreads / (kWidth / 8);  // rows in a pass, K-major and MN-major
 
-  const char* from;  // the first chunk of the next step
-  int apart, step;   // bytes to the next chunk, and to the next step
-  uint32_t to;       // where in a stage
-  int count;         // chunks that lie in the matrix
+  const char* from;            // the first chunk of the next step
+  uint32_t further[kPasses];   // bytes to each of its others
+  int step;                    // and to the next step
+  uint32_t to;                 // where in the first stage
 
-  // Rows `first` to `last` of a matrix whose columns are summed over.
-  __device__ __forceinline__ void begin_k_major(const Matrix& matrix, int first, int last) {
-    const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;
-    from = matrix.data + int64_t{first + row} * matrix.stride + chunk * 16;
-    apart = kAcross * matrix.stride;
+  // Rows `first` to `last` of a matrix whose columns are summed over. `target`: the operand's in the first stage.
+  __device__ __forceinline__ void begin_k_major(const Matrix& matrix, int first, int last, uint32_t target) {
+    const int own = threadIdx.x / 4, chunk = threadIdx.x % 4;
+    const int row = min(first + own, last - 1), below = (last - 1 - row) / kAcross;  // passes that lie in the matrix
+    from = matrix.data + int64_t{row} * matrix.stride + chunk * 16;
+#pragma unroll
+    for (int i = 1; i < kPasses; ++i) further[i] = min(i, below) * (kAcross * matrix.stride);
     step = kDepth * 2;
-    to = k_major(row, chunk);
-    count = min(max(0, last - first - row + kAcross - 1) / kAcross, kPasses);
+    to = target + k_major(own, chunk);
   }
 
   // Columns `first` to `last` of a matrix whose rows are summed over, from row `row` on.
-  __device__ __forceinline__ void begin_mn_major(const Matrix& matrix, int row, int first, int last) {
-    const int down = threadIdx.x / (kWidth / 8), chunk = threadIdx.x % (kWidth / 8);
-    from = matrix.data + int64_t{row + down} * matrix.stride + (first + chunk * 8) * 2;
-    apart = kDown * matrix.stride;
+  __device__ __forceinline__ void begin_mn_major(const Matrix& matrix, int row, int first, int last, uint32_t target) {
+    const int down = threadIdx.x / (kWidth / 8), chunk = threadIdx.x % (kWidth / 8), col = first + chunk * 8;
+    from = matrix.data + int64_t{row + down} * matrix.stride + (col < last ? col * 2 : 0);
+#pragma unroll
+    for (int i = 1; i < kPasses; ++i) further[i] = i * (kDown * matrix.stride);
     step = kDepth * matrix.stride;
-    to = mn_major<kWidth>(down, chunk);
-    count = first + chunk * 8 < last ? kPasses : 0;
+    to = target + mn_major<kWidth>(down, chunk);
   }
 
-  // Rows and columns beyond the matrix keep what was there: it ends in sums that nobody stores.
-  __device__ __forceinline__ void copy(uint32_t stage) {
+  // To the stage `stage` bytes behind the first one, where it is wanted.
+  __device__ __forceinline__ void copy(uint32_t stage, bool wanted) {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      if (i < count) ptx::async_copy_16(stage + to + i * kPassBytes, from + i * apart);
-    }
-    from += step;
+    for (int i = 0; i < kPasses; ++i) ptx::async_copy_16_if(wanted, stage + to + i * kPassBytes, chunk(i));
+    from = ptx::moved(from, step);
   }
 
   // The segment's last step, `left` deep, with zeros behind. They end within a chunk of 8 where columns are summed over.
   __device__ __forceinline__ void copy_end_k_major(uint32_t stage, int left) const {
     const int own = left - static_cast<int>(threadIdx.x) % 4 * 8;
-    for (int i = 0; i < count; ++i) {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
       const uint32_t target = stage + to + i * kPassBytes;
       if (own > 0 && own < 8) {
-        ptx::store_shared(target, first_of(*reinterpret_cast<const uint4*>(from + i * apart), own));
+        ptx::store_shared(target, first_of(*reinterpret_cast<const uint4*>(chunk(i)), own));
       } else {
-        ptx::async_copy_16_or_zeros(target, from + i * apart, own > 0);
+        ptx::async_copy_16_or_zeros(target, chunk(i), own > 0);
       }
     }
   }
   __device__ __forceinline__ void copy_end_mn_major(uint32_t stage, int left) const {
     const int row = threadIdx.x / (kWidth / 8);
-    for (int i = 0; i < count; ++i) {
-      ptx::async_copy_16_or_zeros(stage + to + i * kPassBytes, from + i * apart, row + i * kDown < left);
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      ptx::async_copy_16_or_zeros(stage + to + i * kPassBytes, chunk(i), row + i * kDown < left);
     }
   }
 
  private:
+  __device__ __forceinline__ const char* chunk(int i) const { return i == 0 ? from : from + further[i]; }
+
   // The first `count` of 8 elements.
   static __device__ uint4 first_of(uint4 v, int count) {
     const auto kept = [count](uint32_t pair, int at) { return at + 1 < count ? pair : at < count ? pair & 0xFFFF : 0; };

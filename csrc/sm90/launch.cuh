@@ -2,54 +2,19 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
-#include "../lora_linear.h"
+#include "../shared_memory.h"
+#include "../work/params.h"
 #include "lora_linear.cuh"
 #include "tiling.cuh"
 
 namespace fused_lora::sm90 {
 
-// Clusters that run at once on the current device; 0 if it cannot be asked.
-inline int clusters_at_once() {
-  int device = 0, sms = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
-  return sms / kCluster;
-}
-
-// Allows the kernel its shared memory on the current device: once, since that takes as long as half a launch.
-template <typename C, typename T, bool kBackward, bool kDrops>
-cudaError_t allow_shared_memory(int bytes) {
-  constexpr int kDevices = 64;
-  static std::atomic<bool> allowed[kDevices];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess || (device < kDevices && allowed[device].load())) return error;
-  error = cudaFuncSetAttribute(lora_linear_kernel<C, T, kBackward, kDrops>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess && device < kDevices) allowed[device].store(true);
-  return error;
-}
-
-// Partial sums of gradients lie one after another.
-inline void place_partials(KernelParams& p, const Pass& pass, const Tiling& tiling, float* partial) {
-  for (int i = 0; i < pass.parts; ++i) {
-    const work::PassPart& sizes = pass.part[i];
-    Part& part = p.part[i];
-    part.dA.partial = partial;
-    partial += sizes.wants_dA ? work::partial_floats(tiling, sizes.cols) : 0;
-    part.dB.partial = partial;
-    partial += sizes.wants_dB ? work::partial_floats(tiling, sizes.depth) : 0;
-    part.dB.sums_partial = partial;
-    partial += sizes.wants_dB ? work::partial_cols(tiling, sizes.depth) : 0;
-  }
-}
-
 template <typename C, typename T, bool kBackward, bool kDrops>
 cudaError_t launch(const KernelParams& p, cudaStream_t stream, int clusters) {
   constexpr int kSharedBytes = sizeof(Shared<C>);
   static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
-  const cudaError_t error = allow_shared_memory<C, T, kBackward, kDrops>(kSharedBytes);
+  const cudaError_t error = allow_shared_memory<lora_linear_kernel<C, T, kBackward, kDrops>>(kSharedBytes);
   if (error != cudaSuccess) return error;
   lora_linear_kernel<C, T, kBackward, kDrops><<<kCluster * clusters, kThreads, kSharedBytes, stream>>>(p);
   return cudaGetLastError();
@@ -89,30 +54,6 @@ template <bool kBackward>
 auto launcher_of(const Pass& pass) {
   if (pass.gated) return pass.drops ? launch_pass<kBackward, true, true> : launch_pass<kBackward, false, true>;
   return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
-}
-
-static_assert(sizeof(work::Counters) == kCounters * sizeof(int), "they precede the flags");
-
-// Parameters that both passes have.
-inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
-  KernelParams p{};
-  p.list = workspace.list;
-  p.items = static_cast<int>(workspace.plan->items.size());
-  p.low_flags = workspace.plan->low_flags;
-  p.chain_flags = workspace.plan->chain_flags;
-  p.counters = reinterpret_cast<work::Counters*>(workspace.flags);
-  p.flags = workspace.flags + kCounters;
-  p.finish_spacing = workspace.plan->finish_spacing;
-  p.M = static_cast<int>(pass.M);
-  p.parts = pass.parts;
-  p.summed = pass.summed;
-  for (int i = 0; i < pass.parts; ++i) {
-    Part& part = p.part[i];
-    part.cols = static_cast<int>(pass.part[i].cols);
-    part.depth = static_cast<int>(pass.part[i].depth);
-    part.r = static_cast<int>(pass.part[i].r);
-  }
-  return p;
 }
 
 // Tensor maps, and the first error among them.

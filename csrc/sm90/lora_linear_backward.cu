@@ -2,8 +2,7 @@
 // dx = sum of dy W + dxa A.
 #include "launch.cuh"
 
-namespace fused_lora {
-namespace sm90 {
+namespace fused_lora::sm90 {
 
 FUSED_LORA_LAUNCH_PASS(true, false, false);
 
@@ -55,13 +54,11 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
 }
 
 }  // namespace
-}  // namespace sm90
 
-using namespace sm90;
-
-cudaError_t launch_lora_linear_backward(const BackwardParams& b, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t launch_backward(const BackwardParams& b, const Workspace& workspace, cudaStream_t stream) {
   const Pass pass = work::pass_of(b);
-  KernelParams p = params_of(pass, workspace);
+  KernelParams p = work::params_of<KernelParams>(pass, workspace);
+  p.finish_spacing = workspace.plan->finish_spacing;
   MapMaker map;
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed);
   if (b.gated) {
@@ -71,10 +68,10 @@ cudaError_t launch_lora_linear_backward(const BackwardParams& b, const Workspace
   }
   if (map.error != cudaSuccess) return map.error;
   const Tiling& tiling = workspace.plan->tiling;
-  place_partials(p, pass, tiling, workspace.partial);
+  work::place_partials(p, pass, tiling, workspace.partial);
   p.factor_dtype = b.part[0].dA.format;
   if (p.items == 0) return cudaSuccess;
   return launcher_of<true>(pass)(p, tiling, b.part[0].dy.format, stream);
 }
 
-}  // namespace fused_lora
+}  // namespace fused_lora::sm90

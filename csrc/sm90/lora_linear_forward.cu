@@ -1,8 +1,7 @@
 // xa = scale x A^T, y = x W^T + xa B^T + bias, of each linear that reads x.
 #include "launch.cuh"
 
-namespace fused_lora {
-namespace sm90 {
+namespace fused_lora::sm90 {
 
 FUSED_LORA_LAUNCH_PASS(false, false, false);
 
@@ -26,20 +25,15 @@ void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, 
 }
 
 }  // namespace
-}  // namespace sm90
 
-using namespace sm90;
+work::Plan plan_pass(const Pass& pass, const Card& card) { return work::make_plan(pass, tiling_of(pass, clusters_of(card))); }
 
-int tile_width(int64_t M, int64_t N, int64_t r) {
-  const Pass pass{M, false, false, true, false, 1, 1, {{N, N, r, false, false}}};
-  return wants_narrow_tiles(pass, std::max(1, clusters_at_once())) ? 128 : 256;
-}
+Tile tile_of(const Pass& pass, const Card& card) { return {kBlockM, wants_narrow_tiles(pass, clusters_of(card)) ? 128 : 256, kBox}; }
 
-work::Plan plan_pass(const Pass& pass) { return work::make_plan(pass, tiling_of(pass, std::max(1, clusters_at_once()))); }
-
-cudaError_t launch_lora_linear_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
   const Pass pass = work::pass_of(f);
-  KernelParams p = params_of(pass, workspace);
+  KernelParams p = work::params_of<KernelParams>(pass, workspace);
+  p.finish_spacing = workspace.plan->finish_spacing;
   MapMaker map;
   for (int i = 0; i < f.parts; ++i) set_part(p, p.part[i], map, f.part[i], f.x, f.gated);
   if (f.gated) {
@@ -55,4 +49,4 @@ cudaError_t launch_lora_linear_forward(const ForwardParams& f, const Workspace& 
   return launcher_of<false>(pass)(p, workspace.plan->tiling, f.x.format, stream);
 }
 
-}  // namespace fused_lora
+}  // namespace fused_lora::sm90

@@ -1,6 +1,8 @@
 // Which kernel takes a pass, and how that one cuts it. Host code; nothing here touches a device.
 #pragma once
 
+#include <algorithm>
+
 #include "../work/plan.h"
 #include "pipeline.cuh"
 
@@ -12,6 +14,9 @@ using work::Tiling;
 // Ranks are padded to the next of these in the tensor cores; memory holds none of the padding.
 constexpr int block_rank(int64_t r) { return r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256; }
 
+// That run at once.
+inline int clusters_of(const Card& card) { return std::max(1, card.sms / kCluster); }
+
 // Tiles of 128 columns take 0.56 of the time of those of 256 and fill a wave where there are few.
 inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
   const int64_t items = ceil_div(pass.M, kPairRows);
@@ -21,7 +26,7 @@ inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
 
 template <typename C>
 Tiling tiling_of(int clusters) {
-  return {kPairRows, C::kBlockN, C::kTileCols, C::kBlockR, C::kBlockR, true, kCluster * C::kGradientCols, kFlagRows, kChainFlags, C::kCanRide, clusters};
+  return {kPairRows, C::kBlockN, C::kTileCols, C::kBlockR, C::kBlockR, true, kCluster * C::kGradientCols, kFlagRows, kChainFlags, C::kCanRide, clusters, C::kStages};
 }
 
 // call(C{}) for the kernels' C that pads ranks so; what is made for ranks above 128 is never narrow, nor gated.

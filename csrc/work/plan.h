@@ -21,6 +21,7 @@ struct Tiling {
   int chain_flags;    // of a gradient item's columns, which as many writers share
   bool can_ride;
   int workers;
+  int stages;  // of an architecture with several kernels for them
 };
 
 struct Plan {

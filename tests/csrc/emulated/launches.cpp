@@ -1,18 +1,14 @@
 // Launches of csrc/sm80 on the CPU.
 #include "mask.cuh"
 #include "sm80/lora_linear.cuh"
-#include "sm80/tiling.h"
+#include "sm80/tiling.cuh"
+#include "work/params.h"
 
 using namespace fused_lora;
 
-namespace fused_lora::sm80 {
-cudaError_t launch_forward(const ForwardParams&, const Workspace&, cudaStream_t);
-cudaError_t launch_backward(const BackwardParams&, const Workspace&, cudaStream_t);
-}  // namespace fused_lora::sm80
-
 namespace {
 
-int most_shared_bytes = 0, sms = 1;  // of the device that is played
+Card card{};  // the device that is played
 std::vector<int> flags;
 
 Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
@@ -26,7 +22,7 @@ Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
 extern "C" {
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = most_shared_bytes, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = card.shared_bytes, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void** arguments, size_t bytes, cudaStream_t) {
   using Kernel = void (*)(const sm80::KernelParams);
@@ -36,8 +32,7 @@ cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void*
 }
 
 void play_on(int blocks, int bytes) {
-  sms = blocks;
-  most_shared_bytes = bytes;
+  card = {bytes >= 163 * 1024 ? 80 : 86, blocks, bytes};
 }
 // Of x's entries: whether they are kept.
 void mask(int64_t seed, uint32_t threshold, int rows, int cols, bool* kept) {
@@ -55,13 +50,13 @@ size_t size_of_backward() { return sizeof(BackwardParams); }
 int forward(const ForwardParams* params) {
   const work::Pass pass = work::pass_of(*params);
   std::vector<float> partial;
-  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, sms));
+  const work::Plan plan = sm80::plan_pass(pass, card);
   return sm80::launch_forward(*params, workspace_of(plan, partial), nullptr);
 }
 int backward(const BackwardParams* params) {
   const work::Pass pass = work::pass_of(*params);
   std::vector<float> partial;
-  const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, sms));
+  const work::Plan plan = sm80::plan_pass(pass, card);
   return sm80::launch_backward(*params, workspace_of(plan, partial), nullptr);
 }
 

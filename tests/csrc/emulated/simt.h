@@ -175,6 +175,18 @@ template <typename T>
 T __shfl_xor_sync(uint32_t, T value, int mask) {
   return exchange(value, simt::lane() ^ mask);
 }
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t value) {
+  simt::Warp& warp = simt::warp();
+  std::memcpy(&warp.words[simt::lane()], &value, 4);
+  simt::meet_warp([&] { std::copy_n(warp.words, simt::kWarp, warp.kept); });
+  uint32_t all = 0;
+  for (int lane = 0; lane < simt::kWarp; ++lane) {
+    uint32_t own;
+    std::memcpy(&own, &warp.kept[lane], 4);
+    all |= own;
+  }
+  return all;
+}
 inline int atomicAdd(int* at, int value) {
   const int before = *at;
   *at += value;

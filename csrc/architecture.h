@@ -1,0 +1,29 @@
+// Which kernels a device gets: csrc/sm90's are for compute capability 9.0. csrc/sm80's are for 8.x, and run on later cards, which
+// have their instructions too; they mask and gate nothing yet, and are only for those who play a card.
+#pragma once
+
+#include <string_view>
+
+#include "work/plan.h"
+
+namespace fused_lora {
+
+struct Kernels {
+  decltype(sm80::plan_pass)* plan_pass;
+  decltype(sm80::tile_of)* tile_of;
+  decltype(sm80::launch_forward)* launch_forward;
+  decltype(sm80::launch_backward)* launch_backward;
+};
+
+// The device `device`; capability 0 if it cannot be asked.
+Card card_of(int device);
+Card current_card();
+
+// Null where none is offered.
+const Kernels* kernels_of(const Card& card);
+
+// From now on later cards are played as one of compute capability 8.0 or 8.6: its kernels, in its shared memory. For tests and
+// measurements; with 0, cards are themselves again.
+void play_as(int capability);
+
+}  // namespace fused_lora
