@@ -15,7 +15,7 @@ CSRC = Path("csrc")
 ALL_CARDS = [("80", "sm_80"), ("86", "sm_86"), ("89", "sm_89"), ("90a", "sm_90a"), ("90", "compute_90")]
 # Of the folders of kernels: the cards that they are for, the last one by PTX for cards to come.
 TARGETS = {"csrc": ALL_CARDS, "sm80": ALL_CARDS, "sm90": [("90a", "sm_90a")]}
-# ptxas's level of optimisation where it is not 3, which loads this one's fragments too late for their products: docs/sm80.md.
+# ptxas's level of optimisation where it is not 3, which loads this one's fragments too late (docs/sm80.md).
 LEVELS = {"sm80/lora_linear_forward.cu": 1}
 
 

@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
     """No variable set, nothing remembered from another test, no interpreter."""
-    for name in ("FUSED_LORA_BACKEND", "FUSED_LORA_AUTOTUNE", "FUSED_LORA_CACHE_DIR"):
+    for name in ("FUSED_LORA_BACKEND", "FUSED_LORA_AUTOTUNE", "FUSED_LORA_CACHE_DIR", "FUSED_LORA_AS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(backends, "interpreting", lambda: False)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: "not built")
@@ -94,6 +94,16 @@ def test_autotuning(value, enabled, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_AUTOTUNE", "yes")
     with pytest.raises(ValueError, match="FUSED_LORA_AUTOTUNE must be 0 or 1, got 'yes'"):
         backends.autotune_enabled()
+
+
+@pytest.mark.parametrize(("value", "capability"), [(None, None), ("", None), ("sm80", 80), ("sm86", 86)])
+def test_a_card_that_is_played(value, capability, monkeypatch):
+    if value is not None:
+        monkeypatch.setenv("FUSED_LORA_AS", value)
+    assert backends.played_capability() == capability
+    monkeypatch.setenv("FUSED_LORA_AS", "sm75")
+    with pytest.raises(ValueError, match="FUSED_LORA_AS must be one of sm80, sm86, got 'sm75'"):
+        backends.played_capability()
 
 
 def test_a_cpu_runs_the_reference_and_says_why():

@@ -1,18 +1,21 @@
 """Every .cu compiles by plain nvcc, with no torch and no GPU: nothing spilled or serialised, tensor cores used."""
 
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import setuptools
 
-from tests.csrc.machine_code import assert_good
+from tests.csrc.machine_code import assert_good, instructions
 
 CSRC = Path(__file__).parents[2] / "csrc"
 HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 SOURCES = sorted(CSRC.glob("*.cu"))
 HOPPER_SOURCES = sorted((CSRC / "sm90").glob("*.cu"))
+AMPERE_SOURCES = sorted((CSRC / "sm80").glob("*.cu"))
 KERNELS = [path for path in HOPPER_SOURCES if path.stem.startswith("lora_linear")]
 
 # A source takes up to a minute, and several times that on a machine that does other work.
@@ -21,13 +24,21 @@ COMPILES = pytest.mark.timeout(1200)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
-def compile_to(target, source, out) -> str:
+def compile_to(target, source, out, *options) -> str:
     """What nvcc and ptxas say of a source, compiled to a cubin."""
     strict = ["-Xptxas=-v", "-Werror", "all-warnings"]
-    command = ["nvcc", "-std=c++17", "-O3", target, "-cubin", *strict, str(source), "-o", str(out)]
+    command = ["nvcc", "-std=c++17", "-O3", target, "-cubin", *strict, *options, str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """What setup.py knows."""
+    monkeypatch.chdir(CSRC.parent)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    return runpy.run_path("setup.py")
 
 
 def assert_no_spills(said: str) -> int:
@@ -75,6 +86,33 @@ def test_hopper_kernels(source, tmp_path):
     assert len(kernels) == count
     for kernel in kernels:
         assert_good(kernel)
+
+
+# Two dtypes, three ranks, and of 6 and 4 stages what an architecture has; the others are empty.
+@needs_nvcc
+@COMPILES
+@pytest.mark.parametrize(
+    ("arch", "kernels"),
+    [("86", 6), pytest.param("80", 6, marks=pytest.mark.long), pytest.param("90", 12, marks=pytest.mark.long)],
+)
+@pytest.mark.parametrize("source", AMPERE_SOURCES, ids=lambda path: path.name)
+def test_ampere_kernels(source, arch, kernels, build, tmp_path):
+    level = build["LEVELS"].get(str(source.relative_to(CSRC)), 3)
+    said = compile_to(f"-arch=sm_{arch}", source, tmp_path / "out.cubin", f"-Xptxas=-O{level}")
+    frames = [int(size) for size in re.findall(r"(\d+) bytes stack frame", said)]
+    # One register, kept from one item to the next, in kernels of 255: nothing that a step waits for.
+    assert max(frames) <= (8 if "backward" in source.stem else 0)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
+    assert sum(number > 200 for number in registers) == kernels
+    assert max(registers) <= 65536 // 256 - 1
+    command = disassembler()
+    if command is None:
+        pytest.skip("needs cuobjdump")
+    sass = subprocess.run([command, "-sass", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True)
+    listings = [listing for listing in sass.stdout.split("Function : ")[1:] if "HMMA" in listing]
+    assert len(listings) == kernels
+    for listing in listings:
+        assert {"HMMA", "LDSM", "LDGSTS"} <= set(instructions(listing))
 
 
 @needs_nvcc
