@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-BACKENDS = ("cuda", "triton", "reference")
+BACKENDS = ("cuda", "triton", "addmm", "reference")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 TRITON_DTYPES = (*CUDA_DTYPES, torch.float32)
 PLAYED = {"sm80": 80, "sm86": 86}
@@ -29,7 +29,7 @@ class Choice:
 
 
 def forced_backend() -> str | None:
-    """FUSED_LORA_BACKEND, one of auto (or unset), cuda, triton, reference."""
+    """FUSED_LORA_BACKEND, one of auto (or unset), cuda, triton, addmm, reference."""
     value = os.environ.get("FUSED_LORA_BACKEND", "auto")
     if value not in ("auto", *BACKENDS):
         raise ValueError(f"FUSED_LORA_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {value!r}")
@@ -149,8 +149,8 @@ def precision(dtype: torch.dtype) -> str:
 
 @cache
 def _choose(device: torch.device, dtype: torch.dtype, forced: str | None) -> Choice:
-    if forced == "reference":
-        return Choice("reference", "FUSED_LORA_BACKEND=reference")
+    if forced in ("addmm", "reference"):
+        return Choice(forced, f"FUSED_LORA_BACKEND={forced}")
     obstacles = {}
     for name, find_obstacle in (("cuda", _cuda_obstacle), ("triton", _triton_obstacle)):
         if forced not in (None, name):

@@ -241,7 +241,7 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
         choice = backends.choose_lora_linear(device, dtype, r, readable)
         if choice.name == "cuda":
             return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
-        if choice.name == "reference":
+        if choice.name in ("addmm", "reference"):
             return Explanation(shape, dtype, str(device), choice.name, choice.reason)
         target, reason = backends.gpu(device), choice.reason
     else:

@@ -22,9 +22,9 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def hash_bits(M: int, K: int, seed: Tensor) -> Tensor:
-    """(M, K) int64 in [0, 2^32): a hash of (seed, row, column), the same wherever it is computed."""
-    rows = torch.arange(M, device=seed.device, dtype=torch.int64)
+def hash_bits(M: int, K: int, seed: Tensor, first: int = 0) -> Tensor:
+    """(M, K) int64 in [0, 2^32), rows from `first` on: a hash of (seed, row, column), the same wherever it is made."""
+    rows = torch.arange(first, first + M, device=seed.device, dtype=torch.int64)
     cols = torch.arange(K, device=seed.device, dtype=torch.int64)
     # Two keys a row: with one, rows whose keys lie close together would share shifted masks.
     key_in = _mix((_mix((rows ^ seed) & _U32) + ((seed >> 32) & _U32)) & _U32)
@@ -44,9 +44,9 @@ def half_bits(rows: int, cols: int, seed: Tensor) -> Tensor:
     return torch.stack((h & 0xFFFF, h >> 16), dim=-1).flatten(-2)[:, :cols]
 
 
-def keep_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+def keep_mask(M: int, K: int, p: float, seed: Tensor, first: int = 0) -> Tensor:
     """(M, K) bool, True with probability 1 - p."""
-    return hash_bits(M, K, seed) >= min(round(p * 2**32), 2**32 - 1)
+    return hash_bits(M, K, seed, first) >= min(round(p * 2**32), 2**32 - 1)
 
 
 def uniform(rows: int, cols: int, bound: float, seed: Tensor) -> Tensor:
@@ -60,13 +60,13 @@ def new_A(r: int, K: int, seed: Tensor) -> Tensor:
     return uniform(r, K, max(K, 1) ** -0.5, seed)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x (M, K) with entries zeroed where keep_mask says so and the others divided by 1 - p."""
+def dropout(x: Tensor, p: float, seed: Tensor | None, first: int = 0) -> Tensor:
+    """x (M, K), rows from `first` on: entries zeroed where keep_mask says so, the others divided by 1 - p."""
     if seed is None:
         return x
     if p == 1:
         return torch.zeros_like(x)
-    return torch.where(keep_mask(*x.shape, p, seed), x / (1 - p), 0)
+    return torch.where(keep_mask(*x.shape, p, seed, first), x / (1 - p), 0)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,8 @@ ROOMS = {
     "kernels": {"checks", "reference", "padding"},
     "_C": set(),  # csrc, built
     "backends": {"kernels", "_C"},
-    "ops": {"backends", "kernels", "checks", "reference", "padding"},
+    "addmm": {"reference"},
+    "ops": {"addmm", "backends", "kernels", "checks", "reference", "padding"},
     "modules": {"ops", "checks", "reference", "padding"},
     "relora": {"modules", "ops", "checks", "reference"},
     "pretrain": {"extras", "relora", "modules", "ops", "checks", "reference"},

@@ -68,7 +68,7 @@ def card(monkeypatch):
 
 def test_forcing(monkeypatch):
     assert backends.forced_backend() is None
-    for value, forced in (("auto", None), ("cuda", "cuda"), ("triton", "triton"), ("reference", "reference")):
+    for value, forced in (("auto", None), ("cuda", "cuda"), ("addmm", "addmm"), ("reference", "reference")):
         monkeypatch.setenv("FUSED_LORA_BACKEND", value)
         assert backends.forced_backend() == forced
 
@@ -76,7 +76,9 @@ def test_forcing(monkeypatch):
 @pytest.mark.parametrize("value", ["", "Triton", "csrc", "0"])
 def test_a_wrong_backend_is_refused_with_the_right_ones(value, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_BACKEND", value)
-    with pytest.raises(ValueError, match=f"FUSED_LORA_BACKEND must be one of auto, .*triton, reference, got '{value}'"):
+    with pytest.raises(
+        ValueError, match=f"FUSED_LORA_BACKEND must be one of auto, .*triton, addmm, reference, got '{value}'"
+    ):
         lora_linear(torch.ones(1, 2), torch.ones(3, 2), torch.ones(1, 2), torch.ones(3, 1))
 
 

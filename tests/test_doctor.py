@@ -39,7 +39,8 @@ def run_with(**variables):
 def test_a_variable_that_is_wrong_is_said():
     printed = run_with(FUSED_LORA_BACKEND="cublas", FUSED_LORA_AUTOTUNE="yes")
     assert (
-        "forced      refused: FUSED_LORA_BACKEND must be one of auto, cuda, triton, reference, got 'cublas'" in printed
+        "forced      refused: FUSED_LORA_BACKEND must be one of auto, cuda, triton, addmm, reference, got 'cublas'"
+        in printed
     )
     failing = printed.partition("Every layer will raise here:\n")[2].splitlines()
     assert [line.split()[1] for line in failing] == ["FUSED_LORA_BACKEND", "FUSED_LORA_AUTOTUNE"]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, padding, reference
+from .. import addmm, backends, padding, reference
 from .library import define, launching
 from .parts import Part, columns, flatten, unflatten
 
@@ -103,8 +103,9 @@ def _forward_alone(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
         with launching("forward", x):
             gpu, precision, dropout = backends.gpu(x.device), backends.precision(x.dtype), Dropout(p, seed)
             return lora_linear_forward(x, weight, A, B, _kernel_bias(bias), scale, dropout, gpu, precision)
+    forward = addmm.lora_linear_forward if backend == "addmm" else reference.lora_linear_forward_ref
     with torch.autocast(x.device.type, enabled=False):
-        return reference.lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p)
+        return forward(x, weight, A, B, bias, scale, seed, p)
 
 
 def _forward_fake(x, tensors, p, act, keep):
@@ -178,8 +179,9 @@ def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbi
             gpu, precision, dropout = backends.gpu(x.device), backends.precision(x.dtype), Dropout(p, seed)
             grads = lora_linear_backward(rows_dy, rows, weight, A, B, xa, scale, dropout, gpu, precision, needs, dxa)
     else:
+        backward = addmm.lora_linear_backward if backend == "addmm" else reference.lora_linear_backward_ref
         with torch.autocast(x.device.type, enabled=False):
-            grads = reference.lora_linear_backward_ref(rows_dy, rows, weight, A, B, xa, scale, seed, p, needs, dxa)
+            grads = backward(rows_dy, rows, weight, A, B, xa, scale, seed, p, needs, dxa)
     dx, dA, dB, dxa = grads
     if need_dbias and dbias is None:
         dbias = rows_dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))

@@ -11,14 +11,24 @@ from tests.csrc.passes import Item, Sizes
 
 
 @pytest.fixture(scope="session")
-def list_work(tmp_path_factory):
-    """Runs list_work.cu on passes: (sizes, items) of each."""
+def compile_list(tmp_path_factory):
+    """Makes a program of a source of this folder and the planner."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    program = tmp_path_factory.mktemp("list_work") / "list_work"
-    here = Path(__file__).parent
-    sources = [here / "list_work.cu", here.parents[1] / "csrc" / "work" / "plan.cpp"]
-    subprocess.run(["nvcc", "-std=c++17", "-O1", "-o", str(program), *map(str, sources)], check=True)
+
+    def run(source: Path) -> Path:
+        program = tmp_path_factory.mktemp(source.stem) / source.stem
+        planner = Path(__file__).parents[2] / "csrc" / "work" / "plan.cpp"
+        subprocess.run(["nvcc", "-std=c++17", "-O1", "-o", str(program), str(source), str(planner)], check=True)
+        return program
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def list_work(compile_list):
+    """Runs list_work.cu on passes: (sizes, items) of each."""
+    program = compile_list(Path(__file__).parent / "list_work.cu")
 
     def run(passes):
         lines = "\n".join(map(str, passes))
