@@ -20,34 +20,29 @@ struct Shared {
   int mark;  // the launch's
 };
 
-// The list, one item ahead: words of the next one are on their way to the first eight lanes.
+// The next item of the list, by the first warp: its number is asked for, then its words are read, each some steps before it is needed.
+// No earlier: whoever has a number keeps others waiting for what that item raises.
 struct List {
   const KernelParams& p;
-  int number = 0;  // lane 0's, of the item after the next one
-  int word;    // of the next one
+  int number = 0;  // lane 0's
+  int word = 0;    // one of each of the first eight lanes
 
-  __device__ explicit List(const KernelParams& p) : p(p) {
-    if (threadIdx.x == 0) number = take_number();
-    if (threadIdx.x < 32) request();
+  __device__ explicit List(const KernelParams& p) : p(p) {}
+
+  // The first ones are taken so too, since nobody knows which blocks run.
+  __device__ void ask() {
+    if (threadIdx.x == 0) number = atomicAdd(&p.counters->taken, 1);
   }
-
-  // By the first warp: puts the next item where others read it.
-  __device__ void take(Item* slot, int mark) {
-    const int lane = threadIdx.x;
-    if (lane < 8) reinterpret_cast<int*>(slot)[lane] = lane == offsetof(Item, mark) / 4 ? mark : word;
-    request();
-  }
-
- private:
-  __device__ void request() {
-    const int lane = threadIdx.x, next = __shfl_sync(~0u, number, 0);
+  __device__ void read() {
+    if (threadIdx.x >= 32) return;
+    const int lane = threadIdx.x, own = __shfl_sync(~0u, number, 0);
     word = lane == 0 ? static_cast<int>(Work::kEnd) : 0;
-    if (lane < 8 && next < p.items) word = __ldg(reinterpret_cast<const int*>(p.list + next) + lane);
-    if (lane == 0) number = take_number();
+    if (lane < 8 && own < p.items) word = __ldg(reinterpret_cast<const int*>(p.list + own) + lane);
   }
-
-  // All are taken so, since nobody knows which blocks run.
-  __device__ int take_number() const { return atomicAdd(&p.counters->taken, 1); }
+  // Where others read it, behind a barrier.
+  __device__ void put(Item* slot, int mark) const {
+    if (threadIdx.x < 8) reinterpret_cast<int*>(slot)[threadIdx.x] = threadIdx.x == offsetof(Item, mark) / 4 ? mark : word;
+  }
 };
 
 template <int kStages, bool kBackward>
@@ -62,6 +57,8 @@ struct Loader {
   int rest = 0;                // of the sum, behind those steps
   uint32_t target = 0;         // the stage for the next step
   int ahead = 0;               // steps that are copied and not multiplied
+  int to_copy = 0;             // steps of the item
+  enum Next { kUnknown, kNumbered, kRead } next = kUnknown;  // what is known of the item after it, or under way
   enum State { kCopies, kCopied, kWaits, kEnds } state = kCopied;  // kCopied: the next step is copied already
 
   __device__ Loader(Shared<kStages>& shared, const KernelParams& p) : shared(shared), p(p), list(p) {}
@@ -81,20 +78,33 @@ struct Loader {
   }
 
   // How many steps may be multiplied before something happens here: there is always one.
-  __device__ int free_steps() const { return state < kWaits ? steps : ahead; }
+  __device__ int free_steps() const {
+    if (state >= kWaits) return ahead;
+    const int until = to_copy - (next == kUnknown ? kAskAt : next == kNumbered ? kReadAt : 0);
+    return until > 0 ? min(steps, until) : steps;
+  }
 
   // After so many steps, each of which copied one where there was one to copy.
-  __device__ void advance(int count) { (state < kWaits ? steps : ahead) -= count; }
+  __device__ void advance(int count) {
+    if (state >= kWaits) {
+      ahead -= count;
+    } else {
+      steps -= count;
+      to_copy -= count;
+    }
+  }
 
   // Goes on to what comes next, and copies as many steps as fit. Waits for others only where nothing is left to multiply.
   __device__ __forceinline__ void serve() {
     bool copied = false;
     while (state != kEnds) {
+      look_ahead();
       if (state < kWaits && steps > 0) {
         if (ahead == kStages - 1) break;
         copy();
         ++ahead;
         --steps;
+        --to_copy;
         copied = true;
       } else if (state == kCopies && rest > 0) {
         copy_rest();
@@ -113,11 +123,41 @@ struct Loader {
     __syncthreads();
   }
 
+  // Asks for the next item, and reads it, when so many steps are left to copy: each takes less than the time of five.
+  static constexpr int kAskAt = 16, kReadAt = 8;
+  __device__ void look_ahead() {
+    if (next == kUnknown && to_copy <= kAskAt && item >= 0) {
+      list.ask();
+      next = kNumbered;
+    } else if (next == kNumbered && to_copy <= kReadAt) {
+      list.read();
+      next = kRead;
+    }
+  }
+
   __device__ void take_item() {
+    if (next == kUnknown) list.ask();
+    if (next != kRead) list.read();
+    next = kUnknown;
     segment = 0;
     ++item;
-    if (threadIdx.x < 32) list.take(&at(item), shared.mark);
+    list.put(&at(item), shared.mark);
     __syncthreads();
+    to_copy = steps_of(item);
+  }
+
+  // All of an item.
+  __device__ int steps_of(int number) {
+    const Item& of = at(number);
+    const Work work = work_of(number);
+    const int part = uniform(of.part);
+    if (work == Work::kEnd) return 0;
+    if (work == Work::kShrink) return sm80::steps_of(p.part[part].depth);
+    if (work != Work::kTile) return sm80::steps_of(uniform(min(p.M - of.row, of.rows)));
+    const int first = kBackward ? 0 : part, last = kBackward ? p.summed : part + 1;
+    int sum = 0;
+    for (int i = first; i < last; ++i) sum += sm80::steps_of(p.part[i].depth) + sm80::steps_of(p.part[i].r);
+    return sum;
   }
 
   __device__ Work work_of(int number) { return static_cast<Work>(uniform(static_cast<int>(at(number).work))); }

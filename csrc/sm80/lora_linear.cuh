@@ -34,7 +34,7 @@ struct Worker {
       const Work work = loader.work_of(number);
       if (work == Work::kEnd) return;
       if (left == 0) {
-        left = steps_of(item, work);
+        left = loader.steps_of(number);
         clear();
       }
       const int count = min(left, loader.free_steps());
@@ -70,16 +70,6 @@ struct Worker {
         for (float& total : four) total = 0;
       }
     }
-  }
-
-  __device__ int steps_of(const Item& item, Work work) const {
-    const int part = uniform(item.part);
-    if (work == Work::kShrink) return sm80::steps_of(p.part[part].depth);
-    if (work != Work::kTile) return sm80::steps_of(uniform(min(p.M - item.row, item.rows)));
-    const int first = kBackward ? 0 : part, last = kBackward ? p.summed : part + 1;
-    int steps = 0;
-    for (int i = first; i < last; ++i) steps += sm80::steps_of(p.part[i].depth) + sm80::steps_of(p.part[i].r);
-    return steps;
   }
 
   // Steps of the stages from `source` on; each copies one.
