@@ -279,8 +279,10 @@ struct Consumer {
     const Mask mask(p.part[0].dropout);  // the summed ones' x is one
     const Mask::RowKey keys[2] = {mask.row_key(row + self.row()), mask.row_key(row + self.row() + 8)};
 #pragma unroll
-    for (int i = 0; i < C::kBlockN / 2; ++i) {
-      if (!mask.keeps(keys[i / 2 % 2], col + i / 4 * 8 + self.col() + i % 2)) acc[i] = 0;
+    for (int i = 0; i < C::kBlockN / 2; i += 2) {
+      const uint32_t kept = mask.kept_bits(Mask::group_key(keys[i / 2 % 2], col / 8 + i / 4), self.col() / 2);
+      if (!(kept & 0xFFFF)) acc[i] = 0;
+      if (!(kept >> 16)) acc[i + 1] = 0;
     }
   }
 
