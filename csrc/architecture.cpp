@@ -19,7 +19,7 @@ Card ask(int device) {
                         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
                         cudaDeviceGetAttribute(&card.sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
                         cudaDeviceGetAttribute(&card.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-  return answered ? Card{10 * major + minor, card.sms, card.shared_bytes} : Card{};
+  return answered ? Card{10 * major + minor, card.sms, card.shared_bytes, false} : Card{};
 }
 
 std::vector<Card> ask_all() {
@@ -35,13 +35,10 @@ std::vector<Card> ask_all() {
 Card card_of(int device) {
   static const std::vector<Card> cards = ask_all();  // once: every call wants to know
   if (device < 0 || device >= static_cast<int>(cards.size())) return {};
-  Card card = cards[device];
+  const Card card = cards[device];
   const int capability = played.load(std::memory_order_relaxed);
-  if (capability != 0 && card.capability > capability) {
-    card.capability = capability;
-    card.shared_bytes = std::min(card.shared_bytes, (capability == 80 ? 163 : 99) * 1024);
-  }
-  return card;
+  if (capability == 0 || card.capability != 90) return card;
+  return {capability, card.sms, std::min(card.shared_bytes, (capability == 80 ? 163 : 99) * 1024), true};
 }
 
 Card current_card() {
@@ -51,7 +48,7 @@ Card current_card() {
 
 const Kernels* kernels_of(const Card& card) {
   if (card.capability == 90) return &kSm90;
-  return card.capability >= 80 && played.load(std::memory_order_relaxed) != 0 ? &kSm80 : nullptr;
+  return card.played ? &kSm80 : nullptr;
 }
 
 void play_as(int capability) { played.store(capability); }

@@ -1,8 +1,6 @@
-// Which kernels a device gets: csrc/sm90's are for compute capability 9.0. csrc/sm80's are for 8.x, and run on later cards, which
-// have their instructions too; they mask and gate nothing yet, and are only for those who play a card.
+// Which kernels a device gets: csrc/sm90's are for compute capability 9.0. csrc/sm80's are for 8.x, whose instructions later cards
+// have too; they mask and gate nothing yet, and so far a card of 9.0 that plays an older one runs them, and no other.
 #pragma once
-
-#include <string_view>
 
 #include "work/plan.h"
 
@@ -22,7 +20,7 @@ Card current_card();
 // Null where none is offered.
 const Kernels* kernels_of(const Card& card);
 
-// From now on later cards are played as one of compute capability 8.0 or 8.6: its kernels, in its shared memory. For tests and
+// From now on cards of compute capability 9.0 play one of 8.0 or 8.6: its kernels, in its shared memory. For tests and
 // measurements; with 0, cards are themselves again.
 void play_as(int capability);
 

@@ -86,6 +86,7 @@ struct BackwardParams {
 // A device as a pass is cut for it.
 struct Card {
   int capability, sms, shared_bytes;  // shared memory that a block may have
+  bool played;                        // by one of compute capability 9.0
 };
 
 struct Tile {

@@ -81,7 +81,7 @@ def eager_extension():
 
 
 def played_capability() -> int | None:
-    """FUSED_LORA_AS: sm80 or sm86, as which csrc's kernels see later cards; for tests and measurements."""
+    """FUSED_LORA_AS: sm80 or sm86, as which csrc sees a card of compute capability 9.0; for tests and measurements."""
     value = os.environ.get("FUSED_LORA_AS", "")
     if value not in ("", *PLAYED):
         raise ValueError(f"FUSED_LORA_AS must be one of {', '.join(PLAYED)}, got {value!r}")

@@ -12,9 +12,12 @@ namespace fused_lora::sm80 {
 
 inline Matrix matrix_of(const Operand& operand) { return {static_cast<const char*>(operand.data), static_cast<int>(operand.stride * 2)}; }
 
-inline void take_rank_flags(KernelParams& p, const Tiling& tiling) {
-  p.rank = tiling.rank;
-  p.row_flags = tiling.rank / tiling.item_ranks;
+// Parameters that both passes have.
+inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
+  KernelParams p = work::params_of<KernelParams>(pass, workspace);
+  p.rank = workspace.plan->tiling.rank;
+  p.row_flags = p.rank / workspace.plan->tiling.item_ranks;
+  return p;
 }
 
 template <int kStages, int kBlockR, typename T, bool kBackward>

@@ -23,9 +23,7 @@ void set_part(Part& part, const BackwardPart& b, const Operand& dx) {
 
 cudaError_t launch_backward(const BackwardParams& b, const Workspace& workspace, cudaStream_t stream) {
   const Pass pass = work::pass_of(b);
-  if (pass.drops || pass.gated) return cudaErrorNotSupported;
-  KernelParams p = work::params_of<KernelParams>(pass, workspace);
-  take_rank_flags(p, workspace.plan->tiling);
+  KernelParams p = params_of(pass, workspace);
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], b.part[i], b.dx);
   work::place_partials(p, pass, workspace.plan->tiling, workspace.partial);
   p.factor_dtype = b.part[0].dA.format;

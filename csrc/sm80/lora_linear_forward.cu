@@ -23,10 +23,7 @@ work::Plan plan_pass(const Pass& pass, const Card& card) { return work::make_pla
 Tile tile_of(const Pass&, const Card&) { return {kBlockM, kBlockN, kDepth}; }
 
 cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
-  const Pass pass = work::pass_of(f);
-  if (pass.drops || pass.gated) return cudaErrorNotSupported;
-  KernelParams p = work::params_of<KernelParams>(pass, workspace);
-  take_rank_flags(p, workspace.plan->tiling);
+  KernelParams p = params_of(work::pass_of(f), workspace);
   for (int i = 0; i < f.parts; ++i) set_part(p.part[i], f.part[i], f.x);
   return launch_pass<false>(p, workspace.plan->tiling, f.x.format, stream);
 }

@@ -11,13 +11,10 @@ using work::Tiling;
 
 constexpr int kMostItemRanks = 128;
 
-// Ranks are padded to the next of these in the tensor cores; memory holds none of the padding.
-constexpr int block_rank(int64_t r) { return r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256; }
-
 // Items of 256 rows by 128 columns, of gradients 256 columns; each block is one writer.
 inline Tiling tiling_of(const Pass& pass, const Card& card) {
   constexpr int kGradientCols = 256, kOwn = 1024;  // bytes beside the stages
-  const int rank = block_rank(pass.most_rank()), item_ranks = std::min(rank, kMostItemRanks);
+  const int rank = work::block_rank(pass.most_rank()), item_ranks = std::min(rank, kMostItemRanks);
   const bool fits = card.shared_bytes >= kMostStages * kStageBytes + kOwn;
   const int stages = fits && has_kernels(kMostStages, card.capability) ? kMostStages : kFewStages;
   return {kBlockM, kBlockN, kBlockN, rank, item_ranks, false, kGradientCols, kBlockM, 1, false, card.sms, stages};

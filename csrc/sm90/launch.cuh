@@ -56,6 +56,13 @@ auto launcher_of(const Pass& pass) {
   return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
 }
 
+// Parameters that both passes have.
+inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
+  KernelParams p = work::params_of<KernelParams>(pass, workspace);
+  p.finish_spacing = workspace.plan->finish_spacing;
+  return p;
+}
+
 // Tensor maps, and the first error among them.
 struct MapMaker {
   cudaError_t error = cudaSuccess;

@@ -57,8 +57,7 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
 
 cudaError_t launch_backward(const BackwardParams& b, const Workspace& workspace, cudaStream_t stream) {
   const Pass pass = work::pass_of(b);
-  KernelParams p = work::params_of<KernelParams>(pass, workspace);
-  p.finish_spacing = workspace.plan->finish_spacing;
+  KernelParams p = params_of(pass, workspace);
   MapMaker map;
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed);
   if (b.gated) {

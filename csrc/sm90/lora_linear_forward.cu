@@ -32,8 +32,7 @@ Tile tile_of(const Pass& pass, const Card& card) { return {kBlockM, wants_narrow
 
 cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
   const Pass pass = work::pass_of(f);
-  KernelParams p = work::params_of<KernelParams>(pass, workspace);
-  p.finish_spacing = workspace.plan->finish_spacing;
+  KernelParams p = params_of(pass, workspace);
   MapMaker map;
   for (int i = 0; i < f.parts; ++i) set_part(p, p.part[i], map, f.part[i], f.x, f.gated);
   if (f.gated) {

@@ -11,9 +11,6 @@ namespace fused_lora::sm90 {
 using work::Pass;
 using work::Tiling;
 
-// Ranks are padded to the next of these in the tensor cores; memory holds none of the padding.
-constexpr int block_rank(int64_t r) { return r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256; }
-
 // That run at once.
 inline int clusters_of(const Card& card) { return std::max(1, card.sms / kCluster); }
 
@@ -44,7 +41,7 @@ auto with_rank(int rank, Call call) {
 template <int kBlockN>
 Tiling tiling_of(const Pass& pass, int clusters) {
   const auto tiling = [&](auto config) { return tiling_of<decltype(config)>(clusters); };
-  const int rank = block_rank(pass.most_rank());
+  const int rank = work::block_rank(pass.most_rank());
   if (!pass.gated) return with_rank<kBlockN, Epilogue::kPlain>(rank, tiling);
   return pass.backward ? with_rank<kBlockN, Epilogue::kGateGrad>(rank, tiling) : with_rank<kBlockN, Epilogue::kGate>(rank, tiling);
 }

@@ -8,6 +8,9 @@
 
 namespace fused_lora::work {
 
+// Ranks are padded to the next of these in the tensor cores; memory holds none of the padding.
+constexpr int block_rank(int64_t r) { return r <= 16 ? 16 : r <= 64 ? 64 : r <= 128 ? 128 : 256; }
+
 // How a kernel cuts a pass, and who works.
 struct Tiling {
   int rows;           // of an item

@@ -24,7 +24,7 @@ void list(const Pass& pass, int clusters) {
 template <int kBlockN>
 void list_tiles(const Pass& pass, int clusters) {
   const auto call = [&](auto config) { list<decltype(config)>(pass, clusters); };
-  const int rank = block_rank(pass.most_rank());
+  const int rank = fused_lora::work::block_rank(pass.most_rank());
   if (!pass.gated) return with_rank<kBlockN, Epilogue::kPlain>(rank, call);
   pass.backward ? with_rank<kBlockN, Epilogue::kGateGrad>(rank, call) : with_rank<kBlockN, Epilogue::kGate>(rank, call);
 }

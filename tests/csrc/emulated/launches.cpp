@@ -1,5 +1,4 @@
 // Launches of csrc/sm80 on the CPU.
-#include "mask.cuh"
 #include "sm80/lora_linear.cuh"
 #include "sm80/tiling.cuh"
 #include "work/params.h"
@@ -22,7 +21,6 @@ Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
 extern "C" {
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = card.shared_bytes, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void** arguments, size_t bytes, cudaStream_t) {
   using Kernel = void (*)(const sm80::KernelParams);
@@ -32,19 +30,8 @@ cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void*
 }
 
 void play_on(int blocks, int bytes) {
-  card = {bytes >= 163 * 1024 ? 80 : 86, blocks, bytes};
+  card = {bytes >= 163 * 1024 ? 80 : 86, blocks, bytes, false};
 }
-// Of x's entries: whether they are kept.
-void mask(int64_t seed, uint32_t threshold, int rows, int cols, bool* kept) {
-  const Mask mask(Dropout{&seed, threshold, 1});
-  for (int row = 0; row < rows; ++row) {
-    for (int col = 0; col < cols; ++col) {
-      const uint32_t bits = mask.kept_bits(Mask::group_key(mask.row_key(row), col / 8), col % 8 / 2);
-      kept[row * cols + col] = bits >> col % 2 * 16 & 1;
-    }
-  }
-}
-
 size_t size_of_forward() { return sizeof(ForwardParams); }
 size_t size_of_backward() { return sizeof(BackwardParams); }
 int forward(const ForwardParams* params) {
