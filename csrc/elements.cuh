@@ -58,6 +58,16 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
+// float16 ends at 65,504. Where a forward's scale is above 1, its power of two stays out of low, which is rounded, and enters the
+// sums: low is then never larger than it is without a scale.
+template <typename T>
+constexpr bool kHasRoom = std::is_same_v<T, __half>;
+
+__device__ __forceinline__ float room(float scale) {
+  const int exponent = static_cast<int>(__float_as_uint(scale) >> 23 & 255) - 126;
+  return exponent > 0 ? __uint_as_float((exponent + 127) << 23) : 1.0f;
+}
+
 __device__ __forceinline__ float load_as_float(const void* data, DType dtype, int i) {
   switch (dtype) {
     case DType::kFloat32: return static_cast<const float*>(data)[i];

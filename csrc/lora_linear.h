@@ -32,10 +32,10 @@ struct Operand {
   int64_t rows, cols, stride;
 };
 
-// Of x on its way to A. sm90/mask.cuh has the hash.
+// Of x on its way to A. mask.cuh has the hash.
 struct Dropout {
   const int64_t* seed;  // on the device; null where nothing is dropped
-  uint32_t threshold;   // an entry is kept where its hash is at or above this
+  uint32_t threshold;   // an entry is kept where its number of 16 bits is at or above this; 2^16 keeps none
   float keep_scale;     // 1 / (1 - p); 1 where nothing is dropped
 };
 

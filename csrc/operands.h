@@ -70,8 +70,7 @@ class Readable {
 inline Dropout dropout_of(const std::optional<at::Tensor>& seed, double p) {
   if (!seed) return {nullptr, 0, 1.0f};
   TORCH_CHECK(seed->scalar_type() == at::kLong && seed->is_cuda(), "seed must be an int64 on the device");
-  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
-  return {seed->data_ptr<int64_t>(), static_cast<uint32_t>(threshold), p == 1 ? 0.0f : static_cast<float>(1 / (1 - p))};
+  return {seed->data_ptr<int64_t>(), static_cast<uint32_t>(std::nearbyint(p * 65536)), p == 1 ? 0.0f : static_cast<float>(1 / (1 - p))};
 }
 
 inline Activation activation_of(at::ArrayRef<double> act) {

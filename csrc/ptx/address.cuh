@@ -16,4 +16,10 @@ __device__ __forceinline__ const char* moved(const char* pointer, int bytes) {
   return pointer;
 }
 
+__device__ __forceinline__ uint32_t moved(uint32_t address, int bytes) {
+  address += bytes;
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
 }  // namespace fused_lora::ptx

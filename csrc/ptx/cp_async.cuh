@@ -9,14 +9,15 @@ __device__ __forceinline__ void async_copy_16(uint32_t target, const void* sourc
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
-// Where it is valid; its 128 bytes come to L2 together. A predicate here, since a branch around the copy would keep the compiler
+// To kOffset bytes behind the target, where it is valid; its 128 bytes come to L2 together. A predicate here, since a branch around the copy would keep the compiler
 // from moving it among products.
+template <int kOffset>
 __device__ __forceinline__ void async_copy_16_if(bool valid, uint32_t target, const void* source) {
   asm volatile(
       "{\n.reg .pred valid;\n"
       "setp.ne.b32 valid, %0, 0;\n"
-      "@valid cp.async.cg.shared.global.L2::128B [%1], [%2], 16;\n}" ::"r"(static_cast<int>(valid)),
-      "r"(target), "l"(source)
+      "@valid cp.async.cg.shared.global.L2::128B [%1 + %3], [%2], 16;\n}" ::"r"(static_cast<int>(valid)),
+      "r"(target), "l"(source), "n"(kOffset)
       : "memory");
 }
 

@@ -20,37 +20,54 @@ inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
   return p;
 }
 
-template <int kStages, int kBlockR, typename T, bool kBackward>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops>
 cudaError_t launch(const KernelParams& p, int blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kStages>);
-  constexpr auto kKernel = lora_linear_kernel<kStages, kBlockR, T, kBackward>;
+  constexpr auto kKernel = lora_linear_kernel<kStages, kBlockR, T, kBackward, kDrops>;
   const cudaError_t error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
   void* arguments[] = {const_cast<KernelParams*>(&p)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks), dim3(kThreads), arguments, kBytes, stream);
 }
 
-template <int kBlockR, typename T, bool kBackward>
+template <int kBlockR, typename T, bool kBackward, bool kDrops>
 cudaError_t launch_stages(const KernelParams& p, const Tiling& tiling, cudaStream_t stream) {
   const int blocks = std::min(tiling.workers, p.items);
-  if (tiling.stages == kMostStages) return launch<kMostStages, kBlockR, T, kBackward>(p, blocks, stream);
-  return launch<kFewStages, kBlockR, T, kBackward>(p, blocks, stream);
+  if (tiling.stages == kMostStages) return launch<kMostStages, kBlockR, T, kBackward, kDrops>(p, blocks, stream);
+  return launch<kFewStages, kBlockR, T, kBackward, kDrops>(p, blocks, stream);
 }
 
-template <typename T, bool kBackward>
-cudaError_t launch_rank(const KernelParams& p, const Tiling& tiling, cudaStream_t stream) {
+// Instantiated in several files, so that they compile beside each other.
+template <int kBlockR, bool kBackward, bool kDrops>
+cudaError_t launch_rank(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
+  if (dtype == DType::kBFloat16) return launch_stages<kBlockR, __nv_bfloat16, kBackward, kDrops>(p, tiling, stream);
+  return launch_stages<kBlockR, __half, kBackward, kDrops>(p, tiling, stream);
+}
+
+#define FUSED_LORA_LAUNCH_RANK(rank, backward, drops) \
+  template cudaError_t launch_rank<rank, backward, drops>(const KernelParams&, const Tiling&, DType, cudaStream_t)
+#define FUSED_LORA_LAUNCH_RANKS(prefix, backward, drops)  \
+  prefix FUSED_LORA_LAUNCH_RANK(16, backward, drops);     \
+  prefix FUSED_LORA_LAUNCH_RANK(64, backward, drops);     \
+  prefix FUSED_LORA_LAUNCH_RANK(128, backward, drops)
+FUSED_LORA_LAUNCH_RANKS(extern, false, false);
+FUSED_LORA_LAUNCH_RANKS(extern, false, true);
+FUSED_LORA_LAUNCH_RANKS(extern, true, false);
+FUSED_LORA_LAUNCH_RANKS(extern, true, true);
+
+template <bool kBackward, bool kDrops>
+cudaError_t launch_drops(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
+  if (p.items == 0) return cudaSuccess;
   switch (tiling.item_ranks) {
-    case 16: return launch_stages<16, T, kBackward>(p, tiling, stream);
-    case 64: return launch_stages<64, T, kBackward>(p, tiling, stream);
-    default: return launch_stages<128, T, kBackward>(p, tiling, stream);
+    case 16: return launch_rank<16, kBackward, kDrops>(p, tiling, dtype, stream);
+    case 64: return launch_rank<64, kBackward, kDrops>(p, tiling, dtype, stream);
+    default: return launch_rank<128, kBackward, kDrops>(p, tiling, dtype, stream);
   }
 }
 
 template <bool kBackward>
-cudaError_t launch_pass(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
-  if (p.items == 0) return cudaSuccess;
-  if (dtype == DType::kBFloat16) return launch_rank<__nv_bfloat16, kBackward>(p, tiling, stream);
-  return launch_rank<__half, kBackward>(p, tiling, stream);
+cudaError_t launch_pass(const Pass& pass, const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
+  return pass.drops ? launch_drops<kBackward, true>(p, tiling, dtype, stream) : launch_drops<kBackward, false>(p, tiling, dtype, stream);
 }
 
 }  // namespace fused_lora::sm80

@@ -45,7 +45,7 @@ struct List {
   }
 };
 
-template <int kStages, bool kBackward>
+template <int kStages, bool kBackward, bool kDrops>
 struct Loader {
   Shared<kStages>& shared;
   const KernelParams& p;
@@ -56,6 +56,7 @@ struct Loader {
   int steps = 0;               // until something else happens here
   int rest = 0;                // of the sum, behind those steps
   uint32_t target = 0;         // the stage for the next step
+  uint32_t to_left, to_right;  // a thread's first chunks of a step in it
   int ahead = 0;               // steps that are copied and not multiplied
   int to_copy = 0;             // steps of the item
   enum Next { kUnknown, kNumbered, kRead } next = kUnknown;  // what is known of the item after it, or under way
@@ -64,24 +65,32 @@ struct Loader {
   __device__ Loader(Shared<kStages>& shared, const KernelParams& p) : shared(shared), p(p), list(p) {}
 
   __device__ __forceinline__ uint32_t stages() const { return ptx::shared_address(shared.stages); }
-  static __device__ __forceinline__ uint32_t after(uint32_t offset, int bytes = kStageBytes) {
-    return offset + bytes == kStages * kStageBytes ? 0 : offset + bytes;
-  }
+  // From one stage to the next one, in bytes.
+  static __device__ __forceinline__ int to_next(uint32_t stage) { return stage == (kStages - 1) * kStageBytes ? (1 - kStages) * kStageBytes : kStageBytes; }
   __device__ Item& at(int number) { return shared.items[number % kSlots]; }
 
-  // One step, while another one is multiplied.
+  // One step, while another one is multiplied: where from and where to, early, since an address that changes right after a copy or
+  // a load that took it waits for it.
+  __device__ __forceinline__ void aim() {
+    left.move();
+    right.move();
+    to_left = ptx::moved(left.to, target);
+    to_right = ptx::moved(right.to, target);
+    if (state < kWaits) target += to_next(target);
+  }
   __device__ __forceinline__ void copy() {
-    left.copy(target, state == kCopies);
-    right.copy(target, state == kCopies);
+    left.copy(to_left, state == kCopies);
+    right.copy(to_right, state == kCopies);
     ptx::async_copies_commit();
-    target = after(target, state < kWaits ? kStageBytes : 0);
   }
 
   // How many steps may be multiplied before something happens here: there is always one.
-  __device__ int free_steps() const {
-    if (state >= kWaits) return ahead;
-    const int until = to_copy - (next == kUnknown ? kAskAt : next == kNumbered ? kReadAt : 0);
-    return until > 0 ? min(steps, until) : steps;
+  __device__ int free_steps() const { return state >= kWaits ? ahead : steps; }
+
+  // And before it looks ahead.
+  __device__ int quiet_steps() const {
+    const int until = to_copy - (next == kUnknown ? kAskAt : kReadAt);
+    return state < kWaits && next != kRead && until > 0 ? until : kMany;
   }
 
   // After so many steps, each of which copied one where there was one to copy.
@@ -101,6 +110,7 @@ struct Loader {
       look_ahead();
       if (state < kWaits && steps > 0) {
         if (ahead == kStages - 1) break;
+        aim();
         copy();
         ++ahead;
         --steps;
@@ -124,7 +134,7 @@ struct Loader {
   }
 
   // Asks for the next item, and reads it, when so many steps are left to copy: each takes less than the time of five.
-  static constexpr int kAskAt = 16, kReadAt = 8;
+  static constexpr int kAskAt = 16, kReadAt = 8, kMany = 1 << 30;
   __device__ void look_ahead() {
     if (next == kUnknown && to_copy <= kAskAt && item >= 0) {
       list.ask();
@@ -154,9 +164,23 @@ struct Loader {
     if (work == Work::kEnd) return 0;
     if (work == Work::kShrink) return sm80::steps_of(p.part[part].depth);
     if (work != Work::kTile) return sm80::steps_of(uniform(min(p.M - of.row, of.rows)));
-    const int first = kBackward ? 0 : part, last = kBackward ? p.summed : part + 1;
     int sum = 0;
-    for (int i = first; i < last; ++i) sum += sm80::steps_of(p.part[i].depth) + sm80::steps_of(p.part[i].r);
+    for (int i = first_part(part); i < last_part(part); ++i) sum += sm80::steps_of(p.part[i].depth) + sm80::steps_of(p.part[i].r);
+    return sum;
+  }
+
+  // A tile's parts.
+  __device__ int first_part(int part) const { return kBackward ? 0 : part; }
+  __device__ int last_part(int part) const { return kBackward ? p.summed : part + 1; }
+
+  // Where ranks are masked, they come first: their sums are, before others come.
+  static constexpr bool kRanksFirst = kBackward && kDrops;
+
+  // Of a tile, the steps before its ranks meet its depth; all of them, or none, where it has no ranks.
+  __device__ int turn(int number) {
+    const int part = uniform(at(number).part);
+    int sum = 0;
+    for (int i = first_part(part); i < last_part(part); ++i) sum += sm80::steps_of(kRanksFirst ? p.part[i].r : p.part[i].depth);
     return sum;
   }
 
@@ -181,8 +205,8 @@ struct Loader {
       begin_right(part.down, 0, rank, part.r);
     } else if (work == Work::kTile) {
       const int count = kBackward ? p.summed : 1, i = segment % count;
-      const Part& part = p.part[(kBackward ? 0 : uniform(of.part)) + i];
-      const bool ranks = segment >= count;
+      const Part& part = p.part[first_part(uniform(of.part)) + i];
+      const bool ranks = (segment < count) == kRanksFirst;
       sum = ranks ? part.r : part.depth;
       if (ranks && sum > 0) ready = is_raised(waits + i * p.low_flags, p.row_flags);
       left.begin_k_major(ranks ? part.low : part.lhs, row, p.M, stages());
@@ -219,9 +243,8 @@ struct Loader {
 
   // For all threads alike.
   __device__ bool is_raised(int first, int count) const {
-    bool raised = true;
-    for (int i = threadIdx.x; i < count; i += kThreads) raised &= ptx::flag_is(p.flags + first + i, shared.mark);
-    if (count == 1) raised = ptx::flag_is(p.flags + first, shared.mark);
+    bool raised = count == 1 ? ptx::flag_is(p.flags + first, shared.mark) : true;
+    for (int i = threadIdx.x; count > 1 && i < count; i += kThreads) raised &= ptx::flag_is(p.flags + first + i, shared.mark);
     return uniform(__syncthreads_and(raised));
   }
 };

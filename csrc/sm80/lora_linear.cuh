@@ -2,12 +2,13 @@
 // tells its story.
 #pragma once
 
+#include "beside.cuh"
 #include "loader.cuh"
 #include "results.cuh"
 
 namespace fused_lora::sm80 {
 
-template <int kStages, int kBlockR, typename T, bool kBackward>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops>
 struct Worker {
   using Tile = Product<T, 4, 4, false, kBackward>;
   using Low = Product<T, 2, kBlockR / 16, false, kBackward>;
@@ -15,11 +16,11 @@ struct Worker {
 
   Shared<kStages>& shared;
   const KernelParams& p;
-  Loader<kStages, kBackward> loader{shared, p};
+  Loader<kStages, kBackward, kDrops> loader{shared, p};
   uint32_t source = 0;  // the stage that is multiplied next
 
   Sums sums;
-  float totals[Grad::kRows][4];  // of a gradient's columns, over tokens
+  float total;  // of a gradient's column, over tokens
 
   // Whether the columns' own sums are wanted, with the first ranks.
   __device__ bool adds_up(const Item& item) const {
@@ -28,31 +29,45 @@ struct Worker {
 
   __device__ __forceinline__ void run() {
     loader.serve();
-    int left = 0;  // steps of the item
+    int done = 0, left = 0;  // steps of the item
     for (int number = 0;;) {
       const Item& item = loader.at(number);
       const Work work = loader.work_of(number);
       if (work == Work::kEnd) return;
       if (left == 0) {
+        done = 0;
         left = loader.steps_of(number);
         clear();
       }
-      const int count = min(left, loader.free_steps());
-      if (work == Work::kShrink) {
-        multiply<Low>(count, warp() * 32, 0);
-      } else if (!kBackward || work == Work::kTile) {
-        multiply<Tile>(count, warp() % 4 * 64, warp() / 4 * 64);
-      } else if constexpr (kBackward) {
-        if (uniform(adds_up(item))) multiply<Grad, true>(count, warp() * 32, 0);
-        else multiply<Grad>(count, warp() * 32, 0);
-      }
+      const int until = kTurns && work == Work::kTile ? loader.turn(number) - done : 0;
+      const int count = min(until > 0 ? min(left, until) : left, loader.free_steps());
+      multiply_item(item, work, count, done, left);
+      done += count;
       left -= count;
-      loader.advance(count);
+      if (count == until) turn_tile(item);
       if (left == 0) {
         finish(item, work);
         ++number;
       }
       loader.serve();
+    }
+  }
+
+  __device__ __forceinline__ void multiply_item(const Item& item, Work work, int count, int done, int left) {
+    const Dropout& dropout = p.part[uniform(item.part)].dropout;
+    if (work == Work::kShrink) {
+      if constexpr (kDrops && !kBackward) multiply<Low>(count, warp() * 32, 0, StepMask<false>(dropout, item, done, left));
+      else multiply<Low>(count, warp() * 32, 0, Nothing());
+    } else if (!kBackward || work == Work::kTile) {
+      multiply<Tile>(count, tile_row(), tile_col(), Nothing());
+    } else if constexpr (kBackward) {
+      if (kDrops && work == Work::kGradientA) {
+        multiply<Grad>(count, warp() * 32, 0, StepMask<true>(dropout, item, done, left));
+      } else if (uniform(adds_up(item))) {
+        multiply<Grad>(count, warp() * 32, 0, ColumnSums<T>{total});
+      } else {
+        multiply<Grad>(count, warp() * 32, 0, Nothing());
+      }
     }
   }
 
@@ -64,45 +79,73 @@ struct Worker {
 #pragma unroll
       for (float& sum : four) sum = 0;
     }
-    if constexpr (kBackward) {
-      for (auto& four : totals) {
-#pragma unroll
-        for (float& total : four) total = 0;
-      }
+    total = 0;
+  }
+
+  // Steps of the stages from `source` on; each copies one. Now and then the loader looks ahead, while the fragments stay.
+  template <typename P, typename Beside>
+  __device__ __forceinline__ void multiply(int steps, int row, int col, Beside beside) {
+    beside.begin(loader.stages() + source);
+    P product(loader.stages() + source, row, col);
+    product.read(0, 0);
+#pragma unroll 1
+    while (steps > 0) {
+      const int count = min(steps, loader.quiet_steps());
+      multiply_steps(product, count, beside);
+      loader.advance(count);
+      loader.look_ahead();
+      steps -= count;
     }
   }
 
-  // Steps of the stages from `source` on; each copies one.
-  template <typename P, bool kAddsUp = false>
-  __device__ __forceinline__ void multiply(int steps, int row, int col) {
-    P product(loader.stages(), row, col);
-    product.read(0, source, 0);
+  template <typename P, typename Beside>
+  __device__ __forceinline__ void multiply_steps(P& product, int steps, Beside& beside) {
 #pragma unroll 1
     for (; steps > 0; --steps) {
-      product.read(1, source, 1);
+      loader.aim();
+      product.read(1, 1);
+      beside.see(loader.stages() + source);
+      const int further = loader.to_next(source);
+      source += further;
+      product.move(further);
       product.template multiply<0, P::kRows / 2>(sums, 0);
       loader.copy();
       product.template multiply<P::kRows / 2, P::kRows>(sums, 0);
-      if constexpr (kAddsUp) product.add_up(totals, 0);
       ptx::async_copies_wait<kStages - 2>();
+      beside.change(loader.stages() + source);
       __syncthreads();
-      source = loader.after(source);
-      product.read(0, source, 0);
+      product.read(0, 0);
       product.template multiply<0, P::kRows>(sums, 1);
-      if constexpr (kAddsUp) product.add_up(totals, 1);
     }
   }
+
+  // A tile's sums change where its ranks meet its depth: with dropout, those of the ranks are masked before others come; forward
+  // in float16, those of the depth make room for ranks that are made without the scale's power of two.
+  static constexpr bool kMasksRanks = kBackward && kDrops, kMakesRoom = kHasRoom<T> && !kBackward;
+  static constexpr bool kTurns = kMasksRanks || kMakesRoom;
+
+  __device__ __forceinline__ void turn_tile(const Item& item) {
+    const Part& part = p.part[uniform(item.part)];
+    if constexpr (kMasksRanks) {
+      mask_rows<Tile>(sums, Mask(p.part[0].dropout), item.row + tile_row(), item.col + tile_col());  // the summed ones' x is one
+    } else if constexpr (kMakesRoom) {
+      scale_by(sums, 1 / room(*part.scale));
+    }
+  }
+  static __device__ int tile_row() { return warp() % 4 * 64; }
+  static __device__ int tile_col() { return warp() / 4 * 64; }
 
   __device__ __forceinline__ void finish(const Item& item, Work work) {
     const Part& part = p.part[uniform(item.part)];
     if (work == Work::kShrink) {
-      scale_by(sums, *part.scale);
+      scale_by(sums, part.dropout.keep_scale * (kMakesRoom ? *part.scale / room(*part.scale) : *part.scale));
       store_rows<T, Low>(sums, part.low, item.row + warp() * 32, item.rank, p.M, part.r);
       raise(item.raises);
     } else if (kBackward && work != Work::kTile) {
       finish_gradient(item, work == Work::kGradientA ? part.dA : part.dB, part.r);
     } else {
-      const int row = item.row + warp() % 4 * 64, col = item.col + warp() / 4 * 64;
+      const int row = item.row + tile_row(), col = item.col + tile_col();
+      if constexpr (kMakesRoom) scale_by(sums, room(*part.scale));
       if constexpr (!kBackward) add_bias<Tile>(sums, part, col);
       store_rows<T, Tile>(sums, part.out, row, col, p.M, part.cols);
     }
@@ -113,6 +156,7 @@ struct Worker {
   __device__ __forceinline__ void finish_gradient(const Item& item, const Gradient& g, int r) {
     float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{item.col} * p.rank + item.rank * kBlockM) + threadIdx.x;
     const int bits = uniform(item.bits);
+    if (kHasRoom<T> && item.work == Work::kGradientB) scale_by(sums, room(*p.part[item.part].scale));
     if (!(bits & work::kFirst)) {
       if (threadIdx.x == 0) ptx::flag_wait(p.flags + item.raises - p.chain_flags, shared.mark);
       __syncthreads();
@@ -126,7 +170,7 @@ struct Worker {
         own[3] += before.w;
       }
     }
-    if (uniform(adds_up(item))) finish_totals(item, g, p.part[item.part].bias_dtype);
+    if (uniform(adds_up(item))) finish_total(item, g, p.part[item.part].bias_dtype);
     if (bits & work::kLast) return store_gradient(item, g, r);
 #pragma unroll
     for (int i = 0; i < kGradSums; ++i) {
@@ -137,19 +181,14 @@ struct Worker {
   }
   static constexpr int kGradSums = Grad::kRows * 2 * Grad::kCols;
 
-  // The columns' own sums, which the first lane of each four has.
-  __device__ __forceinline__ void finish_totals(const Item& item, const Gradient& g, DType dtype) const {
-    if (threadIdx.x % 4 != 0) return;
-#pragma unroll
-    for (int i = 0; i < 2 * Grad::kRows; ++i) {
-      const int col = item.col + warp() * 32 + i * 8 + threadIdx.x % 32 / 4;
-      float total = totals[i / 2][i % 2 * 2];
-      if (!(item.bits & work::kFirst)) total += __ldcg(g.sums_partial + col);
-      if (!(item.bits & work::kLast)) {
-        __stcg(g.sums_partial + col, total);
-      } else if (col < g.cols) {
-        store_as(g.sums, dtype, col, total);
-      }
+  // The columns' own sums.
+  __device__ __forceinline__ void finish_total(const Item& item, const Gradient& g, DType dtype) {
+    const int col = item.col + threadIdx.x;
+    if (!(item.bits & work::kFirst)) total += __ldcg(g.sums_partial + col);
+    if (!(item.bits & work::kLast)) {
+      __stcg(g.sums_partial + col, total);
+    } else if (col < g.cols) {
+      store_as(g.sums, dtype, col, total);
     }
   }
 
@@ -178,13 +217,13 @@ struct Worker {
   }
 };
 
-template <int kStages, int kBlockR, typename T, bool kBackward>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops>
 __device__ __forceinline__ void run_kernel(const KernelParams& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kStages>*>(memory);
   if (threadIdx.x == 0) shared.mark = p.counters->launches + 1;
   __syncthreads();
-  Worker<kStages, kBlockR, T, kBackward>{shared, p}.run();
+  Worker<kStages, kBlockR, T, kBackward, kDrops>{shared, p}.run();
   if (threadIdx.x == 0) {
     __threadfence();
     if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {shared.mark, 0, 0, 0};
@@ -197,9 +236,9 @@ constexpr int kCapability = __CUDA_ARCH__ / 10;
 constexpr int kCapability = 90;
 #endif
 
-template <int kStages, int kBlockR, typename T, bool kBackward>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_constant__ KernelParams p) {
-  if constexpr (has_kernels(kStages, kCapability)) run_kernel<kStages, kBlockR, T, kBackward>(p);
+  if constexpr (has_kernels(kStages, kCapability)) run_kernel<kStages, kBlockR, T, kBackward, kDrops>(p);
 }
 
 }  // namespace fused_lora::sm80

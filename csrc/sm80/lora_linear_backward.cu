@@ -12,6 +12,7 @@ void set_part(Part& part, const BackwardPart& b, const Operand& dx) {
   part.up = matrix_of(b.A);
   part.out = matrix_of(dx);
   part.scale = b.scale;
+  part.dropout = b.dropout;
   part.dA = {matrix_of(b.x), part.low, b.dA.data, 1, b.x.cols, static_cast<int>(b.x.cols)};
   // Without factors: something that can be read, whose products nobody wants.
   part.dB = {part.lhs, b.A.rows > 0 ? matrix_of(b.xa) : part.lhs, b.dB.data, b.A.rows, 1, static_cast<int>(b.dy.cols)};
@@ -27,7 +28,9 @@ cudaError_t launch_backward(const BackwardParams& b, const Workspace& workspace,
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], b.part[i], b.dx);
   work::place_partials(p, pass, workspace.plan->tiling, workspace.partial);
   p.factor_dtype = b.part[0].dA.format;
-  return launch_pass<true>(p, workspace.plan->tiling, b.part[0].dy.format, stream);
+  return launch_pass<true>(pass, p, workspace.plan->tiling, b.part[0].dy.format, stream);
 }
+
+FUSED_LORA_LAUNCH_RANKS(, true, false);
 
 }  // namespace fused_lora::sm80

@@ -12,6 +12,7 @@ void set_part(Part& part, const ForwardPart& f, const Operand& x) {
   part.up = matrix_of(f.B);
   part.out = matrix_of(f.y);
   part.scale = f.scale;
+  part.dropout = f.dropout;
   part.bias = f.bias.data;
   part.bias_dtype = f.bias.format;
 }
@@ -23,9 +24,12 @@ work::Plan plan_pass(const Pass& pass, const Card& card) { return work::make_pla
 Tile tile_of(const Pass&, const Card&) { return {kBlockM, kBlockN, kDepth}; }
 
 cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, cudaStream_t stream) {
-  KernelParams p = params_of(work::pass_of(f), workspace);
+  const Pass pass = work::pass_of(f);
+  KernelParams p = params_of(pass, workspace);
   for (int i = 0; i < f.parts; ++i) set_part(p.part[i], f.part[i], f.x);
-  return launch_pass<false>(p, workspace.plan->tiling, f.x.format, stream);
+  return launch_pass<false>(pass, p, workspace.plan->tiling, f.x.format, stream);
 }
+
+FUSED_LORA_LAUNCH_RANKS(, false, false);
 
 }  // namespace fused_lora::sm80

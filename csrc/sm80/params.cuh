@@ -26,6 +26,7 @@ struct Part {
   Matrix lhs, weight, down, low, up, out;
   int cols, depth, r;
   const float* scale;
+  Dropout dropout;
   const void* bias;
   DType bias_dtype;
   Gradient dA, dB;

@@ -24,48 +24,47 @@ struct Product {
   static __device__ __forceinline__ const float (&of(const Sums& sums, int i, int j))[4] { return sums.of[i * 2 * kCols + j]; }
 
   uint32_t left[2][kRows][4], right[2][kCols][4];
-  uint32_t left_at, right_at;  // this lane's first chunk in the first stage; in chunks of a row, the swizzle is an exclusive or
+  uint32_t left_at, right_at;  // this lane's first chunk in the stage that is read; in chunks of a row, the swizzle is an exclusive or
 
-  // The warp's first row and column among the stage's, the first of which lies at `stages`.
-  __device__ __forceinline__ Product(uint32_t stages, int row, int col) {
+  // The warp's first row and column among the stage's.
+  __device__ __forceinline__ Product(uint32_t stage, int row, int col) {
     const int lane = threadIdx.x % 32;
     if constexpr (kLeftMN) {
-      left_at = stages + mn_major<kBlockM>(lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2);
+      left_at = stage + mn_major<kBlockM>(lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2);
     } else {
-      left_at = stages + k_major(row + lane % 16, lane / 16);
+      left_at = stage + k_major(row + lane % 16, lane / 16);
     }
     if constexpr (kRightMN) {
-      right_at = stages + kLeftBytes + mn_major<kBlockN>(lane % 16, col / 8 + lane / 16);
+      right_at = stage + kLeftBytes + mn_major<kBlockN>(lane % 16, col / 8 + lane / 16);
     } else {
-      right_at = stages + kLeftBytes + k_major(col + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      right_at = stage + kLeftBytes + k_major(col + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     }
   }
 
-  // The fragments of a slice of 16, of the stage that lies `stage` bytes behind the first one.
-  __device__ __forceinline__ void read(int buffer, uint32_t stage, int slice) {
+  // To another stage.
+  __device__ __forceinline__ void move(int bytes) {
+    left_at = ptx::moved(left_at, bytes);
+    right_at = ptx::moved(right_at, bytes);
+  }
+
+  // The fragments of a slice of 16.
+  __device__ __forceinline__ void read(int buffer, int slice) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if constexpr (kLeftMN) {
-        ptx::ldmatrix_transposed(left[buffer][i], (stage + left_at ^ i * kPair) + slice * 16 * kBlockM * 2);
+        ptx::ldmatrix_transposed(left[buffer][i], (left_at ^ i * kPair) + slice * 16 * kBlockM * 2);
       } else {
-        ptx::ldmatrix(left[buffer][i], (stage + left_at ^ slice * kPair) + i * 16 * kDepth * 2);
+        ptx::ldmatrix(left[buffer][i], (left_at ^ slice * kPair) + i * 16 * kDepth * 2);
       }
     }
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       if constexpr (kRightMN) {
-        ptx::ldmatrix_transposed(right[buffer][j], (stage + right_at ^ j % 4 * kPair) + slice * 16 * kBlockN * 2 + j / 4 * 4 * kPair);
+        ptx::ldmatrix_transposed(right[buffer][j], (right_at ^ j % 4 * kPair) + slice * 16 * kBlockN * 2 + j / 4 * 4 * kPair);
       } else {
-        ptx::ldmatrix(right[buffer][j], (stage + right_at ^ slice * kPair) + j * 16 * kDepth * 2);
+        ptx::ldmatrix(right[buffer][j], (right_at ^ slice * kPair) + j * 16 * kDepth * 2);
       }
     }
-  }
-
-  // The left operand's rows by a column of ones: their sums, eight times.
-  __device__ __forceinline__ void add_up(float (&totals)[kRows][4], int buffer) const {
-    const uint32_t ones = pack<T>(1, 1);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) ptx::mma<T>(totals[i], left[buffer][i], ones, ones);
   }
 
   // Rows kFirst to kLast, in serpentine order: from one product to the next, one of the two operands stays.

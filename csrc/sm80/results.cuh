@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../elements.cuh"
+#include "../mask.cuh"
 #include "params.cuh"
 #include "product.cuh"
 
@@ -64,6 +65,23 @@ __device__ __forceinline__ void scale_by(Sums& sums, float scale) {
   for (auto& four : sums.of) {
 #pragma unroll
     for (float& sum : four) sum *= scale;
+  }
+}
+
+// A product's rows and columns from (row, col) on.
+template <typename P>
+__device__ __forceinline__ void mask_rows(Sums& of, const Mask& mask, int row, int col) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2 * P::kRows; ++i) {
+    const Mask::RowKey key = mask.row_key(row + i * 8 + lane / 4);
+#pragma unroll
+    for (int j = 0; j < 2 * P::kCols; ++j) {
+      const uint32_t kept = mask.kept_bits(Mask::group_key(key, col / 8 + j), lane % 4);
+      float* pair = P::of(of, i / 2, j) + i % 2 * 2;
+      if (!(kept & 0xFFFF)) pair[0] = 0;
+      if (!(kept >> 16)) pair[1] = 0;
+    }
   }
 }
 

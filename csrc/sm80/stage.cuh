@@ -40,7 +40,7 @@ struct Copies {
   static constexpr int kPasses = kWidth * kDepth * 2 / kPassBytes;
   static constexpr int kAcross = kThreads / 4, kDown = kThreads / (kWidth / 8);  // rows in a pass, K-major and MN-major
 
-  const char* from;            // the first chunk of the next step
+  const char* from;            // the first chunk of the step that was copied last
   uint32_t further[kPasses];   // bytes to each of its others
   int step;                    // and to the next step
   uint32_t to;                 // where in the first stage
@@ -49,7 +49,7 @@ struct Copies {
   __device__ __forceinline__ void begin_k_major(const Matrix& matrix, int first, int last, uint32_t target) {
     const int own = threadIdx.x / 4, chunk = threadIdx.x % 4;
     const int row = min(first + own, last - 1), below = (last - 1 - row) / kAcross;  // passes that lie in the matrix
-    from = matrix.data + int64_t{row} * matrix.stride + chunk * 16;
+    from = matrix.data + int64_t{row} * matrix.stride + chunk * 16 - kDepth * 2;
 #pragma unroll
     for (int i = 1; i < kPasses; ++i) further[i] = min(i, below) * (kAcross * matrix.stride);
     step = kDepth * 2;
@@ -59,22 +59,22 @@ struct Copies {
   // Columns `first` to `last` of a matrix whose rows are summed over, from row `row` on.
   __device__ __forceinline__ void begin_mn_major(const Matrix& matrix, int row, int first, int last, uint32_t target) {
     const int down = threadIdx.x / (kWidth / 8), chunk = threadIdx.x % (kWidth / 8), col = first + chunk * 8;
-    from = matrix.data + int64_t{row + down} * matrix.stride + (col < last ? col * 2 : 0);
+    from = matrix.data + int64_t{row + down - kDepth} * matrix.stride + (col < last ? col * 2 : 0);
 #pragma unroll
     for (int i = 1; i < kPasses; ++i) further[i] = i * (kDown * matrix.stride);
     step = kDepth * matrix.stride;
     to = target + mn_major<kWidth>(down, chunk);
   }
 
-  // To the stage `stage` bytes behind the first one, where it is wanted.
-  __device__ __forceinline__ void copy(uint32_t stage, bool wanted) {
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) ptx::async_copy_16_if(wanted, stage + to + i * kPassBytes, chunk(i));
-    from = ptx::moved(from, step);
-  }
+  // To the next step.
+  __device__ __forceinline__ void move() { from = ptx::moved(from, step); }
+
+  // It, to a thread's first chunk, where it is wanted.
+  __device__ __forceinline__ void copy(uint32_t first, bool wanted) { copy_passes<0>(first, wanted); }
 
   // The segment's last step, `left` deep, with zeros behind. They end within a chunk of 8 where columns are summed over.
-  __device__ __forceinline__ void copy_end_k_major(uint32_t stage, int left) const {
+  __device__ __forceinline__ void copy_end_k_major(uint32_t stage, int left) {
+    move();
     const int own = left - static_cast<int>(threadIdx.x) % 4 * 8;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
@@ -86,7 +86,8 @@ struct Copies {
       }
     }
   }
-  __device__ __forceinline__ void copy_end_mn_major(uint32_t stage, int left) const {
+  __device__ __forceinline__ void copy_end_mn_major(uint32_t stage, int left) {
+    move();
     const int row = threadIdx.x / (kWidth / 8);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
@@ -95,6 +96,12 @@ struct Copies {
   }
 
  private:
+  template <int i>
+  __device__ __forceinline__ void copy_passes(uint32_t first, bool wanted) const {
+    ptx::async_copy_16_if<i * kPassBytes>(wanted, first, chunk(i));
+    if constexpr (i + 1 < kPasses) copy_passes<i + 1>(first, wanted);
+  }
+
   __device__ __forceinline__ const char* chunk(int i) const { return i == 0 ? from : from + further[i]; }
 
   // The first `count` of 8 elements.

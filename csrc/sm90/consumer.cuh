@@ -152,17 +152,10 @@ struct Consumer {
     for (float& value : acc) value *= scale;
   }
 
-  // float16 ends at 65,504. Where a forward's scale is above 1, its power of two stays out of low, which is rounded, and enters
-  // the sums: low is then never larger than it is without a scale.
-  static constexpr bool kHasRoom = std::is_same_v<T, __half>;
-
-  __device__ float room(const Part& part) const {
-    const int exponent = (__float_as_int(*part.scale) >> 23 & 255) - 126;
-    return exponent > 0 ? __int_as_float((exponent + 127) << 23) : 1.0f;
-  }
+  __device__ float room(const Part& part) const { return fused_lora::room(*part.scale); }
 
   __device__ float low_scale(const Part& part) const {
-    if constexpr (kHasRoom && !kBackward) return *part.scale / room(part);
+    if constexpr (kHasRoom<T> && !kBackward) return *part.scale / room(part);
     return *part.scale;
   }
 
@@ -190,7 +183,7 @@ struct Consumer {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, item);
     } else {
       issue_depth(acc, terms);
-      if constexpr (kHasRoom && !kBackward) {
+      if constexpr (kHasRoom<T> && !kBackward) {
         const float more = room(p.part[item.part]);
         drain();
         scale_by(acc, 1 / more);
@@ -256,7 +249,7 @@ struct Consumer {
       ptx::wgmma_wait<0>();
       release(ring.stage);
       ring.advance();
-      if constexpr (kHasRoom) scale_by(sum, room(p.part[box >= kBoxes / 2]));
+      if constexpr (kHasRoom<T>) scale_by(sum, room(p.part[box >= kBoxes / 2]));
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
         if (b == box) add_box(acc, b, sum);
@@ -279,8 +272,10 @@ struct Consumer {
     const Mask mask(p.part[0].dropout);  // the summed ones' x is one
     const Mask::RowKey keys[2] = {mask.row_key(row + self.row()), mask.row_key(row + self.row() + 8)};
 #pragma unroll
-    for (int i = 0; i < C::kBlockN / 2; ++i) {
-      if (!mask.keeps(keys[i / 2 % 2], col + i / 4 * 8 + self.col() + i % 2)) acc[i] = 0;
+    for (int i = 0; i < C::kBlockN / 2; i += 2) {
+      const uint32_t kept = mask.kept_bits(Mask::group_key(keys[i / 2 % 2], col / 8 + i / 4), self.col() / 2);
+      if (!(kept & 0xFFFF)) acc[i] = 0;
+      if (!(kept >> 16)) acc[i + 1] = 0;
     }
   }
 
@@ -300,7 +295,7 @@ struct Consumer {
       ptx::wgmma_commit();
     });
     scale_by(low, low_scale(part));
-    if constexpr (kHasRoom) scale_by(acc, 1 / room(part));
+    if constexpr (kHasRoom<T>) scale_by(acc, 1 / room(part));
     const uint32_t rounded[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(low[4], low[5]), pack<T>(low[6], low[7])};
     const uint64_t up = descriptor<false>(await_stage() + 2 * kBoxBytes);
     ptx::wgmma_fence();
@@ -308,7 +303,7 @@ struct Consumer {
     ptx::wgmma_commit();
     store_riding_low(rounded, part, item);
     ptx::wgmma_wait<0>();
-    if constexpr (kHasRoom) scale_by(acc, room(part));
+    if constexpr (kHasRoom<T>) scale_by(acc, room(part));
     release(ring.stage);
     ring.advance();
   }
@@ -374,7 +369,7 @@ struct Consumer {
     } else {
       consume(steps, [&](uint32_t stage, int) { multiply_gradient(acc, stage); });
     }
-    if constexpr (kHasRoom) {
+    if constexpr (kHasRoom<T>) {
       if (!of_A) {
         for (auto& block : acc) scale_by(block, room(of));
       }

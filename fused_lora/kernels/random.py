@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _mix(h):
+def mix(h):
     h ^= h >> 16
     h *= 0x7FEB352D
     h ^= h >> 15
@@ -22,8 +22,8 @@ def hash_bits(seed, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
     seed_lo = seed.to(tl.uint32)
     seed_hi = (seed >> 32).to(tl.uint32)
     # Two keys a row: with one, rows whose keys lie close together would share shifted masks.
-    key_in = _mix(_mix(offs_row ^ seed_lo) + seed_hi)
-    key_mid = _mix(key_in + 0x9E3779B9)
+    key_in = mix(mix(offs_row ^ seed_lo) + seed_hi)
+    key_mid = mix(key_in + 0x9E3779B9)
     h = key_in[:, None] ^ (offs_col * 0x9E3779B9)[None, :]
     h ^= h >> 16
     h *= 0x7FEB352D

@@ -76,7 +76,7 @@ def build(folder: Path, headers: list[str]):
     kernel.write_text(kernel.read_text().replace(declared, own))
     flags = ["-std=c++20", "-O2", "-fPIC", "-I.", *(f"-isystem{path}" for path in headers)]
     flags += ["-include", "cuda_runtime_api.h", "-include", "simt.h"]
-    sources = ["launches.cpp", "work/plan.cpp", "sm80/lora_linear_forward.cu", "sm80/lora_linear_backward.cu"]
+    sources = ["launches.cpp", "work/plan.cpp", *sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("sm80/*.cu"))]
     running = [
         subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", f"{i}.o"], cwd=folder / "csrc")
         for i, source in enumerate(sources)

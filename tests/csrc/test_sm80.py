@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_lora import reference
 from tests.csrc.emulation import (
     BackwardParams,
     BackwardPart,
@@ -19,8 +20,9 @@ from tests.csrc.emulation import (
     result,
 )
 
-NONE = Dropout(None, 0, 1.0)
-SCALE = 0.7
+# Above 1: in float16 its power of two stays out of xa.
+SCALE = 2.7
+SEED = torch.tensor(0x1234_5678_9ABC)
 BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # SMs and the bytes of shared memory that a block may have: those of an A100, and of newer cards.
 CARDS = [(torch.bfloat16, 3, 166912), (torch.float16, 1, 101376)]
@@ -71,49 +73,57 @@ def assert_close(got, expected):
 
 
 class Linear:
-    """A part and its results."""
+    """A part and its results. p: of x's entries, the share that is dropped."""
 
-    def __init__(self, x, N, r, grad_dtype):
+    def __init__(self, x, N, r, grad_dtype, p):
         (M, K), dtype = x.shape, x.dtype
         self.weight, self.A, self.B = random(N, K, dtype), random(r, K, dtype), random(N, r, dtype)
         self.bias, self.scale = torch.randn(1, N).to(dtype), torch.tensor([SCALE])
         self.xa, self.y = padded(M, r, dtype), empty(M, N, dtype)
         self.dy, self.dxa = random(M, N, dtype), padded(M, r, dtype)
+        self.p, self.kept = p, reference.keep_mask(M, K, p, SEED) / (1 - p)
+        # What low is made with.
+        self.rounded = SCALE / 4 if dtype is torch.float16 else SCALE
         self.dA, self.dB, self.dbias = empty(r, K, grad_dtype), empty(N, r, grad_dtype), empty(1, N, dtype)
+
+    def dropout(self):
+        return Dropout(SEED.data_ptr() if self.p else None, reference.mask_threshold(self.p), 1 / (1 - self.p))
 
     def forward(self):
         matrices = [operand(tensor) for tensor in (self.weight, self.A, self.B)]
-        return ForwardPart(*matrices, result(self.bias), operand(self.xa), result(self.y), self.scale.data_ptr(), NONE)
+        return ForwardPart(*matrices, result(self.bias), operand(self.xa), result(self.y), self.scale.data_ptr(), self.dropout())
 
     def backward(self, x):
         matrices = (self.dy, x, self.weight, self.A, self.B, self.xa, self.dxa)
         grads = [result(tensor) for tensor in (self.dA, self.dB, self.dbias)]
-        return BackwardPart(*map(operand, matrices), *grads, self.scale.data_ptr(), NONE)
+        return BackwardPart(*map(operand, matrices), *grads, self.scale.data_ptr(), self.dropout())
 
     def check_forward(self, x):
-        xa = SCALE * x.double() @ self.A.double().T
-        assert_close(self.xa, xa)
-        assert_close(self.y, x.double() @ self.weight.double().T + xa @ self.B.double().T + self.bias.double())
+        low = (x.double() * self.kept) @ self.A.double().T
+        assert_close(self.xa, self.rounded * low)
+        update = SCALE * low @ self.B.double().T
+        assert_close(self.y, x.double() @ self.weight.double().T + update + self.bias.double())
 
     def check_backward(self, x):
         """What it adds to dx."""
         dxa = SCALE * self.dy.double() @ self.B.double()
-        assert_close(self.dxa, dxa)
-        assert_close(self.dA, dxa.T @ x.double())
-        assert_close(self.dB, self.dy.double().T @ self.xa.double())
+        assert_close(self.dxa, dxa / (1 - self.p))
+        assert_close(self.dA, dxa.T @ (x.double() * self.kept))
+        assert_close(self.dB, self.dy.double().T @ self.xa.double() * (SCALE / self.rounded))
         assert_close(self.dbias, self.dy.double().sum(0, keepdim=True))
-        return self.dy.double() @ self.weight.double() + dxa @ self.A.double()
+        return self.dy.double() @ self.weight.double() + dxa @ self.A.double() * self.kept
 
 
 @pytest.mark.parametrize(("dtype", "sms", "shared_bytes"), CARDS, ids=["A100", "Ada"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", PASSES, ids=str)
-def test_a_pass(launches, sizes, dtype, sms, shared_bytes):
+def test_a_pass(launches, sizes, p, dtype, sms, shared_bytes):
     M, K, widths, ranks = sizes
     torch.manual_seed(0)
     launches.play_on(sms, shared_bytes)
     x, dx = random(M, K, dtype), empty(M, K, dtype)
     grad_dtype = torch.float32 if M % 100 else dtype
-    parts = [Linear(x, N, r, grad_dtype) for N, r in zip(widths, ranks, strict=True)]
+    parts = [Linear(x, N, r, grad_dtype, p) for N, r in zip(widths, ranks, strict=True)]
     forward = ForwardParams(x=operand(x), parts=len(parts))
     backward = BackwardParams(dx=result(dx), parts=len(parts), summed=len(parts))
     for i, part in enumerate(parts):

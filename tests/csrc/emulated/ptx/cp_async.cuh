@@ -7,8 +7,9 @@ inline void async_copy_16_or_zeros(uint32_t target, const void* source, bool val
   if (valid) std::memcpy(copy.bytes, source, 16);
   simt::thread().open.push_back(copy);
 }
-inline void async_copy_16_if(bool valid, uint32_t target, const void* source) {
-  if (valid) async_copy_16_or_zeros(target, source, true);
+template <int kOffset>
+void async_copy_16_if(bool valid, uint32_t target, const void* source) {
+  if (valid) async_copy_16_or_zeros(target + kOffset, source, true);
 }
 inline void async_copies_commit() {
   simt::Thread& thread = simt::thread();

@@ -7,4 +7,14 @@ inline void flag_wait(const int* flag, int mark) {
   while (!flag_is(flag, mark)) simt::let_others();
 }
 inline void store_shared(uint32_t address, uint4 v) { std::memcpy(simt::shared_memory() + address, &v, 16); }
+inline uint4 load_shared(uint32_t address) {
+  uint4 v;
+  std::memcpy(&v, simt::shared_memory() + address, 16);
+  return v;
+}
+inline uint16_t load_shared_16(uint32_t address) {
+  uint16_t v;
+  std::memcpy(&v, simt::shared_memory() + address, 2);
+  return v;
+}
 }  // namespace fused_lora::ptx

@@ -1,0 +1,88 @@
+// What a gradient or shrink item's threads do beside its products, step by step.
+#pragma once
+
+#include "../elements.cuh"
+#include "../mask.cuh"
+#include "params.cuh"
+
+namespace fused_lora::sm80 {
+
+struct Nothing {
+  __device__ void begin(uint32_t) {}
+  __device__ void see(uint32_t) {}
+  __device__ void change(uint32_t) {}
+};
+
+// Of the left operand's columns, MN-major, over tokens: a thread has a column.
+template <typename T>
+struct ColumnSums {
+  float& sum;
+
+  __device__ void begin(uint32_t) {}
+  // A step, which everybody may read.
+  __device__ __forceinline__ void see(uint32_t stage) {
+    const uint32_t at = stage + mn_major<kBlockM>(0, threadIdx.x / 8) + threadIdx.x % 8 * 2;
+#pragma unroll
+    for (int row = 0; row < kDepth; ++row) {
+      sum += unpack<T>(ptx::load_shared_16((at ^ (row % 8 << 4)) + row * kBlockM * 2)).x;
+    }
+  }
+  __device__ void change(uint32_t) {}
+};
+
+// Masks the left operand, which is of x: a thread those chunks that it has copied itself, before a barrier shows them to others.
+// kMN: MN-major, in dA's items.
+template <bool kMN>
+class StepMask {
+ public:
+  // Behind the item's first `done` steps, of which one more is masked already unless there is none; with `left` ones to go.
+  __device__ __forceinline__ StepMask(const Dropout& dropout, const Item& item, int done, int left)
+      : mask_(dropout), unmasked_(done == 0 ? left : left - 1), first_(done == 0) {
+    const int step = done == 0 ? 0 : done + 1;
+    if constexpr (kMN) {
+      row_ = item.row + step * kDepth + threadIdx.x / kAcross;
+      group_ = item.col / 8 + threadIdx.x % kAcross;
+      at_ = mn_major<kBlockM>(threadIdx.x / kAcross, threadIdx.x % kAcross);
+    } else {
+      row_ = item.row + threadIdx.x / 4;
+      group_ = step * (kDepth / 8) + threadIdx.x % 4;
+      at_ = k_major(threadIdx.x / 4, threadIdx.x % 4);
+    }
+  }
+
+  __device__ __forceinline__ void begin(uint32_t stage) {
+    if (!first_) return;
+    change(stage);
+    __syncthreads();
+  }
+  __device__ void see(uint32_t) {}
+
+  // The next step, which this thread's copies of have arrived.
+  __device__ __forceinline__ void change(uint32_t stage) {
+    if (unmasked_ == 0) return;
+    --unmasked_;
+#pragma unroll
+    for (int i = 0; i < Copies<kBlockM>::kPasses; ++i) {
+      const uint32_t address = stage + at_ + i * kPassBytes;
+      const uint32_t key = Mask::group_key(mask_.row_key(row_ + i * (kMN ? Copies<kBlockM>::kDown : Copies<kBlockM>::kAcross)), group_);
+      uint4 v = ptx::load_shared(address);
+      v.x &= mask_.kept_bits(key, 0);
+      v.y &= mask_.kept_bits(key, 1);
+      v.z &= mask_.kept_bits(key, 2);
+      v.w &= mask_.kept_bits(key, 3);
+      ptx::store_shared(address, v);
+    }
+    if constexpr (kMN) row_ += kDepth;
+    else group_ += kDepth / 8;
+  }
+
+ private:
+  static constexpr int kAcross = kBlockM / 8;  // chunks of a row, MN-major
+
+  Mask mask_;
+  int unmasked_, row_, group_;
+  uint32_t at_;
+  bool first_;
+};
+
+}  // namespace fused_lora::sm80
