@@ -63,12 +63,13 @@ def make_problem(shape: Shape, device, dtype: torch.dtype, seed: int = 0) -> Pro
 class Variant:
     """step(x) -> y, and what it trains: parameters by name ("A" and "B", or "weight", or nothing).
 
-    backend: this package's, instead of the one that it chooses.
+    backend: this package's, instead of the one that it chooses. kernels: by product, where the variant has chosen them.
     """
 
     step: Callable[[Tensor], Tensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     backend: str | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 def _frozen_linear(problem: Problem) -> nn.Linear:

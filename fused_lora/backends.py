@@ -81,7 +81,8 @@ def eager_extension():
 
 
 def played_capability() -> int | None:
-    """FUSED_LORA_AS: sm80 or sm86, as which csrc sees a card of compute capability 9.0; for tests and measurements."""
+    """FUSED_LORA_AS: sm80 or sm86, as which csrc and Triton's kernels see a card of compute capability 9.0; read once,
+    for tests and measurements."""
     value = os.environ.get("FUSED_LORA_AS", "")
     if value not in ("", *PLAYED):
         raise ValueError(f"FUSED_LORA_AS must be one of {', '.join(PLAYED)}, got {value!r}")
@@ -101,12 +102,27 @@ def host_compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
+def _played_by(device: torch.device) -> int | None:
+    """Which capability a CUDA device plays. As in csrc/architecture.cpp, only one of 9.0 does."""
+    played = played_capability()
+    if played is None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return played if (properties.major, properties.minor) == (9, 0) else None
+
+
+def card_name(device: torch.device) -> str:
+    """The name of a CUDA device, and what it plays."""
+    played = _played_by(device)
+    return torch.cuda.get_device_name(device) + (f" as sm{played}" if played else "")
+
+
 def tile_cache(device: torch.device) -> str:
     """The file of measured tiles, by GPU and versions, under FUSED_LORA_CACHE_DIR (~/.cache/fused_lora)."""
     import triton
 
     folder = os.environ.get("FUSED_LORA_CACHE_DIR") or os.path.expanduser("~/.cache/fused_lora")
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
+    name = re.sub(r"\W+", "-", card_name(device))
     return os.path.join(folder, f"tiles-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
 
 
@@ -116,13 +132,12 @@ def _gpu(device: torch.device, autotune: bool):
 
     if interpreting() and device.type == "cpu":
         return KNOWN_GPUS["H100"]
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu(
-        10 * properties.major + properties.minor,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        tile_cache(device) if autotune else None,
-    )
+    properties, played = torch.cuda.get_device_properties(device), _played_by(device)
+    capability, shared_memory = 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin
+    if played:
+        capability = played
+        shared_memory = next(card.shared_memory for card in KNOWN_GPUS.values() if card.capability == played)
+    return Gpu(capability, properties.multi_processor_count, shared_memory, tile_cache(device) if autotune else None)
 
 
 def gpu(device: torch.device):

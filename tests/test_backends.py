@@ -269,6 +269,25 @@ def test_the_gpus_view(card):
     assert (gpu.capability, gpu.sm_count, gpu.shared_memory) == (86, 80, 101376)
 
 
+@pytest.mark.parametrize(("value", "shared_memory"), [("sm80", 166912), ("sm86", 101376)])
+def test_hopper_plays_an_older_card(value, shared_memory, card, monkeypatch):
+    """With its own number of SMs, and files of its own."""
+    monkeypatch.setenv("FUSED_LORA_AS", value)
+    card(90, shared_memory=232448)
+    gpu = backends.gpu(CUDA)
+    assert (gpu.capability, gpu.sm_count, gpu.shared_memory) == (int(value[2:]), 80, shared_memory)
+    assert backends.card_name(CUDA) == f"Card 90 as {value}"
+    assert f"tiles-Card-90-as-{value}-torch" in backends.tile_cache(CUDA)
+    assert backends.choose(CUDA, torch.float16).name == "triton"
+
+
+def test_no_other_card_plays(card, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_AS", "sm80")
+    card(86)
+    gpu = backends.gpu(CUDA)
+    assert (gpu.capability, gpu.shared_memory, backends.card_name(CUDA)) == (86, 101376, "Card 86")
+
+
 def test_precision_follows_torchs_matmul_setting():
     before = torch.get_float32_matmul_precision()
     try:
