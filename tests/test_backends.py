@@ -277,7 +277,7 @@ def test_hopper_plays_an_older_card(value, shared_memory, card, monkeypatch):
     gpu = backends.gpu(CUDA)
     assert (gpu.capability, gpu.sm_count, gpu.shared_memory) == (int(value[2:]), 80, shared_memory)
     assert backends.card_name(CUDA) == f"Card 90 as {value}"
-    assert f"tiles-Card-90-as-{value}-torch" in backends.tile_cache(CUDA)
+    assert f"tiles-Card-90-as-{value}-torch" in backends.cache_file("tiles", CUDA)
     assert backends.choose(CUDA, torch.float16).name == "triton"
 
 
