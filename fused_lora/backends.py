@@ -41,15 +41,12 @@ def forced_backend() -> str | None:
 @contextmanager
 def forcing(name: str) -> Iterator[None]:
     """FUSED_LORA_BACKEND for a while: to measure and to compare backends."""
-    before = os.environ.get("FUSED_LORA_BACKEND")
+    before = os.environ.get("FUSED_LORA_BACKEND", "auto")
     os.environ["FUSED_LORA_BACKEND"] = name
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["FUSED_LORA_BACKEND"]
-        else:
-            os.environ["FUSED_LORA_BACKEND"] = before
+        os.environ["FUSED_LORA_BACKEND"] = before
 
 
 def autotune_enabled() -> bool:
@@ -249,7 +246,9 @@ def lora_linear_obstacle(name: str, device: torch.device, dtype: torch.dtype, r:
     """Why a backend cannot run a LoRA linear, or None; as choose_lora_linear."""
     if name == "cuda":
         return _cuda_obstacle(device, dtype) or _csrc_obstacle(r, readable)
-    return _triton_obstacle(device, dtype) if name == "triton" else None
+    if name == "triton":
+        return _triton_obstacle(device, dtype)
+    return None if name in BACKENDS else f"there is no backend {name}"
 
 
 @cache

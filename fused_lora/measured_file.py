@@ -24,13 +24,13 @@ def bucket(what: str, M: int, N: int, K: int, r: int, dtype: torch.dtype, *flags
 
 
 class MeasuredFile:
-    """What the file held when it was read last, and what this process has measured."""
+    """What the file held when it was read last, and what this process has measured; writable until that has failed."""
 
     def __init__(self, path: str):
         self._path = Path(path)
         self._own: dict[str, object] = {}
         self._entries: dict[str, object] = {}
-        self._troubled, self._writable = False, True
+        self._troubled, self.writable = False, True
         try:
             self._entries = self._read()
         except OSError as error:
@@ -46,7 +46,7 @@ class MeasuredFile:
     def put(self, key: str, entry: object) -> None:
         """Adds an entry to all that are in the file by now, and writes it whole or not at all."""
         self._own[key] = self._entries[key] = entry
-        if not self._writable:
+        if not self.writable:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class MeasuredFile:
                 beside.write_text(json.dumps(self._entries, indent=1, sort_keys=True), "utf-8")
                 os.replace(beside, self._path)
         except (OSError, ImportError) as error:
-            self._writable = False
+            self.writable = False
             self._tell(f"cannot be written ({error}): this process remembers its own")
 
     def _read(self) -> dict[str, object]:
