@@ -67,7 +67,7 @@ def failures() -> list[str]:
 
 def _guess(device: torch.device, name: str) -> str:
     count = len(choices.measured(device))
-    found = f"; {count} shapes are measured" if count else ""
+    found = f" (shapes so far: {count})" if count else ""
     return f"{device}: that {name} is the fastest is a guess for this card; {choices.COMMAND} measures it{found}"
 
 

@@ -34,7 +34,8 @@ class MeasuredFile:
         try:
             self._entries = self._read()
         except OSError as error:
-            self._tell(f"cannot be read ({error}): what it held is measured anew")
+            if os.path.exists(path):  # else nobody has measured, and nobody need be told
+                self._tell(f"cannot be read ({error}): what it held is measured anew")
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -1,4 +1,6 @@
-"""A CUDA device that torch pretends to have: its capability, and a folder of its own for what is measured."""
+"""A CUDA device that torch pretends to have, with a folder of its own for what is measured."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -27,13 +29,13 @@ def forget():
         function.cache_clear()
 
 
-@pytest.fixture
-def card(monkeypatch, tmp_path):
-    """Makes the one CUDA device report a capability, with everything else in place to use it but csrc."""
+@contextmanager
+def pretended(monkeypatch, cache):
+    """A function that makes the one CUDA device report a capability, with everything in place to use it but csrc."""
     pytest.importorskip("triton")
     for name in ("FUSED_LORA_BACKEND", "FUSED_LORA_AUTOTUNE", "FUSED_LORA_AS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("FUSED_LORA_CACHE_DIR", str(cache))
     monkeypatch.setattr(backends, "interpreting", lambda: False)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: "not built")
     monkeypatch.setattr(backends, "host_compiler", lambda: "/usr/bin/cc")

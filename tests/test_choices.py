@@ -15,9 +15,8 @@ from fused_lora.measured_file import MeasuredFile
 from fused_lora.ops import eager
 from fused_lora.ops.lora_parts import measured_obstacle
 from fused_lora.ops.parts import Part, flatten
-from tests.cards import CUDA, card, forget
+from tests.cards import CUDA, forget
 
-__all__ = ["card"]
 BF16, SIZES, R = torch.bfloat16, (8192, 4096, 2048), 16  # M, N, K
 TIMES = {"cuda": 100.0, "addmm": 112.0, "triton": 150.0}
 

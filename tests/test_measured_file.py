@@ -79,6 +79,11 @@ def test_what_cannot_be_used_is_told_once_and_entries_stay_in_memory(obstruct, p
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
+def test_a_folder_that_is_none_is_not_told_where_nothing_is_measured(path, monkeypatch):
+    in_a_file(path, monkeypatch)
+    assert len(MeasuredFile(str(path))) == 0
+
+
 def test_a_lock_that_is_held_for_ever_is_not_waited_for(path, monkeypatch):
     monkeypatch.setattr(measured_file, "LOCK_SECONDS", 0.05)
     path.parent.mkdir()

@@ -10,9 +10,7 @@ from fused_lora import backends, choices
 from fused_lora.tune import __main__ as command
 from fused_lora.tune.measure import Measured
 from fused_lora.tune.shapes import Shape
-from tests.cards import CUDA, card
-
-__all__ = ["card"]
+from tests.cards import CUDA
 
 
 @pytest.fixture
