@@ -166,7 +166,7 @@ def markdown(results: dict) -> str:
         lines += [f"### {title}", "", *memory_table(results), ""]
     chosen = kernel_table(results)
     if chosen:
-        lines += ["### cuBLAS's kernels: tile_depth x stages", "", *chosen, ""]
+        lines += ["### cuBLAS's kernels, the fastest found: tile_depth x stages", "", *chosen, ""]
     missing = reasons(results)
     if missing:
         lines += ["No number (`-`) or a wrong result:", "", *missing, ""]

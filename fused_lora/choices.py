@@ -5,7 +5,6 @@ Times lie in a file that is read when a process first asks, by buckets of shapes
 """
 
 import math
-from collections.abc import Mapping
 from functools import cache
 from operator import itemgetter
 
@@ -17,7 +16,7 @@ from .measured_file import MeasuredFile, bucket
 
 COMMAND = "python -m fused_lora.tune"
 GUESS = f"a guess for this card: {COMMAND} measures it"
-Times = Mapping[str, float | None]  # microseconds by backend; None where one was tried and did not run
+Times = dict[str, float | None]  # microseconds by backend; None where one was tried and did not run
 
 
 @cache
@@ -34,7 +33,7 @@ def any_measured() -> bool:
 
 def remember(device: torch.device, key: str, times: Times) -> None:
     """For this process and later ones: each backend's time for the calls of a key_of."""
-    measured(device).put(key, dict(times))
+    measured(device).put(key, times)
     any_measured.cache_clear()
     _choose.cache_clear()
 
