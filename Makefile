@@ -2,7 +2,8 @@
 # make test   everything that can be checked on this machine
 # make test-long  what takes minutes: every architecture of transformers that builds small, replaced, compared and
 #             differentiated; the CUDA kernels compiled (where nvcc is), and what their machine code must be like
-# make bench  time every variant on this machine and write bench/results/<gpu>/
+# make bench  time every variant on this machine and write bench/results/<gpu>/ (python -m bench --as sm80: of an older
+#             card that a Hopper plays)
 # make bench-step  whole training steps of the paper's models: bench/results/<gpu>/steps.md
 # make bench-blocks  q, k, v and MLPs as one and layer by layer, odd widths: bench/results/<gpu>/blocks.md; and in the
 #             attention modules of transformers and diffusers, where these are installed: attentions.md

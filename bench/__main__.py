@@ -7,12 +7,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from . import played
 from .document import write_samples
 from .measure import Measurements
 from .record import RESULTS, is_sound, slug
 from .report import collect, markdown, write
 from .shapes import Shape, shapes_for
-from .timing import ROUNDS
+from .timing import GRAPH, ROUNDS
 from .variants import PACKAGE
 
 QUICK_ROUNDS = 8
@@ -24,10 +25,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help=f"two shapes and {QUICK_ROUNDS} rounds instead of {ROUNDS}"
     )
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", metavar="M,K,N,r", help="these shapes instead")
+    parser.add_argument(
+        "--as", dest="card", choices=played.SHARED_BYTES, help="on a Hopper card: as such a card (bench/played.py)"
+    )
     parser.add_argument("--out", type=Path, help="the folder to write (bench/results/<device>, -quick if quick)")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="a file, not for git, for every sample too")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: table and plot of a results.json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    obstacle = options.card and played.obstacle()
+    if obstacle:
+        parser.error(f"--as {options.card} needs a GPU of compute capability 9.0: {obstacle}")
+    return options
+
+
+def measurements_for(options: argparse.Namespace) -> Measurements:
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    if options.card is None:
+        return Measurements(rounds=rounds)
+    played.play(options.card)
+    return Measurements(rounds=rounds, variants=played.variants(options.card), modes=(GRAPH,))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = json.loads(options.redraw.read_text())
         folder = options.out or options.redraw.parent
     else:
-        measurements = Measurements(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
+        measurements = measurements_for(options)
         shapes = tuple(options.shapes or shapes_for(measurements.device.type, options.quick))
         folder = options.out or RESULTS / (slug(measurements.device) + ("-quick" if options.quick else ""))
         with tqdm(total=len(shapes), desc="shapes") as bar:

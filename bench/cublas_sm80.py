@@ -69,15 +69,14 @@ class CublasLt:
 
 
 class Product:
-    """out = alpha lhs @ rhs + beta out, by the kernel that tune() finds."""
+    """out = alpha lhs @ rhs + beta out, by the kernel that tune() finds: of these tensors, or of others like them."""
 
     def __init__(self, lt: CublasLt, lhs: Tensor, rhs: Tensor, out: Tensor, beta: float = 0.0, alpha: float = 1.0):
-        self.lt, self.out, self.beta, self.alpha = lt, out, C.c_float(beta), C.c_float(alpha)
-        # Columns first, a product of rows is that of the transposed operands, the other way round.
-        self.operands = (rhs, lhs)
+        self.lt, self.tensors, self.beta, self.alpha = lt, (lhs, rhs, out), C.c_float(beta), C.c_float(alpha)
         self.description = C.c_void_p()
         create = lt.library.cublasLtMatmulDescCreate
         checked(create(C.byref(self.description), COMPUTE_FLOAT32, FLOAT32))
+        # Columns first, a product of rows is that of the transposed operands, the other way round.
         self.layouts = [self._operand(TRANSPOSE_A, rhs), self._operand(TRANSPOSE_B, lhs), lt.layout(out)[0]]
         self.dtype = DTYPES[lhs.dtype]
         self.algorithm: Algorithm | None = None
@@ -90,9 +89,9 @@ class Product:
         checked(set_attribute(self.description, attribute, C.byref(transpose), C.c_size_t(4)))
         return layout
 
-    def run(self, algorithm: Algorithm) -> int:
-        (rhs, lhs), (a, b, d) = self.operands, self.layouts
-        pointer = C.c_void_p(self.out.data_ptr())
+    def run(self, algorithm: Algorithm, lhs: Tensor, rhs: Tensor, out: Tensor) -> int:
+        a, b, d = self.layouts
+        pointer = C.c_void_p(out.data_ptr())
         stream = C.c_void_p(torch.cuda.current_stream().cuda_stream)
         return self.lt.library.cublasLtMatmul(
             self.lt.handle, self.description, C.byref(self.alpha), C.c_void_p(rhs.data_ptr()), a,
@@ -100,9 +99,11 @@ class Product:
             C.c_void_p(self.lt.workspace.data_ptr()), C.c_size_t(WORKSPACE), stream,
         )  # fmt: skip
 
-    def __call__(self) -> Tensor:
-        checked(self.run(self.algorithm))
-        return self.out
+    def __call__(self, *others: Tensor) -> Tensor:
+        """others: lhs, rhs and out of the same sizes and strides as those that it was made for."""
+        lhs, rhs, out = others or self.tensors
+        checked(self.run(self.algorithm, lhs, rhs, out))
+        return out
 
     def candidates(self, shared_bytes: int) -> Iterator[tuple[str, Algorithm]]:
         """Those that take the operands, and whose stages fit so much shared memory."""
@@ -113,7 +114,7 @@ class Product:
             for stage, (depth, count) in STAGES.items():
                 if (rows + cols) * depth * count * 2 > shared_bytes:
                     continue
-                for split in SPLITS if self.out.numel() <= SMALL else SPLITS[:1]:
+                for split in SPLITS if self.tensors[2].numel() <= SMALL else SPLITS[:1]:
                     for swizzle in (0, 1):
                         name = f"{rows}x{cols}_{depth}x{count}" + (f"_split{split}" if split > 1 else "")
                         reduction = IN_FLOAT32 if split > 1 else 0
@@ -141,10 +142,10 @@ class Product:
         """Takes the fastest, from a cold L2, of those whose stages fit."""
         times = []
         for name, algorithm in self.candidates(shared_bytes):
-            if self.run(algorithm) == 0:
+            if self.run(algorithm, *self.tensors) == 0:
                 times.append((self._median(algorithm, flush, rounds), name, algorithm))
         if not times:
-            raise CublasError(f"no kernel of compute capability 8 for a result of {tuple(self.out.shape)}")
+            raise CublasError(f"no kernel of compute capability 8 for a result of {tuple(self.tensors[2].shape)}")
         _, self.name, self.algorithm = min(times, key=lambda found: found[0])
         return self
 
@@ -154,7 +155,7 @@ class Product:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             start.record()
-            self.run(algorithm)
+            self.run(algorithm, *self.tensors)
             end.record()
             pairs.append((start, end))
         torch.cuda.synchronize()

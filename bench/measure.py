@@ -84,13 +84,22 @@ def prepare(shape: Shape, device, dtype: torch.dtype, variants: dict[str, Kind])
 
 
 class Measurements:
-    """One process's measurements on one device: bf16 on a GPU, fp32 on a CPU, unless told otherwise."""
+    """One process's measurements on one device: bf16 on a GPU, fp32 on a CPU, every variant in every mode that there
+    is, unless told otherwise."""
 
-    def __init__(self, device=None, dtype=None, rounds: int = timing.ROUNDS, variants: dict[str, Kind] | None = None):
+    def __init__(
+        self,
+        device=None,
+        dtype=None,
+        rounds: int = timing.ROUNDS,
+        variants: dict[str, Kind] | None = None,
+        modes: tuple[str, ...] | None = None,
+    ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or dtype_on(self.device)
         self.rounds = rounds
         self.variants = dict(VARIANTS if variants is None else variants)
+        self.modes = modes or timing.modes(self.device.type)
         self._prepared: dict[Shape, Prepared] = {}
         self._outcomes: dict[tuple, dict[str, Outcome]] = {}
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 import fused_lora
-from fused_lora import explain
+from fused_lora import backends, explain
 
 from .measure import MEASURED, WRONG, Measurements
 from .shapes import PASSES, Shape, byte_floor, flop_floor, flops, least_bytes
-from .timing import FLUSH_BYTES, modes
+from .timing import FLUSH_BYTES
 from .variants import FLOOR
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,14 +32,14 @@ def _version(package: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's architecture."""
+    """The GPU's name and the card that it plays, or the processor's architecture."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return backends.card_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def slug(device: torch.device) -> str:
-    """A folder name: nvidia-h100-80gb-hbm3, or cpu."""
+    """A folder name: nvidia-h100-80gb-hbm3, nvidia-h200-as-sm80, or cpu."""
     if device.type != "cuda":
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
@@ -177,12 +177,13 @@ def shape_record(measurements: Measurements, shape: Shape) -> dict:
         "errors": measurements.prepared(shape).errors,
         "memory": memory(measurements, shape),
         "fused_lora": tiles(measurements, shape),
+        "kernels": {name: variant.kernels for name, variant in measurements.prepared(shape).ready.items()},
         "times": {
             mode: {
                 pass_name: {name: case(measurements, shape, pass_name, mode, name) for name in measurements.variants}
                 for pass_name in PASSES
             }
-            for mode in modes(measurements.device.type)
+            for mode in measurements.modes
         },
     }
 

@@ -1,6 +1,7 @@
 """From measurements to files: results.json, table.md and forward_backward.png in one folder."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from .measure import MEASURED, UNAVAILABLE, WRONG, Measurements
 from .plot import draw
 from .record import environment, shape_record, skipped_record
 from .shapes import FORWARD, FORWARD_BACKWARD, PASSES, Shape
-from .timing import EAGER, GRAPH, HOST, modes
+from .timing import EAGER, GRAPH, HOST
 from .variants import FLOOR, PACKAGE
 
 TITLES = {
@@ -27,7 +28,7 @@ def _collect_shape(measurements: Measurements, shape: Shape, on_progress: Callab
     obstacle = measurements.obstacle(shape)
     try:
         for pass_name in PASSES if obstacle is None else ():
-            for mode in modes(measurements.device.type):
+            for mode in measurements.modes:
                 on_progress(f"{shape} {pass_name} {mode}")
                 measurements.outcomes(shape, pass_name, mode)
     except torch.OutOfMemoryError as error:
@@ -116,6 +117,15 @@ def account_table(results: dict) -> list[str]:
     return table(["M, K, N, r", "pass", "us", "TFLOP/s", "over its FLOP floor", "least bytes, TB/s"], rows)
 
 
+def kernel_table(results: dict) -> list[str]:
+    """Lines of Markdown: products by shapes, the kernels that a variant has chosen for them; empty if none has."""
+    records = _measured_shapes(results)
+    by_shape = [dict(chain(*(chosen.items() for chosen in record.get("kernels", {}).values()))) for record in records]
+    products = dict.fromkeys(chain(*by_shape))
+    rows = [[product, *(chosen.get(product, "-") for chosen in by_shape)] for product in products]
+    return table(["M, K, N, r", *map(_title, records)], rows) if rows else []
+
+
 def reasons(results: dict) -> list[str]:
     """Lines of Markdown: why a shape or a variant has no number, each reason once."""
     found = {}
@@ -154,6 +164,9 @@ def markdown(results: dict) -> str:
     if any(record["memory"] for record in records):
         title = "Peak memory of forward + backward above the frozen floor's, MB (units of M r elements)"
         lines += [f"### {title}", "", *memory_table(results), ""]
+    chosen = kernel_table(results)
+    if chosen:
+        lines += ["### cuBLAS's kernels, the fastest found: tile_depth x stages", "", *chosen, ""]
     missing = reasons(results)
     if missing:
         lines += ["No number (`-`) or a wrong result:", "", *missing, ""]

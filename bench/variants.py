@@ -3,9 +3,7 @@
 The unfused formula is a baseline here and no reference: check.py holds every variant to fused_lora.reference.
 """
 
-import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -63,12 +61,13 @@ def make_problem(shape: Shape, device, dtype: torch.dtype, seed: int = 0) -> Pro
 class Variant:
     """step(x) -> y, and what it trains: parameters by name ("A" and "B", or "weight", or nothing).
 
-    backend: this package's, instead of the one that it chooses.
+    backend: this package's, instead of the one that it chooses. kernels: by product, where the variant has chosen them.
     """
 
     step: Callable[[Tensor], Tensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     backend: str | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 def _frozen_linear(problem: Problem) -> nn.Linear:
@@ -238,16 +237,6 @@ VARIANTS = {
 }
 
 
-@contextmanager
-def _forced(backend: str):
-    before = os.environ.get("FUSED_LORA_BACKEND", "auto")
-    os.environ["FUSED_LORA_BACKEND"] = backend
-    try:
-        yield
-    finally:
-        os.environ["FUSED_LORA_BACKEND"] = before
-
-
 def run(variant: Variant, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
     """One step: (y,), or (y, dx, a gradient for each parameter). Gradients are returned, so no .grad needs clearing.
 
@@ -255,7 +244,7 @@ def run(variant: Variant, problem: Problem, backward: bool) -> tuple[Tensor, ...
     """
     if variant.backend is None:
         return _step(variant, problem, backward)
-    with _forced(variant.backend):
+    with backends.forcing(variant.backend):
         return _step(variant, problem, backward)
 
 

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -34,6 +36,17 @@ def forced_backend() -> str | None:
     if value not in ("auto", *BACKENDS):
         raise ValueError(f"FUSED_LORA_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {value!r}")
     return None if value == "auto" else value
+
+
+@contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """FUSED_LORA_BACKEND for a while: to measure and to compare backends."""
+    before = os.environ.get("FUSED_LORA_BACKEND", "auto")
+    os.environ["FUSED_LORA_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ["FUSED_LORA_BACKEND"] = before
 
 
 def autotune_enabled() -> bool:
@@ -81,7 +94,8 @@ def eager_extension():
 
 
 def played_capability() -> int | None:
-    """FUSED_LORA_AS: sm80 or sm86, as which csrc sees a card of compute capability 9.0; for tests and measurements."""
+    """FUSED_LORA_AS: sm80 or sm86, as which csrc and Triton's kernels see a card of compute capability 9.0; read once,
+    for tests and measurements."""
     value = os.environ.get("FUSED_LORA_AS", "")
     if value not in ("", *PLAYED):
         raise ValueError(f"FUSED_LORA_AS must be one of {', '.join(PLAYED)}, got {value!r}")
@@ -101,13 +115,31 @@ def host_compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def tile_cache(device: torch.device) -> str:
-    """The file of measured tiles, by GPU and versions, under FUSED_LORA_CACHE_DIR (~/.cache/fused_lora)."""
-    import triton
+def _played_by(device: torch.device) -> int | None:
+    """Which capability a CUDA device plays. As in csrc/architecture.cpp, only one of 9.0 does."""
+    played = played_capability()
+    if played is None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return played if (properties.major, properties.minor) == (9, 0) else None
 
+
+def card_name(device: torch.device) -> str:
+    """The name of a CUDA device, and what it plays."""
+    played = _played_by(device)
+    return torch.cuda.get_device_name(device) + (f" as sm{played}" if played else "")
+
+
+def cache_file(what: str, device: torch.device) -> str:
+    """A file of measurements, by GPU and versions, under FUSED_LORA_CACHE_DIR (~/.cache/fused_lora)."""
+    versions = f"torch{torch.__version__}"
+    if has_triton():
+        import triton
+
+        versions += f"-triton{triton.__version__}"
     folder = os.environ.get("FUSED_LORA_CACHE_DIR") or os.path.expanduser("~/.cache/fused_lora")
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
-    return os.path.join(folder, f"tiles-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
+    name = re.sub(r"\W+", "-", card_name(device))
+    return os.path.join(folder, f"{what}-{name}-{versions}.json")
 
 
 @cache
@@ -116,12 +148,13 @@ def _gpu(device: torch.device, autotune: bool):
 
     if interpreting() and device.type == "cpu":
         return KNOWN_GPUS["H100"]
-    properties = torch.cuda.get_device_properties(device)
+    properties, played = torch.cuda.get_device_properties(device), _played_by(device)
+    capability, shared_memory = 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin
+    if played:
+        capability = played
+        shared_memory = next(card.shared_memory for card in KNOWN_GPUS.values() if card.capability == played)
     return Gpu(
-        10 * properties.major + properties.minor,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        tile_cache(device) if autotune else None,
+        capability, properties.multi_processor_count, shared_memory, cache_file("tiles", device) if autotune else None
     )
 
 
@@ -202,17 +235,29 @@ def csrc_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
     return weight.stride(1) == 1 and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
 
 
+def _csrc_obstacle(r: int, readable: bool) -> str | None:
+    from . import _C
+
+    unread = None if readable else "weight's columns are not adjacent, or A and B have dtypes of their own"
+    return _C.rank_obstacle(r) or unread
+
+
+def lora_linear_obstacle(name: str, device: torch.device, dtype: torch.dtype, r: int, readable: bool) -> str | None:
+    """Why a backend cannot run a LoRA linear, or None; as choose_lora_linear."""
+    if name == "cuda":
+        return _cuda_obstacle(device, dtype) or _csrc_obstacle(r, readable)
+    if name == "triton":
+        return _triton_obstacle(device, dtype)
+    return None if name in BACKENDS else f"there is no backend {name}"
+
+
 @cache
 def _choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readable: bool, forced: str | None) -> Choice:
     choice = _choose(device, dtype, forced)
     if choice.name != "cuda":
         return choice
-    from . import _C
-
-    obstacle = _C.rank_obstacle(r)
-    if not (obstacle or readable):
-        obstacle = "weight's columns are not adjacent, or A and B have dtypes of their own"
-    if not obstacle:
+    obstacle = _csrc_obstacle(r, readable)
+    if obstacle is None:
         return choice
     if forced:
         raise NotImplementedError(f"FUSED_LORA_BACKEND=cuda cannot run this call: {obstacle}")
@@ -225,32 +270,6 @@ def _choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readab
 def choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readable: bool = True) -> Choice:
     """The backend of a LoRA linear of rank r, activations of `dtype`; readable as by csrc_reads."""
     return _choose_lora_linear(device, dtype, r, readable, forced_backend())
-
-
-def _constant_when_compiled(function):
-    """As torch.compiler.assume_constant_result, which would import the compiler."""
-    function._dynamo_marked_constant = True
-    return function
-
-
-@cache
-def _together_obstacle(device, dtype, ranks: tuple[int, ...], readable: bool, forced: str | None) -> str | None:
-    choices = [_choose_lora_linear(device, dtype, r, readable, forced) for r in ranks]
-    return next((choice.reason for choice in choices if choice.name != "cuda"), None)
-
-
-@_constant_when_compiled
-def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int, ...], readable: bool) -> str | None:
-    """Why linears of one x are not csrc's, or None; readable as by csrc_reads."""
-    return _together_obstacle(device, dtype, ranks, readable, forced_backend())
-
-
-@_constant_when_compiled
-def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
-    """Why csrc's gated passes do not take ranks that its others do, or None."""
-    from . import _C
-
-    return next(filter(None, map(_C.gated_obstacle, ranks)), None)
 
 
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:

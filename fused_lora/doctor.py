@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, choices
 
 
 def _installed(package: str) -> str:
@@ -65,6 +65,12 @@ def failures() -> list[str]:
     return list(dict.fromkeys(value.split("refused: ")[1] for _, value in rows if "refused: " in value))
 
 
+def _guess(device: torch.device, name: str) -> str:
+    count = len(choices.measured(device))
+    found = f" (shapes so far: {count})" if count else ""
+    return f"{device}: that {name} is the fastest is a guess for this card; {choices.COMMAND} measures it{found}"
+
+
 def slow_points() -> list[str]:
     """What costs speed on this machine, each with what to do about it."""
     points = []
@@ -78,10 +84,8 @@ def slow_points() -> list[str]:
         choice = backends.choose(device, torch.bfloat16)
         if choice.name == "reference":
             points.append(f"{device}: plain torch, because {choice.reason}")
-        elif not backends.gpu(device).has_tma:
-            points.append(
-                f"{device}: pointer kernels (no TMA); their tiles were compiled for, not measured on, such cards"
-            )
+        elif choices.is_guess(device, choice.name):
+            points.append(_guess(device, choice.name))
     if backends.precision(torch.float32) == "ieee":
         points.append(
             'float32 layers multiply off the tensor cores; torch.set_float32_matmul_precision("high") is TF32'

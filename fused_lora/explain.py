@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from . import backends, checks
+from . import backends, checks, choices
 from .modules import LoRAMLP
 from .modules.protocol import LoRALayer, is_lora, together
 from .modules.siblings import LoRASiblings
+from .ops.lora_parts import measured_obstacle
 
 # Launch parameters that name the tile, in the order in which they are shown.
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
@@ -104,12 +105,12 @@ def _copied_factors(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:
     return f"A and B are {factor_dtype}: copied to {dtype} in each pass, r (K + N) elements"
 
 
-def _group_notes(module: LoRASiblings, gpu: str | None) -> dict[nn.Module, str]:
+def _group_notes(module: LoRASiblings, tokens: int, gpu: str | None) -> dict[nn.Module, str]:
     """For each layer that the module may call with others, what becomes of that."""
     notes = {}
     for names in reversed(module._reading.every):  # the largest groups last
         layers = [module.get_submodule(name) for name in names]
-        how = f"one by one: explained for {gpu}" if gpu else _how(layers)
+        how = f"one by one: explained for {gpu}" if gpu else _how(layers, tokens)
         notes |= dict.fromkeys(layers, f"one of {len(layers)} layers that are called with one x, computed {how}")
     return notes
 
@@ -119,9 +120,16 @@ def _like(layer: nn.Module) -> torch.Tensor:
     return layer.lora_part().weight if is_lora(layer) else torch.empty(0)
 
 
-def _how(layers: list[LoRALayer]) -> str:
+def _how(layers: list[LoRALayer], tokens: int) -> str:
     found = together(layers, _like(layers[0]))
-    return f"one by one: {found}" if isinstance(found, str) else "in one launch"
+    reason = found if isinstance(found, str) else _measured_apart(layers, tokens)
+    return "in one launch" if reason is None else f"one by one: {reason}"
+
+
+def _measured_apart(layers: list[LoRALayer], tokens: int) -> str | None:
+    """Why fused_lora.tune's measurements keep layers that csrc can compute as one from it, or None."""
+    rows = _like(layers[0]).new_empty(tokens, 0)
+    return measured_obstacle(rows, [layer.lora_part() for layer in layers], layers[0].dropping)
 
 
 @dataclass(frozen=True)
@@ -135,13 +143,14 @@ class MLPExplanation:
         return "\n".join([*(f"{name}: {layer}" for name, layer in self.layers.items()), f"as one: {self.fused}"])
 
 
-def _explain_mlp(mlp: LoRAMLP, gpu: str | None, **options) -> MLPExplanation:
+def _explain_mlp(mlp: LoRAMLP, tokens: int, gpu: str | None) -> MLPExplanation:
     structure = mlp._structure
-    layers = dict(zip((structure.gate, structure.up, structure.down), structure.layers(mlp), strict=True))
-    reason = f"explained for {gpu}" if gpu else mlp.why_not(_like(structure.layers(mlp)[0]))
+    three = structure.layers(mlp)
+    layers = dict(zip((structure.gate, structure.up, structure.down), three, strict=True))
+    reason = f"explained for {gpu}" if gpu else mlp.why_not(_like(three[0])) or _measured_apart(three, tokens)
     fused = "act(gate) up is made, and differentiated, in the launches of the products beside it"
     return MLPExplanation(
-        {name: explain(layer, gpu=gpu, **options) for name, layer in layers.items() if is_lora(layer)},
+        {name: explain(layer, tokens=tokens, gpu=gpu) for name, layer in layers.items() if is_lora(layer)},
         fused if reason is None else f"no: {reason}",
     )
 
@@ -181,7 +190,7 @@ def _explain_model(model: nn.Module, **options) -> ModelExplanation:
         if isinstance(module, LoRAMLP):
             of_mlps.update(module.modules())
         elif isinstance(module, LoRASiblings):
-            notes |= _group_notes(module, options["gpu"])
+            notes |= _group_notes(module, **options)
         if isinstance(module, LoRAMLP) or (is_lora(module) and module not in of_mlps):
             layers[name] = _with_note(explain(module, **options), notes.get(module))
     if not layers:
@@ -213,7 +222,7 @@ def explain(
     without it, `device`, which is by default the layer's, or this machine's GPU.
     """
     if isinstance(layer, LoRAMLP):
-        return _explain_mlp(layer, gpu, tokens=tokens)
+        return _explain_mlp(layer, tokens, gpu)
     if layer is not None and not is_lora(layer):
         return _explain_model(layer, tokens=tokens, gpu=gpu)
     return _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
@@ -238,7 +247,7 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
     shape = (tokens, in_features, out_features, r)
     factor_dtype = lora_dtype or dtype
     if gpu is None:
-        choice = backends.choose_lora_linear(device, dtype, r, readable)
+        choice = choices.explained(device, dtype, r, readable, tokens, out_features, in_features, p)
         if choice.name == "cuda":
             return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
         if choice.name in ("addmm", "reference"):

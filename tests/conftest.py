@@ -31,3 +31,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """Pretends that there is a GPU of a capability: see cards.py."""
+    from tests.cards import pretended
+
+    with pretended(monkeypatch, tmp_path / "cache") as pretend:
+        yield pretend

@@ -10,8 +10,9 @@ import torch
 
 import fused_lora
 from fused_lora import backends, lora_linear
+from tests.cards import CUDA, forget
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +27,6 @@ def _plain(monkeypatch):
     forget()
 
 
-def forget():
-    backends._choose.cache_clear()
-    backends._choose_lora_linear.cache_clear()
-
-
 @pytest.fixture
 def extension(monkeypatch):
     """A CUDA extension whose kernels take ranks up to 256."""
@@ -39,31 +35,6 @@ def extension(monkeypatch):
     monkeypatch.setitem(sys.modules, "fused_lora._C", built)
     monkeypatch.setattr(fused_lora, "_C", built, raising=False)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
-
-
-class Card:
-    """What torch tells of a GPU."""
-
-    def __init__(self, capability, shared_memory=101376):
-        self.major, self.minor = divmod(capability, 10)
-        self.multi_processor_count = 80
-        self.shared_memory_per_block_optin = shared_memory
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """Makes CUDA devices report a capability, with everything else in place to use them."""
-    pytest.importorskip("triton")
-
-    def pretend(capability, **options):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card(capability, **options))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {capability}")
-        monkeypatch.setattr(torch.version, "hip", None)
-        monkeypatch.setattr(backends, "host_compiler", lambda: "/usr/bin/cc")
-        backends._gpu.cache_clear()
-
-    yield pretend
-    backends._gpu.cache_clear()
 
 
 def test_forcing(monkeypatch):
@@ -267,6 +238,25 @@ def test_the_gpus_view(card):
     card(86)
     gpu = backends.gpu(CUDA)
     assert (gpu.capability, gpu.sm_count, gpu.shared_memory) == (86, 80, 101376)
+
+
+@pytest.mark.parametrize(("value", "shared_memory"), [("sm80", 166912), ("sm86", 101376)])
+def test_hopper_plays_an_older_card(value, shared_memory, card, monkeypatch):
+    """With its own number of SMs, and files of its own."""
+    monkeypatch.setenv("FUSED_LORA_AS", value)
+    card(90, shared_memory=232448)
+    gpu = backends.gpu(CUDA)
+    assert (gpu.capability, gpu.sm_count, gpu.shared_memory) == (int(value[2:]), 80, shared_memory)
+    assert backends.card_name(CUDA) == f"Card 90 as {value}"
+    assert f"tiles-Card-90-as-{value}-torch" in backends.cache_file("tiles", CUDA)
+    assert backends.choose(CUDA, torch.float16).name == "triton"
+
+
+def test_no_other_card_plays(card, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_AS", "sm80")
+    card(86)
+    gpu = backends.gpu(CUDA)
+    assert (gpu.capability, gpu.shared_memory, backends.card_name(CUDA)) == (86, 101376, "Card 86")
 
 
 def test_precision_follows_torchs_matmul_setting():

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from fused_lora import backends, doctor
+from fused_lora import backends, choices, doctor
+from tests.cards import CUDA
 
 
 def test_prints_versions_backend_and_slow_points(capsys):
@@ -25,6 +26,22 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys):
     monkeypatch.setattr(backends, "host_compiler", lambda: None)
     doctor.main([])
     assert "C compiler  none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("capability", "built", "guess"), [
+    (86, False, True), (120, False, True), (90, False, True), (90, True, False),
+])  # fmt: skip
+def test_a_choice_that_nobody_measured_is_said_to_be_a_guess(capability, built, guess, card, monkeypatch):
+    card(capability)
+    if built:
+        monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = "cuda:0: that triton is the fastest is a guess for this card; python -m fused_lora.tune measures it"
+    assert (said in doctor.slow_points()) == guess
+    choices.remember(CUDA, "one", {"triton": 1.0})
+    assert (f"{said} (shapes so far: 1)" in doctor.slow_points()) == guess
+    monkeypatch.setenv("FUSED_LORA_BACKEND", "triton")
+    assert not any("guess" in point for point in doctor.slow_points())
 
 
 def run_with(**variables):

@@ -1,5 +1,6 @@
 """explain(): what it says of a layer, of a shape, of a card it names, and what it refuses."""
 
+import importlib
 import subprocess
 import sys
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import LoRALinear, backends, explain, replace_linear
+from fused_lora import LoRALinear, backends, choices, explain, replace_linear
 from fused_lora.pretrain.llama import MLP, Attention, LlamaConfig
+from tests.cards import CUDA
 
+of_explain = importlib.import_module("fused_lora.explain")
 SHAPE = dict(in_features=4096, out_features=1024, r=16)
 CARDS = ["A100", "A6000", "RTX 3090", "RTX 4090", "H100"]
 
@@ -152,13 +155,32 @@ def test_a_card_without_triton():
     assert result.stderr.strip().endswith("ModuleNotFoundError: explaining for a GPU needs triton installed")
 
 
+def test_a_choice_is_a_guess_until_it_is_measured(card):
+    card(86)
+    told = explain(tokens=8000, device="cuda:0", **SHAPE)
+    assert told.backend == "triton"
+    assert told.reason == f"cuda tensor of torch.bfloat16; {choices.GUESS}"
+    assert told.forward
+    key = choices.key_of(8192, 1024, 4096, 16, torch.bfloat16, 0.0)
+    choices.remember(CUDA, key, {"triton": 130.0, "addmm": 100.0})
+    told = explain(tokens=8000, device="cuda:0", **SHAPE)
+    reason = "measured by fused_lora.tune: addmm 1.00, triton 1.30"
+    assert (told.backend, told.reason, told.forward) == ("addmm", reason, ())
+    assert str(told).splitlines()[1] == f"backend: addmm ({reason})"
+    assert explain(tokens=8000, p=0.1, device="cuda:0", **SHAPE).backend == "triton"
+    assert explain(tokens=9000, device="cuda:0", **SHAPE).backend == "triton"
+    assert explain(tokens=8000, gpu="A6000", **SHAPE).reason == "explained for A6000"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_this_machines_gpu(dtype):
     layer = LoRALinear(264, 136, 16, 24.0, device="cuda", dtype=dtype)
     told = explain(layer, tokens=300)
     chosen = backends.choose(layer.weight.device, dtype)
-    assert (told.backend, told.reason, told.device) == (chosen.name, chosen.reason, "cuda:0")
+    assert (told.backend, told.device) == (chosen.name, "cuda:0")
+    guess = f"; {choices.GUESS}" if choices.is_guess(layer.weight.device, chosen.name) else ""
+    assert told.reason == chosen.reason + guess
     assert told.forward
     assert told.backward
 
@@ -169,6 +191,28 @@ def fused_block():
     )
     replace_linear(model, r=4)
     return model
+
+
+def test_what_was_measured_keeps_layers_apart(monkeypatch):
+    """A group and an MLP that csrc would compute as one."""
+    block = fused_block()
+    monkeypatch.setattr(of_explain, "together", lambda layers, like: [layer.lora_part() for layer in layers])
+    monkeypatch.setattr(type(block["mlp"]), "why_not", lambda mlp, like: None)
+    asked = []
+
+    def measured(rows, parts, p):
+        asked.append((rows.shape[0], len(parts), p))
+        return "measured elsewhere" if rows.shape[0] == 100 else None
+
+    monkeypatch.setattr(of_explain, "measured_obstacle", measured)
+    for tokens, how, fused in (
+        (100, "one by one: measured elsewhere", "no: measured elsewhere"),
+        (200, "in one launch", "act(gate) up is made"),
+    ):
+        layers = explain(block, tokens=tokens).layers
+        assert layers["attention.k_proj"].notes[-1].endswith(f"computed {how}")
+        assert layers["mlp"].fused.startswith(fused)
+    assert asked == [(100, 3, 0.0)] * 2 + [(200, 3, 0.0)] * 2
 
 
 def test_a_group_and_an_mlp_say_whether_they_are_computed_as_one():

@@ -12,6 +12,7 @@ PROGRAMS = [
     ("examples.demo", "demo", "matplotlib"),
     ("examples.table1", "pretrain", "tokenizers"),
     ("bench.steps", "bench", "tqdm"),
+    ("fused_lora.tune", "tune", "tqdm"),
 ]
 
 

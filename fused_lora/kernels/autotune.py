@@ -15,18 +15,18 @@ import triton
 from torch import distributed
 from triton.runtime.errors import OutOfResources
 
-from .tile_file import TileFile
+from ..measured_file import MeasuredFile
 from .tiles import Gpu, Tile, legal
 
-_file = cache(TileFile)
+_file = cache(MeasuredFile)
 _choices: dict[tuple[str, str], Tile] = {}  # by file and key
 _choosing = Lock()
 
 
-def bucket(kernel: str, M: int, N: int, K: int, r: int, dtype: torch.dtype, *flags: bool) -> str:
-    """The key of a shape: M up to the next power of two, the layer's own sizes exactly."""
-    marks = "".join("ft"[flag] for flag in flags)
-    return f"{kernel}/M{1 << max(M - 1, 0).bit_length()}/N{N}/K{K}/r{r}/{str(dtype).removeprefix('torch.')}/{marks}"
+def _as_tile(entry: object) -> Tile | None:
+    """An entry of the file; None for what is missing or no tile. Whether it may be launched is for `legal` to say."""
+    is_tile = isinstance(entry, list) and [type(number) for number in entry] == [int] * 5
+    return Tile(*entry) if is_tile else None
 
 
 def _measure(run: Callable[[Tile], object], tile: Tile) -> float:
@@ -54,7 +54,7 @@ def tuned(
 
 def _choose(gpu: Gpu, key: str, default: Tile, candidates, run, like, tma: bool) -> Tile:
     file = _file(gpu.tile_cache)
-    known = file.get(key)
+    known = _as_tile(file.get(key))
     if known is not None and not legal(known, gpu, like.dtype.itemsize, tma):
         known = None
     if not like.is_cuda:  # nothing is computed, and nothing decided
@@ -65,7 +65,7 @@ def _choose(gpu: Gpu, key: str, default: Tile, candidates, run, like, tma: bool)
         choice = min(dict.fromkeys([default, *candidates]), key=lambda tile: _measure(run, tile))
     choice = _choices[gpu.tile_cache, key] = _of_all_ranks(f"{Path(gpu.tile_cache).name}/{key}", choice)
     if measures:
-        file.put(key, choice)
+        file.put(key, list(astuple(choice)))
     return choice
 
 

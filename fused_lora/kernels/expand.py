@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..measured_file import bucket
 from . import tiles
-from .autotune import bucket, tuned
+from .autotune import tuned
 from .dropout import Dropout, keep_mask
 from .launch import Layout, Plan, dense, planned, pointers_aligned
 from .primitives import accumulate, grouped_order, store_tile

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..measured_file import bucket
 from . import tiles
-from .autotune import bucket, tuned
+from .autotune import tuned
 from .expand import GROUP_M, one_loop_tiles
 from .factor_grads import SplitGrad, factor_grad_tile, finish
 from .launch import Layout, Plan, planned

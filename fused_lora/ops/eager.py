@@ -7,14 +7,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, choices
 from ..reference import DOWN_SEED
-from .parts import Part, flatten
+from .lora_parts import measured_obstacle
+from .parts import Part, flatten, unflatten
 
 
 def csrc():
     """The extension, whose functions give None for calls that are not for them; None without it."""
-    return None if torch.compiler.is_compiling() else backends.eager_extension()
+    if torch.compiler.is_compiling():
+        return None
+    extension = backends.eager_extension()
+    return extension if extension is None or not choices.any_measured() else AskFirst(extension)
+
+
+class AskFirst:
+    """The extension where fused_lora.tune has measured, which csrc does not know: None too for calls of shapes that
+    another backend computes faster."""
+
+    def __init__(self, extension):
+        self.extension = extension
+
+    def lora_linear(self, x, weight, A, B, bias, scale, seed, p):
+        if _elsewhere(x, [Part(weight, A, B)], p):
+            return None
+        return self.extension.lora_linear(x, weight, A, B, bias, scale, seed, p)
+
+    def lora_group(self, x, flat, seed, p):
+        return None if _elsewhere(x, unflatten(flat), p) else self.extension.lora_group(x, flat, seed, p)
+
+    def lora_mlp(self, x, flat, seed, down_seed, p, act, saves_all):
+        if _elsewhere(x, unflatten(flat), p):
+            return None
+        return self.extension.lora_mlp(x, flat, seed, down_seed, p, act, saves_all)
+
+
+def _elsewhere(x: Tensor, parts: Sequence[Part], p: float) -> bool:
+    """Whether another backend computes a part of the call faster; what is no call at all is for csrc to find."""
+    matrices = all(tensor.dim() == 2 for part in parts for tensor in (part.weight, part.A, part.B))
+    return matrices and x.dim() > 0 and measured_obstacle(x, parts, p) is not None
 
 
 def is_probability(p) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import addmm, backends, padding, reference
+from .. import addmm, backends, choices, padding, reference
 from .library import define, launching
 from .parts import Part, columns, flatten, unflatten
 
@@ -33,8 +33,16 @@ def obstacle(device: torch.device, dtype: torch.dtype, parts: Sequence[Part], ga
     with_factors = [part for part in parts if part.A.numel() > 0]
     ranks = tuple(part.r for part in with_factors)
     readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in with_factors)
-    found = backends.together_obstacle(device, dtype, ranks, readable)
-    return found or (backends.gated_obstacle(ranks) if gated else None)
+    found = choices.together_obstacle(device, dtype, ranks, readable)
+    return found or (choices.gated_obstacle(ranks) if gated else None)
+
+
+def measured_obstacle(x: Tensor, parts: Sequence[Part], p: float) -> str | None:
+    """Why fused_lora.tune's measurements leave not all parts to csrc, or None; x as obstacle's has it."""
+    if not (x.is_cuda and choices.any_measured()):
+        return None
+    found = (choice(x, part, p) for part in parts if part.A.numel() > 0)
+    return next((each.reason for each in found if each.name != "cuda"), None)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -47,16 +55,23 @@ def like(rows: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
 
 
-def _in_csrc(x: Tensor, parts: Sequence[Part], gated: bool) -> bool:
-    return x.numel() > 0 and obstacle(x.device, x.dtype, parts, gated) is None
+def _in_csrc(x: Tensor, parts: Sequence[Part], gated: bool, p: float) -> bool:
+    if x.numel() == 0 or obstacle(x.device, x.dtype, parts, gated) is not None:
+        return False
+    return measured_obstacle(x, parts, p) is None
 
 
-def _backend(x: Tensor, part: Part) -> str:
-    """Of a part by itself."""
+def choice(x: Tensor, part: Part, p: float) -> backends.Choice:
+    """Of a part by itself, of as many rows as x has."""
+    N, K = part.weight.shape
+    M, readable = math.prod(x.shape[:-1]), backends.csrc_reads(part.weight, part.A, part.B)
+    return choices.choose_lora_linear(x.device, x.dtype, part.r, readable, M, N, K, p)
+
+
+def _backend(x: Tensor, part: Part, p: float) -> str:
     if x.numel() == 0 or part.weight.numel() == 0 or part.A.numel() == 0:
         return "reference"  # empty products have no tiles; the reference gets them right for free
-    readable = backends.csrc_reads(part.weight, part.A, part.B)
-    return backends.choose_lora_linear(x.device, x.dtype, part.r, readable).name
+    return choice(x, part, p).name
 
 
 def _kernel_bias(bias: Tensor | None) -> Tensor | None:
@@ -72,7 +87,7 @@ def _for_kernels(*parts: Part) -> list[Tensor | None]:
 
 def _forward(x, tensors, p, act, keep):
     parts, gated = unflatten(tensors), bool(act)
-    if _in_csrc(x, parts, gated):
+    if _in_csrc(x, parts, gated, p):
         results = ops.cuda_lora_parts_forward(x, _for_kernels(*parts), p, act, keep)
         own = len(results) - len(parts)
         return [*results[:own], *(xa.contiguous() for xa in results[own:])]
@@ -92,7 +107,7 @@ def _padded(y: Tensor) -> Tensor:
 def _forward_alone(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
     """(y, xa) of rows."""
     weight, A, B, bias, scale, seed = part
-    backend = _backend(x, part)
+    backend = _backend(x, part, p)
     if backend == "cuda":
         y, xa = ops.cuda_lora_parts_forward(x, _for_kernels(part), p, [], "none")
         return y, xa.contiguous()
@@ -119,7 +134,7 @@ def _forward_fake(x, tensors, p, act, keep):
 
 def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors):
     parts = unflatten(tensors)
-    if _in_csrc(xs[0], parts, bool(act)):
+    if _in_csrc(xs[0], parts, bool(act), p):
         grads = ops.cuda_lora_parts_backward(
             dys, xs, _for_kernels(*parts), xas, dxas, p, need_dx, needs, act, gated, factors
         )
@@ -160,7 +175,7 @@ def _backward_gated(dy, part, xa, p, act, gated, factors):
 
 def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbias):
     """(dx, dA, dB, dbias, dxa) of one part; what is not wanted is empty, dxa None where nothing wanted it."""
-    rows, rows_dy, backend = rows_of(x), rows_of(dy), _backend(x, part)
+    rows, rows_dy, backend = rows_of(x), rows_of(dy), _backend(x, part, p)
     weight, A, B, bias, scale, seed = part
     needs = (need_dx and dxa is None, need_dA, need_dB)
     dbias = None

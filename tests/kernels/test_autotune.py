@@ -1,6 +1,6 @@
 import json
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from threading import Thread
 
@@ -76,7 +76,7 @@ def test_an_entry_that_is_not_legal_is_measured_anew(entry, gpu, monkeypatch):
 )
 @pytest.mark.parametrize("name", ["H100", "A100"])
 def test_kernels_say_what_is_legal_for_them(name, tile, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune.TileFile, "get", lambda self, key: tile)
+    monkeypatch.setattr(autotune.MeasuredFile, "get", lambda self, key: list(astuple(tile)))
     gpu = replace(KNOWN_GPUS[name], tile_cache=str(tmp_path / "tiles.json"))
     with record_launches() as records:
         Problem.random(256, 128, 256, 16, torch.bfloat16).kernels(gpu)
@@ -86,6 +86,12 @@ def test_kernels_say_what_is_legal_for_them(name, tile, tmp_path, monkeypatch):
     assert len(metas) == 2
     assert (found == {tile}) == tiles.legal(tile, gpu, 2, gpu.has_tma)
     assert all(tiles.legal(each, gpu, 2, gpu.has_tma) for each in found)
+
+
+@pytest.mark.parametrize("entry", [None, 1, {}, [], [64, 64, 32, 4], [64, 64, 32, 4, "2"], [64, 64, 32, 4, True]])
+def test_an_entry_that_is_no_tile_is_none(entry):
+    assert autotune._as_tile(entry) is None
+    assert autotune._as_tile([64, 64, 32, 4, 2]) == DEFAULT
 
 
 def test_threads_measure_once(gpu, monkeypatch):
@@ -154,13 +160,6 @@ def test_off_and_where_nothing_can_be_timed(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert tuned(gpu, runs) == DEFAULT
     assert runs == []
-
-
-def test_buckets_round_the_tokens_only():
-    sizes = (512, 256, 16, torch.bfloat16)
-    assert autotune.bucket("expand", 1000, *sizes, True) == autotune.bucket("expand", 1024, *sizes, True)
-    assert autotune.bucket("expand", 1000, *sizes, True) != autotune.bucket("expand", 1025, *sizes, True)
-    assert autotune.bucket("expand", 1000, *sizes, True) != autotune.bucket("expand", 1000, *sizes, False)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The file of measured tiles: whatever is wrong with it, no error, and one warning."""
+"""A file of measurements: whatever is wrong with it, no error, and one warning."""
 
 import fcntl
 import json
@@ -8,12 +8,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from fused_lora.kernels import tile_file
-from fused_lora.kernels.tile_file import TileFile
-from fused_lora.kernels.tiles import Tile
+from fused_lora import measured_file
+from fused_lora.measured_file import MeasuredFile, bucket
 
-TILE = Tile(64, 64, 32, 4, 2)
+ENTRY = [64, 64, 32, 4, 2]
 
 
 @pytest.fixture
@@ -22,16 +22,16 @@ def path(tmp_path):
 
 
 def put_two(path):
-    file = TileFile(str(path))
-    file.put("a", TILE)
-    file.put("b", TILE)
+    file = MeasuredFile(str(path))
+    file.put("a", ENTRY)
+    file.put("b", ENTRY)
     return file
 
 
 def test_what_is_put_is_there_for_others(path):
-    TileFile(str(path)).put("a", TILE)
-    other = TileFile(str(path))
-    assert (other.get("a"), other.get("b")) == (TILE, None)
+    MeasuredFile(str(path)).put("a", ENTRY)
+    other = MeasuredFile(str(path))
+    assert (other.get("a"), other.get("b"), len(other)) == (ENTRY, None, 1)
     mask = stat.S_IMODE(path.parent.stat().st_mode) & 0o666
     assert stat.S_IMODE(path.stat().st_mode) == mask  # not the owner's alone
 
@@ -44,14 +44,6 @@ def test_a_damaged_file_is_replaced_with_one_warning(text, path):
         put_two(path)
     assert len(told) == 1
     assert json.loads(path.read_text()) == {"a": [64, 64, 32, 4, 2], "b": [64, 64, 32, 4, 2]}
-
-
-@pytest.mark.parametrize("entry", [None, 1, {}, [], [64, 64, 32, 4], [64, 64, 32, 4, "2"], [64, 64, 32, 4, True]])
-def test_an_entry_that_is_no_tile_is_none(entry, path):
-    path.parent.mkdir()
-    path.write_text(json.dumps({"a": entry, "b": [64, 64, 32, 4, 2]}))
-    file = TileFile(str(path))
-    assert (file.get("a"), file.get("b")) == (None, TILE)
 
 
 def forbidden(*_, **__):
@@ -73,36 +65,41 @@ def unreadable(path, monkeypatch):
 
 
 def unwritable(path, monkeypatch):
-    monkeypatch.setattr(tile_file.os, "replace", forbidden)
+    monkeypatch.setattr(measured_file.os, "replace", forbidden)
 
 
 @pytest.mark.parametrize("obstruct", [in_a_file, as_a_folder, unreadable, unwritable])
-def test_what_cannot_be_used_is_told_once_and_tiles_stay_in_memory(obstruct, path, monkeypatch):
+def test_what_cannot_be_used_is_told_once_and_entries_stay_in_memory(obstruct, path, monkeypatch):
     obstruct(path, monkeypatch)
     before = path.read_bytes() if path.is_file() else None
     with pytest.warns(RuntimeWarning, match=r"tiles\.json, cannot be (read|written)") as told:
         file = put_two(path)
     assert len(told) == 1
-    assert (file.get("a"), file.get("b")) == (TILE, TILE)
+    assert (file.get("a"), file.get("b")) == (ENTRY, ENTRY)
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
+def test_a_folder_that_is_none_is_not_told_where_nothing_is_measured(path, monkeypatch):
+    in_a_file(path, monkeypatch)
+    assert len(MeasuredFile(str(path))) == 0
+
+
 def test_a_lock_that_is_held_for_ever_is_not_waited_for(path, monkeypatch):
-    monkeypatch.setattr(tile_file, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(measured_file, "LOCK_SECONDS", 0.05)
     path.parent.mkdir()
-    file = TileFile(str(path))
+    file = MeasuredFile(str(path))
     with open(f"{path}.lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.warns(RuntimeWarning, match="cannot be written .another process holds .*lock"):
-            file.put("a", TILE)
-    assert file.get("a") == TILE
+            file.put("a", ENTRY)
+    assert file.get("a") == ENTRY
     assert not path.exists()
 
 
 def put_many(path, writer):
-    file = TileFile(path)
+    file = MeasuredFile(path)
     for i in range(40):
-        file.put(f"{writer} {i}", Tile(64, 64, 32, 4, i + 1))
+        file.put(f"{writer} {i}", [64, 64, 32, 4, i + 1])
 
 
 def test_writers_lose_nothing(path):
@@ -114,7 +111,7 @@ def test_writers_lose_nothing(path):
 
 
 def test_a_reader_never_sees_half_a_file(path):
-    TileFile(str(path)).put("a", TILE)
+    MeasuredFile(str(path)).put("a", ENTRY)
     ended = threading.Event()
 
     def write():
@@ -127,3 +124,10 @@ def test_a_reader_never_sees_half_a_file(path):
         assert "a" in json.loads(path.read_text())
     writer.join()
     assert sorted(os.listdir(path.parent)) == ["tiles.json", "tiles.json.lock"]
+
+
+def test_buckets_round_the_tokens_only():
+    sizes = (512, 256, 16, torch.bfloat16)
+    assert bucket("expand", 1000, *sizes, True) == bucket("expand", 1024, *sizes, True)
+    assert bucket("expand", 1000, *sizes, True) != bucket("expand", 1025, *sizes, True)
+    assert bucket("expand", 1000, *sizes, True) != bucket("expand", 1000, *sizes, False)

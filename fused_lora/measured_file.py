@@ -1,7 +1,7 @@
-"""The file of measured tiles: JSON, an entry a shape. Whatever becomes of it, computing goes on.
+"""A file of what was measured on a card: JSON, an entry a shape. Whatever becomes of it, computing goes on.
 
 It may be damaged, somebody else's or on a full disk, and other processes write to it too. The first trouble is told in
-a warning. A damaged file is replaced; where nothing can be written, this process remembers its own tiles.
+a warning. A damaged file is replaced; where nothing can be written, this process remembers its own measurements.
 """
 
 import json
@@ -10,37 +10,44 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
 from pathlib import Path
 
-from .tiles import Tile
+import torch
 
 LOCK_SECONDS = 10  # others hold the lock for milliseconds, unless they were stopped
 
 
-class TileFile:
-    """What the file held when it was read last, and what this process has measured."""
+def bucket(what: str, M: int, N: int, K: int, r: int, dtype: torch.dtype, *flags: bool) -> str:
+    """The key of a shape: M up to the next power of two, the layer's own sizes exactly."""
+    marks = "".join("ft"[flag] for flag in flags)
+    return f"{what}/M{1 << max(M - 1, 0).bit_length()}/N{N}/K{K}/r{r}/{str(dtype).removeprefix('torch.')}/{marks}"
+
+
+class MeasuredFile:
+    """What the file held when it was read last, and what this process has measured; writable until that has failed."""
 
     def __init__(self, path: str):
         self._path = Path(path)
-        self._own: dict[str, list[int]] = {}
+        self._own: dict[str, object] = {}
         self._entries: dict[str, object] = {}
-        self._troubled, self._writable = False, True
+        self._troubled, self.writable = False, True
         try:
             self._entries = self._read()
         except OSError as error:
-            self._tell(f"cannot be read ({error}): tiles are measured anew")
+            if os.path.exists(path):  # else nobody has measured, and nobody need be told
+                self._tell(f"cannot be read ({error}): what it held is measured anew")
 
-    def get(self, key: str) -> Tile | None:
-        """None for what is missing or no tile. Whether a tile may be launched is for `legal` to say."""
-        entry = self._entries.get(key)
-        is_tile = isinstance(entry, list) and [type(number) for number in entry] == [int] * 5
-        return Tile(*entry) if is_tile else None
+    def __len__(self) -> int:
+        return len(self._entries)
 
-    def put(self, key: str, tile: Tile) -> None:
+    def get(self, key: str) -> object:
+        """Whatever JSON holds under `key`, None for nothing: whether it makes sense is for the caller to say."""
+        return self._entries.get(key)
+
+    def put(self, key: str, entry: object) -> None:
         """Adds an entry to all that are in the file by now, and writes it whole or not at all."""
-        self._own[key] = self._entries[key] = list(astuple(tile))
-        if not self._writable:
+        self._own[key] = self._entries[key] = entry
+        if not self.writable:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +57,7 @@ class TileFile:
                 beside.write_text(json.dumps(self._entries, indent=1, sort_keys=True), "utf-8")
                 os.replace(beside, self._path)
         except (OSError, ImportError) as error:
-            self._writable = False
+            self.writable = False
             self._tell(f"cannot be written ({error}): this process remembers its own")
 
     def _read(self) -> dict[str, object]:
@@ -69,7 +76,7 @@ class TileFile:
     def _tell(self, trouble: str) -> None:
         if not self._troubled:
             self._troubled = True
-            warnings.warn(f"the file of measured tiles, {self._path}, {trouble}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"the file of measurements, {self._path}, {trouble}", RuntimeWarning, stacklevel=2)
 
 
 @contextmanager

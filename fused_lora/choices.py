@@ -1,0 +1,127 @@
+"""Which backend a LoRA linear gets: the fastest by what fused_lora.tune has measured on its device, else backends.py's
+choice; and whether several linears are one launch.
+
+Times lie in a file that is read when a process first asks, by buckets of shapes, as the measured tiles.
+"""
+
+import math
+from functools import cache
+from operator import itemgetter
+
+import torch
+
+from . import backends
+from .backends import Choice
+from .measured_file import MeasuredFile, bucket
+
+COMMAND = "python -m fused_lora.tune"
+GUESS = f"a guess for this card: {COMMAND} measures it"
+Times = dict[str, float | None]  # microseconds by backend; None where one was tried and did not run
+
+
+@cache
+def measured(device: torch.device) -> MeasuredFile:
+    """What fused_lora.tune has measured on a CUDA device; false where that is nothing."""
+    return MeasuredFile(backends.cache_file("backends", device))
+
+
+@cache
+def any_measured() -> bool:
+    """Whether fused_lora.tune has measured anything on this machine."""
+    return any(measured(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+
+
+def remember(device: torch.device, key: str, times: Times) -> None:
+    """For this process and later ones: each backend's time for the calls of a key_of."""
+    measured(device).put(key, times)
+    any_measured.cache_clear()
+    _choose.cache_clear()
+
+
+def key_of(M: int, N: int, K: int, r: int, dtype: torch.dtype, p: float) -> str:
+    """Calls of one choice. Dropout's masks and float32's precision make other products fast."""
+    return bucket("lora_linear", M, N, K, r, dtype, p > 0, backends.precision(dtype) == "tf32")
+
+
+def times_of(device: torch.device, key: str) -> Times:
+    """Empty for what was not measured, or makes no sense."""
+    entry = measured(device).get(key)
+    makes_sense = isinstance(entry, dict) and all(map(_is_time, entry.values()))
+    return entry if makes_sense else {}
+
+
+def _is_time(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
+
+
+def ranked(times: Times) -> list[tuple[str, float]]:
+    """Those that ran, the fastest first."""
+    return sorted(((name, time) for name, time in times.items() if time is not None), key=itemgetter(1))
+
+
+def in_words(times: Times) -> str:
+    """cuda 1.00, addmm 1.12: over the fastest."""
+    order = ranked(times)
+    return ", ".join(f"{name} {time / order[0][1]:.2f}" for name, time in order)
+
+
+@cache
+def _choose(device: torch.device, dtype: torch.dtype, r: int, readable: bool, key: str) -> Choice:
+    built_in, times = backends.choose_lora_linear(device, dtype, r, readable), times_of(device, key)
+    if built_in.name not in times:  # or what can run now could not when it was measured
+        return built_in
+    obstacle = backends.lora_linear_obstacle
+    runs = {name: time for name, time in times.items() if obstacle(name, device, dtype, r, readable) is None}
+    order = ranked(runs)
+    return Choice(order[0][0], f"measured by fused_lora.tune: {in_words(runs)}") if order else built_in
+
+
+def choose_lora_linear(
+    device: torch.device, dtype: torch.dtype, r: int, readable: bool, M: int, N: int, K: int, p: float
+) -> Choice:
+    """The backend of M rows through a LoRA linear, with dropout p; the rest as in backends.choose_lora_linear."""
+    if device.type != "cuda" or not any_measured() or backends.forced_backend() is not None:
+        return backends.choose_lora_linear(device, dtype, r, readable)
+    return _choose(device, dtype, r, readable, key_of(M, N, K, r, dtype, p))
+
+
+def is_guess(device: torch.device, name: str) -> bool:
+    """Whether backends.py's choice of a backend rests on no measurement of such a card: all but csrc on 9.0."""
+    if device.type != "cuda" or name not in ("cuda", "triton") or backends.forced_backend() is not None:
+        return False
+    return name == "triton" or backends.gpu(device).capability != 90
+
+
+def explained(device: torch.device, dtype: torch.dtype, r: int, readable: bool, *sizes_and_p) -> Choice:
+    """choose_lora_linear's, whose reason says of a guess that it is one."""
+    choice = choose_lora_linear(device, dtype, r, readable, *sizes_and_p)
+    built_in = backends.choose_lora_linear(device, dtype, r, readable)
+    if choice != built_in or not is_guess(device, choice.name):
+        return choice
+    return Choice(choice.name, f"{choice.reason}; {GUESS}")
+
+
+def _constant_when_compiled(function):
+    """As torch.compiler.assume_constant_result, which would import the compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@cache
+def _together_obstacle(device, dtype, ranks: tuple[int, ...], readable: bool, forced: str | None) -> str | None:
+    choices = [backends.choose_lora_linear(device, dtype, r, readable) for r in ranks]
+    return next((choice.reason for choice in choices if choice.name != "cuda"), None)
+
+
+@_constant_when_compiled
+def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int, ...], readable: bool) -> str | None:
+    """Why linears of one x are not csrc's, or None; readable as by csrc_reads."""
+    return _together_obstacle(device, dtype, ranks, readable, backends.forced_backend())
+
+
+@_constant_when_compiled
+def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
+    """Why csrc's gated passes do not take ranks that its others do, or None."""
+    from . import _C
+
+    return next(filter(None, map(_C.gated_obstacle, ranks)), None)

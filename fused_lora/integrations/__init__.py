@@ -1,0 +1,1 @@
+"""What other libraries are asked: the only imports of them."""
