@@ -1,0 +1,116 @@
+"""A product by tiles: out (M, N), summed over a depth, and what it reads.
+
+    time = launch + heat (waves (steps step + tile_end))
+    waves = ceil(tiles / workers)        step = pace 2 rows cols depth / (peak tflops / workers)
+    heat(t) = t (1 + sag (1 - exp(-(started + t / 2) / settle)))
+
+A worker is what makes a tile: on Hopper two SMs, 256 x 256 in steps of 64; before it one SM, 256 x 128 in steps of 32.
+cuBLAS's tiles and csrc's are of these sizes. Where there are few, they are half as wide in 0.56 of the time.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, exp
+
+from ..cards import Card
+from .rates import Products
+
+NARROW = 0.56  # of a tile's time for half its columns (csrc/sm90/tiling.cuh)
+GROUP = 8  # items' rows whose tiles run together, so that L2 serves them
+
+
+@dataclass(frozen=True)
+class Launch:
+    """flops: those that the result needs. bytes: from and to memory. us: predicted."""
+
+    name: str
+    flops: float
+    bytes: float
+    us: float
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of an architecture, and how many are made at once."""
+
+    cols: int
+    depth: int  # of a step
+    workers: int
+    rows: int = 256
+
+    def steps(self, depth: int) -> int:
+        return ceil(depth / self.depth)
+
+    def is_narrow(self, M: int, N: int) -> bool:
+        """Whether half tiles are through earlier."""
+        waves, narrow = (ceil(self.tiles(M, N, cols) / self.workers) for cols in (self.cols, self.cols // 2))
+        return NARROW * narrow < waves
+
+    def tiles(self, M: int, N: int, cols: int) -> int:
+        return ceil(M / self.rows) * ceil(N / cols)
+
+
+def tiling_of(card: Card) -> Tiling:
+    return Tiling(256, 64, card.sm_count // 2) if card.capability >= 90 else Tiling(128, 32, card.sm_count)
+
+
+def step_time(card: Card, tiling: Tiling) -> float:
+    """Of a tile."""
+    return 2 * tiling.rows * tiling.cols * tiling.depth * tiling.workers / (card.peak * card.tflops * 1e6)
+
+
+def heated(us: float, started: float, sag: float, settle: float) -> float:
+    """us of work that begins after `started` us of other work."""
+    return us * (1 + sag * (1 - exp(-(started + us / 2) / settle)))
+
+
+def memory_time(card: Card, products: Products, bytes_moved: float) -> float:
+    return bytes_moved / (products.stream * card.gigabytes * 1e3)
+
+
+def fits(card: Card, size: float) -> bool:
+    """Whether L2 keeps it beside what streams through."""
+    return 2 * size <= card.l2 * 1e6
+
+
+def group_bytes(depth: int, itemsize: int) -> int:
+    """Of lhs, of the rows whose tiles run together."""
+    return GROUP * 256 * depth * itemsize
+
+
+def tile_bytes(M: int, N: int, depth: int, card: Card, itemsize: int) -> float:
+    """That all tiles read and write: lhs once where a group's rows stay in L2, else once a wave; the weight once where
+    it stays, else once a group."""
+    tiling = tiling_of(card)
+    waves = GROUP * ceil(N / tiling.cols) / tiling.workers
+    lhs = 1.0 if fits(card, group_bytes(depth, itemsize)) else max(1.0, waves)
+    weight = 1 if fits(card, N * depth * itemsize) else ceil(M / (GROUP * tiling.rows))
+    return (M * depth * lhs + N * depth * weight + M * N) * itemsize
+
+
+def waves_of(M: int, N: int, tiling: Tiling) -> tuple[float, bool]:
+    """(tiles over workers, whether tiles are narrow)."""
+    narrow = tiling.is_narrow(M, N)
+    return tiling.tiles(M, N, tiling.cols // 2 if narrow else tiling.cols) / tiling.workers, narrow
+
+
+def product(name: str, M: int, N: int, depth: int, card: Card, products: Products, started: float, itemsize: int):
+    """One launch that does nothing else."""
+    tiling = tiling_of(card)
+    waves, narrow = waves_of(M, N, tiling)
+    steps = tiling.steps(depth) * products.pace * step_time(card, tiling) * (NARROW if narrow else 1)
+    moved = tile_bytes(M, N, depth, card, itemsize)
+    us = heated(ceil(waves) * (steps + products.tile_end), started, products.sag, products.settle)
+    return Launch(name, 2 * M * N * depth, moved, products.launch + max(us, memory_time(card, products, moved)))
+
+
+def thin(name: str, M: int, K: int, r: int, card: Card, products: Products, itemsize: int, reads: int = 1) -> Launch:
+    """A product of one long matrix (M, K) and ranks: bound by that matrix's bytes, `reads` times, or by its rate."""
+    flops, moved = 2 * M * K * r, (reads * M * K + r * (M + K)) * itemsize
+    padded = 2 * M * K * max(16, r)
+    us = max(memory_time(card, products, moved), padded / (products.skinny * card.peak * card.tflops * 1e6))
+    return Launch(name, flops, moved, products.launch + us)
+
+
+def total(launches: Iterable[Launch]) -> float:
+    return sum(launch.us for launch in launches)

@@ -1,0 +1,75 @@
+"""How fast the kernels of an architecture are, in few numbers: `python -m bench.predictions` fits and prints them.
+
+Microseconds, or shares. Hopper's are fitted to six of the benchmark's shapes on an H200, those of compute capability 8
+to half of what an H200 was measured at that plays an A100. A card brings its own rates of products and of memory.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(frozen=True)
+class Products:
+    """launch: of one kernel. pace: a step's time over that at the card's peak. tile_end: from a tile's last step to the
+    next one's first. sag: by which share products get slower while the card heats up to its power limit; settle: after
+    how long most of that has come. skinny: the share of the peak that products over or to few ranks reach. stream: the
+    share of the datasheet's bandwidth that they reach."""
+
+    launch: float
+    pace: float
+    tile_end: float
+    sag: float
+    settle: float
+    skinny: float
+    stream: float
+
+
+@dataclass(frozen=True)
+class Csrc:
+    """launch, pace and sag as in Products, whose other numbers hold here too. shrink: a step of such an item but for its
+    products; gradient: the same."""
+
+    launch: float
+    pace: float
+    sag: float
+    shrink: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class Triton:
+    """launch, pace, skinny and stream as in Products, whose other numbers hold here too."""
+
+    launch: float
+    pace: float
+    skinny: float
+    stream: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of the three kinds of kernels on one architecture."""
+
+    cublas: Products
+    csrc: Csrc
+    triton: Triton
+
+    @property
+    def triton_products(self) -> Products:
+        return replace(self.cublas, **asdict(self.triton))
+
+
+HOPPER = Rates(
+    Products(launch=1.7, pace=1.0, tile_end=1.7, sag=0.25, settle=1520, skinny=0.5, stream=0.6),
+    Csrc(launch=6.3, pace=1.0, sag=0.19, shrink=0.26, gradient=0.55),
+    Triton(launch=4.0, pace=1.02, skinny=0.5, stream=0.6),
+)
+AMPERE = Rates(
+    Products(launch=3.0, pace=1.0, tile_end=3.0, sag=0.0, settle=1500, skinny=0.5, stream=0.6),
+    Csrc(launch=6.0, pace=1.05, sag=0.0, shrink=0.35, gradient=0.4),
+    Triton(launch=4.0, pace=1.6, skinny=0.45, stream=0.6),
+)
+
+
+def rates_of(capability: int) -> Rates:
+    """Of a compute capability, as 80 for 8.0."""
+    return HOPPER if capability >= 90 else AMPERE
