@@ -1,4 +1,4 @@
-"""Fits the numbers of fused_lora.predict to measurements, and checks them on shapes kept out: `python -m bench.predictions`.
+"""Fits fused_lora.predict to measurements and checks it on shapes kept out: `python -m bench.predictions`.
 
 Reads results.json of an H200 and of an H200 that plays an A100 (until that is measured: what docs/sm80.md has of it),
 fits half of the shapes, the extreme ones, by least squares in logarithms, and prints the others' errors. What it prints
@@ -36,44 +36,60 @@ AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.75)
 BELIEVED = {
     "card.peak": (0.83, 0.02), "cublas.launch": (3.0, 0.05), "cublas.tile_end": (1.5, 0.1), "cublas.sag": (0.2, 0.05),
     "cublas.settle": (1500, 0.05), "cublas.skinny": (0.5, 0.02), "cublas.stream": (0.8, 0.05),
-    "csrc.launch": (7.0, 0.1), "csrc.pace": (1.0, 0.05), "csrc.sag": (0.2, 0.05), "csrc.shrink": (0.3, 0.1),
-    "csrc.gradient": (0.6, 0.1), "triton.launch": (4.0, 0.05), "triton.pace": (1.0, 0.02),
-    "triton.skinny": (0.5, 0.02), "triton.stream": (0.8, 0.05),
+    "csrc.launch": (7.0, 0.1), "csrc.sag": (0.2, 0.05), "csrc.shrink": (0.3, 0.1),
+    "csrc.gradient": (0.6, 0.1), "triton.launch": (4.0, 0.05), "triton.pace": (1.0, 0.05),
+    "triton.skinny": (0.5, 0.02), "triton.stream": (0.9, 1.0),
+}  # fmt: skip
+# Of csrc/sm80, by clocks in its kernels (docs/sm80.md).
+BELIEVED_OF_SM80 = BELIEVED | {
+    "card.peak": (0.75, 0.02), "csrc.launch": (8.0, 0.5), "csrc.pace": (1.06, 1.0), "csrc.shrink": (0.33, 0.3),
+    "csrc.gradient": (0.5, 0.1), "triton.pace": (1.6, 0.02),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    """us of (forward, backward), by the kernels' name; "frozen" is among them. fitted: whether the fit may see it."""
+    """By the kernels' name, "frozen" among them: times in us of (forward, backward), and ratios to the frozen linear's
+    of (forward, both); NaN where it is not known. fitted: whether the fit may see it."""
 
     shape: Shape
-    times: dict[str, tuple[float, float]]
+    times: dict[str, np.ndarray]
+    ratios: dict[str, np.ndarray]
     fitted: bool
-
-    def ratios(self, kernels: str) -> tuple[float, float]:
-        own, frozen = self.times[kernels], self.times["frozen"]
-        return own[0] / frozen[0], sum(own) / sum(frozen)
 
 
 def read_results(path: Path, names: dict[str, str]) -> list[Measured]:
-    """Of a results.json: variants by the names that predictions have for them. Backward is the difference of medians."""
+    """Of a results.json: variants by their names in predictions. Backward is the difference of medians."""
     found = []
     for entry in json.loads(path.read_text())["shapes"]:
         passes = [entry["times"]["graph"][name] for name in (FORWARD, FORWARD_BACKWARD)]
-        times = {}
-        for variant, kernels in names.items():
-            forward, both = (each[variant]["median_us"] for each in passes)
-            times[kernels] = forward, both - forward
-        found.append(Measured(Shape(**entry["shape"]), times, entry["name"] in FITTED))
+        both = {name: np.array([each[variant]["median_us"] for each in passes]) for variant, name in names.items()}
+        times = {name: np.array([forward, whole - forward]) for name, (forward, whole) in both.items()}
+        ratios = {name: of_both / both["frozen"] for name, of_both in both.items()}
+        found.append(Measured(Shape(**entry["shape"]), times, ratios, entry["name"] in FITTED))
+    return found
+
+
+def read_ladder(path: Path) -> list[Measured]:
+    """Of ratios to products, with the products' times where they are known."""
+    found = []
+    for entry in json.loads(path.read_text())["shapes"]:
+        shape, times = Shape(**entry["shape"]), {"frozen": np.array(entry["cublas"] or [np.nan] * 2)}
+        ratios = {"frozen": np.ones(2)}
+        for name in ("csrc", "triton"):
+            told = entry[name] or {}
+            ratios[name] = np.array([told.get(each, np.nan) for each in (FORWARD, FORWARD_BACKWARD)])
+            times[name] = np.array([told.get(each, np.nan) for each in (FORWARD, "backward")]) * times["frozen"]
+        found.append(Measured(shape, times, ratios, str(shape) in FITTED))
     return found
 
 
 def errors(measured: Measured, kernels: str, card: Card, rates: Rates) -> tuple[np.ndarray, np.ndarray]:
-    """(launches: predicted over measured, minus one; ratios: predicted minus measured), forward and backward of each."""
+    """(passes: predicted over measured, minus one; ratios: predicted minus measured)."""
     found = prediction(measured.shape, kernels, card, rates)
     predicted = np.array([total(found.forward), total(found.backward)])
     ratios = np.array([found.forward_ratio, found.ratio])
-    return predicted / measured.times[kernels] - 1, ratios - measured.ratios(kernels)
+    return predicted / measured.times[kernels] - 1, ratios - measured.ratios[kernels]
 
 
 def prediction(shape: Shape, kernels: str, card: Card, rates: Rates) -> Prediction:
@@ -86,7 +102,8 @@ def residuals(data: list[Measured], kernels: tuple[str, ...], card: Card, rates:
         for name in kernels:
             launches, ratios = errors(measured, name, card, rates)
             parts += [np.log1p(launches), RATIO_WEIGHT * ratios]
-    return np.concatenate(parts)
+    found = np.concatenate(parts)
+    return found[~np.isnan(found)]
 
 
 def with_values(card: Card, rates: Rates, values: dict[str, float]) -> tuple[Card, Rates]:
@@ -114,16 +131,16 @@ def least_squares(function: Callable[[np.ndarray], np.ndarray], start: np.ndarra
     return x
 
 
-def fit(data: list[Measured], kernels: tuple[str, ...], free: tuple[str, ...], card: Card, rates: Rates):
+def fit(data: list[Measured], kernels, free, believed: dict[str, tuple[float, float]], card: Card, rates: Rates):
     """(card, rates) with the values of `free` that explain the data best."""
-    believed = np.log([BELIEVED[name][0] for name in free])
-    weights = np.array([BELIEVED[name][1] for name in free])
+    start = np.log([believed[name][0] for name in free])
+    weights = np.array([believed[name][1] for name in free])
 
     def function(x):
         values = dict(zip(free, np.exp(x).tolist(), strict=True))
-        return np.concatenate([residuals(data, kernels, *with_values(card, rates, values)), weights * (x - believed)])
+        return np.concatenate([residuals(data, kernels, *with_values(card, rates, values)), weights * (x - start)])
 
-    best = np.exp(least_squares(function, believed))
+    best = np.exp(least_squares(function, start))
     return with_values(card, rates, dict(zip(free, best.round(4).tolist(), strict=True)))
 
 
@@ -135,6 +152,7 @@ class Data:
     rates: Rates
     measured: list[Measured]
     steps: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    believed: dict[str, tuple[float, float]]
 
 
 def hopper() -> Data:
@@ -147,22 +165,37 @@ def hopper() -> Data:
         (("addmm",), ("cublas.skinny", "cublas.stream")),
         (("triton",), ("triton.launch", "triton.pace", "triton.skinny", "triton.stream")),
     )  # fmt: skip
-    return Data(CARDS["H200"], HOPPER, read_results(RESULTS / "nvidia-h200" / "results.json", names), steps)
+    return Data(CARDS["H200"], HOPPER, read_results(RESULTS / "nvidia-h200" / "results.json", names), steps, BELIEVED)
+
+
+def as_sm80() -> Data:
+    steps = (
+        (("frozen", "csrc"), (
+            "card.peak", "cublas.tile_end", "csrc.pace", "csrc.launch", "csrc.shrink", "csrc.gradient",
+        )),
+        (("triton",), ("triton.pace", "triton.skinny")),
+    )  # fmt: skip
+    return Data(AS_SM80, AMPERE, read_ladder(RESULTS / "nvidia-h200-as-sm80" / "ladder.json"), steps, BELIEVED_OF_SM80)
 
 
 def fitted(data: Data) -> tuple[Card, Rates]:
     card, rates = data.card, data.rates
     seen = [each for each in data.measured if each.fitted]
     for kernels, free in data.steps:
-        card, rates = fit(seen, kernels, free, card, rates)
+        card, rates = fit(seen, kernels, free, data.believed, card, rates)
     return card, rates
+
+
+def as_python(card: Card, rates: Rates) -> str:
+    """The fitted numbers as the package has them."""
+    return "\n".join([f"card.peak={card.peak}", *(f"{kind}={getattr(rates, kind)}" for kind in vars(rates))])
 
 
 def report(measured: list[Measured], kernels: str, card: Card, rates: Rates) -> list[str]:
     lines = []
     for each in sorted(measured, key=lambda each: each.fitted):
         launches, ratios = errors(each, kernels, card, rates)
-        shown = "  ".join(_ratio(truth, error) for truth, error in zip(each.ratios(kernels), ratios, strict=True))
+        shown = "  ".join(_ratio(truth, error) for truth, error in zip(each.ratios[kernels], ratios, strict=True))
         launch = " ".join(f"{error:+6.1%}" for error in launches)
         lines.append(f"{'fit ' if each.fitted else 'held'} {kernels:6} {each.shape!s:24} {launch}   {shown}")
     return lines
@@ -176,9 +209,9 @@ def _ratio(truth: float, error: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predictions", description=__doc__.splitlines()[0])
     parser.parse_args(arguments)
-    for title, data in (("H200", hopper()),):
+    for title, data in (("H200", hopper()), ("H200 as sm80", as_sm80())):
         card, rates = fitted(data)
-        print(f"{title}: peak={card.peak}, {rates}")
+        print(f"{title}\n{as_python(card, rates)}")
         for kernels in data.measured[0].times:
             print("\n".join(report(data.measured, kernels, card, rates)))
     return 0

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from . import backends, checks
+from .cards import CARDS
 from .modules import LoRAMLP
 from .modules.protocol import LoRALayer, is_lora, together
 from .modules.siblings import LoRASiblings
+from .predict import Launch, Prediction, predict_triton, words
 
 # Launch parameters that name the tile, in the order in which they are shown.
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
@@ -17,7 +19,8 @@ _PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
 
 @dataclass(frozen=True)
 class Explanation:
-    """backend and reason; for kernels the launches of forward and backward, each (kernel, programs, parameters)."""
+    """backend and reason; for kernels the launches of forward and backward, each (kernel, programs, parameters); for a
+    card by name what they take, where that can be predicted."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
@@ -27,6 +30,8 @@ class Explanation:
     forward: tuple[tuple[str, int, dict], ...] = ()
     backward: tuple[tuple[str, int, dict], ...] = ()
     notes: tuple[str, ...] = ()
+    gpu: str | None = None
+    predicted: Prediction | None = None
 
     def __str__(self) -> str:
         M, K, N, r = self.shape
@@ -34,15 +39,23 @@ class Explanation:
             f"M={M} tokens, K={K} -> N={N}, r={r}, {self.dtype} on {self.device}",
             f"backend: {self.backend} ({self.reason})",
         ]
-        for title, launches in (("forward", self.forward), ("backward", self.backward)):
+        for title in ("forward", "backward"):
+            launches = getattr(self, title)
+            times = getattr(self.predicted, title) if self.predicted else [None] * len(launches)
             lines += [f"{title}:"] if launches else []
-            lines += [f"  {name} programs={programs} {_describe(meta)}" for name, programs, meta in launches]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+            lines += [_in_words(*launch, predicted) for launch, predicted in zip(launches, times, strict=True)]
+        return "\n".join(lines + self._predicted_lines() + [f"note: {note}" for note in self.notes])
+
+    def _predicted_lines(self) -> list[str]:
+        if self.predicted is None:
+            return [words.NOT_PREDICTED] if self.gpu else []
+        return words.lines(self.shape, self.gpu, self.predicted)
 
 
-def _describe(meta: dict) -> str:
-    tile = [f"{key}={meta[key]}" for key in _TILE if key in meta]
-    return " ".join(tile + [key for key in _PATH if meta.get(key)])
+def _in_words(name: str, programs: int, meta: dict, predicted: Launch | None) -> str:
+    tile = [f"{key}={meta[key]}" for key in _TILE if key in meta] + [key for key in _PATH if meta.get(key)]
+    time = [f"({predicted.us:.0f} us)"] if predicted else []
+    return " ".join([f"  {name} programs={programs}", *tile, *time])
 
 
 def _record(x, weight, A, B, bias, p: float, gpu):
@@ -209,7 +222,7 @@ def explain(
     """Which backend, kernels and tiles `tokens` rows through a layer get, and why; print() the result.
 
     Either a LoRALinear, a LoRAMLP or a model that holds some, or in_features, out_features and r (with dtype,
-    lora_dtype and dropout p). gpu names a card to explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100");
+    lora_dtype and dropout p). gpu names a card to explain for, with predicted times ("A100" and others: cards.py);
     without it, `device`, which is by default the layer's, or this machine's GPU.
     """
     if isinstance(layer, LoRAMLP):
@@ -247,13 +260,11 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
     else:
         if not backends.has_triton():
             raise ModuleNotFoundError("explaining for a GPU needs triton installed")
-        from .kernels.tiles import KNOWN_GPUS
-
-        if gpu not in KNOWN_GPUS:
-            raise ValueError(f"gpu must be one of {', '.join(KNOWN_GPUS)}, got {gpu!r}")
+        if gpu not in CARDS:
+            raise ValueError(f"gpu must be one of {', '.join(CARDS)}, got {gpu!r}")
         if dtype not in backends.TRITON_DTYPES:
             return Explanation(shape, dtype, gpu, "reference", f"no kernel for {dtype}")
-        target, reason, device = KNOWN_GPUS[gpu], f"explained for {gpu}", gpu
+        target, reason, device = _known_gpu(gpu), f"explained for {gpu}", gpu
         if target.has_tma and dtype in backends.CUDA_DTYPES:
             reason += " without the CUDA extension"
     x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
@@ -262,4 +273,16 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
     B = torch.empty(out_features, r, dtype=factor_dtype, device="meta")
     forward, backward = _record(x, weight, A, B, None, p, target)
     notes = _notes(*shape, dtype, factor_dtype, target)
-    return Explanation(shape, dtype, str(device), "triton", reason, forward, backward, notes)
+    predicted = None if gpu is None or p or dtype.itemsize != 2 else _predict(shape, gpu, forward, backward)
+    return Explanation(shape, dtype, str(device), "triton", reason, forward, backward, notes, gpu, predicted)
+
+
+def _known_gpu(name: str):
+    from .kernels.tiles import KNOWN_GPUS
+
+    return KNOWN_GPUS[name]
+
+
+def _predict(shape: tuple[int, int, int, int], gpu: str, *passes) -> Prediction:
+    """Of recorded launches."""
+    return predict_triton(*shape, CARDS[gpu], *(tuple(name for name, _, _ in launches) for launches in passes))

@@ -19,7 +19,9 @@ ROOMS = {
     "reference": set(),
     "padding": set(),
     "extras": set(),
-    "kernels": {"checks", "reference", "padding"},
+    "cards": set(),
+    "predict": {"cards"},
+    "kernels": {"cards", "checks", "reference", "padding"},
     "_C": set(),  # csrc, built
     "backends": {"kernels", "_C"},
     "addmm": {"reference"},
@@ -28,7 +30,7 @@ ROOMS = {
     "relora": {"modules", "ops", "checks", "reference"},
     "pretrain": {"extras", "relora", "modules", "ops", "checks", "reference"},
     "integrations": {"relora", "modules", "ops", "checks", "reference"},
-    "explain": {"modules", "ops", "backends", "kernels", "checks"},
+    "explain": {"modules", "ops", "backends", "kernels", "predict", "cards", "checks"},
     "doctor": {"__init__", "backends"},
     "__init__": {"integrations", "relora", "modules", "ops", "explain"},
 }

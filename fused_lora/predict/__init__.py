@@ -6,14 +6,14 @@ and work.py (csrc) and unfused.py (the rest); its numbers in rates.py, with what
 
 from dataclasses import dataclass
 
-from ..cards import CARDS, Card
+from ..cards import Card
 from . import csrc, unfused
 from .products import Launch, total
 from .rates import Rates, rates_of
 
-__all__ = ["CSRC_FROM", "Launch", "Prediction", "predict"]
+__all__ = ["CSRC_FROM", "Launch", "Prediction", "predict", "predict_triton"]
 
-# csrc/sm80 is not offered to cards of compute capability 8 yet.
+# The compute capability from which csrc's kernels are offered: csrc/sm80 is not yet.
 CSRC_FROM = 90
 
 
@@ -60,3 +60,15 @@ def predict(
     forward, backward = _KERNELS[kernels](*options)
     (y,), (dx,) = unfused.frozen(*options)
     return Prediction(forward, backward, (y, dx))
+
+
+def predict_triton(
+    M: int, K: int, N: int, r: int, card: Card, forward: tuple[str, ...], backward: tuple[str, ...], itemsize: int = 2
+) -> Prediction:
+    """As predict(), for Triton's launches by name, such as its launchers recorded them."""
+    rates = rates_of(card.capability)
+    kernels = unfused.TritonKernels(M, K, N, r, card, rates.triton_products, itemsize)
+    first = kernels.launches(forward, backward=False)
+    second = kernels.launches(backward, backward=True, started=total(first))
+    (y,), (dx,) = unfused.frozen(M, K, N, r, card, rates, itemsize)
+    return Prediction(first, second, (y, dx))

@@ -25,8 +25,8 @@ class Products:
 
 @dataclass(frozen=True)
 class Csrc:
-    """launch, pace and sag as in Products, whose other numbers hold here too. shrink: a step of such an item but for its
-    products; gradient: the same."""
+    """launch, pace and sag as in Products, whose other numbers hold here too. shrink, gradient: a step of such an item
+    but for its products."""
 
     launch: float
     pace: float
@@ -59,14 +59,15 @@ class Rates:
 
 
 HOPPER = Rates(
-    Products(launch=1.7, pace=1.0, tile_end=1.7, sag=0.25, settle=1520, skinny=0.5, stream=0.6),
-    Csrc(launch=6.3, pace=1.0, sag=0.19, shrink=0.26, gradient=0.55),
-    Triton(launch=4.0, pace=1.02, skinny=0.5, stream=0.6),
+    Products(launch=1.732, pace=1.0, tile_end=1.7655, sag=0.2474, settle=1343, skinny=0.5, stream=0.5814),
+    Csrc(launch=6.2746, pace=1.0, sag=0.1901, shrink=0.2582, gradient=0.5416),
+    Triton(launch=6.0744, pace=0.9896, skinny=0.5977, stream=0.936),
 )
+# launch, skinny and stream of cuBLAS's, and stream of Triton's, are assumed: nobody has measured them.
 AMPERE = Rates(
-    Products(launch=3.0, pace=1.0, tile_end=3.0, sag=0.0, settle=1500, skinny=0.5, stream=0.6),
-    Csrc(launch=6.0, pace=1.05, sag=0.0, shrink=0.35, gradient=0.4),
-    Triton(launch=4.0, pace=1.6, skinny=0.45, stream=0.6),
+    Products(launch=3.0, pace=1.0, tile_end=1.2352, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
+    Csrc(launch=8.414, pace=1.0957, sag=0.0, shrink=0.343, gradient=0.8229),
+    Triton(launch=4.0, pace=1.7166, skinny=0.6162, stream=0.85),
 )
 
 

@@ -1,9 +1,9 @@
 """Launches of the other ways: the frozen linear, torch's products with addmm_, and the Triton kernels.
 
-    frozen   forward y = x W^T; backward dx = dy W
-    addmm    x A^T, y, y += xa B^T; dy B, dx, dx += dxa A, dxa^T x, dy^T xa
-    triton   shrink, expand; shrink, expand and the gradients: on Hopper in one launch, where they also fill the SMs
-             that the last wave of tiles leaves idle
+frozen   forward y = x W^T; backward dx = dy W
+addmm    x A^T, y, y += xa B^T; dy B, dx, dx += dxa A, dxa^T x, dy^T xa
+triton   shrink, expand; shrink, expand and the gradients: on Hopper in one launch, where they also fill the SMs
+         that the last wave of tiles leaves idle
 """
 
 from math import ceil
