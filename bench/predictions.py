@@ -18,10 +18,11 @@ from fused_lora.predict import Prediction, predict
 from fused_lora.predict.products import total
 from fused_lora.predict.rates import AMPERE, HOPPER, Rates
 
+from .document import table
 from .record import RESULTS
 from .shapes import FORWARD, FORWARD_BACKWARD, Shape
 
-LAUNCH_BAR, RATIO_BAR = 0.15, 0.25
+PASS_BAR, RATIO_BAR = 0.15, 0.25
 # Ratios move so much from run to run (docs/hopper.md says up to 0.04).
 NOISE = 0.02
 RATIO_WEIGHT = 3.0  # of a ratio's error beside a launch's
@@ -31,7 +32,7 @@ FITTED = {
     "16384x5120x5120-r32",
 }  # fmt: skip
 # An H200 whose products go by mma.sync, which gives 63% of its rate.
-AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.75)
+AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.7326)
 # What is known beforehand, by clocks in the kernels and by products of other sizes, and how much it weighs.
 BELIEVED = {
     "card.peak": (0.83, 0.02), "cublas.launch": (3.0, 0.05), "cublas.tile_end": (1.5, 0.1), "cublas.sag": (0.2, 0.05),
@@ -141,13 +142,30 @@ def fit(data: list[Measured], kernels, free, believed: dict[str, tuple[float, fl
         return np.concatenate([residuals(data, kernels, *with_values(card, rates, values)), weights * (x - start)])
 
     best = np.exp(least_squares(function, start))
-    return with_values(card, rates, dict(zip(free, best.round(4).tolist(), strict=True)))
+    return with_values(card, rates, {name: float(f"{value:.4g}") for name, value in zip(free, best, strict=True)})
+
+
+def read_launches(path: Path, card: str) -> list[Measured]:
+    """Of a JSON with shapes by "M,K,N,r" and for each us by "<kernels> <f | b | dx | fb> <card>"; card: own or 80."""
+    found = []
+    for key, us in json.loads(path.read_text())["shapes"].items():
+        shape = Shape.parse(key)
+        times = {
+            "frozen": np.array([us[f"cublas {name} {card}"] for name in ("f", "dx")]),
+            "csrc": np.array([us[f"csrc {name} {card}"] for name in ("f", "b")]),
+        }
+        both = np.array([us[f"{name} fb {card}"] for name in ("cublas", "csrc")])
+        forward = times["csrc"][0] / times["frozen"][0]
+        ratios = {"frozen": np.ones(2), "csrc": np.array([forward, both[1] / both[0]])}
+        found.append(Measured(shape, times, ratios, str(shape) in FITTED))
+    return found
 
 
 @dataclass(frozen=True)
 class Data:
-    """Measurements and what is fitted of them, step by step: (kernels, numbers)."""
+    """Measurements of a card, and what is fitted of them, step by step: (kernels, numbers)."""
 
+    title: str
     card: Card
     rates: Rates
     measured: list[Measured]
@@ -155,34 +173,51 @@ class Data:
     believed: dict[str, tuple[float, float]]
 
 
-def hopper() -> Data:
-    names = {"frozen": "frozen", "fused_lora": "csrc", "fused_lora_triton": "triton", "addmm": "addmm"}
+NAMES = {"frozen": "frozen", "fused_lora": "csrc", "fused_lora_triton": "triton", "addmm": "addmm"}
+OF_CSRC = "csrc.launch", "csrc.shrink", "csrc.gradient"
+OF_PRODUCTS = "card.peak", "cublas.launch", "cublas.tile_end"
+
+
+def hopper(launches: Path | None = None) -> Data:
     steps = (
-        (("frozen", "csrc"), (
-            "card.peak", "cublas.launch", "cublas.tile_end", "cublas.sag", "cublas.settle",
-            "csrc.launch", "csrc.sag", "csrc.shrink", "csrc.gradient",
-        )),
+        (("frozen", "csrc"), (*OF_PRODUCTS, "cublas.sag", "cublas.settle", "csrc.sag", *OF_CSRC)),
         (("addmm",), ("cublas.skinny", "cublas.stream")),
         (("triton",), ("triton.launch", "triton.pace", "triton.skinny", "triton.stream")),
-    )  # fmt: skip
-    return Data(CARDS["H200"], HOPPER, read_results(RESULTS / "nvidia-h200" / "results.json", names), steps, BELIEVED)
+    )
+    results = RESULTS / "nvidia-h200" / "results.json"
+    measured = read_launches(launches, "own") if launches else read_results(results, NAMES)
+    return Data("H200", CARDS["H200"], HOPPER, measured, steps, BELIEVED)
 
 
-def as_sm80() -> Data:
+def as_sm80(launches: Path | None = None) -> Data:
+    """From the benchmark where it has run so, else from what was noted of single runs."""
     steps = (
-        (("frozen", "csrc"), (
-            "card.peak", "cublas.tile_end", "csrc.pace", "csrc.launch", "csrc.shrink", "csrc.gradient",
-        )),
+        (("frozen", "csrc"), ("card.peak", "cublas.tile_end", "csrc.pace", *OF_CSRC)),
         (("triton",), ("triton.pace", "triton.skinny")),
-    )  # fmt: skip
-    return Data(AS_SM80, AMPERE, read_ladder(RESULTS / "nvidia-h200-as-sm80" / "ladder.json"), steps, BELIEVED_OF_SM80)
+    )
+    folder = RESULTS / "nvidia-h200-as-sm80"
+    if launches:
+        measured = read_launches(launches, "80")
+    elif (folder / "results.json").exists():
+        measured = read_results(folder / "results.json", NAMES)
+    else:
+        measured = read_ladder(folder / "ladder.json")
+    return Data("H200 as sm80", AS_SM80, AMPERE, measured, steps, BELIEVED_OF_SM80)
+
+
+def on_h100() -> Data:
+    """Nothing is fitted: an H200's numbers with an H100's datasheet."""
+    measured = read_results(RESULTS / "nvidia-h100-80gb-hbm3" / "results.json", NAMES)
+    return Data("H100", CARDS["H100"], HOPPER, [replace(each, fitted=False) for each in measured], (), {})
 
 
 def fitted(data: Data) -> tuple[Card, Rates]:
+    """(card, rates) with all that data's steps find, each on what the ones before found."""
     card, rates = data.card, data.rates
-    seen = [each for each in data.measured if each.fitted]
     for kernels, free in data.steps:
-        card, rates = fit(seen, kernels, free, data.believed, card, rates)
+        seen = [each for each in data.measured if each.fitted and set(kernels) <= set(each.times)]
+        if seen:
+            card, rates = fit(seen, kernels, free, data.believed, card, rates)
     return card, rates
 
 
@@ -191,29 +226,62 @@ def as_python(card: Card, rates: Rates) -> str:
     return "\n".join([f"card.peak={card.peak}", *(f"{kind}={getattr(rates, kind)}" for kind in vars(rates))])
 
 
-def report(measured: list[Measured], kernels: str, card: Card, rates: Rates) -> list[str]:
-    lines = []
+def verdict(truth: float, error: float) -> str:
+    """ok: within the bar. noise: not, but nearer than two runs are to each other. unknown: not measured."""
+    if np.isnan(error):
+        return "unknown"
+    if abs(error) <= RATIO_BAR * abs(truth - 1):
+        return "ok"
+    return "noise" if abs(error) <= NOISE else "MISS"
+
+
+def rows(measured: list[Measured], kernels: str, card: Card, rates: Rates) -> list[list[str]]:
+    """Of a table: those that were kept out first."""
+    found = []
     for each in sorted(measured, key=lambda each: each.fitted):
-        launches, ratios = errors(each, kernels, card, rates)
-        shown = "  ".join(_ratio(truth, error) for truth, error in zip(each.ratios[kernels], ratios, strict=True))
-        launch = " ".join(f"{error:+6.1%}" for error in launches)
-        lines.append(f"{'fit ' if each.fitted else 'held'} {kernels:6} {each.shape!s:24} {launch}   {shown}")
-    return lines
+        passes, ratios = errors(each, kernels, card, rates)
+        cells = ["fitted" if each.fitted else "kept out", kernels, str(each.shape)]
+        cells += [f"{error:+.1%}" if abs(error) <= PASS_BAR else f"{error:+.1%} MISS" for error in passes]
+        for truth, error in zip(each.ratios[kernels], ratios, strict=True):
+            cells += [f"{truth:.3f}", f"{truth + error:.3f}", verdict(truth, error)]
+        found.append([cell.replace("+nan% MISS", "-").replace("nan", "-") for cell in cells])
+    return found
 
 
-def _ratio(truth: float, error: float) -> str:
-    verdict = "ok" if abs(error) <= RATIO_BAR * abs(truth - 1) else "noise" if abs(error) <= NOISE else "MISS"
-    return f"{truth:.3f} {truth + error:.3f} {verdict:5}"
+HEADER = ["", "kernels", "M x K x N - r", "f", "b", "f ratio", "predicted", "", "f+b ratio", "predicted", ""]
+
+
+def report(data: Data) -> str:
+    """Markdown: the fitted numbers, and a table of errors."""
+    card, rates = fitted(data)
+    lines = [f"### {data.title}", "", "```", as_python(card, rates), "```", ""]
+    cells = [row for kernels in data.measured[0].times for row in rows(data.measured, kernels, card, rates)]
+    return "\n".join([*lines, *table(HEADER, cells), "", summary(data, card, rates), ""])
+
+
+def summary(data: Data, card: Card, rates: Rates) -> str:
+    """A line for each kind of kernels: what of the shapes that were kept out is within the bars."""
+    lines = []
+    for kernels in data.measured[0].times:
+        found = [(each, *errors(each, kernels, card, rates)) for each in data.measured if not each.fitted]
+        passes = np.abs([passes for _, passes, _ in found])
+        told = [verdict(each.ratios[kernels][1], ratios[1]) for each, _, ratios in found]
+        counts = ", ".join(f"{told.count(word)} {word}" for word in dict.fromkeys(told))
+        line = f"* {kernels}:"
+        if not np.isnan(passes).all():
+            line += f" passes within {np.nanmax(passes):.1%} ({'ok' if np.nanmax(passes) <= PASS_BAR else 'MISS'})"
+        lines.append(line if kernels == "frozen" else f"{line}; f+b ratios: {counts}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predictions", description=__doc__.splitlines()[0])
-    parser.parse_args(arguments)
-    for title, data in (("H200", hopper()), ("H200 as sm80", as_sm80())):
-        card, rates = fitted(data)
-        print(f"{title}\n{as_python(card, rates)}")
-        for kernels in data.measured[0].times:
-            print("\n".join(report(data.measured, kernels, card, rates)))
+    parser.add_argument(
+        "--launches", type=Path, metavar="JSON", help="single launches of an H200, instead of its results"
+    )
+    options = parser.parse_args(arguments)
+    for data in (hopper(options.launches), on_h100(), as_sm80(options.launches)):
+        print(report(data))
     return 0
 
 

@@ -1,6 +1,7 @@
-"""The fourth table of ReLoRA (Lialin et al. 2023, arXiv:2307.05695), predicted: sequences a second of LLaMA 1.3B in training.
+"""The fourth table of ReLoRA (Lialin et al. 2023, arXiv:2307.05695), predicted: LLaMA 1.3B, sequences a second.
 
     python -m examples.table4
+    python -m examples.table4 --micro-batch 8          that many sequences, instead of as many as fit
 
 Nothing is measured here. A step is a batch's micro-batches and one update of Adam; a micro-batch takes
 
@@ -8,12 +9,12 @@ Nothing is measured here. A step is a batch's micro-batches and one update of Ad
 
 * Linears: fused_lora.predict's launches. Full-rank has a third product for each weight. The published ReLoRA multiplies
   with PEFT's formula: torch's products, dropout and sums of their own over (M, K) and (M, N).
-* Rows of 5461 start at odd addresses, where cuBLAS copies element by element: on Hopper it needs 3.4 times as long there
-  as its kernels for compute capability 8 do for aligned rows (8.6 and 7.9 ms for the three products of 16,384 tokens,
-  2048 <-> 5461). It is taken to be 3.4 times as slow on the cards that have these kernels. fused_lora pads the rows.
+* Rows of 5461 start at odd addresses, where cuBLAS copies element by element: an H100 needs 8.6 and 7.9 ms for the
+  three products of 16,384 tokens, 2048 <-> 5461, 3.4 times as long as cuBLAS's kernels for compute capability 8 do for
+  aligned rows, and is taken to run such kernels. So other cards are taken to be 3.4 times slower. fused_lora pads rows.
 * Attention: its products at 0.4 of cuBLAS's rate. The head is a product, and its logits 20 bytes an entry.
-* What stands between: BETWEEN bytes a token and block, which an H200's full-rank steps are short of; at 0.8 of the
-  datasheet's bandwidth. `--check` compares the others of that H200's steps.
+* What stands between: BETWEEN bytes a token and block, so that an H200's full-rank step takes what it takes; at 0.8 of
+  the datasheet's bandwidth. `--check STEPS.JSON` compares nine other steps of that H200.
 * Micro-batch: the largest power of two for which weights, gradients, Adam's states, DDP's buckets and activations fit
   into 0.9 of the memory; activations are what an H200's steps had at their peak.
 * All-reduce: after every micro-batch, as the published code does it (no no_sync), of the trained weights in bfloat16,
@@ -47,7 +48,7 @@ ACTIVATIONS = {FULL: 1.9e6, PUBLISHED: 2.3e6, FUSED: 2.2e6}
 
 @dataclass(frozen=True)
 class Setup:
-    """GPUs of one machine; link: GB/s that an all-reduce gives a GPU; published: sequences a second, full and ReLoRA."""
+    """GPUs of one machine; link: GB/s of an all-reduce; published: sequences a second, full-rank and ReLoRA."""
 
     card: str
     count: int
@@ -159,10 +160,10 @@ def step(card: Card, preset: str, way: str, sequences: int, count: int, link: fl
     return accumulate * (each.forward + max(each.backward, reduced)) + update
 
 
-def rate(setup: Setup, way: str, preset: str = "1.3b") -> tuple[float, int]:
-    """(sequences a second of all GPUs, those of a micro-batch)."""
+def rate(setup: Setup, way: str, sequences: int | None = None, preset: str = "1.3b") -> tuple[float, int]:
+    """(sequences a second of all GPUs, those of a micro-batch: as many as fit if not told)."""
     card = CARDS[setup.card]
-    sequences = largest(card, preset, way)
+    sequences = sequences or largest(card, preset, way)
     accumulate = max(1, round(PRESETS[preset].batch_size / (setup.count * sequences)))
     took = step(card, preset, way, sequences, setup.count, setup.link, accumulate)
     return setup.count * accumulate * sequences / took, sequences
@@ -186,13 +187,13 @@ def compared(path: Path) -> Iterator[tuple[str, str, float, float]]:
             yield preset, way, entry["modes"]["eager"][arm]["tokens_per_second"], sequences * SEQUENCE / took
 
 
-def table() -> list[str]:
+def table(micro_batch: int | None = None) -> list[str]:
     """Lines of Markdown."""
     rows = ["| | way | micro-batch | predicted | published |", "| --- | --- | --- | --- | --- |"]
     for setup in SETUPS:
-        full, _ = rate(setup, FULL)
+        full, _ = rate(setup, FULL, micro_batch)
         for way in (FULL, PUBLISHED, FUSED):
-            own, sequences = rate(setup, way)
+            own, sequences = rate(setup, way, micro_batch)
             published = {FULL: setup.published[0], PUBLISHED: setup.published[1]}.get(way)
             more = f"{published:g} ({published / setup.published[0]:.2f})" if published else "-"
             rows.append(f"| {setup.count} {setup.card} | {way} | {sequences} | {own:.1f} ({own / full:.2f}) | {more} |")
@@ -202,8 +203,9 @@ def table() -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", type=Path, metavar="STEPS.JSON", help="an H200's, to compare its steps too")
+    parser.add_argument("--micro-batch", type=int, help="sequences (as many as fit)")
     options = parser.parse_args(arguments)
-    print("\n".join(table()))
+    print("\n".join(table(options.micro_batch)))
     if options.check:
         print("\n".join(["", "tokens a second of an H200: measured, predicted", *check(options.check)]))
     return 0

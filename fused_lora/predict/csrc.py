@@ -16,10 +16,9 @@ from .products import (
     NARROW,
     Launch,
     Tiling,
-    fits,
-    group_bytes,
     heated,
     memory_time,
+    rows_fit,
     step_time,
     tile_bytes,
     tiling_of,
@@ -41,7 +40,7 @@ def block_rank(r: int) -> int:
 def launch(name: str, M: int, N: int, depth: int, r: int, card: Card, rates: Rates, started: float, itemsize: int):
     """out (M, N) = lhs (M, depth) weight + low up; named "backward", with the gradients of both factors."""
     backward = name == "backward"
-    work = _work(M, N, depth, r, card, rates, backward)
+    work = work_of(M, N, depth, r, card, rates, backward)
     moved = _bytes(M, N, depth, r, card, itemsize, backward)
     us = heated(makespan(work.times(), work.workers), started, rates.csrc.sag, rates.cublas.settle)
     flops = 2 * M * N * depth + (2 if backward else 1) * 2 * M * r * (N + depth)
@@ -49,7 +48,7 @@ def launch(name: str, M: int, N: int, depth: int, r: int, card: Card, rates: Rat
     return Launch(f"lora_linear_kernel ({name})", flops, moved, us)
 
 
-def _work(M: int, N: int, depth: int, r: int, card: Card, rates: Rates, backward: bool) -> Work:
+def work_of(M: int, N: int, depth: int, r: int, card: Card, rates: Rates, backward: bool) -> Work:
     hopper, tiling, ranks = card.capability >= 90, tiling_of(card), block_rank(r)
     narrow = hopper and ranks <= 128 and tiling.is_narrow(M, N)
     rows, cols = ceil(M / tiling.rows), ceil(N / (tiling.cols // 2 if narrow else tiling.cols))
@@ -86,7 +85,7 @@ def _gradient(ranks: int, tiling: Tiling, rates: Rates, step: float, cols: int) 
 
 def _bytes(M: int, N: int, depth: int, r: int, card: Card, itemsize: int, backward: bool) -> float:
     """A tile's, factors and low; x of the gradients; and lhs again for shrink and gradient items where L2 loses it."""
-    again = 0 if fits(card, group_bytes(depth, itemsize)) else 1 + backward
+    again = 0 if rows_fit(card, depth, itemsize) else 1 + backward
     own = M * N if backward else 0
     factors = r * (N + depth) * (2 if backward else 1) + M * r * (2 if backward else 1)
     return tile_bytes(M, N, depth, card, itemsize) + (again * M * depth + own + factors) * itemsize

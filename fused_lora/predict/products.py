@@ -68,23 +68,23 @@ def memory_time(card: Card, products: Products, bytes_moved: float) -> float:
     return bytes_moved / (products.stream * card.gigabytes * 1e3)
 
 
-def fits(card: Card, size: float) -> bool:
-    """Whether L2 keeps it beside what streams through."""
-    return 2 * size <= card.l2 * 1e6
+def rows_fit(card: Card, depth: int, itemsize: int) -> bool:
+    """Whether L2 keeps the rows of lhs whose tiles run together; as much again streams through meanwhile."""
+    return 2 * GROUP * 256 * depth * itemsize <= card.l2 << 20
 
 
-def group_bytes(depth: int, itemsize: int) -> int:
-    """Of lhs, of the rows whose tiles run together."""
-    return GROUP * 256 * depth * itemsize
+def weight_fits(card: Card, N: int, depth: int, itemsize: int) -> bool:
+    """Whether L2 keeps a weight from one such group to the next."""
+    return 3 * N * depth * itemsize <= card.l2 << 20
 
 
 def tile_bytes(M: int, N: int, depth: int, card: Card, itemsize: int) -> float:
     """That all tiles read and write: lhs once where a group's rows stay in L2, else once a wave; the weight once where
     it stays, else once a group."""
     tiling = tiling_of(card)
-    waves = GROUP * ceil(N / tiling.cols) / tiling.workers
-    lhs = 1.0 if fits(card, group_bytes(depth, itemsize)) else max(1.0, waves)
-    weight = 1 if fits(card, N * depth * itemsize) else ceil(M / (GROUP * tiling.rows))
+    waves = ceil(GROUP * ceil(N / tiling.cols) / tiling.workers)
+    lhs = 1 if rows_fit(card, depth, itemsize) else waves
+    weight = 1 if weight_fits(card, N, depth, itemsize) else ceil(M / (GROUP * tiling.rows))
     return (M * depth * lhs + N * depth * weight + M * N) * itemsize
 
 

@@ -59,15 +59,15 @@ class Rates:
 
 
 HOPPER = Rates(
-    Products(launch=1.732, pace=1.0, tile_end=1.7655, sag=0.2474, settle=1343, skinny=0.5, stream=0.5814),
-    Csrc(launch=6.2746, pace=1.0, sag=0.1901, shrink=0.2582, gradient=0.5416),
-    Triton(launch=6.0744, pace=0.9896, skinny=0.5977, stream=0.936),
+    Products(launch=1.732, pace=1.0, tile_end=1.765, sag=0.2474, settle=1343, skinny=0.5, stream=0.5814),
+    Csrc(launch=6.275, pace=1.0, sag=0.1901, shrink=0.2582, gradient=0.5416),
+    Triton(launch=6.074, pace=0.9896, skinny=0.5977, stream=0.936),
 )
 # launch, skinny and stream of cuBLAS's, and stream of Triton's, are assumed: nobody has measured them.
 AMPERE = Rates(
-    Products(launch=3.0, pace=1.0, tile_end=1.2352, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
-    Csrc(launch=8.414, pace=1.0957, sag=0.0, shrink=0.343, gradient=0.8229),
-    Triton(launch=4.0, pace=1.7166, skinny=0.6162, stream=0.85),
+    Products(launch=3.0, pace=1.0, tile_end=1.235, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
+    Csrc(launch=8.414, pace=1.096, sag=0.0, shrink=0.343, gradient=0.8229),
+    Triton(launch=4.0, pace=1.717, skinny=0.6162, stream=0.85),
 )
 
 

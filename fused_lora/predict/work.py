@@ -1,7 +1,7 @@
 """csrc's list of work with times instead of items, in the order of csrc/work/plan.cpp, and how long it takes.
 
-Workers take what comes next; waiting for flags is left out. test_predict.py compares nothing with the planner itself:
-what the order decides is only which items are left for the end.
+Workers take what comes next; waiting for flags is left out. Which items are left for the end is what the order decides:
+tests/csrc/test_predicted.py compares it with the planner's.
 """
 
 import heapq
