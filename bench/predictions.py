@@ -7,25 +7,23 @@ as fitted are the numbers in fused_lora/cards.py and fused_lora/predict/rates.py
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fused_lora.cards import CARDS, Card
-from fused_lora.predict import Prediction, predict
-from fused_lora.predict.products import total
+from fused_lora.predict import predict
 from fused_lora.predict.rates import AMPERE, HOPPER, Rates
 
 from .document import table
+from .fitting import Measured, errors, fit
 from .record import RESULTS
 from .shapes import FORWARD, FORWARD_BACKWARD, Shape
 
 PASS_BAR, RATIO_BAR = 0.15, 0.25
 # Ratios move so much from run to run (docs/hopper.md says up to 0.04).
 NOISE = 0.02
-RATIO_WEIGHT = 3.0  # of a ratio's error beside a launch's
 # The largest and the smallest, the deepest and the flattest, and the highest rank for its size: the rest lies between.
 FITTED = {
     "8192x4096x4096-r128", "16384x2048x2048-r128", "32768x1024x1024-r128", "8192x8192x8192-r16", "512x4096x4096-r16",
@@ -46,17 +44,6 @@ BELIEVED_OF_SM80 = BELIEVED | {
     "card.peak": (0.75, 0.02), "csrc.launch": (8.0, 0.5), "csrc.pace": (1.06, 1.0), "csrc.shrink": (0.33, 0.3),
     "csrc.gradient": (0.5, 0.1), "triton.pace": (1.6, 0.02),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Measured:
-    """By the kernels' name, "frozen" among them: times in us of (forward, backward), and ratios to the frozen linear's
-    of (forward, both); NaN where it is not known. fitted: whether the fit may see it."""
-
-    shape: Shape
-    times: dict[str, np.ndarray]
-    ratios: dict[str, np.ndarray]
-    fitted: bool
 
 
 def read_results(path: Path, names: dict[str, str]) -> list[Measured]:
@@ -83,66 +70,6 @@ def read_ladder(path: Path) -> list[Measured]:
             times[name] = np.array([told.get(each, np.nan) for each in (FORWARD, "backward")]) * times["frozen"]
         found.append(Measured(shape, times, ratios, str(shape) in FITTED))
     return found
-
-
-def errors(measured: Measured, kernels: str, card: Card, rates: Rates) -> tuple[np.ndarray, np.ndarray]:
-    """(passes: predicted over measured, minus one; ratios: predicted minus measured)."""
-    found = prediction(measured.shape, kernels, card, rates)
-    predicted = np.array([total(found.forward), total(found.backward)])
-    ratios = np.array([found.forward_ratio, found.ratio])
-    return predicted / measured.times[kernels] - 1, ratios - measured.ratios[kernels]
-
-
-def prediction(shape: Shape, kernels: str, card: Card, rates: Rates) -> Prediction:
-    return predict(shape.M, shape.K, shape.N, shape.r, card, kernels, rates)
-
-
-def residuals(data: list[Measured], kernels: tuple[str, ...], card: Card, rates: Rates) -> np.ndarray:
-    parts = []
-    for measured in data:
-        for name in kernels:
-            launches, ratios = errors(measured, name, card, rates)
-            parts += [np.log1p(launches), RATIO_WEIGHT * ratios]
-    found = np.concatenate(parts)
-    return found[~np.isnan(found)]
-
-
-def with_values(card: Card, rates: Rates, values: dict[str, float]) -> tuple[Card, Rates]:
-    for name, value in values.items():
-        kind, _, number = name.rpartition(".")
-        if kind == "card":
-            card = replace(card, **{number: value})
-        else:
-            rates = replace(rates, **{kind: replace(getattr(rates, kind), **{number: value})})
-    return card, rates
-
-
-def least_squares(function: Callable[[np.ndarray], np.ndarray], start: np.ndarray, rounds: int = 40) -> np.ndarray:
-    """Levenberg and Marquardt's, with numpy's least squares and differences for derivatives."""
-    x, found, damping = start, function(start), 1e-2
-    for _ in range(rounds):
-        slopes = np.stack([(function(x + unit) - found) / 1e-3 for unit in 1e-3 * np.eye(len(x))], axis=1)
-        rows = np.vstack([slopes, damping**0.5 * np.eye(len(x))])
-        step = np.linalg.lstsq(rows, np.concatenate([-found, np.zeros(len(x))]), rcond=None)[0].clip(-0.3, 0.3)
-        tried = function(x + step)
-        if tried @ tried < found @ found:
-            x, found, damping = x + step, tried, damping / 2
-        else:
-            damping *= 4
-    return x
-
-
-def fit(data: list[Measured], kernels, free, believed: dict[str, tuple[float, float]], card: Card, rates: Rates):
-    """(card, rates) with the values of `free` that explain the data best."""
-    start = np.log([believed[name][0] for name in free])
-    weights = np.array([believed[name][1] for name in free])
-
-    def function(x):
-        values = dict(zip(free, np.exp(x).tolist(), strict=True))
-        return np.concatenate([residuals(data, kernels, *with_values(card, rates, values)), weights * (x - start)])
-
-    best = np.exp(least_squares(function, start))
-    return with_values(card, rates, {name: float(f"{value:.4g}") for name, value in zip(free, best, strict=True)})
 
 
 def read_launches(path: Path, card: str) -> list[Measured]:
@@ -274,6 +201,24 @@ def summary(data: Data, card: Card, rates: Rates) -> str:
     return "\n".join(lines)
 
 
+EXAMPLES = Shape(8192, 4096, 4096, 16), Shape(16384, 2048, 2048, 128), Shape(32768, 1024, 1024, 128)
+
+
+def of_cards() -> str:
+    """Markdown: forward + backward over the frozen linear's on every card, and its forward's us."""
+    lines = []
+    for name, card in CARDS.items():
+        cells = [name]
+        for shape in EXAMPLES:
+            found = [
+                predict(shape.M, shape.K, shape.N, shape.r, card, kernels) for kernels in ("csrc", "triton", "addmm")
+            ]
+            cells.append(f"{found[0].frozen[0].us:.0f} us; " + ", ".join(f"{each.ratio:.2f}" for each in found))
+        lines.append(cells)
+    header = ["csrc, Triton, addmm", *(f"{each.M}, {each.K}, {each.N}, {each.r}" for each in EXAMPLES)]
+    return "\n".join(["### Predicted for every card", "", *table(header, lines), ""])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predictions", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -282,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for data in (hopper(options.launches), on_h100(), as_sm80(options.launches)):
         print(report(data))
+    print(of_cards())
     return 0
 
 

@@ -5,8 +5,9 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from bench import predictions
-from bench.predictions import PASS_BAR, RATIO_BAR, errors, fitted, verdict
+from bench import fitting, predictions
+from bench.fitting import errors
+from bench.predictions import PASS_BAR, RATIO_BAR, fitted, verdict
 
 DATA = {data.title: data for data in (predictions.hopper(), predictions.on_h100(), predictions.as_sm80())}
 KEPT_OUT = [
@@ -63,14 +64,14 @@ def test_the_package_has_what_is_fitted(title):
 def test_the_fit_finds_what_it_is_given():
     """Times of the model itself lead back to its numbers."""
     data = DATA["H200"]
-    truth = predictions.with_values(data.card, data.rates, {"csrc.gradient": 0.9, "csrc.launch": 12.0})
+    truth = fitting.with_values(data.card, data.rates, {"csrc.gradient": 0.9, "csrc.launch": 12.0})
     measured = []
     for each in data.measured:
-        found = predictions.prediction(each.shape, "csrc", *truth)
+        found = fitting.prediction(each.shape, "csrc", *truth)
         times = {"csrc": np.array([found.forward[0].us, found.backward[0].us])}
         ratios = {"csrc": np.array([found.forward_ratio, found.ratio])}
-        measured.append(predictions.Measured(each.shape, times, ratios, True))
-    _, rates = predictions.fit(
+        measured.append(fitting.Measured(each.shape, times, ratios, True))
+    _, rates = fitting.fit(
         measured, ("csrc",), ("csrc.gradient", "csrc.launch"), predictions.BELIEVED, data.card, data.rates
     )
     assert (rates.csrc.gradient, rates.csrc.launch) == pytest.approx((0.9, 12.0), rel=0.03)
