@@ -62,10 +62,10 @@ def read_ladder(path: Path) -> list[Measured]:
     """Of ratios to products, with the products' times where they are known."""
     found = []
     for entry in json.loads(path.read_text())["shapes"]:
-        shape, times = Shape(**entry["shape"]), {"frozen": np.array(entry["cublas"] or [np.nan] * 2)}
+        shape, times = Shape(**entry["shape"]), {"frozen": np.array(entry.get("cublas") or [np.nan] * 2)}
         ratios = {"frozen": np.ones(2)}
-        for name in ("csrc", "triton"):
-            told = entry[name] or {}
+        for name in ("csrc", "triton", "addmm"):
+            told = entry.get(name) or {}
             ratios[name] = np.array([told.get(each, np.nan) for each in (FORWARD, FORWARD_BACKWARD)])
             times[name] = np.array([told.get(each, np.nan) for each in (FORWARD, "backward")]) * times["frozen"]
         found.append(Measured(shape, times, ratios, str(shape) in FITTED))
@@ -111,8 +111,9 @@ def hopper(launches: Path | None = None) -> Data:
         (("addmm",), ("cublas.skinny", "cublas.stream")),
         (("triton",), ("triton.launch", "triton.pace", "triton.skinny", "triton.stream")),
     )
-    results = RESULTS / "nvidia-h200" / "results.json"
-    measured = read_launches(launches, "own") if launches else read_results(results, NAMES)
+    folder = RESULTS / "nvidia-h200"
+    measured = read_launches(launches, "own") if launches else read_results(folder / "results.json", NAMES)
+    measured += read_ladder(folder / "other_shapes.json")
     return Data("H200", CARDS["H200"], HOPPER, measured, steps, BELIEVED)
 
 
@@ -166,6 +167,8 @@ def rows(measured: list[Measured], kernels: str, card: Card, rates: Rates) -> li
     """Of a table: those that were kept out first."""
     found = []
     for each in sorted(measured, key=lambda each: each.fitted):
+        if np.isnan([*each.times[kernels], *each.ratios[kernels]]).all():
+            continue
         passes, ratios = errors(each, kernels, card, rates)
         cells = ["fitted" if each.fitted else "kept out", kernels, str(each.shape)]
         cells += [f"{error:+.1%}" if abs(error) <= PASS_BAR else f"{error:+.1%} MISS" for error in passes]

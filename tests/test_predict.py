@@ -104,6 +104,18 @@ def test_ranks_are_padded_as_the_kernels_do():
     assert [csrc.block_rank(r) for r in (1, 16, 17, 64, 65, 128, 129, 256)] == [16, 16, 64, 64, 128, 128, 256, 256]
 
 
+def test_ranks_that_csrc_does_not_take():
+    with pytest.raises(ValueError, match="csrc's kernels take ranks up to 256, got r=257"):
+        predict(512, 512, 512, 257, CARD)
+    assert len(words.lines((512, 512, 512, 257), "H200", predict(512, 512, 512, 257, CARD, "triton"))) == 2
+    assert len(words.lines((512, 512, 512, 256), "H200", predict(512, 512, 512, 256, CARD, "triton"))) == 3
+
+
+def test_a_rank_that_is_no_multiple_of_8_costs_a_copy():
+    (aligned,), (copied,) = (predict(8192, 4096, 4096, r, CARD).forward for r in (16, 12))
+    assert copied.us > aligned.us
+
+
 def test_kernels_that_are_not_known():
     with pytest.raises(ValueError, match="kernels must be one of csrc, triton, addmm, frozen, got 'cudnn'"):
         predict(1, 1, 1, 1, CARD, "cudnn")

@@ -27,14 +27,17 @@ from .rates import Rates
 from .work import Work, makespan
 
 HIDDEN = 0.5
+MOST_RANK = 256
 RIDES_UP_TO = 16, 4  # ranks and columns of tiles
 RIDING = 1.12, 2.0  # a riding tile's time over another's, and us (docs/hopper.md)
 LONG = 3072  # depth of long tiles
 
 
 def block_rank(r: int) -> int:
-    """To which the kernels pad it."""
-    return next(block for block in (16, 64, 128, 256, 512) if r <= block)
+    """To which the kernels pad it. Raises ValueError for ranks that they do not take."""
+    if r > MOST_RANK:
+        raise ValueError(f"csrc's kernels take ranks up to {MOST_RANK}, got r={r}")
+    return next(block for block in (16, 64, 128, 256) if r <= block)
 
 
 def launch(name: str, M: int, N: int, depth: int, r: int, card: Card, rates: Rates, started: float, itemsize: int):
@@ -45,12 +48,13 @@ def launch(name: str, M: int, N: int, depth: int, r: int, card: Card, rates: Rat
     us = heated(makespan(work.times(), work.workers), started, rates.csrc.sag, rates.cublas.settle)
     flops = 2 * M * N * depth + (2 if backward else 1) * 2 * M * r * (N + depth)
     us = rates.csrc.launch + max(us, memory_time(card, rates.cublas, moved))
+    us += rates.cublas.launch if r % 8 else 0.0  # B is copied to padded rows
     return Launch(f"lora_linear_kernel ({name})", flops, moved, us)
 
 
 def work_of(M: int, N: int, depth: int, r: int, card: Card, rates: Rates, backward: bool) -> Work:
     hopper, tiling, ranks = card.capability >= 90, tiling_of(card), block_rank(r)
-    narrow = hopper and ranks <= 128 and tiling.is_narrow(M, N)
+    narrow = hopper and ranks <= 128 and tiling.width(M, N, (1.0, 0.5)) < 1
     rows, cols = ceil(M / tiling.rows), ceil(N / (tiling.cols // 2 if narrow else tiling.cols))
     step = rates.csrc.pace * step_time(card, tiling)
     tile = (tiling.steps(depth) + r / tiling.depth) * step * (NARROW if narrow else 1) + rates.cublas.tile_end
@@ -67,8 +71,13 @@ def work_of(M: int, N: int, depth: int, r: int, card: Card, rates: Rates, backwa
 
 def _shrink(depth: int, ranks: int, tiling: Tiling, rates: Rates, step: float, deep: bool) -> float:
     """Of one item's rows; deep: a step is of twice the depth."""
-    products = ranks / tiling.cols * step
-    return tiling.steps(depth) * (rates.csrc.shrink * (0.5 if deep else 1) + HIDDEN * products)
+    loads = rates.csrc.shrink * (0.5 if deep else 1) * _items_of_ranks(ranks, tiling)
+    return tiling.steps(depth) * (loads + HIDDEN * ranks / tiling.cols * step)
+
+
+def _items_of_ranks(ranks: int, tiling: Tiling) -> int:
+    """An item has as many ranks as a tile has columns, on which their sums lie."""
+    return ceil(ranks / tiling.cols)
 
 
 def _gradient_items(N: int, depth: int, wide: bool) -> int:
@@ -79,7 +88,7 @@ def _gradient_items(N: int, depth: int, wide: bool) -> int:
 def _gradient(ranks: int, tiling: Tiling, rates: Rates, step: float, cols: int) -> float:
     """Of one item's tokens, as many as a tile has rows."""
     products = cols * ranks / (tiling.rows * tiling.cols) * step
-    loads = rates.csrc.gradient * cols / (512 if tiling.depth == 64 else 256)
+    loads = rates.csrc.gradient * cols / (512 if tiling.depth == 64 else 256) * _items_of_ranks(ranks, tiling)
     return tiling.steps(tiling.rows) * (loads + HIDDEN * products)
 
 

@@ -5,7 +5,8 @@
     heat(t) = t (1 + sag (1 - exp(-(started + t / 2) / settle)))
 
 A worker is what makes a tile: on Hopper two SMs, 256 x 256 in steps of 64; before it one SM, 256 x 128 in steps of 32.
-cuBLAS's tiles and csrc's are of these sizes. Where there are few, they are half as wide in 0.56 of the time.
+cuBLAS's tiles and csrc's are of these sizes. Where that is through earlier, they are half as wide in 0.56 of the time;
+cuBLAS's on Hopper also three quarters in 0.78.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,9 @@ from math import ceil, exp
 from ..cards import Card
 from .rates import Products
 
-NARROW = 0.56  # of a tile's time for half its columns (csrc/sm90/tiling.cuh)
+# Of a tile's time, by the share of its columns; the first is csrc's (csrc/sm90/tiling.cuh).
+NARROW = 0.56
+TIMES = {1.0: 1.0, 0.75: 0.78, 0.5: NARROW}
 GROUP = 8  # items' rows whose tiles run together, so that L2 serves them
 
 
@@ -41,17 +44,21 @@ class Tiling:
     def steps(self, depth: int) -> int:
         return ceil(depth / self.depth)
 
-    def is_narrow(self, M: int, N: int) -> bool:
-        """Whether half tiles are through earlier."""
-        waves, narrow = (ceil(self.tiles(M, N, cols) / self.workers) for cols in (self.cols, self.cols // 2))
-        return NARROW * narrow < waves
+    def waves(self, M: int, N: int, width: float) -> float:
+        """Tiles over workers, of that share of the columns."""
+        return ceil(M / self.rows) * ceil(N / (width * self.cols)) / self.workers
 
-    def tiles(self, M: int, N: int, cols: int) -> int:
-        return ceil(M / self.rows) * ceil(N / cols)
+    def width(self, M: int, N: int, widths: tuple[float, ...]) -> float:
+        """With which of these the last tile is done first."""
+        return min(widths, key=lambda width: TIMES[width] * ceil(self.waves(M, N, width)))
 
 
 def tiling_of(card: Card) -> Tiling:
     return Tiling(256, 64, card.sm_count // 2) if card.capability >= 90 else Tiling(128, 32, card.sm_count)
+
+
+def cublas_widths(card: Card) -> tuple[float, ...]:
+    return (1.0, 0.75, 0.5) if card.capability >= 90 else (1.0, 0.5)
 
 
 def step_time(card: Card, tiling: Tiling) -> float:
@@ -88,19 +95,13 @@ def tile_bytes(M: int, N: int, depth: int, card: Card, itemsize: int) -> float:
     return (M * depth * lhs + N * depth * weight + M * N) * itemsize
 
 
-def waves_of(M: int, N: int, tiling: Tiling) -> tuple[float, bool]:
-    """(tiles over workers, whether tiles are narrow)."""
-    narrow = tiling.is_narrow(M, N)
-    return tiling.tiles(M, N, tiling.cols // 2 if narrow else tiling.cols) / tiling.workers, narrow
-
-
 def product(name: str, M: int, N: int, depth: int, card: Card, products: Products, started: float, itemsize: int):
     """One launch that does nothing else."""
     tiling = tiling_of(card)
-    waves, narrow = waves_of(M, N, tiling)
-    steps = tiling.steps(depth) * products.pace * step_time(card, tiling) * (NARROW if narrow else 1)
+    width = tiling.width(M, N, cublas_widths(card))
+    steps = tiling.steps(depth) * products.pace * step_time(card, tiling) * TIMES[width]
     moved = tile_bytes(M, N, depth, card, itemsize)
-    us = heated(ceil(waves) * (steps + products.tile_end), started, products.sag, products.settle)
+    us = heated(ceil(tiling.waves(M, N, width)) * (steps + products.tile_end), started, products.sag, products.settle)
     return Launch(name, 2 * M * N * depth, moved, products.launch + max(us, memory_time(card, products, moved)))
 
 

@@ -9,7 +9,7 @@ triton   shrink, expand; shrink, expand and the gradients: on Hopper in one laun
 from math import ceil
 
 from ..cards import Card
-from .products import Launch, product, thin, tiling_of, total, waves_of
+from .products import Launch, cublas_widths, product, thin, tiling_of, total
 from .rates import Products, Rates
 
 Pass = tuple[Launch, ...]
@@ -77,7 +77,8 @@ class TritonKernels:
 
     def _expand_with_gradients(self, name: str, columns: int, depth: int, started: float) -> Launch:
         tiles, gradients = self._expand(name, columns, depth, started), self._gradients(name)
-        waves, _ = waves_of(self.M, columns, tiling_of(self.card))
+        tiling = tiling_of(self.card)
+        waves = tiling.waves(self.M, columns, tiling.width(self.M, columns, cublas_widths(self.card)))
         idle = (1 - waves / ceil(waves)) * tiles.us
         us = tiles.us + max(0.0, gradients.us - self.products.launch - idle)
         return Launch(name, tiles.flops + gradients.flops, tiles.bytes + gradients.bytes, us)

@@ -2,6 +2,7 @@
 
 from ..cards import CARDS
 from . import CSRC_FROM, Prediction, predict
+from .csrc import MOST_RANK
 from .products import total
 
 # By `python -m bench.predictions`; a pass is forward or backward.
@@ -25,7 +26,7 @@ def lines(shape: tuple[int, int, int, int], name: str, shown: Prediction) -> lis
     """Of the launches that are shown, and of csrc's where the card has them."""
     card = CARDS[name]
     told = [f"predicted: {_ratios(shown)}"]
-    if card.capability >= CSRC_FROM:
+    if card.capability >= CSRC_FROM and shape[-1] <= MOST_RANK:
         told.append(f"predicted with the CUDA extension: {_ratios(predict(*shape, card, 'csrc'))}")
     return [*told, f"predictions are {trust(name)}"]
 
