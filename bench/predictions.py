@@ -31,7 +31,7 @@ FITTED = {
 }  # fmt: skip
 # An H200 whose products go by mma.sync, which gives 63% of its rate.
 AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.7326)
-# What is known beforehand, by clocks in the kernels and by products of other sizes, and how much it weighs.
+# Where the fit begins and what leaving it costs: csrc's by clocks in its kernels (docs/hopper.md), the others guesses.
 BELIEVED = {
     "card.peak": (0.83, 0.02), "cublas.launch": (3.0, 0.05), "cublas.tile_end": (1.5, 0.1), "cublas.sag": (0.2, 0.05),
     "cublas.settle": (1500, 0.05), "cublas.skinny": (0.5, 0.02), "cublas.stream": (0.8, 0.05),
@@ -50,12 +50,19 @@ def read_results(path: Path, names: dict[str, str]) -> list[Measured]:
     """Of a results.json: variants by their names in predictions. Backward is the difference of medians."""
     found = []
     for entry in json.loads(path.read_text())["shapes"]:
+        if entry["skipped"]:
+            continue
         passes = [entry["times"]["graph"][name] for name in (FORWARD, FORWARD_BACKWARD)]
-        both = {name: np.array([each[variant]["median_us"] for each in passes]) for variant, name in names.items()}
+        both = {name: np.array([_us(each, variant) for each in passes]) for variant, name in names.items()}
         times = {name: np.array([forward, whole - forward]) for name, (forward, whole) in both.items()}
         ratios = {name: of_both / both["frozen"] for name, of_both in both.items()}
         found.append(Measured(Shape(**entry["shape"]), times, ratios, entry["name"] in FITTED))
     return found
+
+
+def _us(outcomes: dict, variant: str) -> float:
+    """NaN where it was not measured."""
+    return outcomes.get(variant, {}).get("median_us", np.nan)
 
 
 def read_ladder(path: Path) -> list[Measured]:
