@@ -16,7 +16,7 @@ ALL_CARDS = [("80", "sm_80"), ("86", "sm_86"), ("89", "sm_89"), ("90a", "sm_90a"
 # Of the folders of kernels: the cards that they are for, the last one by PTX for cards to come.
 TARGETS = {"csrc": ALL_CARDS, "sm80": ALL_CARDS, "sm90": [("90a", "sm_90a")]}
 # ptxas's level of optimisation where it is not 3, which loads this one's fragments too late (docs/sm80.md).
-LEVELS = {"sm80/lora_linear_forward.cu": 1}
+LEVELS = {"sm80/lora_linear_forward.cu": 1, "sm80/lora_linear_forward_dropout.cu": 1}
 
 
 def obstacle() -> str | None:

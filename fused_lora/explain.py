@@ -1,49 +1,18 @@
 """explain(): which backend, kernels and tiles a layer or a shape gets, and why, found by running the launchers dry."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from . import backends, checks, choices
+from .cards import CARDS
+from .explanations import Explanation, MLPExplanation, ModelExplanation
 from .modules import LoRAMLP
 from .modules.protocol import LoRALayer, is_lora, together
 from .modules.siblings import LoRASiblings
 from .ops.lora_parts import measured_obstacle
-
-# Launch parameters that name the tile, in the order in which they are shown.
-_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_R", "BLOCK_T", "num_warps", "num_stages")
-_PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """backend and reason; for kernels the launches of forward and backward, each (kernel, programs, parameters)."""
-
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
-    device: str
-    backend: str
-    reason: str
-    forward: tuple[tuple[str, int, dict], ...] = ()
-    backward: tuple[tuple[str, int, dict], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        M, K, N, r = self.shape
-        lines = [
-            f"M={M} tokens, K={K} -> N={N}, r={r}, {self.dtype} on {self.device}",
-            f"backend: {self.backend} ({self.reason})",
-        ]
-        for title, launches in (("forward", self.forward), ("backward", self.backward)):
-            lines += [f"{title}:"] if launches else []
-            lines += [f"  {name} programs={programs} {_describe(meta)}" for name, programs, meta in launches]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
-
-
-def _describe(meta: dict) -> str:
-    tile = [f"{key}={meta[key]}" for key in _TILE if key in meta]
-    return " ".join(tile + [key for key in _PATH if meta.get(key)])
+from .predict import Prediction, predict_triton
 
 
 def _record(x, weight, A, B, bias, p: float, gpu):
@@ -132,17 +101,6 @@ def _measured_apart(layers: list[LoRALayer], tokens: int) -> str | None:
     return measured_obstacle(rows, [layer.lora_part() for layer in layers], layers[0].dropping)
 
 
-@dataclass(frozen=True)
-class MLPExplanation:
-    """gate, up and down by name, and what is fused of them."""
-
-    layers: dict[str, Explanation]
-    fused: str
-
-    def __str__(self) -> str:
-        return "\n".join([*(f"{name}: {layer}" for name, layer in self.layers.items()), f"as one: {self.fused}"])
-
-
 def _explain_mlp(mlp: LoRAMLP, tokens: int, gpu: str | None) -> MLPExplanation:
     structure = mlp._structure
     three = structure.layers(mlp)
@@ -153,33 +111,6 @@ def _explain_mlp(mlp: LoRAMLP, tokens: int, gpu: str | None) -> MLPExplanation:
         {name: explain(layer, tokens=tokens, gpu=gpu) for name, layer in layers.items() if is_lora(layer)},
         fused if reason is None else f"no: {reason}",
     )
-
-
-@dataclass(frozen=True)
-class ModelExplanation:
-    """What a model's layers get, by name: each LoRALinear, or the LoRAMLP that it belongs to. Printed, layers that get
-    the same are one."""
-
-    layers: dict[str, Explanation | MLPExplanation]
-
-    def __str__(self) -> str:
-        alike: dict[str, list[str]] = {}
-        for name, explanation in self.layers.items():
-            alike.setdefault(str(explanation), []).append(name)
-        return "\n\n".join(f"{_in_short(names)}\n{text}" for text, names in alike.items())
-
-
-def _in_short(names: list[str]) -> str:
-    """model.layers.*.mlp.up_proj (24 layers) for names that differ in numbers only."""
-    if len(names) == 1:
-        return names[0]
-    families: dict[tuple, list[list[str]]] = {}
-    for name in names:
-        parts = name.split(".")
-        families.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
-    columns = [zip(*family, strict=True) for family in families.values()]
-    patterns = [".".join(part[0] if len(set(part)) == 1 else "*" for part in parts) for parts in columns]
-    return f"{', '.join(patterns)} ({len(names)} layers)"
 
 
 def _explain_model(model: nn.Module, **options) -> ModelExplanation:
@@ -218,7 +149,7 @@ def explain(
     """Which backend, kernels and tiles `tokens` rows through a layer get, and why; print() the result.
 
     Either a LoRALinear, a LoRAMLP or a model that holds some, or in_features, out_features and r (with dtype,
-    lora_dtype and dropout p). gpu names a card to explain for ("A100", "A6000", "RTX 3090", "RTX 4090", "H100");
+    lora_dtype and dropout p). gpu names a card to explain for, with predicted times ("A100" and others: cards.py);
     without it, `device`, which is by default the layer's, or this machine's GPU.
     """
     if isinstance(layer, LoRAMLP):
@@ -256,13 +187,11 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
     else:
         if not backends.has_triton():
             raise ModuleNotFoundError("explaining for a GPU needs triton installed")
-        from .kernels.tiles import KNOWN_GPUS
-
-        if gpu not in KNOWN_GPUS:
-            raise ValueError(f"gpu must be one of {', '.join(KNOWN_GPUS)}, got {gpu!r}")
+        if gpu not in CARDS:
+            raise ValueError(f"gpu must be one of {', '.join(CARDS)}, got {gpu!r}")
         if dtype not in backends.TRITON_DTYPES:
             return Explanation(shape, dtype, gpu, "reference", f"no kernel for {dtype}")
-        target, reason, device = KNOWN_GPUS[gpu], f"explained for {gpu}", gpu
+        target, reason, device = _known_gpu(gpu), f"explained for {gpu}", gpu
         if target.has_tma and dtype in backends.CUDA_DTYPES:
             reason += " without the CUDA extension"
     x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
@@ -271,4 +200,16 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
     B = torch.empty(out_features, r, dtype=factor_dtype, device="meta")
     forward, backward = _record(x, weight, A, B, None, p, target)
     notes = _notes(*shape, dtype, factor_dtype, target)
-    return Explanation(shape, dtype, str(device), "triton", reason, forward, backward, notes)
+    predicted = None if gpu is None or p or dtype.itemsize != 2 else _predict(shape, gpu, forward, backward)
+    return Explanation(shape, dtype, str(device), "triton", reason, forward, backward, notes, gpu, predicted)
+
+
+def _known_gpu(name: str):
+    from .kernels.tiles import KNOWN_GPUS
+
+    return KNOWN_GPUS[name]
+
+
+def _predict(shape: tuple[int, int, int, int], gpu: str, *passes) -> Prediction:
+    """Of recorded launches."""
+    return predict_triton(*shape, CARDS[gpu], *(tuple(name for name, _, _ in launches) for launches in passes))

@@ -14,7 +14,10 @@ from tests.cards import CUDA
 
 of_explain = importlib.import_module("fused_lora.explain")
 SHAPE = dict(in_features=4096, out_features=1024, r=16)
-CARDS = ["A100", "A6000", "RTX 3090", "RTX 4090", "H100"]
+CARDS = [
+    "A100", "A100 40 GB", "A100 80 GB", "A6000", "RTX 6000 Ada", "RTX 3090", "RTX 4090", "L40S", "H200", "H100",
+]  # fmt: skip
+HOPPER = ("H100", "H200")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def _plain(monkeypatch):
 def test_a_card_by_name(card):
     pytest.importorskip("triton")
     told = explain(gpu=card, tokens=8192, **SHAPE)
-    reason = f"explained for {card}" + (" without the CUDA extension" if card == "H100" else "")
+    reason = f"explained for {card}" + (" without the CUDA extension" if card in HOPPER else "")
     assert (told.backend, told.reason, told.device) == ("triton", reason, card)
     lines = str(told).splitlines()
     assert lines[0] == f"M=8192 tokens, K=4096 -> N=1024, r=16, torch.bfloat16 on {card}"
@@ -38,9 +41,38 @@ def test_a_card_by_name(card):
     assert {"forward:", "backward:"} < set(lines)
     for name in ("shrink_kernel", "expand_kernel"):
         assert any(line.startswith(f"  {name} programs=") and "BLOCK_M=" in line for line in lines)
-    grads = "expand_grads_kernel" if card == "H100" else "factor_grads_kernel"
+    grads = "expand_grads_kernel" if card in HOPPER else "factor_grads_kernel"
     assert grads in [name for name, _, _ in told.backward]
-    assert ("TMA" in str(told)) == (card == "H100")
+    assert ("TMA" in str(told)) == (card in HOPPER)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_times_of_a_card(card):
+    """Each launch has one; their sums and ratios are told, and what they rest on."""
+    pytest.importorskip("triton")
+    told = explain(gpu=card, tokens=8192, **SHAPE)
+    launches, frozen = told.predicted.forward, told.predicted.frozen
+    assert [launch.name for launch in launches] == [name for name, _, _ in told.forward]
+    assert [launch.name for launch in told.predicted.backward] == [name for name, _, _ in told.backward]
+    lines = str(told).splitlines()
+    for launch in launches:
+        assert any(line.startswith(f"  {launch.name} ") and line.endswith(f"({launch.us:.0f} us)") for line in lines)
+    us, ratio = sum(launch.us for launch in launches), told.predicted.forward_ratio
+    start = (
+        f"predicted: forward {us:.0f} us, {ratio:.2f} of the frozen linear's {frozen[0].us:.0f}; forward + backward "
+    )
+    assert any(line.startswith(start) for line in lines)
+    assert ("predicted with the CUDA extension" in str(told)) == (card in HOPPER)
+    assert ("extrapolated" in str(told)) == (card not in HOPPER)
+    assert ("checked on an" in str(told)) == (card in HOPPER)
+
+
+@pytest.mark.parametrize("options", [dict(p=0.1), dict(dtype=torch.float32)], ids=str)
+def test_what_has_no_predicted_times(options):
+    pytest.importorskip("triton")
+    told = explain(gpu="A100", **SHAPE, **options)
+    assert told.predicted is None
+    assert "predicted times: only of 16-bit products without dropout" in str(told).splitlines()
 
 
 def test_the_launches_are_those_of_the_shape():

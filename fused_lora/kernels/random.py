@@ -16,7 +16,7 @@ def mix(h):
 
 @triton.jit
 def hash_bits(seed, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """32 bits for each entry of the tile at (row, col); reference.hash_bits is the same function in torch."""
+    """32 bits for each entry of the tile at (row, col); hashing.hash_bits is the same function in torch."""
     offs_row = (row + tl.arange(0, BLOCK_ROWS)).to(tl.uint32)
     offs_col = (col + tl.arange(0, BLOCK_COLS)).to(tl.uint32)
     seed_lo = seed.to(tl.uint32)
@@ -36,6 +36,6 @@ def hash_bits(seed, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 
 @triton.jit
 def half_bits(seed, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """16 bits for each entry of the tile at (row, col), which begins at an even column; as reference.half_bits."""
+    """16 bits for each entry of the tile at (row, col), which begins at an even column; as hashing.half_bits."""
     h = hash_bits(seed, row, col // 2, BLOCK_ROWS, BLOCK_COLS // 2)
     return tl.interleave((h & 0xFFFF).to(tl.int32), (h >> 16).to(tl.int32))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
+from ..cards import CARDS
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -26,13 +28,7 @@ class Gpu:
 
 
 # For explain() and the compile tests; at run time the device is asked.
-KNOWN_GPUS = {
-    "A100": Gpu(80, 108, 166912),
-    "A6000": Gpu(86, 84, 101376),
-    "RTX 3090": Gpu(86, 82, 101376),
-    "RTX 4090": Gpu(89, 128, 101376),
-    "H100": Gpu(90, 132, 232448),
-}
+KNOWN_GPUS = {name: Gpu(card.capability, card.sm_count, card.shared_memory) for name, card in CARDS.items()}
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,9 @@ class Linear:
 
     def forward(self):
         matrices = [operand(tensor) for tensor in (self.weight, self.A, self.B)]
-        return ForwardPart(*matrices, result(self.bias), operand(self.xa), result(self.y), self.scale.data_ptr(), self.dropout())
+        return ForwardPart(
+            *matrices, result(self.bias), operand(self.xa), result(self.y), self.scale.data_ptr(), self.dropout()
+        )
 
     def backward(self, x):
         matrices = (self.dy, x, self.weight, self.A, self.B, self.xa, self.dxa)

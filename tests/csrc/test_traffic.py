@@ -16,7 +16,7 @@ def list_sm80(compile_list):
     program = compile_list(Path(__file__).parent / "list_sm80.cu")
 
     def run(sizes, backward, card):
-        line = " ".join(map(str, [*sizes, int(backward), card.sms, card.shared_bytes]))
+        line = " ".join(map(str, [*sizes, int(backward), card.sm_count, card.shared_memory]))
         done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
         return [Item(*map(int, numbers)) for numbers in zip(*[iter(done.stdout.split())] * 5, strict=True)]
 
@@ -33,14 +33,13 @@ def test_a_cache_forgets_what_was_used_longest_ago():
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_memory_is_faster_than_the_products(list_sm80, card, sizes, backward):
+@pytest.mark.parametrize("name", CARDS)
+def test_memory_is_faster_than_the_products(list_sm80, name, sizes, backward):
+    card = CARDS[name]
     items = list_sm80(sizes, backward, card)
     total = memory_bytes(sizes, items, backward, card)
     of_memory, of_products = total / (card.gigabytes * 1e9), flops(sizes, backward) / (card.tflops * 1e12)
     times = total / least_bytes(sizes, backward)
-    print(
-        f"{card.name}: {total >> 20} MB, {times:.2f} of the least; {of_memory / of_products:.2f} of the products' time"
-    )
+    print(f"{name}: {total >> 20} MB, {times:.2f} of the least; {of_memory / of_products:.2f} of the products' time")
     assert total >= 0.98 * least_bytes(sizes, backward)
     assert of_memory < MOST * of_products

@@ -8,31 +8,17 @@ import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from fused_lora.cards import CARDS as KNOWN
+from fused_lora.cards import Card
 
 SHRINK, TILE, GRADIENT_A, GRADIENT_B = range(4)
 ROWS, COLS, BLOCK = 256, 128, 256
 SHRINK_PACE = 0.5  # of a tile's time for the same depth
 
 
-@dataclass(frozen=True)
-class Card:
-    name: str
-    sms: int
-    shared_bytes: int
-    cache_bytes: int
-    tflops: float  # datasheet, dense, sums in float32
-    gigabytes: float  # a second
-
-
-CARDS = [
-    Card("A100 40 GB", 108, 166912, 40 << 20, 312, 1555),
-    Card("A6000", 84, 101376, 6 << 20, 155, 768),
-    Card("3090", 82, 101376, 6 << 20, 71, 936),
-    Card("4090", 128, 101376, 72 << 20, 165, 1008),
-    Card("L40S", 142, 101376, 96 << 20, 362, 864),
-]
+CARDS = {name: KNOWN[name] for name in ("A100 40 GB", "A6000", "RTX 3090", "RTX 4090", "L40S")}
 
 
 class Sizes(NamedTuple):
@@ -90,8 +76,8 @@ def uses(sizes: Sizes, item: Item, backward: bool) -> Iterator[tuple[float, list
 
 
 def memory_bytes(sizes: Sizes, items: list[Item], backward: bool, card: Card) -> int:
-    cache, waiting, number = Cache(card.cache_bytes), iter(items), itertools.count()
-    at_work = [(0.0, next(number), iter(())) for _ in range(card.sms)]
+    cache, waiting, number = Cache(card.l2 << 20), iter(items), itertools.count()
+    at_work = [(0.0, next(number), iter(())) for _ in range(card.sm_count)]
     while at_work:
         now, _, own = heapq.heappop(at_work)
         step = next(own, None)

@@ -1,0 +1,61 @@
+"""Random numbers of a place: hashes of (seed, row, column) in plain torch, the same bits as the kernels make."""
+
+import torch
+from torch import Tensor
+
+_U32 = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & _U32
+    h = h ^ (h >> 15)
+    h = (h * 0x846CA68B) & _U32
+    return h ^ (h >> 16)
+
+
+def hash_bits(M: int, K: int, seed: Tensor, first: int = 0) -> Tensor:
+    """(M, K) int64 in [0, 2^32), rows from `first` on: a hash of (seed, row, column), the same wherever it is made."""
+    rows = torch.arange(first, first + M, device=seed.device, dtype=torch.int64)
+    cols = torch.arange(K, device=seed.device, dtype=torch.int64)
+    # Two keys a row: with one, rows whose keys lie close together would share shifted masks.
+    key_in = _mix((_mix((rows ^ seed) & _U32) + ((seed >> 32) & _U32)) & _U32)
+    key_mid = _mix((key_in + 0x9E3779B9) & _U32)
+    h = key_in[:, None] ^ ((cols * 0x9E3779B9) & _U32)[None, :]
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & _U32
+    h = h ^ (h >> 15)
+    h = (h + key_mid[:, None]) & _U32
+    h = (h * 0x846CA68B) & _U32
+    return h ^ (h >> 16)
+
+
+def half_bits(rows: int, cols: int, seed: Tensor) -> Tensor:
+    """(rows, cols) int64 in [0, 2^16): two neighbours share the halves of one hash."""
+    h = hash_bits(rows, (cols + 1) // 2, seed)
+    return torch.stack((h & 0xFFFF, h >> 16), dim=-1).flatten(-2)[:, :cols]
+
+
+# Of a group of 8 columns: what its hash is mixed with for each pair of them.
+_FLIPS = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+_FACTORS = (0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD)
+
+
+def _fold(a: Tensor, b: Tensor | int) -> Tensor:
+    """The halves of a product of 64 bits, one over the other."""
+    product = a * b
+    return ((product >> 32) ^ product) & _U32
+
+
+def mask_numbers(M: int, K: int, seed: Tensor, first: int = 0) -> Tensor:
+    """(M, K) int64 in [0, 2^16), rows from `first` on: one hash of (seed, row, 8 columns) for 8 entries."""
+    # The seed is mixed before rows are: rows of neighbouring seeds would be each other's otherwise.
+    low = _mix(((seed & _U32) + 0x9E3779B9) & _U32)
+    high = _mix(((low ^ (seed >> 32 & _U32)) + 0x9E3779B9) & _U32)
+    rows = torch.arange(first, first + M, device=seed.device, dtype=torch.int64)
+    groups = torch.arange((K + 7) // 8, device=seed.device, dtype=torch.int64)
+    key_in = _mix((_mix(rows ^ low) + high) & _U32)
+    key_mid = _mix((key_in + 0x9E3779B9) & _U32)
+    group = _fold(key_in[:, None] ^ (groups * 0x9E3779B9 & _U32), 0x7FEB352D) ^ key_mid[:, None]
+    words = torch.stack([_fold(group ^ flip, factor) for flip, factor in zip(_FLIPS, _FACTORS, strict=True)], dim=-1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :K]
