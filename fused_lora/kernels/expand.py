@@ -12,8 +12,8 @@ import triton.language as tl
 from . import tiles
 from .autotune import bucket, tuned
 from .dropout import Dropout, keep_mask
-from .launch import Layout, Plan, dense, planned, pointers_aligned
-from .primitives import accumulate, grouped_order, store_tile
+from .launch import Layout, Plan, dense, is_wide, planned, pointers_aligned
+from .primitives import accumulate, accumulate_strided, grouped_order, store_tile
 from .tiles import Gpu, Tile
 
 GROUP_M = 8
@@ -69,13 +69,12 @@ def one_loop_tiles(
 @triton.jit
 def _two_loop_tiles(
     lhs, weight, low, factor, bias_ptr, out, seed, threshold, first, last, M, N, K, R,
-    stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col,
-    stride_low_row, stride_low_col, stride_factor_row, stride_factor_col, stride_out_row, stride_out_col,
+    stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pointers of any stride, and dropout: the low-rank product comes first, so that one accumulator can be masked."""
+    """TMA with dropout, or with a low-rank product by pointers, which comes first: one accumulator can be masked."""
     for tile in tl.range(first, last, tl.num_programs(0)):
         row, col = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -87,13 +86,37 @@ def _two_loop_tiles(
         if DROPOUT:
             acc = tl.where(keep_mask(seed, row, col, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
         acc = accumulate(
-            acc, lhs, weight, row, col, M, N, K, 0, K,
-            stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col, 0, 0,
-            BLOCK_M, BLOCK_N, BLOCK_K, RHS_T, False, TMA, TMA, PRECISION,
+            acc, lhs, weight, row, col, M, N, K, 0, K, 0, 1, 0, 1, 0, 0,
+            BLOCK_M, BLOCK_N, BLOCK_K, RHS_T, False, True, True, PRECISION,
         )  # fmt: skip
-        _finish_tile(
-            out, acc, bias_ptr, row, col, M, N, stride_out_row, stride_out_col, BLOCK_M, BLOCK_N, HAS_BIAS, TMA
-        )
+        _finish_tile(out, acc, bias_ptr, row, col, M, N, 0, 1, BLOCK_M, BLOCK_N, HAS_BIAS, True)
+
+
+@triton.jit
+def _strided_tile(
+    lhs, weight, low, factor, bias_ptr, out, seed, threshold, tile, M, N, K, R,
+    stride_lhs_row, stride_lhs_k, stride_weight_k, stride_weight_col,
+    stride_low_row, stride_low_rank, stride_factor_rank, stride_factor_col, stride_out_row, stride_out_col,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pointers of any stride. The low-rank product comes first, so that one accumulator can be masked."""
+    row, col = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = accumulate_strided(
+        acc, low, factor, row, col, M, N, 0, R,
+        stride_low_row, stride_low_rank, stride_factor_rank, stride_factor_col, 0, 0,
+        BLOCK_M, BLOCK_N, BLOCK_R, EVEN_R, WIDE, "", PRECISION,
+    )  # fmt: skip
+    if DROPOUT:
+        acc = tl.where(keep_mask(seed, row, col, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+    acc = accumulate_strided(
+        acc, lhs, weight, row, col, M, N, 0, K,
+        stride_lhs_row, stride_lhs_k, stride_weight_k, stride_weight_col, 0, 0,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE, "", PRECISION,
+    )  # fmt: skip
+    _finish_tile(out, acc, bias_ptr, row, col, M, N, stride_out_row, stride_out_col, BLOCK_M, BLOCK_N, HAS_BIAS, False)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -104,9 +127,10 @@ def expand_kernel(
     stride_low_row, stride_low_col, stride_factor_row, stride_factor_col, stride_out_row, stride_out_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LOW_TMA: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Persistent on a grid smaller than the tiles; on a grid of one program a tile, the plain kernel."""
+    """Persistent where TMA reads lhs and weight; without, one program a tile."""
     first = tl.program_id(0)
     last = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     if TMA and LOW_TMA and not DROPOUT:
@@ -114,13 +138,21 @@ def expand_kernel(
             lhs, weight, low, factor, bias_ptr, out, first, last, M, N, K, R,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, RHS_T, HAS_BIAS, PRECISION,
         )  # fmt: skip
-    else:
+    elif TMA:
         _two_loop_tiles(
             lhs, weight, low, factor, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first, last,
-            M, N, K, R,
-            stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col,
-            stride_low_row, stride_low_col, stride_factor_row, stride_factor_col, stride_out_row, stride_out_col,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RHS_T, HAS_BIAS, DROPOUT, TMA, LOW_TMA, PRECISION,
+            M, N, K, R, stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RHS_T, HAS_BIAS, DROPOUT, LOW_TMA, PRECISION,
+        )  # fmt: skip
+    else:
+        _strided_tile(
+            lhs, weight, low, factor, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first,
+            M, N, K, R, stride_lhs_row, stride_lhs_col,
+            stride_weight_col if RHS_T else stride_weight_row, stride_weight_row if RHS_T else stride_weight_col,
+            stride_low_row, stride_low_col,
+            stride_factor_col if RHS_T else stride_factor_row, stride_factor_row if RHS_T else stride_factor_col,
+            stride_out_row, stride_out_col, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, HAS_BIAS, DROPOUT,
+            EVEN_K, EVEN_R, WIDE, PRECISION,
         )  # fmt: skip
 
 
@@ -168,6 +200,8 @@ def _plan(
         dict(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=step, GROUP_M=GROUP_M,
             RHS_T=rhs_t, HAS_BIAS=bias_dtype is not None, DROPOUT=dropout, TMA=tma, LOW_TMA=low_tma,
+            EVEN_K=not tma and K % tile.block_k == 0, EVEN_R=not tma and r % step == 0,
+            WIDE=not tma and is_wide(lhs, weight, low, factor),
             PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         (*base_blocks, *low_blocks, (tile.block_m, tile.block_n // 2) if tma else None),

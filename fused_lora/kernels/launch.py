@@ -50,6 +50,11 @@ class Layout(NamedTuple):
         )
 
 
+def is_wide(*layouts: Layout) -> bool:
+    """Whether an offset into one of them may pass 2^31 elements, with a block of 2^10 rows or columns to spare."""
+    return any((m.rows + 1024) * m.stride_row + (m.cols + 1024) * m.stride_col >= 2**31 for m in layouts)
+
+
 def dense(rows: int, cols: int, like: Layout) -> Layout:
     """The layout of torch.empty(rows, cols)."""
     return Layout(rows, cols, cols, 1, like.dtype, like.device, True)
