@@ -13,7 +13,7 @@ from . import tiles
 from .autotune import bucket, tuned
 from .dropout import Dropout, keep_mask
 from .launch import Layout, Plan, dense, is_wide, planned, pointers_aligned
-from .primitives import accumulate, accumulate_strided, grouped_order, store_tile
+from .primitives import accumulate, accumulate_strided, grouped_order, store_dense_tile
 from .tiles import Gpu, Tile
 
 GROUP_M = 8
@@ -33,7 +33,7 @@ def _finish_tile(
         out.store([row, col], left.to(out.dtype))
         out.store([row, col + BLOCK_N // 2], right.to(out.dtype))
     else:
-        store_tile(out, acc, row, col, M, N, stride_out_row, stride_out_col, BLOCK_M, BLOCK_N, False)
+        store_dense_tile(out, acc, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import tiles
 from .dropout import Dropout, keep_mask
 from .launch import Layout, Plan, is_wide, planned, pointers_aligned
-from .primitives import accumulate_strided, load_tile, row_order, store_tile
+from .primitives import accumulate_strided, load_tile, row_order, store_dense_tile, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu, Tile
 
@@ -26,7 +26,7 @@ def _factor_grad_tile(
     stride_big_row, stride_big_col, stride_low_row, stride_low_col,
     stride_grad_split, stride_grad_col, stride_grad_rank,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    DROPOUT: tl.constexpr, BIG_TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad[split, col:, rank:] = sum over the tokens of one slice of dropout(big)[m, col:] low[m, rank:]."""
     ranks = tl.cdiv(R, BLOCK_R)
@@ -37,7 +37,7 @@ def _factor_grad_tile(
     m_begin = split * m_per_split
     acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
     for m in tl.range(m_begin, min(m_begin + m_per_split, M), BLOCK_T):
-        b = load_tile(big, m, col, M, C, stride_big_row, stride_big_col, BLOCK_T, BLOCK_C, BIG_TMA)
+        b = load_tile(big, m, col, M, C, stride_big_row, stride_big_col, BLOCK_T, BLOCK_C, True)
         if DROPOUT:
             b = tl.where(keep_mask(seed, m, col, threshold, BLOCK_T, BLOCK_C), b, 0.0)
         a = load_tile(low, m, rank, M, R, stride_low_row, stride_low_col, BLOCK_T, BLOCK_R, LOW_TMA)
@@ -53,20 +53,20 @@ def factor_grad_tile(
     stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
     stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    DROPOUT: tl.constexpr, TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tile number `tile` of the list: those of dA first, then those of dB."""
+    """Tile number `tile` of the list: those of dA first, then those of dB. x and dy are descriptors."""
     if tile < dA_tiles:
         _factor_grad_tile(
             x, dxa, dA, seed, threshold, tile, M, K, R, dA_m_per_split,
             stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_col, stride_dA_row,
-            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, TMA, LOW_TMA, PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, LOW_TMA, PRECISION,
         )  # fmt: skip
     else:
         _factor_grad_tile(
             dy, xa, dB, 0, 0, tile - dA_tiles, M, N, R, dB_m_per_split,
             stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
-            BLOCK_C, BLOCK_R, BLOCK_T, False, TMA, LOW_TMA, PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, False, LOW_TMA, PRECISION,
         )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _strided_product(
         BLOCK_ROWS, BLOCK_COLS, BLOCK_T, False, WIDE, DROPPED, PRECISION,
     )  # fmt: skip
     grad += split.to(tl.int64) * stride_grad_split
-    store_tile(grad, acc, row, col, rows, cols, stride_grad_row, stride_grad_col, BLOCK_ROWS, BLOCK_COLS, False)
+    store_dense_tile(grad, acc, row, col, rows, cols, BLOCK_ROWS, BLOCK_COLS)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def factor_grads_kernel(
             M, N, K, R,
             stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
             stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
-            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, True, LOW_TMA, PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, LOW_TMA, PRECISION,
         )  # fmt: skip
     else:
         _strided_grad_tile(
@@ -156,11 +156,17 @@ class SplitGrad:
     tile_count: int
 
     @classmethod
-    def plan(cls, shape: tuple[int, int], M: int, C: int, r: int, tile: Tile, gpu: Gpu) -> "SplitGrad":
-        per_split = ceil(C / tile.block_m) * ceil(r / tile.block_n)
-        # dA and dB are one launch and occupy every SM together.
-        splits, m_per_split = tiles.split(M, tile.block_k, 2 * per_split, gpu)
-        return cls(shape, splits, m_per_split, per_split * splits)
+    def plan(cls, M: int, N: int, K: int, r: int, tile: Tile, gpu: Gpu, itemsize: int):
+        """(dA, dB). They are one launch and occupy every SM together."""
+        dA_blocks, dB_blocks = (ceil(C / tile.block_m) * ceil(r / tile.block_n) for C in (K, N))
+        if gpu.has_mma_sync:
+            # A slice is 4r / M of the operand's bytes, and L2 takes them faster than memory brings those.
+            cost = tiles.SLICE_COST + 1.5 * r / M
+            per_sm = tiles.blocks_per_sm(tile, gpu, itemsize)
+            dA_cut = dB_cut = tiles.split(M, tile.block_k, dA_blocks + dB_blocks, gpu, per_sm, cost)
+        else:
+            dA_cut, dB_cut = (tiles.split(M, tile.block_k, 2 * blocks, gpu) for blocks in (dA_blocks, dB_blocks))
+        return cls((r, K), *dA_cut, dA_blocks * dA_cut[0]), cls((N, r), *dB_cut, dB_blocks * dB_cut[0])
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -203,8 +209,7 @@ def _plan(
 ) -> tuple[SplitGrad, SplitGrad, Plan]:
     M, K, N, r = x.rows, x.cols, dy.cols, xa.cols
     tile = tiles.factor_grad_tile(r, gpu, x.dtype.itemsize, precision)
-    dA = SplitGrad.plan((r, K), M, K, r, tile, gpu)
-    dB = SplitGrad.plan((N, r), M, N, r, tile, gpu)
+    dA, dB = SplitGrad.plan(M, N, K, r, tile, gpu, x.dtype.itemsize)
     dA_tiles = dA.tile_count if needs[0] else 0
     tma = x.tma_ready(gpu) and dy.tma_ready(gpu)
     low_tma = tma and xa.tma_ready(gpu) and dxa.tma_ready(gpu)

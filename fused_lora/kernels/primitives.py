@@ -44,6 +44,15 @@ def store_tile(
 
 
 @triton.jit
+def store_dense_tile(dst, value, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """As store_tile, into a freshly allocated (rows, cols): offsets inside of a tile fit 32 bits."""
+    offs_row, offs_col = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+    mask = (offs_row < rows - row)[:, None] & (offs_col < cols - col)[None, :]
+    dst += tl.cast(row, tl.int64) * cols + col
+    tl.store(dst + (offs_row[:, None] * cols + offs_col[None, :]), value.to(dst.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def accumulate(
     acc, lhs, rhs, row, col, rows, cols, depth, k_begin, k_count,
     stride_lhs_row, stride_lhs_col, stride_rhs_row, stride_rhs_col,

@@ -75,7 +75,8 @@ def _plan(lhs: Layout, factor: Layout, dropout: bool, gpu: Gpu, precision: str, 
     M, K, r = lhs.rows, lhs.cols, factor.rows if rhs_t else factor.cols
     tile = tiles.shrink_tile(r, gpu, lhs.dtype.itemsize, precision)
     blocks = ceil(M / tile.block_m) * ceil(r / tile.block_n)
-    splits, k_per_split = tiles.split(K, tile.block_k, blocks, gpu)
+    split = tiles.split_to_fill if gpu.has_mma_sync else tiles.split
+    splits, k_per_split = split(K, tile.block_k, blocks, gpu)
     tma, factor_tma = lhs.tma_ready(gpu), factor.tma_ready(gpu)
     strided = not (tma or factor_tma)
     factor_block = (tile.block_n, tile.block_k) if rhs_t else (tile.block_k, tile.block_n)
