@@ -73,13 +73,13 @@ _EXPAND_POINTER = (
 # 64x64 of the output a warp is what mma.sync wants: fewer bytes of shared memory a product than 64x32 or 32x32 take.
 # 8 warps of it are all the registers of an SM; of 4 warps two blocks share one, and fill each other's gaps.
 _EXPAND_MMA_SYNC = (
-    (256, 128, 64, 8, 4, 1.0),
+    (256, 128, 32, 8, 7, 1.0),
     (128, 128, 32, 4, 4, 0.95),
     (64, 128, 32, 4, 4, 0.75),
     (64, 64, 32, 4, 4, 0.5),
 )
 _EXPAND_TF32 = ((64, 64, 32, 4, 3, 1.0), (32, 64, 32, 4, 3, 0.6))
-_EXPAND_IEEE = ((64, 64, 32, 8, 3, 1.0), (32, 64, 32, 4, 3, 0.7))
+_EXPAND_IEEE = ((64, 64, 16, 8, 4, 1.0), (32, 64, 32, 4, 3, 0.7))
 
 
 def shared_memory(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> int:
