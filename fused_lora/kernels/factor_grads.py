@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import launch, tiles
 from .dropout import Dropout, keep_mask
-from .launch import Layout, Plan, is_wide, planned, pointers_aligned
-from .primitives import accumulate_strided, load_tile, row_order, store_dense_tile, store_tile
+from .launch import Layout, Plan, planned, pointers_aligned
+from .primitives import accumulate_strided, in_eights, load_tile, row_order, store_dense_tile, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu, Tile
 
@@ -76,7 +76,7 @@ def _strided_product(
     stride_left_token, stride_left_col, stride_right_token, stride_right_col,
     stride_grad_split, stride_grad_row, stride_grad_col,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_T: tl.constexpr,
-    WIDE: tl.constexpr, DROPPED: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_T: tl.constexpr, WIDE: tl.constexpr, DROPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad[split] = left^T right, summed over the tokens of one slice: one (rows, cols) tile of it."""
     blocks = tl.cdiv(rows, BLOCK_ROWS) * tl.cdiv(cols, BLOCK_COLS)
@@ -87,7 +87,7 @@ def _strided_product(
         tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), left, right, row, col, rows, cols,
         m_begin, tl.minimum(m_begin + m_per_split, M),
         stride_left_col, stride_left_token, stride_right_token, stride_right_col, seed, threshold,
-        BLOCK_ROWS, BLOCK_COLS, BLOCK_T, False, WIDE, DROPPED, PRECISION,
+        BLOCK_ROWS, BLOCK_COLS, BLOCK_T, EVEN_T, WIDE, DROPPED, PRECISION,
     )  # fmt: skip
     grad += split.to(tl.int64) * stride_grad_split
     store_dense_tile(grad, acc, row, col, rows, cols, BLOCK_ROWS, BLOCK_COLS)
@@ -100,20 +100,20 @@ def _strided_grad_tile(
     stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
     stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_T: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As factor_grad_tile, by pointers of any stride."""
     if tile < dA_tiles:
         _strided_product(
             dxa, x, dA, seed, threshold, tile, M, R, K, dA_m_per_split,
             stride_dxa_row, stride_dxa_col, stride_x_row, stride_x_col, stride_dA_split, stride_dA_row, stride_dA_col,
-            BLOCK_R, BLOCK_C, BLOCK_T, WIDE, "rhs" if DROPOUT else "", PRECISION,
+            BLOCK_R, BLOCK_C, BLOCK_T, EVEN_T, WIDE, "rhs" if DROPOUT else "", PRECISION,
         )  # fmt: skip
     else:
         _strided_product(
             dy, xa, dB, 0, 0, tile - dA_tiles, M, N, R, dB_m_per_split,
             stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
-            BLOCK_C, BLOCK_R, BLOCK_T, WIDE, "", PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, EVEN_T, WIDE, "", PRECISION,
         )  # fmt: skip
 
 
@@ -124,7 +124,8 @@ def factor_grads_kernel(
     stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
     stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    DROPOUT: tl.constexpr, TMA: tl.constexpr, LOW_TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, TMA: tl.constexpr, LOW_TMA: tl.constexpr, EVEN_T: tl.constexpr, EIGHTS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the list."""
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -137,12 +138,15 @@ def factor_grads_kernel(
             BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, LOW_TMA, PRECISION,
         )  # fmt: skip
     else:
+        N, K, R = in_eights(N, EIGHTS), in_eights(K, EIGHTS), in_eights(R, EIGHTS)
+        stride_x_row, stride_dxa_row = in_eights(stride_x_row, EIGHTS), in_eights(stride_dxa_row, EIGHTS)
+        stride_dy_row, stride_xa_row = in_eights(stride_dy_row, EIGHTS), in_eights(stride_xa_row, EIGHTS)
         _strided_grad_tile(
             tl.program_id(0), x, dxa, dA, dA_tiles, dA_m_per_split, dy, xa, dB, dB_m_per_split, seed, threshold,
             M, N, K, R,
             stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
             stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
-            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, WIDE, PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, EVEN_T, WIDE, PRECISION,
         )  # fmt: skip
 
 
@@ -220,8 +224,9 @@ def _plan(
         (dA_tiles + (dB.tile_count if needs[1] else 0), 1, 1),
         dict(
             BLOCK_C=tile.block_m, BLOCK_R=tile.block_n, BLOCK_T=tile.block_k, DROPOUT=dropout,
-            TMA=tma, LOW_TMA=low_tma, WIDE=not tma and is_wide(x, dxa, dy, xa), PRECISION=precision,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            TMA=tma, LOW_TMA=low_tma, EVEN_T=not tma and M % tile.block_k == 0,
+            EIGHTS=not tma and launch.in_eights(x, dxa, dy, xa), WIDE=not tma and launch.is_wide(x, dxa, dy, xa),
+            PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         (big_block, low_block, big_block, low_block),
         (

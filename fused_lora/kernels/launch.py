@@ -58,6 +58,11 @@ def is_wide(*layouts: Layout) -> bool:
     return any((m.rows + 1024) * m.stride_row + (m.cols + 1024) * m.stride_col >= 2**31 for m in layouts)
 
 
+def in_eights(*layouts: Layout) -> bool:
+    """Whether all of them are rows of 16-byte pieces: contiguous, aligned, of 8 or 16 or 24 ... entries."""
+    return all(m.stride_col == 1 and m.stride_row % 8 == 0 and m.cols % 8 == 0 and m.aligned for m in layouts)
+
+
 def dense(rows: int, cols: int, like: Layout) -> Layout:
     """The layout of torch.empty(rows, cols)."""
     return Layout(rows, cols, cols, 1, like.dtype, like.device, True)

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import launch, tiles
 from .dropout import Dropout
-from .launch import Layout, Plan, is_wide, planned, pointers_aligned
-from .primitives import accumulate, accumulate_strided, store_tile
+from .launch import Layout, Plan, planned, pointers_aligned
+from .primitives import accumulate, accumulate_strided, in_eights, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu
 
@@ -22,13 +22,15 @@ def shrink_kernel(
     stride_low_split, stride_low_row, stride_low_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     RHS_T: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, FACTOR_TMA: tl.constexpr,
-    EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, EIGHTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles in the order (slice of K, rows, columns of r); with slices, low is the (slices, M, r) fp32 workspace.
 
     Persistent under TMA, its loops flattened so that the next tile's loads overlap this one's end:
     (32768, 1024, r = 128) on an H100, 35 us with a grid of tiles, 32 us so.
     """
+    R, K = in_eights(R, EIGHTS), in_eights(K, EIGHTS)
+    stride_lhs_row, stride_factor_row = in_eights(stride_lhs_row, EIGHTS), in_eights(stride_factor_row, EIGHTS)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale = tl.load(scale_ptr).to(tl.float32) * keep_scale
     blocks_r = tl.cdiv(R, BLOCK_N)
@@ -86,7 +88,8 @@ def _plan(lhs: Layout, factor: Layout, dropout: bool, gpu: Gpu, precision: str, 
         dict(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, RHS_T=rhs_t, DROPOUT=dropout,
             TMA=tma, FACTOR_TMA=factor_tma, EVEN_K=strided and K % tile.block_k == 0,
-            WIDE=strided and is_wide(lhs, factor), PRECISION=precision,
+            EIGHTS=strided and launch.in_eights(lhs, factor), WIDE=strided and launch.is_wide(lhs, factor),
+            PRECISION=precision,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         ((tile.block_m, tile.block_k) if tma else None, factor_block if factor_tma else None),

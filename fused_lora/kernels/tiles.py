@@ -127,25 +127,27 @@ def _fit(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> Tile:
 
 
 @cache
-def _expand_speeds(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> dict[Tile, float]:
+def _expand_speeds(gpu: Gpu, itemsize: int, tma: bool, precision: str, in_eights: bool) -> dict[Tile, float]:
     """The legal tiles of the expand kernel with their relative speeds."""
     if itemsize == 4:
         table = _EXPAND_TF32 if precision == "tf32" else _EXPAND_IEEE
     else:
-        table = _EXPAND_TMA if tma else _EXPAND_MMA_SYNC if gpu.has_mma_sync else _EXPAND_POINTER
+        by_cp_async = gpu.has_mma_sync and in_eights
+        table = _EXPAND_TMA if tma else _EXPAND_MMA_SYNC if by_cp_async else _EXPAND_POINTER
     fitted = {_fit(Tile(*row[:5]), gpu, itemsize, tma): row[5] for row in table}
     return {tile: speed for tile, speed in fitted.items() if legal(tile, gpu, itemsize, tma)}
 
 
-def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> list[Tile]:
+def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str, in_eights: bool = True) -> list[Tile]:
     """What expand_tile chooses from."""
-    return list(_expand_speeds(gpu, itemsize, tma, precision))
+    return list(_expand_speeds(gpu, itemsize, tma, precision, in_eights))
 
 
-def expand_tile(M: int, N: int, gpu: Gpu, itemsize: int, tma: bool, precision: str) -> Tile:
-    """The tile whose waves over the SMs take the least time."""
+def expand_tile(M: int, N: int, gpu: Gpu, itemsize: int, tma: bool, precision: str, in_eights: bool = True) -> Tile:
+    """The tile whose waves over the SMs take the least time. in_eights: the operands' rows are 16-byte pieces; others
+    pass through registers, which then do not hold the largest tiles."""
 
-    speeds = _expand_speeds(gpu, itemsize, tma, precision)
+    speeds = _expand_speeds(gpu, itemsize, tma, precision, in_eights)
 
     def time(tile: Tile) -> float:
         waves = ceil(ceil(M / tile.block_m) * ceil(N / tile.block_n) / gpu.sm_count)
