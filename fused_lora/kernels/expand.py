@@ -145,7 +145,7 @@ def expand_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RHS_T, HAS_BIAS, DROPOUT, LOW_TMA, PRECISION,
         )  # fmt: skip
     else:
-        N, K, R = in_eights(N, EIGHTS), in_eights(K, EIGHTS), in_eights(R, EIGHTS)
+        N, K, R = in_eights(N, EIGHTS and not RHS_T), in_eights(K, EIGHTS), in_eights(R, EIGHTS)
         stride_lhs_row, stride_weight_row = in_eights(stride_lhs_row, EIGHTS), in_eights(stride_weight_row, EIGHTS)
         stride_low_row, stride_factor_row = in_eights(stride_low_row, EIGHTS), in_eights(stride_factor_row, EIGHTS)
         _strided_tile(

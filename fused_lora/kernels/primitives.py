@@ -87,7 +87,8 @@ def _wrap(first, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def in_eights(size, EIGHTS: tl.constexpr):
-    """The same size or stride, known as a multiple of 8 elements, 16 bytes, where EIGHTS promises it.
+    """The same number of columns, or stride of rows, known as a multiple of 8 elements, 16 bytes, where EIGHTS promises
+    it. (Numbers of rows are not promised.)
 
     By itself Triton asks for multiples of 16 only, and reads rows of 24 or of 1000 two bytes at a time.
     """

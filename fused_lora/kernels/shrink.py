@@ -29,7 +29,7 @@ def shrink_kernel(
     Persistent under TMA, its loops flattened so that the next tile's loads overlap this one's end:
     (32768, 1024, r = 128) on an H100, 35 us with a grid of tiles, 32 us so.
     """
-    R, K = in_eights(R, EIGHTS), in_eights(K, EIGHTS)
+    R, K = in_eights(R, EIGHTS and not RHS_T), in_eights(K, EIGHTS)
     stride_lhs_row, stride_factor_row = in_eights(stride_lhs_row, EIGHTS), in_eights(stride_factor_row, EIGHTS)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale = tl.load(scale_ptr).to(tl.float32) * keep_scale
