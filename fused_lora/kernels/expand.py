@@ -203,7 +203,7 @@ def _plan(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=step, GROUP_M=GROUP_M,
             RHS_T=rhs_t, HAS_BIAS=bias_dtype is not None, DROPOUT=dropout, TMA=tma, LOW_TMA=low_tma,
             EVEN_K=not tma and K % tile.block_k == 0, EVEN_R=not tma and r % step == 0,
-            EIGHTS=not tma and launch.in_eights(lhs, weight, low, factor),
+            EIGHTS=not tma and launch.only_in_eights(lhs, weight, low, factor),
             WIDE=not tma and launch.is_wide(lhs, weight, low, factor), PRECISION=precision,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),

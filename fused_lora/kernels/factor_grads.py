@@ -225,7 +225,7 @@ def _plan(
         dict(
             BLOCK_C=tile.block_m, BLOCK_R=tile.block_n, BLOCK_T=tile.block_k, DROPOUT=dropout,
             TMA=tma, LOW_TMA=low_tma, EVEN_T=not tma and M % tile.block_k == 0,
-            EIGHTS=not tma and launch.in_eights(x, dxa, dy, xa), WIDE=not tma and launch.is_wide(x, dxa, dy, xa),
+            EIGHTS=not tma and launch.only_in_eights(x, dxa, dy, xa), WIDE=not tma and launch.is_wide(x, dxa, dy, xa),
             PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         (big_block, low_block, big_block, low_block),

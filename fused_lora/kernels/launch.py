@@ -63,6 +63,11 @@ def in_eights(*layouts: Layout) -> bool:
     return all(m.stride_col == 1 and m.stride_row % 8 == 0 and m.cols % 8 == 0 and m.aligned for m in layouts)
 
 
+def only_in_eights(*layouts: Layout) -> bool:
+    """in_eights, but not in sixteens, which Triton sees by itself."""
+    return in_eights(*layouts) and any(m.stride_row % 16 or m.cols % 16 for m in layouts)
+
+
 def dense(rows: int, cols: int, like: Layout) -> Layout:
     """The layout of torch.empty(rows, cols)."""
     return Layout(rows, cols, cols, 1, like.dtype, like.device, True)

@@ -88,7 +88,7 @@ def _plan(lhs: Layout, factor: Layout, dropout: bool, gpu: Gpu, precision: str, 
         dict(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, RHS_T=rhs_t, DROPOUT=dropout,
             TMA=tma, FACTOR_TMA=factor_tma, EVEN_K=strided and K % tile.block_k == 0,
-            EIGHTS=strided and launch.in_eights(lhs, factor), WIDE=strided and launch.is_wide(lhs, factor),
+            EIGHTS=strided and launch.only_in_eights(lhs, factor), WIDE=strided and launch.is_wide(lhs, factor),
             PRECISION=precision,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_lora.kernels.launch import Layout, is_wide
+from fused_lora.kernels.launch import Layout, in_eights, is_wide, only_in_eights
 from fused_lora.kernels.primitives import accumulate_strided, store_dense_tile
 from tests.kernels.problem import DEVICE, randn
 
@@ -90,3 +90,19 @@ def test_a_slice_of_the_depth():
 )
 def test_when_offsets_need_64_bits(shape, strides, wide):
     assert is_wide(Layout(*shape, *strides, torch.float16, torch.device("meta"), True)) == wide
+
+
+@pytest.mark.parametrize(
+    ("cols", "stride", "aligned", "whole", "only"),
+    [
+        (1000, 1000, True, True, True),
+        (1024, 1024, True, True, False),
+        (24, 32, True, True, True),
+        (1001, 1008, True, False, False),
+        (1000, 1001, True, False, False),
+        (1000, 1000, False, False, False),
+    ],
+)
+def test_rows_of_16_byte_pieces(cols, stride, aligned, whole, only):
+    layout = Layout(50, cols, stride, 1, torch.float16, torch.device("meta"), aligned)
+    assert (in_eights(layout), only_in_eights(layout)) == (whole, only)
