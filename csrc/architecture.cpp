@@ -7,8 +7,8 @@
 namespace fused_lora {
 namespace {
 
-constexpr Kernels kSm80{sm80::plan_pass, sm80::tile_of, sm80::launch_forward, sm80::launch_backward};
-constexpr Kernels kSm90{sm90::plan_pass, sm90::tile_of, sm90::launch_forward, sm90::launch_backward};
+constexpr Kernels kSm80{sm80::plan_pass, sm80::tile_of, sm80::launch_forward, sm80::launch_backward, 0};
+constexpr Kernels kSm90{sm90::plan_pass, sm90::tile_of, sm90::launch_forward, sm90::launch_backward, kMaxGatedRank};
 
 std::atomic<int> played{0};
 
@@ -19,7 +19,7 @@ Card ask(int device) {
                         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
                         cudaDeviceGetAttribute(&card.sms, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
                         cudaDeviceGetAttribute(&card.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-  return answered ? Card{10 * major + minor, card.sms, card.shared_bytes, false} : Card{};
+  return answered ? Card{10 * major + minor, card.sms, card.shared_bytes} : Card{};
 }
 
 std::vector<Card> ask_all() {
@@ -38,7 +38,7 @@ Card card_of(int device) {
   const Card card = cards[device];
   const int capability = played.load(std::memory_order_relaxed);
   if (capability == 0 || card.capability != 90) return card;
-  return {capability, card.sms, std::min(card.shared_bytes, (capability == 80 ? 163 : 99) * 1024), true};
+  return {capability, card.sms, std::min(card.shared_bytes, (capability == 80 ? 163 : 99) * 1024)};
 }
 
 Card current_card() {
@@ -48,7 +48,12 @@ Card current_card() {
 
 const Kernels* kernels_of(const Card& card) {
   if (card.capability == 90) return &kSm90;
-  return card.played ? &kSm80 : nullptr;
+  return card.capability >= 80 && card.capability < 90 ? &kSm80 : nullptr;
+}
+
+int most_gated_rank(int device) {
+  const Kernels* kernels = kernels_of(card_of(device));
+  return kernels == nullptr ? 0 : kernels->most_gated_rank;
 }
 
 void play_as(int capability) { played.store(capability); }

@@ -86,7 +86,6 @@ struct BackwardParams {
 // A device as a pass is cut for it.
 struct Card {
   int capability, sms, shared_bytes;  // shared memory that a block may have
-  bool played;                        // by one of compute capability 9.0
 };
 
 struct Tile {

@@ -204,8 +204,8 @@ def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if extension_obstacle() is not None:
         return extension_obstacle()
     properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) != (9, 0):
-        return f"compute capability {properties.major}.{properties.minor} is not 9.0"
+    if properties.major != 8 and (properties.major, properties.minor) != (9, 0):
+        return f"compute capability {properties.major}.{properties.minor} is neither 8.x nor 9.0"
     return None
 
 

@@ -144,10 +144,14 @@ def test_merges(forced, compiler, name, card, extension, monkeypatch):
     assert backends.choose_merge(CUDA, torch.float32).name == name
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(90, torch.float32), (80, torch.float16), (100, torch.float16)])
-def test_csrc_is_for_hopper_and_16_bits(capability, dtype, card, extension):
+@pytest.mark.parametrize(("capability", "dtype", "name"), [
+    (80, torch.float16, "cuda"), (86, torch.bfloat16, "cuda"), (89, torch.float16, "cuda"), (90, torch.float16, "cuda"),
+    (90, torch.float32, "triton"), (80, torch.float32, "triton"), (100, torch.float16, "triton"),
+    (120, torch.bfloat16, "triton"),
+])  # fmt: skip
+def test_whom_csrc_is_for(capability, dtype, name, card, extension):
     card(capability)
-    assert backends.choose_lora_linear(CUDA, dtype, 8).name == "triton"
+    assert backends.choose_lora_linear(CUDA, dtype, 8).name == name
 
 
 def test_forcing_csrc_where_it_cannot_run_raises_the_reason(card, extension, monkeypatch):

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from ..measured_file import bucket
-from . import tiles
+from . import launch, tiles
 from .autotune import tuned
 from .dropout import Dropout, keep_mask
 from .launch import Layout, Plan, dense, planned, pointers_aligned
-from .primitives import accumulate, grouped_order, store_tile
+from .primitives import accumulate, accumulate_strided, grouped_order, in_eights, store_dense_tile
 from .tiles import Gpu, Tile
 
 GROUP_M = 8
@@ -22,7 +22,7 @@ GROUP_M = 8
 
 @triton.jit
 def _finish_tile(
-    out, acc, bias_ptr, row, col, M, N, stride_out_row, stride_out_col,
+    out, acc, bias_ptr, row, col, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     if HAS_BIAS:
@@ -34,7 +34,7 @@ def _finish_tile(
         out.store([row, col], left.to(out.dtype))
         out.store([row, col + BLOCK_N // 2], right.to(out.dtype))
     else:
-        store_tile(out, acc, row, col, M, N, stride_out_row, stride_out_col, BLOCK_M, BLOCK_N, False)
+        store_dense_tile(out, acc, row, col, M, N, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -64,19 +64,18 @@ def one_loop_tiles(
             a = step_lhs.load([row, k])
             b = step_rhs.load([col, k]).T if RHS_T else step_rhs.load([k, col])
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        _finish_tile(out, acc, bias_ptr, row, col, M, N, 0, 1, BLOCK_M, BLOCK_N, HAS_BIAS, True)
+        _finish_tile(out, acc, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, True)
 
 
 @triton.jit
 def _two_loop_tiles(
     lhs, weight, low, factor, bias_ptr, out, seed, threshold, first, last, M, N, K, R,
-    stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col,
-    stride_low_row, stride_low_col, stride_factor_row, stride_factor_col, stride_out_row, stride_out_col,
+    stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pointers of any stride, and dropout: the low-rank product comes first, so that one accumulator can be masked."""
+    """TMA with dropout, or with a low-rank product by pointers, which comes first: one accumulator can be masked."""
     for tile in tl.range(first, last, tl.num_programs(0)):
         row, col = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -88,13 +87,37 @@ def _two_loop_tiles(
         if DROPOUT:
             acc = tl.where(keep_mask(seed, row, col, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
         acc = accumulate(
-            acc, lhs, weight, row, col, M, N, K, 0, K,
-            stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col, 0, 0,
-            BLOCK_M, BLOCK_N, BLOCK_K, RHS_T, False, TMA, TMA, PRECISION,
+            acc, lhs, weight, row, col, M, N, K, 0, K, 0, 1, 0, 1, 0, 0,
+            BLOCK_M, BLOCK_N, BLOCK_K, RHS_T, False, True, True, PRECISION,
         )  # fmt: skip
-        _finish_tile(
-            out, acc, bias_ptr, row, col, M, N, stride_out_row, stride_out_col, BLOCK_M, BLOCK_N, HAS_BIAS, TMA
-        )
+        _finish_tile(out, acc, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, True)
+
+
+@triton.jit
+def _strided_tile(
+    lhs, weight, low, factor, bias_ptr, out, seed, threshold, tile, M, N, K, R,
+    stride_lhs_row, stride_lhs_k, stride_weight_k, stride_weight_col,
+    stride_low_row, stride_low_rank, stride_factor_rank, stride_factor_col,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pointers of any stride. The low-rank product comes first, so that one accumulator can be masked."""
+    row, col = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = accumulate_strided(
+        acc, low, factor, row, col, M, N, 0, R,
+        stride_low_row, stride_low_rank, stride_factor_rank, stride_factor_col, 0, 0,
+        BLOCK_M, BLOCK_N, BLOCK_R, EVEN_R, WIDE, "", PRECISION,
+    )  # fmt: skip
+    if DROPOUT:
+        acc = tl.where(keep_mask(seed, row, col, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+    acc = accumulate_strided(
+        acc, lhs, weight, row, col, M, N, 0, K,
+        stride_lhs_row, stride_lhs_k, stride_weight_k, stride_weight_col, 0, 0,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE, "", PRECISION,
+    )  # fmt: skip
+    _finish_tile(out, acc, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, False)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -102,12 +125,13 @@ def expand_kernel(
     lhs, weight, low, factor, out, bias_ptr, seed_ptr, threshold,
     M, N, K, R,
     stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col,
-    stride_low_row, stride_low_col, stride_factor_row, stride_factor_col, stride_out_row, stride_out_col,
+    stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LOW_TMA: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, EIGHTS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Persistent on a grid smaller than the tiles; on a grid of one program a tile, the plain kernel."""
+    """Persistent where TMA reads lhs and weight; without, one program a tile."""
     first = tl.program_id(0)
     last = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     if TMA and LOW_TMA and not DROPOUT:
@@ -115,13 +139,23 @@ def expand_kernel(
             lhs, weight, low, factor, bias_ptr, out, first, last, M, N, K, R,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, RHS_T, HAS_BIAS, PRECISION,
         )  # fmt: skip
-    else:
+    elif TMA:
         _two_loop_tiles(
             lhs, weight, low, factor, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first, last,
-            M, N, K, R,
-            stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col,
-            stride_low_row, stride_low_col, stride_factor_row, stride_factor_col, stride_out_row, stride_out_col,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RHS_T, HAS_BIAS, DROPOUT, TMA, LOW_TMA, PRECISION,
+            M, N, K, R, stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RHS_T, HAS_BIAS, DROPOUT, LOW_TMA, PRECISION,
+        )  # fmt: skip
+    else:
+        N, K, R = in_eights(N, EIGHTS and not RHS_T), in_eights(K, EIGHTS), in_eights(R, EIGHTS)
+        stride_lhs_row, stride_weight_row = in_eights(stride_lhs_row, EIGHTS), in_eights(stride_weight_row, EIGHTS)
+        stride_low_row, stride_factor_row = in_eights(stride_low_row, EIGHTS), in_eights(stride_factor_row, EIGHTS)
+        _strided_tile(
+            lhs, weight, low, factor, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first,
+            M, N, K, R, stride_lhs_row, stride_lhs_col,
+            stride_weight_col if RHS_T else stride_weight_row, stride_weight_row if RHS_T else stride_weight_col,
+            stride_low_row, stride_low_col,
+            stride_factor_col if RHS_T else stride_factor_row, stride_factor_row if RHS_T else stride_factor_col,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, HAS_BIAS, DROPOUT, EVEN_K, EVEN_R, WIDE, PRECISION,
         )  # fmt: skip
 
 
@@ -154,7 +188,7 @@ def _plan(
     tma = all(layout.tma_ready(gpu) for layout in (lhs, weight, out))
     low_tma = tma and low.tma_ready(gpu) and factor.tma_ready(gpu)
     if tile is None:
-        of_kind = (gpu, lhs.dtype.itemsize, tma, precision)
+        of_kind = (gpu, lhs.dtype.itemsize, tma, precision, launch.in_eights(lhs, weight))
         tile = measured(tiles.expand_tile(M, N, *of_kind), tiles.expand_candidates(*of_kind), tma, low_tma, dropout)
     # Where rank and base share a loop, they share its step.
     step = tile.block_k if low_tma and not dropout else tiles.rank_block(r, tile.block_k)
@@ -169,8 +203,11 @@ def _plan(
         dict(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=step, GROUP_M=GROUP_M,
             RHS_T=rhs_t, HAS_BIAS=bias_dtype is not None, DROPOUT=dropout, TMA=tma, LOW_TMA=low_tma,
-            PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            EVEN_K=not tma and K % tile.block_k == 0, EVEN_R=not tma and r % step == 0,
+            EIGHTS=not tma and launch.only_in_eights(lhs, weight, low, factor),
+            WIDE=not tma and launch.is_wide(lhs, weight, low, factor), PRECISION=precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         (*base_blocks, *low_blocks, (tile.block_m, tile.block_n // 2) if tma else None),
-        (M, N, K, r, *lhs.strides, *weight.strides, *low.strides, *factor.strides, *out.strides),
+        (M, N, K, r, *lhs.strides, *weight.strides, *low.strides, *factor.strides),
     )  # fmt: skip

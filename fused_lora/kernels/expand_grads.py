@@ -44,7 +44,7 @@ def expand_grads_kernel(
             M, N, K, R,
             0, 1, 0, 1, stride_dA_split, stride_dA_row, stride_dA_col,
             0, 1, 0, 1, stride_dB_split, stride_dB_row, stride_dB_col,
-            BLOCK_C, BLOCK_R, BLOCK_T, False, True, True, PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, False, True, PRECISION,
         )  # fmt: skip
 
     one_loop_tiles(
@@ -98,8 +98,7 @@ def _plan(
         of_kind = (gpu, x.dtype.itemsize, True, "ieee")
         tile = measured(tiles.expand_tile(M, K, *of_kind), tiles.expand_candidates(*of_kind))
     grad_tile = tiles.factor_grad_tile(r, gpu, x.dtype.itemsize, "ieee", tile.num_warps)
-    dA = SplitGrad.plan((r, K), M, K, r, grad_tile, gpu)
-    dB = SplitGrad.plan((N, r), M, N, r, grad_tile, gpu)
+    dA, dB = SplitGrad.plan(M, N, K, r, grad_tile, gpu, x.dtype.itemsize)
     lhs_block, rhs_block = (tile.block_m, tile.block_k), (tile.block_k, tile.block_n)
     big_block, low_block = (grad_tile.block_k, grad_tile.block_m), (grad_tile.block_k, grad_tile.block_n)
     return dA, dB, Plan(

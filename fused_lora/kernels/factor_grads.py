@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import launch, tiles
 from .dropout import Dropout, keep_mask
 from .launch import Layout, Plan, planned, pointers_aligned
-from .primitives import load_tile, store_tile
+from .primitives import accumulate_strided, in_eights, load_tile, row_order, store_dense_tile, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu, Tile
 
@@ -26,7 +26,7 @@ def _factor_grad_tile(
     stride_big_row, stride_big_col, stride_low_row, stride_low_col,
     stride_grad_split, stride_grad_col, stride_grad_rank,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    DROPOUT: tl.constexpr, BIG_TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad[split, col:, rank:] = sum over the tokens of one slice of dropout(big)[m, col:] low[m, rank:]."""
     ranks = tl.cdiv(R, BLOCK_R)
@@ -37,7 +37,7 @@ def _factor_grad_tile(
     m_begin = split * m_per_split
     acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
     for m in tl.range(m_begin, min(m_begin + m_per_split, M), BLOCK_T):
-        b = load_tile(big, m, col, M, C, stride_big_row, stride_big_col, BLOCK_T, BLOCK_C, BIG_TMA)
+        b = load_tile(big, m, col, M, C, stride_big_row, stride_big_col, BLOCK_T, BLOCK_C, True)
         if DROPOUT:
             b = tl.where(keep_mask(seed, m, col, threshold, BLOCK_T, BLOCK_C), b, 0.0)
         a = load_tile(low, m, rank, M, R, stride_low_row, stride_low_col, BLOCK_T, BLOCK_R, LOW_TMA)
@@ -53,20 +53,67 @@ def factor_grad_tile(
     stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
     stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    DROPOUT: tl.constexpr, TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tile number `tile` of the list: those of dA first, then those of dB."""
+    """Tile number `tile` of the list: those of dA first, then those of dB. x and dy are descriptors."""
     if tile < dA_tiles:
         _factor_grad_tile(
             x, dxa, dA, seed, threshold, tile, M, K, R, dA_m_per_split,
             stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_col, stride_dA_row,
-            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, TMA, LOW_TMA, PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, LOW_TMA, PRECISION,
         )  # fmt: skip
     else:
         _factor_grad_tile(
             dy, xa, dB, 0, 0, tile - dA_tiles, M, N, R, dB_m_per_split,
             stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
-            BLOCK_C, BLOCK_R, BLOCK_T, False, TMA, LOW_TMA, PRECISION,
+            BLOCK_C, BLOCK_R, BLOCK_T, False, LOW_TMA, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _strided_product(
+    left, right, grad, seed, threshold, tile, M, rows, cols, m_per_split,
+    stride_left_token, stride_left_col, stride_right_token, stride_right_col,
+    stride_grad_split, stride_grad_row, stride_grad_col,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_T: tl.constexpr,
+    EVEN_T: tl.constexpr, WIDE: tl.constexpr, DROPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad[split] = left^T right, summed over the tokens of one slice: one (rows, cols) tile of it."""
+    blocks = tl.cdiv(rows, BLOCK_ROWS) * tl.cdiv(cols, BLOCK_COLS)
+    split = tile // blocks
+    row, col = row_order(tile % blocks, cols, BLOCK_ROWS, BLOCK_COLS)
+    m_begin = split * m_per_split
+    acc = accumulate_strided(
+        tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32), left, right, row, col, rows, cols,
+        m_begin, tl.minimum(m_begin + m_per_split, M),
+        stride_left_col, stride_left_token, stride_right_token, stride_right_col, seed, threshold,
+        BLOCK_ROWS, BLOCK_COLS, BLOCK_T, EVEN_T, WIDE, DROPPED, PRECISION,
+    )  # fmt: skip
+    grad += split.to(tl.int64) * stride_grad_split
+    store_dense_tile(grad, acc, row, col, rows, cols, BLOCK_ROWS, BLOCK_COLS)
+
+
+@triton.jit
+def _strided_grad_tile(
+    tile, x, dxa, dA, dA_tiles, dA_m_per_split, dy, xa, dB, dB_m_per_split, seed, threshold,
+    M, N, K, R,
+    stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
+    stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_T: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As factor_grad_tile, by pointers of any stride."""
+    if tile < dA_tiles:
+        _strided_product(
+            dxa, x, dA, seed, threshold, tile, M, R, K, dA_m_per_split,
+            stride_dxa_row, stride_dxa_col, stride_x_row, stride_x_col, stride_dA_split, stride_dA_row, stride_dA_col,
+            BLOCK_R, BLOCK_C, BLOCK_T, EVEN_T, WIDE, "rhs" if DROPOUT else "", PRECISION,
+        )  # fmt: skip
+    else:
+        _strided_product(
+            dy, xa, dB, 0, 0, tile - dA_tiles, M, N, R, dB_m_per_split,
+            stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
+            BLOCK_C, BLOCK_R, BLOCK_T, EVEN_T, WIDE, "", PRECISION,
         )  # fmt: skip
 
 
@@ -77,17 +124,30 @@ def factor_grads_kernel(
     stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
     stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    DROPOUT: tl.constexpr, TMA: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, TMA: tl.constexpr, LOW_TMA: tl.constexpr, EVEN_T: tl.constexpr, EIGHTS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the list."""
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    factor_grad_tile(
-        tl.program_id(0), x, dxa, dA, dA_tiles, dA_m_per_split, dy, xa, dB, dB_m_per_split, seed, threshold,
-        M, N, K, R,
-        stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
-        stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
-        BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, TMA, LOW_TMA, PRECISION,
-    )  # fmt: skip
+    if TMA:
+        factor_grad_tile(
+            tl.program_id(0), x, dxa, dA, dA_tiles, dA_m_per_split, dy, xa, dB, dB_m_per_split, seed, threshold,
+            M, N, K, R,
+            stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
+            stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
+            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, LOW_TMA, PRECISION,
+        )  # fmt: skip
+    else:
+        N, K, R = in_eights(N, EIGHTS), in_eights(K, EIGHTS), in_eights(R, EIGHTS)
+        stride_x_row, stride_dxa_row = in_eights(stride_x_row, EIGHTS), in_eights(stride_dxa_row, EIGHTS)
+        stride_dy_row, stride_xa_row = in_eights(stride_dy_row, EIGHTS), in_eights(stride_xa_row, EIGHTS)
+        _strided_grad_tile(
+            tl.program_id(0), x, dxa, dA, dA_tiles, dA_m_per_split, dy, xa, dB, dB_m_per_split, seed, threshold,
+            M, N, K, R,
+            stride_x_row, stride_x_col, stride_dxa_row, stride_dxa_col, stride_dA_split, stride_dA_row, stride_dA_col,
+            stride_dy_row, stride_dy_col, stride_xa_row, stride_xa_col, stride_dB_split, stride_dB_row, stride_dB_col,
+            BLOCK_C, BLOCK_R, BLOCK_T, DROPOUT, EVEN_T, WIDE, PRECISION,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,11 +160,17 @@ class SplitGrad:
     tile_count: int
 
     @classmethod
-    def plan(cls, shape: tuple[int, int], M: int, C: int, r: int, tile: Tile, gpu: Gpu) -> "SplitGrad":
-        per_split = ceil(C / tile.block_m) * ceil(r / tile.block_n)
-        # dA and dB are one launch and occupy every SM together.
-        splits, m_per_split = tiles.split(M, tile.block_k, 2 * per_split, gpu)
-        return cls(shape, splits, m_per_split, per_split * splits)
+    def plan(cls, M: int, N: int, K: int, r: int, tile: Tile, gpu: Gpu, itemsize: int):
+        """(dA, dB). They are one launch and occupy every SM together."""
+        dA_blocks, dB_blocks = (ceil(C / tile.block_m) * ceil(r / tile.block_n) for C in (K, N))
+        if gpu.has_mma_sync:
+            # A slice is 4r / M of the operand's bytes, and L2 takes them faster than memory brings those.
+            cost = tiles.SLICE_COST + 1.5 * r / M
+            per_sm = tiles.blocks_per_sm(tile, gpu, itemsize)
+            dA_cut = dB_cut = tiles.split(M, tile.block_k, dA_blocks + dB_blocks, gpu, per_sm, cost)
+        else:
+            dA_cut, dB_cut = (tiles.split(M, tile.block_k, 2 * blocks, gpu) for blocks in (dA_blocks, dB_blocks))
+        return cls((r, K), *dA_cut, dA_blocks * dA_cut[0]), cls((N, r), *dB_cut, dB_blocks * dB_cut[0])
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -147,8 +213,7 @@ def _plan(
 ) -> tuple[SplitGrad, SplitGrad, Plan]:
     M, K, N, r = x.rows, x.cols, dy.cols, xa.cols
     tile = tiles.factor_grad_tile(r, gpu, x.dtype.itemsize, precision)
-    dA = SplitGrad.plan((r, K), M, K, r, tile, gpu)
-    dB = SplitGrad.plan((N, r), M, N, r, tile, gpu)
+    dA, dB = SplitGrad.plan(M, N, K, r, tile, gpu, x.dtype.itemsize)
     dA_tiles = dA.tile_count if needs[0] else 0
     tma = x.tma_ready(gpu) and dy.tma_ready(gpu)
     low_tma = tma and xa.tma_ready(gpu) and dxa.tma_ready(gpu)
@@ -159,7 +224,9 @@ def _plan(
         (dA_tiles + (dB.tile_count if needs[1] else 0), 1, 1),
         dict(
             BLOCK_C=tile.block_m, BLOCK_R=tile.block_n, BLOCK_T=tile.block_k, DROPOUT=dropout,
-            TMA=tma, LOW_TMA=low_tma, PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            TMA=tma, LOW_TMA=low_tma, EVEN_T=not tma and M % tile.block_k == 0,
+            EIGHTS=not tma and launch.only_in_eights(x, dxa, dy, xa), WIDE=not tma and launch.is_wide(x, dxa, dy, xa),
+            PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         (big_block, low_block, big_block, low_block),
         (

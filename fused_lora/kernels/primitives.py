@@ -44,6 +44,15 @@ def store_tile(
 
 
 @triton.jit
+def store_dense_tile(dst, value, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """As store_tile, into a freshly allocated (rows, cols): offsets inside of a tile fit 32 bits."""
+    offs_row, offs_col = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+    mask = (offs_row < rows - row)[:, None] & (offs_col < cols - col)[None, :]
+    dst += tl.cast(row, tl.int64) * cols + col
+    tl.store(dst + (offs_row[:, None] * cols + offs_col[None, :]), value.to(dst.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def accumulate(
     acc, lhs, rhs, row, col, rows, cols, depth, k_begin, k_count,
     stride_lhs_row, stride_lhs_col, stride_rhs_row, stride_rhs_col,
@@ -66,6 +75,65 @@ def accumulate(
         if DROPOUT:
             a = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), a, 0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _wrap(first, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The indices of a block, those beyond size counted from 0 again: loads of them need no mask."""
+    offsets = (first + tl.arange(0, BLOCK)) % size
+    return offsets.to(tl.int64) if WIDE else offsets
+
+
+@triton.jit
+def in_eights(size, EIGHTS: tl.constexpr):
+    """The same number of columns, or stride of rows, known as a multiple of 8 elements, 16 bytes, where EIGHTS promises
+    it. (Numbers of rows are not promised.)
+
+    By itself Triton asks for multiples of 16 only, and reads rows of 24 or of 1000 two bytes at a time.
+    """
+    return size // 8 * 8 if EIGHTS else size
+
+
+@triton.jit
+def accumulate_strided(
+    acc, lhs, rhs, row, col, rows, cols, k_begin, k_end,
+    stride_lhs_row, stride_lhs_k, stride_rhs_k, stride_rhs_col, seed, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, WIDE: tl.constexpr, DROPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + lhs[row:, k] @ rhs[k, col:] for k from k_begin to k_end, both operands pointers of any stride.
+
+    Entries of acc beyond (rows, cols) are of no use. EVEN_K: the range is a multiple of BLOCK_K. WIDE: an offset may
+    pass 2^31. DROPPED names the operand that dropout masks, if any: "lhs" as (row, k), "rhs" as (k, col).
+
+    One scalar a step advances each operand, so that an address costs one addition and one register an access: with
+    256x128x64 on 8 warps 224 to 240 instructions go with 128 products, 241 to 258 where tensors of pointers advance.
+    """
+    offs_m = _wrap(row, rows, BLOCK_M, WIDE)
+    offs_n = _wrap(col, cols, BLOCK_N, WIDE)
+    steps_k = tl.arange(0, BLOCK_K)
+    offs_k = steps_k.to(tl.int64) if WIDE else steps_k
+    lhs_offsets = offs_m[:, None] * stride_lhs_row + offs_k[None, :] * stride_lhs_k
+    rhs_offsets = offs_k[:, None] * stride_rhs_k + offs_n[None, :] * stride_rhs_col
+    lhs_stride, rhs_stride = tl.cast(stride_lhs_k, tl.int64), tl.cast(stride_rhs_k, tl.int64)
+    lhs += k_begin * lhs_stride
+    rhs += k_begin * rhs_stride
+    for k in tl.range(k_begin, k_end, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(lhs + lhs_offsets)
+            b = tl.load(rhs + rhs_offsets)
+        else:
+            inside = steps_k < k_end - k
+            a = tl.load(lhs + lhs_offsets, mask=inside[None, :], other=0.0)
+            b = tl.load(rhs + rhs_offsets, mask=inside[:, None], other=0.0)
+        if DROPPED == "lhs":
+            a = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), a, 0.0)
+        if DROPPED == "rhs":
+            b = tl.where(keep_mask(seed, k, col, threshold, BLOCK_K, BLOCK_N), b, 0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        lhs += BLOCK_K * lhs_stride
+        rhs += BLOCK_K * rhs_stride
     return acc
 
 

@@ -26,6 +26,11 @@ class Gpu:
         """Hopper and data-centre Blackwell; on consumer Blackwell the pointer kernels are the tested path."""
         return 90 <= self.capability < 120
 
+    @property
+    def has_mma_sync(self) -> bool:
+        """Tensor cores fed from registers, by cp.async and ldmatrix: compute capability 8, and consumer Blackwell."""
+        return not self.has_tma
+
 
 # For explain() and the compile tests; at run time the device is asked.
 KNOWN_GPUS = {name: Gpu(card.capability, card.sm_count, card.shared_memory) for name, card in CARDS.items()}
@@ -61,14 +66,34 @@ _EXPAND_POINTER = (
     (64, 128, 32, 4, 4, 0.75),
     (64, 64, 32, 4, 4, 0.5),
 )
+# 64x64 of the output a warp is what mma.sync wants: fewer bytes of shared memory a product than 64x32 or 32x32 take.
+# 8 warps of it are all the registers of an SM; of 4 warps two blocks share one, and fill each other's gaps.
+_EXPAND_MMA_SYNC = (
+    (256, 128, 32, 8, 7, 1.0),
+    (128, 128, 32, 4, 4, 0.95),
+    (64, 128, 32, 4, 4, 0.75),
+    (64, 64, 32, 4, 4, 0.5),
+)
 _EXPAND_TF32 = ((64, 64, 32, 4, 3, 1.0), (32, 64, 32, 4, 3, 0.6))
-_EXPAND_IEEE = ((64, 64, 32, 8, 3, 1.0), (32, 64, 32, 4, 3, 0.7))
+_EXPAND_IEEE = ((64, 64, 16, 8, 4, 1.0), (32, 64, 32, 4, 3, 0.7))
 
 
-def shared_memory(tile: Tile, itemsize: int, tma: bool) -> int:
-    """Bytes of shared memory a tile needs: operand stages, and half an output tile where the copy engine stores it."""
-    stages = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
+def shared_memory(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> int:
+    """Bytes of shared memory a tile needs: operand stages, and half an output tile where the copy engine stores it.
+
+    For mma.sync a step's products begin when its operands are in registers, and Triton gives their buffer away: the
+    last of the stages has none.
+    """
+    buffers = max(tile.num_stages - 1, 1) if gpu.has_mma_sync else tile.num_stages
+    stages = buffers * (tile.block_m + tile.block_n) * tile.block_k * itemsize
     return stages + (tile.block_m * tile.block_n // 2 * itemsize + 64 if tma else 0)
+
+
+def blocks_per_sm(tile: Tile, gpu: Gpu, itemsize: int) -> int:
+    """How many blocks of a pointer kernel fit an SM: by shared memory, of which each takes 1 KB more and all together
+    have 1 KB more than one may have, and by registers, of which 8 warps may take all."""
+    by_memory = (gpu.shared_memory + 1024) // (shared_memory(tile, gpu, itemsize, False) + 1024)
+    return max(1, min(by_memory, 8 // tile.num_warps))
 
 
 def legal(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> bool:
@@ -78,7 +103,7 @@ def legal(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> bool:
         return False
     accumulators = tile.block_m * tile.block_n / (32 * tile.num_warps)
     return (
-        shared_memory(tile, itemsize, tma) <= gpu.shared_memory
+        shared_memory(tile, gpu, itemsize, tma) <= gpu.shared_memory
         and accumulators <= MAX_ACCUMULATORS
         and min(tile.block_m, tile.block_n, tile.block_k) >= 16
         and tile.num_warps <= MAX_WARPS
@@ -98,25 +123,27 @@ def _fit(tile: Tile, gpu: Gpu, itemsize: int, tma: bool) -> Tile:
 
 
 @cache
-def _expand_speeds(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> dict[Tile, float]:
+def _expand_speeds(gpu: Gpu, itemsize: int, tma: bool, precision: str, in_eights: bool) -> dict[Tile, float]:
     """The legal tiles of the expand kernel with their relative speeds."""
     if itemsize == 4:
         table = _EXPAND_TF32 if precision == "tf32" else _EXPAND_IEEE
     else:
-        table = _EXPAND_TMA if tma else _EXPAND_POINTER
+        by_cp_async = gpu.has_mma_sync and in_eights
+        table = _EXPAND_TMA if tma else _EXPAND_MMA_SYNC if by_cp_async else _EXPAND_POINTER
     fitted = {_fit(Tile(*row[:5]), gpu, itemsize, tma): row[5] for row in table}
     return {tile: speed for tile, speed in fitted.items() if legal(tile, gpu, itemsize, tma)}
 
 
-def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str) -> list[Tile]:
+def expand_candidates(gpu: Gpu, itemsize: int, tma: bool, precision: str, in_eights: bool = True) -> list[Tile]:
     """What expand_tile chooses from."""
-    return list(_expand_speeds(gpu, itemsize, tma, precision))
+    return list(_expand_speeds(gpu, itemsize, tma, precision, in_eights))
 
 
-def expand_tile(M: int, N: int, gpu: Gpu, itemsize: int, tma: bool, precision: str) -> Tile:
-    """The tile whose waves over the SMs take the least time."""
+def expand_tile(M: int, N: int, gpu: Gpu, itemsize: int, tma: bool, precision: str, in_eights: bool = True) -> Tile:
+    """The tile whose waves over the SMs take the least time. in_eights: the operands' rows are 16-byte pieces; others
+    pass through registers, which then do not hold the largest tiles."""
 
-    speeds = _expand_speeds(gpu, itemsize, tma, precision)
+    speeds = _expand_speeds(gpu, itemsize, tma, precision, in_eights)
 
     def time(tile: Tile) -> float:
         waves = ceil(ceil(M / tile.block_m) * ceil(N / tile.block_n) / gpu.sm_count)
@@ -136,9 +163,12 @@ def shrink_tile(r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
     if itemsize == 4:
         # Without tensor cores an accumulator costs registers twice.
         tile = Tile(64, rank_block(r, 64), 32, 4, 3) if precision == "tf32" else Tile(32, rank_block(r, 32), 32, 4, 3)
+    elif gpu.has_mma_sync:
+        block_n = rank_block(r, 128)
+        tile = Tile(32, block_n, 128, 4, 4) if block_n <= 32 else Tile(64, block_n, 64, 4, 4)
     else:
-        block_n = rank_block(r, 256 if gpu.has_tma else 128)
-        tile = Tile(64, block_n, 128 if gpu.has_tma and block_n <= 128 else 64, 4, 4)
+        block_n = rank_block(r, 256)
+        tile = Tile(64, block_n, 128 if block_n <= 128 else 64, 4, 4)
     return _fit(tile, gpu, itemsize, tma=False)
 
 
@@ -149,8 +179,8 @@ def factor_grad_tile(r: int, gpu: Gpu, itemsize: int, precision: str, num_warps:
         tile = Tile(64, rank_block(r, 64 if precision == "tf32" else 32), 32, 8, 3)
     else:
         block_n = rank_block(r, 128)
-        if not gpu.has_tma:
-            tile = Tile(128, block_n, 64, num_warps, 4)
+        if gpu.has_mma_sync:
+            tile = Tile(256, block_n, 32, 8, 4) if block_n == 128 else Tile(128, block_n, 64, 4, 3)
         elif block_n <= 32:
             tile = Tile(128, block_n, 128, num_warps, 4)
         else:
@@ -189,14 +219,30 @@ MAX_SLICES = 32
 SLICE_COST = 0.003  # of the uncut reduction: what writing and adding up one more slice takes
 
 
-def split(depth: int, block_k: int, pieces: int, gpu: Gpu) -> tuple[int, int]:
+def split(
+    depth: int, block_k: int, pieces: int, gpu: Gpu, per_sm: int = 1, slice_cost: float = SLICE_COST
+) -> tuple[int, int]:
     """(slices, depth of a slice): `pieces` tiles are cut along the reduction, at four steps a slice or more,
-    where that fills the waves over the SMs better."""
+    where that fills the waves over the SMs better, per_sm blocks on each."""
     steps = ceil(depth / block_k)
 
     def time(slices: int) -> float:
-        return ceil(pieces * slices / gpu.sm_count) / slices + SLICE_COST * slices
+        return ceil(pieces * slices / (gpu.sm_count * per_sm)) / slices + slice_cost * slices
 
-    slices = min(range(1, max(1, min(steps // 4, MAX_SLICES)) + 1), key=time)
+    slices = min(range(1, _most_slices(steps) + 1), key=time)
+    return _slices(steps, slices, block_k)
+
+
+def split_to_fill(depth: int, block_k: int, pieces: int, gpu: Gpu) -> tuple[int, int]:
+    """As split, for kernels that wait for memory: once every SM has a block, more slices bring nothing."""
+    steps = ceil(depth / block_k)
+    return _slices(steps, min(max(1, round(gpu.sm_count / pieces)), _most_slices(steps)), block_k)
+
+
+def _most_slices(steps: int) -> int:
+    return max(1, min(steps // 4, MAX_SLICES))
+
+
+def _slices(steps: int, slices: int, block_k: int) -> tuple[int, int]:
     steps_per_slice = ceil(steps / slices)
     return ceil(steps / steps_per_slice), steps_per_slice * block_k

@@ -91,6 +91,9 @@ def default_launches(name: str):
         launches += record(8192, 4096, 4096, r, torch.bfloat16, gpu)
         launches += record(8192, 4096, 4096, r, torch.bfloat16, gpu, p=0.1)
         launches += record(8192, 4096, 4096, r, torch.bfloat16, gpu, needs=(False, True, True))
+    # Widths of no whole number of steps, and offsets beyond 2^31.
+    launches += record(8000, 1000, 1048, 24, torch.bfloat16, gpu)
+    launches += record(2**17, 2**15, 2**15, 16, torch.bfloat16, gpu)
     for precision in ("ieee", "tf32"):
         for M in _rows_for_each_expand_tile(gpu, False, precision, 4):
             launches += record(M, 512, 512, 64, torch.float32, gpu, precision)

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from triton import knobs
+from triton.runtime import driver
 
 from fused_lora.kernels import launch
 from fused_lora.kernels.launch import Layout, Recent, record_launches
@@ -52,6 +54,51 @@ def test_recorded_launches_do_not_run():
     with record_launches() as records:
         Problem.random(64, 64, 64, 8, torch.float16).kernels(KNOWN_GPUS["H100"])
     assert [plan.name for plan, _ in records][:2] == ["shrink_kernel", "expand_kernel"]
+
+
+class Compiled:
+    """What a launch asks of Triton's compiled kernel, and which way it went."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.launches = []
+
+    def run(self, *args):
+        self.launches.append(("straight", args))
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append(("with hooks", grid, args))
+
+
+class Driver:
+    @staticmethod
+    def get_current_device():
+        return 3
+
+    @staticmethod
+    def get_current_stream(device):
+        return f"stream of {device}"
+
+
+def test_a_compiled_kernel_is_launched_as_the_jit_does(monkeypatch):
+    monkeypatch.setattr(driver, "_active", Driver)
+    compiled = Compiled()
+    launch.start(compiled, (7, 1, 1), ("x", 5))
+    expected = (7, 1, 1, "stream of 3", "function", "metadata", None, None, None, "x", 5)
+    assert compiled.launches == [("straight", expected)]
+
+
+def test_a_profilers_hooks_are_called(monkeypatch):
+    compiled = Compiled()
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        for hook in (print, knobs.HookChain()):
+            with monkeypatch.context() as patch:
+                patch.setattr(knobs.runtime, name, hook)
+                if hook is not print:
+                    hook.add(print)
+                launch.start(compiled, (7, 1, 1), ("x", 5))
+    assert compiled.launches == [("with hooks", (7, 1, 1), ("x", 5))] * 4
 
 
 def test_overlapping_rows_are_not_for_the_copy_engine():

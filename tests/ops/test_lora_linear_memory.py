@@ -38,8 +38,8 @@ def triton_sums(gpu, p: float) -> int:
     together = gpu.has_tma and p == 0  # with the tiles of dx, whose number of warps counts
     warps = tiles.expand_tile(M, K, gpu, 2, True, "ieee").num_warps if together else 8
     tile = tiles.factor_grad_tile(r, gpu, 2, "ieee", warps)
-    dA, dB = (SplitGrad.plan(shape, M, C, r, tile, gpu) for shape, C in (((r, K), K), ((N, r), N)))
-    return sum(4 * grad.splits * grad.shape[0] * grad.shape[1] for grad in (dA, dB) if grad.splits > 1)
+    grads = SplitGrad.plan(M, N, K, r, tile, gpu, 2)
+    return sum(4 * grad.splits * grad.shape[0] * grad.shape[1] for grad in grads if grad.splits > 1)
 
 
 def allowed(sums: int, lora_dtype: torch.dtype) -> int:

@@ -30,7 +30,7 @@ cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void*
 }
 
 void play_on(int blocks, int bytes) {
-  card = {bytes >= 163 * 1024 ? 80 : 86, blocks, bytes, false};
+  card = {bytes >= 163 * 1024 ? 80 : 86, blocks, bytes};
 }
 size_t size_of_forward() { return sizeof(ForwardParams); }
 size_t size_of_backward() { return sizeof(BackwardParams); }
