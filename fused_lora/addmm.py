@@ -76,10 +76,10 @@ def _sum_over_rows(dxa: Tensor, x: Tensor, seed: Tensor | None, p: float, dtype:
 
 
 def _product(lhs: Tensor, rhs: Tensor, dtype: torch.dtype) -> Tensor:
-    """lhs rhs in a dtype, to which cuBLAS rounds it at once."""
-    if lhs.dtype == dtype or not lhs.is_cuda:
+    """lhs rhs in a dtype, rounded to it once."""
+    if lhs.dtype == dtype or lhs.dtype.itemsize > 2 or not lhs.is_cuda:
         return (lhs @ rhs).to(dtype)
-    return torch.mm(lhs, rhs, out_dtype=dtype)
+    return torch.mm(lhs, rhs, out_dtype=torch.float32).to(dtype)
 
 
 def _parts(matrix: Tensor) -> Iterator[slice]:
