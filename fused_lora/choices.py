@@ -66,14 +66,30 @@ def in_words(times: Times) -> str:
 
 
 @cache
-def _choose(device: torch.device, dtype: torch.dtype, r: int, readable: bool, key: str) -> Choice:
-    built_in, times = backends.choose_lora_linear(device, dtype, r, readable), times_of(device, key)
-    if built_in.name not in times:  # or what can run now could not when it was measured
-        return built_in
+def _built_in(device: torch.device, dtype: torch.dtype, r: int, readable: bool, drops: bool, forced: str | None):
+    choice = backends.choose_lora_linear(device, dtype, r, readable)
+    if choice.name != "triton" or forced or drops or dtype.itemsize != 2 or device.type != "cuda":
+        return choice
+    if not backends.gpu(device).has_mma_sync:
+        return choice
+    return Choice("addmm", "cuBLAS's products are ahead of Triton's on such cards (docs/kernels.md)")
+
+
+def built_in(device: torch.device, dtype: torch.dtype, r: int, readable: bool, p: float) -> Choice:
+    """Without measurements: as backends.choose_lora_linear. But Triton loses to torch's own products on cards with
+    mma.sync, except where a mask is to be made."""
+    return _built_in(device, dtype, r, readable, p > 0, backends.forced_backend())
+
+
+@cache
+def _choose(device: torch.device, dtype: torch.dtype, r: int, readable: bool, p: float, key: str) -> Choice:
+    default, times = built_in(device, dtype, r, readable, p), times_of(device, key)
+    if default.name not in times:  # or what can run now could not when it was measured
+        return default
     obstacle = backends.lora_linear_obstacle
     runs = {name: time for name, time in times.items() if obstacle(name, device, dtype, r, readable) is None}
     order = ranked(runs)
-    return Choice(order[0][0], f"measured by fused_lora.tune: {in_words(runs)}") if order else built_in
+    return Choice(order[0][0], f"measured by fused_lora.tune: {in_words(runs)}") if order else default
 
 
 def choose_lora_linear(
@@ -81,22 +97,21 @@ def choose_lora_linear(
 ) -> Choice:
     """The backend of M rows through a LoRA linear, with dropout p; the rest as in backends.choose_lora_linear."""
     if device.type != "cuda" or not any_measured() or backends.forced_backend() is not None:
-        return backends.choose_lora_linear(device, dtype, r, readable)
-    return _choose(device, dtype, r, readable, key_of(M, N, K, r, dtype, p))
+        return built_in(device, dtype, r, readable, p)
+    return _choose(device, dtype, r, readable, p, key_of(M, N, K, r, dtype, p))
 
 
 def is_guess(device: torch.device, name: str) -> bool:
     """Whether backends.py's choice of a backend rests on no measurement of such a card: all but csrc on 9.0."""
-    if device.type != "cuda" or name not in ("cuda", "triton") or backends.forced_backend() is not None:
+    if device.type != "cuda" or name == "reference" or backends.forced_backend() is not None:
         return False
-    return name == "triton" or backends.gpu(device).capability != 90
+    return name != "cuda" or backends.gpu(device).capability != 90
 
 
-def explained(device: torch.device, dtype: torch.dtype, r: int, readable: bool, *sizes_and_p) -> Choice:
-    """choose_lora_linear's, whose reason says of a guess that it is one."""
-    choice = choose_lora_linear(device, dtype, r, readable, *sizes_and_p)
-    built_in = backends.choose_lora_linear(device, dtype, r, readable)
-    if choice != built_in or not is_guess(device, choice.name):
+def explained(device: torch.device, dtype: torch.dtype, r: int, readable: bool, *sizes: int, p: float) -> Choice:
+    """choose_lora_linear's for sizes M, N, K, whose reason says of a guess that it is one."""
+    choice = choose_lora_linear(device, dtype, r, readable, *sizes, p)
+    if choice != built_in(device, dtype, r, readable, p) or not is_guess(device, choice.name):
         return choice
     return Choice(choice.name, f"{choice.reason}; {GUESS}")
 

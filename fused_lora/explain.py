@@ -178,7 +178,7 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
     shape = (tokens, in_features, out_features, r)
     factor_dtype = lora_dtype or dtype
     if gpu is None:
-        choice = choices.explained(device, dtype, r, readable, tokens, out_features, in_features, p)
+        choice = choices.explained(device, dtype, r, readable, tokens, out_features, in_features, p=p)
         if choice.name == "cuda":
             return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
         if choice.name in ("addmm", "reference"):
@@ -192,8 +192,9 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
         if dtype not in backends.TRITON_DTYPES:
             return Explanation(shape, dtype, gpu, "reference", f"no kernel for {dtype}")
         target, reason, device = _known_gpu(gpu), f"explained for {gpu}", gpu
-        if target.has_tma and dtype in backends.CUDA_DTYPES:
+        if dtype in backends.CUDA_DTYPES:
             reason += " without the CUDA extension"
+            reason += "" if target.has_tma or p else ", where addmm is chosen over these kernels"
     x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
     A = torch.empty(r, in_features, dtype=factor_dtype, device="meta")

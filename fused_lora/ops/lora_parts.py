@@ -158,19 +158,23 @@ def _as_biases(grads: list[Tensor], parts: Sequence[Part]) -> list[Tensor]:
 
 
 def _backward_gated(dy, part, xa, p, act, gated, factors):
-    """[dgate, dup, act(gate) up, dxa] of a part that reads act(gate) up; with the factors at hand without the third."""
+    """[dgate, dup, act(gate) up, dxa] of a part that reads act(gate) up; with the factors at hand without the third.
+
+    As csrc makes it and as xa is, the op's dxa counts 1 / (1 - p) times, that of other backends once.
+    """
     first, second = gated
     dhidden, *_, dxa = _backward_alone(dy, second, part, xa, None, p, True, False, False, False)  # reads no x
     dxa = reference.dxa_ref(dy, part.B, part.scale) if dxa is None else dxa
+    dxa = _padded(dxa).mul_(0 if p == 1 else 1 / (1 - p))
     if factors:
         return [
             _padded(dhidden * second),
             _padded(dhidden * first),
             padding.empty(0, second.shape[1], second),
-            _padded(dxa),
+            dxa,
         ]
     dsides = reference.gated_backward(dhidden, first, second, *act)
-    return [*map(_padded, dsides), _padded(reference.gated(first, second, *act)), _padded(dxa)]
+    return [*map(_padded, dsides), _padded(reference.gated(first, second, *act)), dxa]
 
 
 def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbias):
@@ -178,6 +182,7 @@ def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbi
     rows, rows_dy, backend = rows_of(x), rows_of(dy), _backend(x, part, p)
     weight, A, B, bias, scale, seed = part
     needs = (need_dx and dxa is None, need_dA, need_dB)
+    dxa = dxa * (1 - p) if p and dxa is not None else dxa
     dbias = None
     if not any(needs):
         grads = (None,) * 4

@@ -13,8 +13,8 @@ from .rates import Rates, rates_of
 
 __all__ = ["CSRC_FROM", "Launch", "Prediction", "predict", "predict_triton"]
 
-# The compute capability from which csrc's kernels are offered: csrc/sm80 is not yet.
-CSRC_FROM = 90
+# The compute capability from which csrc's kernels are offered.
+CSRC_FROM = 80
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ def trust(name: str) -> str:
 
 
 def lines(shape: tuple[int, int, int, int], name: str, shown: Prediction) -> list[str]:
-    """Of the launches that are shown, and of csrc's where the card has them."""
+    """Of the launches that are shown, of csrc's where the card has them, and of torch's own products."""
     card = CARDS[name]
     told = [f"predicted: {_ratios(shown)}"]
     if card.capability >= CSRC_FROM and shape[-1] <= MOST_RANK:
         told.append(f"predicted with the CUDA extension: {_ratios(predict(*shape, card, 'csrc'))}")
+    told.append(f"predicted with torch's products (addmm): {_ratios(predict(*shape, card, 'addmm'))}")
     return [*told, f"predictions are {trust(name)}"]
 
 

@@ -31,7 +31,7 @@ def test_a_product(lt, lhs_turned, rhs_turned, beta):
     before = out.copy_(random(M, N)).double()
     if beta == 0:
         out.fill_(float("nan"))
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         product()
         torch.cuda.synchronize()
     expected = 0.5 * lhs.double() @ rhs.double() + beta * before

@@ -15,6 +15,7 @@ from tests.csrc.emulation import (
     Dropout,
     ForwardParams,
     ForwardPart,
+    Operand,
     build,
     operand,
     result,
@@ -75,19 +76,19 @@ def assert_close(got, expected):
 class Linear:
     """A part and its results. p: of x's entries, the share that is dropped."""
 
-    def __init__(self, x, N, r, grad_dtype, p):
+    def __init__(self, x, N, r, grad_dtype, p, seed=SEED):
         (M, K), dtype = x.shape, x.dtype
         self.weight, self.A, self.B = random(N, K, dtype), random(r, K, dtype), random(N, r, dtype)
         self.bias, self.scale = torch.randn(1, N).to(dtype), torch.tensor([SCALE])
         self.xa, self.y = padded(M, r, dtype), empty(M, N, dtype)
         self.dy, self.dxa = random(M, N, dtype), padded(M, r, dtype)
-        self.p, self.kept = p, reference.keep_mask(M, K, p, SEED) / (1 - p)
+        self.p, self.seed, self.kept = p, seed, reference.keep_mask(M, K, p, seed) / (1 - p)
         # What low is made with.
         self.rounded = SCALE / 4 if dtype is torch.float16 else SCALE
         self.dA, self.dB, self.dbias = empty(r, K, grad_dtype), empty(N, r, grad_dtype), empty(1, N, dtype)
 
     def dropout(self):
-        return Dropout(SEED.data_ptr() if self.p else None, reference.mask_threshold(self.p), 1 / (1 - self.p))
+        return Dropout(self.seed.data_ptr() if self.p else None, reference.mask_threshold(self.p), 1 / (1 - self.p))
 
     def forward(self):
         matrices = [operand(tensor) for tensor in (self.weight, self.A, self.B)]
@@ -135,3 +136,22 @@ def test_a_pass(launches, sizes, p, dtype, sms, shared_bytes):
         part.check_forward(x)
     assert launches.backward(ctypes.byref(backward)) == 0
     assert_close(dx, sum(part.check_backward(x) for part in parts))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_factors_of_another_x(launches, p):
+    """As in an MLP's backward: a part that has its dxa already, with its own seed, beside one that dx is made of."""
+    dtype, M = torch.bfloat16, 600
+    torch.manual_seed(0)
+    launches.play_on(3, 166912)
+    x, hidden, dx = random(M, 136, dtype), random(M, 391, dtype), empty(M, 136, dtype)
+    first, other = Linear(x, 200, 24, dtype, p), Linear(hidden, 72, 40, dtype, p, seed=SEED + 2**32)
+    other.dxa.copy_(SCALE * other.dy.double() @ other.B.double() / (1 - p))
+    backward = BackwardParams(dx=result(dx), parts=2, summed=1)
+    for i, (part, read) in enumerate(((first, x), (other, hidden))):
+        part.xa.copy_(torch.randn(M, part.A.shape[0]))
+        backward.part[i] = part.backward(read)
+    backward.part[1].weight = Operand()
+    assert launches.backward(ctypes.byref(backward)) == 0
+    assert_close(dx, first.check_backward(x))
+    other.check_backward(hidden)
