@@ -7,7 +7,7 @@
 namespace fused_lora {
 namespace {
 
-constexpr Kernels kSm80{sm80::plan_pass, sm80::tile_of, sm80::launch_forward, sm80::launch_backward, 0};
+constexpr Kernels kSm80{sm80::plan_pass, sm80::tile_of, sm80::launch_forward, sm80::launch_backward, kMaxGatedRank};
 constexpr Kernels kSm90{sm90::plan_pass, sm90::tile_of, sm90::launch_forward, sm90::launch_backward, kMaxGatedRank};
 
 std::atomic<int> played{0};

@@ -17,6 +17,7 @@ SHAPE = dict(in_features=4096, out_features=1024, r=16)
 CARDS = [
     "A100", "A100 40 GB", "A100 80 GB", "A6000", "RTX 6000 Ada", "RTX 3090", "RTX 4090", "L40S", "H200", "H100",
 ]  # fmt: skip
+EXPLAINED = "explained for {} without the CUDA extension, where addmm is chosen over these kernels"
 HOPPER = ("H100", "H200")
 
 
@@ -33,8 +34,7 @@ def _plain(monkeypatch):
 def test_a_card_by_name(card):
     pytest.importorskip("triton")
     told = explain(gpu=card, tokens=8192, **SHAPE)
-    reason = f"explained for {card} without the CUDA extension"
-    reason += "" if card in HOPPER else ", where addmm is chosen over these kernels"
+    reason = f"explained for {card} without the CUDA extension" if card in HOPPER else EXPLAINED.format(card)
     assert (told.backend, told.reason, told.device) == ("triton", reason, card)
     lines = str(told).splitlines()
     assert lines[0] == f"M=8192 tokens, K=4096 -> N=1024, r=16, torch.bfloat16 on {card}"
@@ -208,7 +208,7 @@ def test_a_choice_is_a_guess_until_it_is_measured(card):
     assert str(told).splitlines()[1] == f"backend: triton ({reason})"
     assert explain(tokens=8000, p=0.1, device="cuda:0", **SHAPE).backend == "triton"
     assert explain(tokens=9000, device="cuda:0", **SHAPE).backend == "addmm"
-    assert explain(tokens=8000, gpu="A6000", **SHAPE).reason == "explained for A6000"
+    assert explain(tokens=8000, gpu="A6000", **SHAPE).reason == EXPLAINED.format("A6000")
 
 
 @pytest.mark.gpu

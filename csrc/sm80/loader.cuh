@@ -45,7 +45,8 @@ struct List {
   }
 };
 
-template <int kStages, bool kBackward, bool kDrops>
+// kGates: tiles are of gate and up.
+template <int kStages, bool kBackward, bool kDrops, bool kGates>
 struct Loader {
   Shared<kStages>& shared;
   const KernelParams& p;
@@ -164,14 +165,16 @@ struct Loader {
     if (work == Work::kEnd) return 0;
     if (work == Work::kShrink) return sm80::steps_of(p.part[part].depth);
     if (work != Work::kTile) return sm80::steps_of(uniform(min(p.M - of.row, of.rows)));
-    int sum = 0;
-    for (int i = first_part(part); i < last_part(part); ++i) sum += sm80::steps_of(p.part[i].depth) + sm80::steps_of(p.part[i].r);
+    int sum = kGates ? sm80::steps_of(p.part[0].depth) : 0;
+    for (int i = first_part(part); i < last_part(part); ++i) {
+      sum += (kGates ? 0 : sm80::steps_of(p.part[i].depth)) + sm80::steps_of(p.part[i].r);
+    }
     return sum;
   }
 
   // A tile's parts.
-  __device__ int first_part(int part) const { return kBackward ? 0 : part; }
-  __device__ int last_part(int part) const { return kBackward ? p.summed : part + 1; }
+  __device__ int first_part(int part) const { return kBackward || kGates ? 0 : part; }
+  __device__ int last_part(int part) const { return kBackward ? p.summed : kGates ? 2 : part + 1; }
 
   // Where ranks are masked, they come first: their sums are, before others come.
   static constexpr bool kRanksFirst = kBackward && kDrops;
@@ -179,6 +182,7 @@ struct Loader {
   // Of a tile, the steps before its ranks meet its depth; all of them, or none, where it has no ranks.
   __device__ int turn(int number) {
     const int part = uniform(at(number).part);
+    if (kGates) return sm80::steps_of(p.part[0].depth);
     int sum = 0;
     for (int i = first_part(part); i < last_part(part); ++i) sum += sm80::steps_of(kRanksFirst ? p.part[i].r : p.part[i].depth);
     return sum;
@@ -188,7 +192,7 @@ struct Loader {
 
   __device__ int segments() {
     if (item < 0) return 0;
-    return work_of(item) == Work::kTile ? 2 * (kBackward ? p.summed : 1) : 1;
+    return work_of(item) != Work::kTile ? 1 : kGates ? 3 : 2 * (kBackward ? p.summed : 1);
   }
 
   // What it reads may not be there yet.
@@ -203,6 +207,15 @@ struct Loader {
       sum = part.depth;
       left.begin_k_major(part.lhs, row, p.M, stages());
       begin_right(part.down, 0, rank, part.r);
+    } else if (kGates && work == Work::kTile) {
+      const bool ranks = segment > 0;
+      const int i = ranks ? segment - 1 : 0;
+      const Part& part = p.part[i];
+      sum = ranks ? part.r : part.depth;
+      if (ranks && sum > 0) ready = is_raised(waits + i * p.low_flags, p.row_flags);
+      left.begin_k_major(ranks ? part.low : part.lhs, row, p.M, stages());
+      // The ranks of one are multiplied with its columns alone.
+      right.begin_halves(ranks ? part.up : p.part[right.half()].weight, uniform(of.col), part.cols, stages() + kLeftBytes);
     } else if (work == Work::kTile) {
       const int count = kBackward ? p.summed : 1, i = segment % count;
       const Part& part = p.part[first_part(uniform(of.part)) + i];

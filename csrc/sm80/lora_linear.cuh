@@ -3,12 +3,12 @@
 #pragma once
 
 #include "beside.cuh"
+#include "gating.cuh"
 #include "loader.cuh"
-#include "results.cuh"
 
 namespace fused_lora::sm80 {
 
-template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
 struct Worker {
   using Tile = Product<T, 4, 4, false, kBackward>;
   using Low = Product<T, 2, kBlockR / 16, false, kBackward>;
@@ -16,7 +16,12 @@ struct Worker {
 
   Shared<kStages>& shared;
   const KernelParams& p;
-  Loader<kStages, kBackward, kDrops> loader{shared, p};
+  static constexpr bool kGates = kGated && !kBackward, kGateGrads = kGated && kBackward;
+  // Of a tile of gate and up, the columns of one.
+  template <int kWhich>
+  using Half = Product<T, 4, 2, false, false, 4, 2 * kWhich>;
+
+  Loader<kStages, kBackward, kDrops, kGates> loader{shared, p};
   uint32_t source = 0;  // the stage that is multiplied next
 
   Sums sums;
@@ -39,12 +44,12 @@ struct Worker {
         left = loader.steps_of(number);
         clear();
       }
-      const int until = kTurns && work == Work::kTile ? loader.turn(number) - done : 0;
-      const int count = min(until > 0 ? min(left, until) : left, loader.free_steps());
-      multiply_item(item, work, count, done, left);
+      const int turn = (kTurns || kGates) && work == Work::kTile ? loader.turn(number) : 0;
+      const int count = min(min(left, until_change(turn, done)), loader.free_steps());
+      multiply_item(item, work, count, done, left, turn);
       done += count;
       left -= count;
-      if (count == until) turn_tile(item);
+      if (kTurns && work == Work::kTile && done == turn) turn_tile(item);
       if (left == 0) {
         finish(item, work);
         ++number;
@@ -53,14 +58,24 @@ struct Worker {
     }
   }
 
-  __device__ __forceinline__ void multiply_item(const Item& item, Work work, int count, int done, int left) {
+  // Steps that are multiplied alike: of a tile those before its turn; and of gate's ranks, which up's follow.
+  __device__ int until_change(int turn, int done) const {
+    if (done < turn) return turn - done;
+    const int ups = kGates && turn > 0 ? turn + steps_of(p.part[0].r) : 0;
+    return done < ups ? ups - done : loader.kMany;
+  }
+
+  __device__ __forceinline__ void multiply_item(const Item& item, Work work, int count, int done, int left, int turn) {
     const Dropout& dropout = p.part[uniform(item.part)].dropout;
     if (work == Work::kShrink) {
       if constexpr (kDrops && !kBackward) multiply<Low>(count, warp() * 32, 0, StepMask<false>(dropout, item, done, left));
       else multiply<Low>(count, warp() * 32, 0, Nothing());
+    } else if (kGates && done >= turn) {
+      if (done < turn + steps_of(p.part[0].r)) multiply<Half<0>>(count, tile_row(), tile_col(), Nothing());
+      else multiply<Half<1>>(count, tile_row(), tile_col() + 32, Nothing());
     } else if (!kBackward || work == Work::kTile) {
       multiply<Tile>(count, tile_row(), tile_col(), Nothing());
-    } else if constexpr (kBackward) {
+    } else if constexpr (kBackward && !kGated) {
       if (kDrops && work == Work::kGradientA) {
         multiply<Grad>(count, warp() * 32, 0, StepMask<true>(dropout, item, done, left));
       } else if (uniform(adds_up(item))) {
@@ -128,8 +143,11 @@ struct Worker {
     const Part& part = p.part[uniform(item.part)];
     if constexpr (kMasksRanks) {
       mask_rows<Tile>(sums, Mask(p.part[0].dropout), item.row + tile_row(), item.col + tile_col());  // the summed ones' x is one
+    } else if constexpr (kMakesRoom && kGates) {
+      scale_by<Half<0>>(sums, 1 / room(*p.part[0].scale));
+      scale_by<Half<1>>(sums, 1 / room(*p.part[1].scale));
     } else if constexpr (kMakesRoom) {
-      scale_by(sums, 1 / room(*part.scale));
+      scale_by<Tile>(sums, 1 / room(*part.scale));
     }
   }
   static __device__ int tile_row() { return warp() % 4 * 64; }
@@ -138,17 +156,34 @@ struct Worker {
   __device__ __forceinline__ void finish(const Item& item, Work work) {
     const Part& part = p.part[uniform(item.part)];
     if (work == Work::kShrink) {
-      scale_by(sums, part.dropout.keep_scale * (kMakesRoom ? *part.scale / room(*part.scale) : *part.scale));
+      scale_by<Low>(sums, part.dropout.keep_scale * (kMakesRoom ? *part.scale / room(*part.scale) : *part.scale));
       store_rows<T, Low>(sums, part.low, item.row + warp() * 32, item.rank, p.M, part.r);
       raise(item.raises);
-    } else if (kBackward && work != Work::kTile) {
+    } else if (kBackward && !kGated && work != Work::kTile) {
       finish_gradient(item, work == Work::kGradientA ? part.dA : part.dB, part.r);
     } else {
-      const int row = item.row + tile_row(), col = item.col + tile_col();
-      if constexpr (kMakesRoom) scale_by(sums, room(*part.scale));
-      if constexpr (!kBackward) add_bias<Tile>(sums, part, col);
+      finish_tile(part, item.row + tile_row(), item.col + (kGates ? tile_col() / 2 : tile_col()));
+    }
+  }
+
+  __device__ __forceinline__ void finish_tile(const Part& part, int row, int col) {
+    if constexpr (kGates) {
+      finish_half<Half<0>>(p.part[0], col);
+      finish_half<Half<1>>(p.part[1], col);
+    } else if constexpr (!kBackward) {
+      finish_half<Tile>(part, col);
+    }
+    if constexpr (kGated) {
+      in_form<kGateGrads>(p.gated, [&](auto form) { gate_rows<T, Tile, kGateGrads, decltype(form)>(sums, p.gated, row, col, p.M, part.cols); });
+    } else {
       store_rows<T, Tile>(sums, part.out, row, col, p.M, part.cols);
     }
+  }
+
+  template <typename P>
+  __device__ __forceinline__ void finish_half(const Part& part, int col) {
+    if constexpr (kMakesRoom) scale_by<P>(sums, room(*part.scale));
+    add_bias<P>(sums, part, col);
   }
 
   // Slices are added up in order, so that the bits are always the same: each adds to what the one before left, and the last one
@@ -156,7 +191,7 @@ struct Worker {
   __device__ __forceinline__ void finish_gradient(const Item& item, const Gradient& g, int r) {
     float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{item.col} * p.rank + item.rank * kBlockM) + threadIdx.x;
     const int bits = uniform(item.bits);
-    if (kHasRoom<T> && item.work == Work::kGradientB) scale_by(sums, room(*p.part[item.part].scale));
+    if (kHasRoom<T> && item.work == Work::kGradientB) scale_by<Grad>(sums, room(*p.part[item.part].scale));
     if (!(bits & work::kFirst)) {
       if (threadIdx.x == 0) ptx::flag_wait(p.flags + item.raises - p.chain_flags, shared.mark);
       __syncthreads();
@@ -217,13 +252,13 @@ struct Worker {
   }
 };
 
-template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
 __device__ __forceinline__ void run_kernel(const KernelParams& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kStages>*>(memory);
   if (threadIdx.x == 0) shared.mark = p.counters->launches + 1;
   __syncthreads();
-  Worker<kStages, kBlockR, T, kBackward, kDrops>{shared, p}.run();
+  Worker<kStages, kBlockR, T, kBackward, kDrops, kGated>{shared, p}.run();
   if (threadIdx.x == 0) {
     __threadfence();
     if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {shared.mark, 0, 0, 0};
@@ -236,9 +271,9 @@ constexpr int kCapability = __CUDA_ARCH__ / 10;
 constexpr int kCapability = 90;
 #endif
 
-template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_constant__ KernelParams p) {
-  if constexpr (has_kernels(kStages, kCapability)) run_kernel<kStages, kBlockR, T, kBackward, kDrops>(p);
+  if constexpr (has_kernels(kStages, kCapability)) run_kernel<kStages, kBlockR, T, kBackward, kDrops, kGated>(p);
 }
 
 }  // namespace fused_lora::sm80

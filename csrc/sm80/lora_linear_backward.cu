@@ -27,10 +27,11 @@ cudaError_t launch_backward(const BackwardParams& b, const Workspace& workspace,
   KernelParams p = params_of(pass, workspace);
   for (int i = 0; i < b.parts; ++i) set_part(p.part[i], b.part[i], b.dx);
   work::place_partials(p, pass, workspace.plan->tiling, workspace.partial);
+  if (b.gated) p.gated = {b.gate.data, b.up.data, b.hidden.data, b.dgate.data, b.dup.data, b.gate.stride, b.activation, b.factors};
   p.factor_dtype = b.part[0].dA.format;
-  return launch_pass<true>(pass, p, workspace.plan->tiling, b.part[0].dy.format, stream);
+  return launcher_of<true>(pass)(p, workspace.plan->tiling, b.part[0].dy.format, stream);
 }
 
-FUSED_LORA_LAUNCH_RANKS(, true, false);
+FUSED_LORA_LAUNCH_RANKS(, true, false, false);
 
 }  // namespace fused_lora::sm80

@@ -27,9 +27,12 @@ cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, c
   const Pass pass = work::pass_of(f);
   KernelParams p = params_of(pass, workspace);
   for (int i = 0; i < f.parts; ++i) set_part(p.part[i], f.part[i], f.x);
-  return launch_pass<false>(pass, p, workspace.plan->tiling, f.x.format, stream);
+  if (f.gated) {
+    p.gated = {f.part[0].y.data, f.part[1].y.data, f.hidden.data, nullptr, nullptr, f.hidden.stride, f.activation, f.factors};
+  }
+  return launcher_of<false>(pass)(p, workspace.plan->tiling, f.x.format, stream);
 }
 
-FUSED_LORA_LAUNCH_RANKS(, false, false);
+FUSED_LORA_LAUNCH_RANKS(, false, false, false);
 
 }  // namespace fused_lora::sm80

@@ -3,6 +3,6 @@
 
 namespace fused_lora::sm80 {
 
-FUSED_LORA_LAUNCH_RANKS(, false, true);
+FUSED_LORA_LAUNCH_RANKS(, false, true, false);
 
 }  // namespace fused_lora::sm80

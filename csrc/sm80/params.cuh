@@ -1,6 +1,7 @@
 // What a launch passes to its kernel; the products are those of sm90/params.cuh.
 #pragma once
 
+#include "../gated.cuh"
 #include "../lora_linear.h"
 #include "../work/item.h"
 #include "stage.cuh"
@@ -42,6 +43,7 @@ struct KernelParams {
   int M, parts, summed;
   DType factor_dtype;
   Part part[kMostParts];
+  Gated gated;
 };
 
 }  // namespace fused_lora::sm80

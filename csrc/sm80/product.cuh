@@ -13,15 +13,18 @@ struct Sums {
   float of[32][4];
 };
 
-// kLeftMN, kRightMN: the operand is MN-major, and its fragments are transposed on their way.
-template <typename T, int kRows_, int kCols_, bool kLeftMN, bool kRightMN>
+// kLeftMN, kRightMN: the operand is MN-major, and its fragments are transposed on their way. Its sums are those of 16 kAll columns,
+// from 16 kBegin on.
+template <typename T, int kRows_, int kCols_, bool kLeftMN, bool kRightMN, int kAll = kCols_, int kBegin = 0>
 struct Product {
   static constexpr int kRows = kRows_, kCols = kCols_;
   static constexpr uint32_t kPair = 32;  // bytes of two chunks, 16 elements
 
   // Of 16 rows and 8 columns: two of row lane / 4, columns lane % 4 * 2 and the next, and two of the row 8 below.
-  static __device__ __forceinline__ float (&of(Sums& sums, int i, int j))[4] { return sums.of[i * 2 * kCols + j]; }
-  static __device__ __forceinline__ const float (&of(const Sums& sums, int i, int j))[4] { return sums.of[i * 2 * kCols + j]; }
+  static __device__ __forceinline__ float (&of(Sums& sums, int i, int j))[4] { return sums.of[2 * (i * kAll + kBegin) + j]; }
+  static __device__ __forceinline__ const float (&of(const Sums& sums, int i, int j))[4] {
+    return sums.of[2 * (i * kAll + kBegin) + j];
+  }
 
   uint32_t left[2][kRows][4], right[2][kCols][4];
   uint32_t left_at, right_at;  // this lane's first chunk in the stage that is read; in chunks of a row, the swizzle is an exclusive or

@@ -60,11 +60,15 @@ __device__ __forceinline__ void store_rows(const Sums& of, const Matrix& to, int
   }
 }
 
-__device__ __forceinline__ void scale_by(Sums& sums, float scale) {
+template <typename P>
+__device__ __forceinline__ void scale_by(Sums& of, float scale) {
 #pragma unroll
-  for (auto& four : sums.of) {
+  for (int i = 0; i < P::kRows; ++i) {
 #pragma unroll
-    for (float& sum : four) sum *= scale;
+    for (int j = 0; j < 2 * P::kCols; ++j) {
+#pragma unroll
+      for (float& sum : P::of(of, i, j)) sum *= scale;
+    }
   }
 }
 

@@ -47,14 +47,15 @@ struct Copies {
 
   // Rows `first` to `last` of a matrix whose columns are summed over. `target`: the operand's in the first stage.
   __device__ __forceinline__ void begin_k_major(const Matrix& matrix, int first, int last, uint32_t target) {
-    const int own = threadIdx.x / 4, chunk = threadIdx.x % 4;
-    const int row = min(first + own, last - 1), below = (last - 1 - row) / kAcross;  // passes that lie in the matrix
-    from = matrix.data + int64_t{row} * matrix.stride + chunk * 16 - kDepth * 2;
-#pragma unroll
-    for (int i = 1; i < kPasses; ++i) further[i] = min(i, below) * (kAcross * matrix.stride);
-    step = kDepth * 2;
-    to = target + k_major(own, chunk);
+    begin_rows(matrix, first + threadIdx.x / 4, last, kAcross, target);
   }
+
+  // Halves of 32 rows in turn, one matrix's and another one's: this thread's is `matrix`. Both of its rows are 32 apart there.
+  __device__ __forceinline__ void begin_halves(const Matrix& matrix, int first, int last, uint32_t target) {
+    begin_rows(matrix, first + threadIdx.x / 4 % kHalf, last, kHalf, target);
+  }
+  static constexpr int kHalf = 32;
+  static __device__ int half() { return threadIdx.x / 4 / kHalf; }
 
   // Columns `first` to `last` of a matrix whose rows are summed over, from row `row` on.
   __device__ __forceinline__ void begin_mn_major(const Matrix& matrix, int row, int first, int last, uint32_t target) {
@@ -96,6 +97,16 @@ struct Copies {
   }
 
  private:
+  // Passes of rows that are `across` apart, the first one from `row`.
+  __device__ __forceinline__ void begin_rows(const Matrix& matrix, int row, int last, int across, uint32_t target) {
+    row = min(row, last - 1);
+    from = matrix.data + int64_t{row} * matrix.stride + threadIdx.x % 4 * 16 - kDepth * 2;
+#pragma unroll
+    for (int i = 1; i < kPasses; ++i) further[i] = min(i * across, last - 1 - row) * matrix.stride;
+    step = kDepth * 2;
+    to = target + k_major(threadIdx.x / 4, threadIdx.x % 4);
+  }
+
   template <int i>
   __device__ __forceinline__ void copy_passes(uint32_t first, bool wanted) const {
     ptx::async_copy_16_if<i * kPassBytes>(wanted, first, chunk(i));

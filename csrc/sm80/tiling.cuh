@@ -11,13 +11,15 @@ using work::Tiling;
 
 constexpr int kMostItemRanks = 128;
 
-// Items of 256 rows by 128 columns, of gradients 256 columns; each block is one writer.
+// Items of 256 rows by 128 columns, half of them gate's and half up's where these are made; of gradients 256 columns; each block is
+// one writer.
 inline Tiling tiling_of(const Pass& pass, const Card& card) {
   constexpr int kGradientCols = 256, kOwn = 1024;  // bytes beside the stages
   const int rank = work::block_rank(pass.most_rank()), item_ranks = std::min(rank, kMostItemRanks);
   const bool fits = card.shared_bytes >= kMostStages * kStageBytes + kOwn;
   const int stages = fits && has_kernels(kMostStages, card.capability) ? kMostStages : kFewStages;
-  return {kBlockM, kBlockN, kBlockN, rank, item_ranks, false, kGradientCols, kBlockM, 1, false, card.sms, stages};
+  const int tile_cols = pass.gated && !pass.backward ? kBlockN / 2 : kBlockN;
+  return {kBlockM, kBlockN, tile_cols, rank, item_ranks, false, kGradientCols, kBlockM, 1, false, card.sms, stages};
 }
 
 }  // namespace fused_lora::sm80

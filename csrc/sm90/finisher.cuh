@@ -3,7 +3,6 @@
 #pragma once
 
 #include "../ptx/cp_async.cuh"
-#include "gated.cuh"
 
 namespace fused_lora::sm90 {
 
@@ -39,13 +38,13 @@ struct BoxOf {
 template <typename C, typename T, typename F>
 struct GateBoxes {
   using Own = Chunks<kFinishThreads>;
-  using Does = Gate<C, T, F>;
+  using Does = Gate<T, F, C::kGateGrads>;
   static constexpr int kTogether = 2;  // chunks, whose chains of instructions hide each other's latencies
   static_assert(Own::kCount == kGateAhead, "what lies ahead is a box");
 
   Shared<C>& shared;
   const KernelParams& p;
-  const Does gate{p};
+  const Does gate{p.gated};
 
   __device__ Own chunks(const int4& tile, int n) const {
     const BoxOf box(tile, n);
@@ -175,7 +174,7 @@ __device__ __forceinline__ void finish_tiles(Shared<C>& shared, const Boxes& box
 template <typename C, typename T>
 __device__ void run_finisher(Shared<C>& shared, const KernelParams& p) {
   if constexpr (C::kGated) {
-    in_form<C>(p.gated, [&](auto form) { finish_tiles<C>(shared, GateBoxes<C, T, decltype(form)>{shared, p}); });
+    in_form<C::kGateGrads>(p.gated, [&](auto form) { finish_tiles<C>(shared, GateBoxes<C, T, decltype(form)>{shared, p}); });
   } else if (p.rows_start_anywhere) {
     finish_tiles<C>(shared, StoreRows<C>{p});
   }

@@ -234,7 +234,7 @@ struct Outbox {
 
   __device__ __forceinline__ void finish_tile(uint32_t buffers) {
     if constexpr (kGated) {
-      in_form<C>(p.gated, [&](auto form) { gate_tile<decltype(form)>(buffers); });
+      in_form<C::kGateGrads>(p.gated, [&](auto form) { gate_tile<decltype(form)>(buffers); });
     } else if (to_finisher()) {
       for (int box = 0; box < kOutBoxes; ++box) {
         store_rows<kWarpgroup>(p, p.part[what], first_row, first_col + box * kBox, buffers + box * kBoxBytes);
@@ -247,7 +247,7 @@ struct Outbox {
   template <typename F>
   __device__ __forceinline__ void gate_tile(uint32_t buffers) {
     using Own = Chunks<kWarpgroup>;
-    const Gate<C, T, F> gate{p};
+    const Gate<T, F, C::kGateGrads> gate{p.gated};
 #pragma unroll(Own::kCount)
     for (int n = 0; n < kOutBoxes * Own::kCount; ++n) {
       const int box = n / Own::kCount, i = n % Own::kCount;

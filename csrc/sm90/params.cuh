@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "../gated.cuh"
 #include "../lora_linear.h"
 #include "../work/item.h"
 
@@ -41,15 +42,6 @@ struct Part {
   DType bias_dtype;  // of bias or its gradient
   CUtensorMap lhs, weight, down, low, up, out;
   Gradient dA, dB;
-};
-
-// Of act(gate) up: matrices of one stride. Forward, gate and up are null where they are not wanted; backward, hidden is. With
-// factors, gate and up are act(gate) and act'(gate) up instead.
-struct Gated {
-  void *gate, *up, *hidden, *dgate, *dup;
-  int64_t stride;
-  Activation activation;
-  bool factors;
 };
 
 // What is read first lies together: each line of the constant cache comes from memory at a launch's start.

@@ -65,8 +65,9 @@ def result(tensor: Tensor | None) -> Operand:
     return Operand(tensor.data_ptr(), FORMATS[tensor.dtype], *tensor.shape, tensor.shape[1])
 
 
-def build(folder: Path, headers: list[str]):
-    """The library, of a copy of csrc whose instructions are emulated/'s."""
+def build(folder: Path, headers: list[str]) -> None:
+    """The library in a folder, of a copy of csrc whose instructions are emulated/'s."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that failed
     shutil.copytree(CSRC, folder / "csrc")
     shutil.rmtree(folder / "csrc" / "ptx")
     shutil.copytree(EMULATED, folder / "csrc", dirs_exist_ok=True)
@@ -84,6 +85,10 @@ def build(folder: Path, headers: list[str]):
     assert [process.wait() for process in running] == [0] * len(sources)
     objects = [f"{i}.o" for i in range(len(sources))]
     subprocess.run(["g++", "-shared", "-o", "launches.so", *objects], cwd=folder / "csrc", check=True)
+
+
+def load(folder: Path):
+    """What build() made."""
     library = C.CDLL(str(folder / "csrc" / "launches.so"))
     assert library.size_of_forward() == C.sizeof(ForwardParams)
     assert library.size_of_backward() == C.sizeof(BackwardParams)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fused_lora import reference
 from tests.csrc.emulation import (
+    Activation,
     BackwardParams,
     BackwardPart,
     Dropout,
@@ -17,6 +19,7 @@ from tests.csrc.emulation import (
     ForwardPart,
     Operand,
     build,
+    load,
     operand,
     result,
 )
@@ -48,10 +51,16 @@ def headers() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def launches(tmp_path_factory):
+def launches(tmp_path_factory, worker_id):
+    """Built by one of the processes that test beside each other."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return build(tmp_path_factory.mktemp("emulated"), headers())
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "emulated"
+    with FileLock(f"{folder}.lock", timeout=280):
+        if not (folder / "csrc" / "launches.so").exists():
+            build(folder, headers())
+    return load(folder)
 
 
 def padded(rows, cols, dtype):
@@ -117,10 +126,11 @@ class Linear:
         return self.dy.double() @ self.weight.double() + dxa @ self.A.double() * self.kept
 
 
-@pytest.mark.parametrize(("dtype", "sms", "shared_bytes"), CARDS, ids=["A100", "Ada"])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("sizes", PASSES, ids=str)
-def test_a_pass(launches, sizes, p, dtype, sms, shared_bytes):
+# With dropout on one card, without it on the other.
+@pytest.mark.parametrize(("number", "sizes"), list(enumerate(PASSES)), ids=str)
+@pytest.mark.parametrize("card", range(len(CARDS)), ids=["A100", "Ada"])
+def test_a_pass(launches, card, number, sizes):
+    (dtype, sms, shared_bytes), p = CARDS[card], 0.3 * ((number + card) % 2)
     M, K, widths, ranks = sizes
     torch.manual_seed(0)
     launches.play_on(sms, shared_bytes)
@@ -155,3 +165,58 @@ def test_factors_of_another_x(launches, p):
     assert launches.backward(ctypes.byref(backward)) == 0
     assert_close(dx, first.check_backward(x))
     other.check_backward(hidden)
+
+
+def results(count, rows, cols, dtype):
+    """Of gated passes: one stride, NaN behind."""
+    return [padded(rows, cols, dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("card", "p", "act", "factors"), [(0, 0.0, "silu", True), (0, 0.3, "gelu_tanh", False), (1, 0.3, "silu", True)]
+)
+def test_a_gated_pass(launches, card, p, act, factors):
+    """act(gate) up of two parts, tiles with edges, and the gradients of both from down's."""
+    (dtype, sms, shared_bytes), M, K, F, N = CARDS[card], 70, 40, 81, 72
+    torch.manual_seed(0)
+    launches.play_on(sms, shared_bytes)
+    numbers = reference.ACTIVATIONS[act]
+    x = random(M, K, dtype).mul_(0.03)  # where neither side of the activation is flat
+    sides = [Linear(x, F, r, dtype, p) for r in (40, 5)]
+    gate, up, hidden = results(3, M, F, dtype)
+    forward = ForwardParams(x=operand(x), parts=2, gated=True, factors=factors, activation=Activation(*numbers))
+    for i, (part, y) in enumerate(zip(sides, (gate, up), strict=True)):
+        forward.part[i] = part.forward()
+        forward.part[i].y = operand(y)
+    forward.hidden = operand(hidden)
+    assert launches.forward(ctypes.byref(forward)) == 0
+    low = [(x.double() * part.kept) @ part.A.double().T for part in sides]
+    ys = [
+        x.double() @ part.weight.double().T + SCALE * xa @ part.B.double().T + part.bias.double()
+        for part, xa in zip(sides, low, strict=True)
+    ]
+    for part, xa in zip(sides, low, strict=True):
+        assert_close(part.xa, part.rounded * xa)
+    kept = reference.gated_factors(*ys, *numbers) if factors else ys
+    for got, expected in zip((gate, up, hidden), (*kept, reference.gated(*ys, *numbers)), strict=True):
+        assert_close(got, expected)
+
+    down = Linear(hidden, N, 24, dtype, p)
+    dgate, dup, again = results(3, M, F, dtype)
+    backward = BackwardParams(parts=1, summed=1, gated=True, factors=factors, activation=Activation(*numbers))
+    backward.part[0] = down.backward(hidden)
+    for name in ("dA", "dB", "dbias"):
+        setattr(backward.part[0], name, Operand())
+    for name, tensor in {"gate": gate, "up": up, "dgate": dgate, "dup": dup, "hidden": again}.items():
+        setattr(backward, name, Operand() if factors and name == "hidden" else operand(tensor))
+    assert launches.backward(ctypes.byref(backward)) == 0
+    dxa = SCALE * down.dy.double() @ down.B.double()
+    dhidden = down.dy.double() @ down.weight.double() + dxa @ down.A.double() * down.kept
+    first, second = gate.double(), up.double()
+    if factors:
+        assert_close(dgate, dhidden * second)
+        assert_close(dup, dhidden * first)
+    else:
+        for got, expected in zip((dgate, dup), reference.gated_backward(dhidden, first, second, *numbers), strict=True):
+            assert_close(got, expected)
+        assert_close(again, reference.gated(first, second, *numbers))

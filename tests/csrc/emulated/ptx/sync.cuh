@@ -7,6 +7,7 @@ inline void flag_wait(const int* flag, int mark) {
   while (!flag_is(flag, mark)) simt::let_others();
 }
 inline void store_shared(uint32_t address, uint4 v) { std::memcpy(simt::shared_memory() + address, &v, 16); }
+inline void store_global(uint4* address, uint4 v) { *address = v; }
 inline uint4 load_shared(uint32_t address) {
   uint4 v;
   std::memcpy(&v, simt::shared_memory() + address, 16);

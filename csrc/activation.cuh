@@ -1,11 +1,11 @@
 // act(gate) up of pairs of 16-bit numbers, and its gradients. act(t) = t sigmoid(t (linear + cubic t^2)).
 #pragma once
 
-#include "../lora_linear.h"
-#include "../ptx/math.cuh"
-#include "fragments.cuh"
+#include "elements.cuh"
+#include "lora_linear.h"
+#include "ptx/math.cuh"
 
-namespace fused_lora::sm90 {
+namespace fused_lora {
 
 // Without kCubic, cubic is 0.
 template <typename T, bool kCubic>
@@ -52,4 +52,4 @@ class Act {
   const float linear_, cubic_;
 };
 
-}  // namespace fused_lora::sm90
+}  // namespace fused_lora

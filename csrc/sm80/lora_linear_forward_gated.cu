@@ -1,0 +1,8 @@
+// The kernels of gated passes of lora_linear_forward.cu.
+#include "launch.cuh"
+
+namespace fused_lora::sm80 {
+
+FUSED_LORA_LAUNCH_RANKS(, false, false, true);
+
+}  // namespace fused_lora::sm80
