@@ -8,7 +8,7 @@
 # make bench-blocks  q, k, v and MLPs as one and layer by layer, odd widths: bench/results/<gpu>/blocks.md; and in the
 #             attention modules of transformers and diffusers, where these are installed: attentions.md
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
-# make sanitize  csrc's kernels under compute-sanitizer's four tools
+# make sanitize  csrc's kernels under compute-sanitizer's four tools; on a Hopper card FUSED_LORA_AS=sm80 has csrc/sm80's
 # make lint   ruff; make build: the optional CUDA extension, in place
 #
 # The first call sets up .venv. PYTHON=python3 uses an environment that you already have instead.

@@ -18,21 +18,30 @@ inline int64_t padded(int64_t cols) {
 
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;  // the kernels count them in an int
 
-// (M, cols) with padded rows, the last one too: kernels write pairs of columns.
-inline at::Tensor padded_like(const at::Tensor& x, int64_t M, int64_t cols) {
-  const at::Tensor rows = at::empty({M, padded(cols)}, x.options());
+// (M, cols) with padded rows, the last one too: kernels read 8 columns at once, and write pairs.
+inline at::Tensor padded_rows(int64_t M, int64_t cols, const at::TensorOptions& options) {
+  const at::Tensor rows = at::empty({M, padded(cols)}, options);
   return cols == padded(cols) ? rows : rows.narrow(1, 0, cols);
 }
+inline at::Tensor padded_like(const at::Tensor& x, int64_t M, int64_t cols) { return padded_rows(M, cols, x.options()); }
 
 inline bool addressable(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1) &&
          reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
 }
 
-// A matrix in `dtype` that the copy engine can address: the matrix itself, or a copy with padded rows.
+// Whether its memory goes on to the end of the last row's last 8 elements, which are read at once.
+inline bool ends_whole(const at::Tensor& matrix) {
+  const int64_t cols = matrix.size(1);
+  if (cols % 8 == 0) return true;
+  const int64_t last = matrix.storage_offset() + (matrix.size(0) - 1) * matrix.stride(0);
+  return (last + (cols + 7) / 8 * 8) * static_cast<int64_t>(matrix.itemsize()) <= static_cast<int64_t>(matrix.storage().nbytes());
+}
+
+// A matrix in `dtype` that kernels can address: the matrix itself, or a copy with padded rows.
 inline at::Tensor addressed(const at::Tensor& matrix, at::ScalarType dtype) {
-  if (matrix.numel() == 0 || (matrix.scalar_type() == dtype && addressable(matrix))) return matrix;
-  const at::Tensor copy = at::empty_strided(matrix.sizes(), {padded(matrix.size(1)), 1}, matrix.options().dtype(dtype));
+  if (matrix.numel() == 0 || (matrix.scalar_type() == dtype && addressable(matrix) && ends_whole(matrix))) return matrix;
+  const at::Tensor copy = padded_rows(matrix.size(0), matrix.size(1), matrix.options().dtype(dtype));
   if (matrix.scalar_type() != dtype || matrix.stride(1) != 1) return copy.copy_(matrix);
   C10_CUDA_CHECK(launch_fill_up(matrix.data_ptr(), matrix.stride(0), copy.data_ptr(), copy.stride(0), copy.size(0), copy.size(1),
                                 c10::cuda::getCurrentCUDAStream()));
