@@ -30,7 +30,7 @@ FITTED = {
     "16384x5120x5120-r32",
 }  # fmt: skip
 # An H200 whose products go by mma.sync, which gives 63% of its rate.
-AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.7326)
+AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.7704)
 # Where the fit begins and what leaving it costs: csrc's by clocks in its kernels (docs/hopper.md), the others guesses.
 BELIEVED = {
     "card.peak": (0.83, 0.02), "cublas.launch": (3.0, 0.05), "cublas.tile_end": (1.5, 0.1), "cublas.sag": (0.2, 0.05),
@@ -125,18 +125,12 @@ def hopper(launches: Path | None = None) -> Data:
 
 
 def as_sm80(launches: Path | None = None) -> Data:
-    """From the benchmark where it has run so, else from what was noted of single runs."""
     steps = (
         (("frozen", "csrc"), ("card.peak", "cublas.tile_end", "csrc.pace", *OF_CSRC)),
         (("triton",), ("triton.pace", "triton.skinny")),
     )
     folder = RESULTS / "nvidia-h200-as-sm80"
-    if launches:
-        measured = read_launches(launches, "80")
-    elif (folder / "results.json").exists():
-        measured = read_results(folder / "results.json", NAMES)
-    else:
-        measured = read_ladder(folder / "ladder.json")
+    measured = read_launches(launches, "80") if launches else read_results(folder / "results.json", NAMES)
     return Data("H200 as sm80", AS_SM80, AMPERE, measured, steps, BELIEVED_OF_SM80)
 
 

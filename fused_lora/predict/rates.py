@@ -65,9 +65,9 @@ HOPPER = Rates(
 )
 # launch, skinny and stream of cuBLAS's, and stream of Triton's, are assumed: nobody has measured them.
 AMPERE = Rates(
-    Products(launch=3.0, pace=1.0, tile_end=1.235, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
-    Csrc(launch=8.414, pace=1.096, sag=0.0, shrink=0.343, gradient=0.8229),
-    Triton(launch=4.0, pace=1.717, skinny=0.6162, stream=0.85),
+    Products(launch=3.0, pace=1.0, tile_end=1.257, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
+    Csrc(launch=8.587, pace=1.104, sag=0.0, shrink=0.2777, gradient=0.7787),
+    Triton(launch=4.0, pace=1.337, skinny=0.7222, stream=0.85),
 )
 
 

@@ -24,6 +24,7 @@ from tests.csrc.emulation import (
     result,
 )
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the compiler
 # Above 1: in float16 its power of two stays out of xa.
 SCALE = 2.7
 SEED = torch.tensor(0x1234_5678_9ABC)
@@ -57,7 +58,7 @@ def launches(tmp_path_factory, worker_id):
         pytest.skip("needs g++")
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "emulated"
-    with FileLock(f"{folder}.lock", timeout=280):
+    with FileLock(f"{folder}.lock", timeout=600):
         if not (folder / "csrc" / "launches.so").exists():
             build(folder, headers())
     return load(folder)
