@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         print(f"{time.monotonic() - start:6.1f} s: pass {number}, {each}", flush=True)
         run_pass(*each)
         torch.cuda.synchronize()
-    # Autograd's thread may still want Python's lock, to let go of tensors: Python's end would abort it, and the process.
+    # Autograd's thread may still want Python's lock, to let go of tensors: Python's end would abort it and the process.
     time.sleep(1)
     print(f"{time.monotonic() - start:6.1f} s: done", flush=True)
 
