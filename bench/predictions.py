@@ -1,8 +1,8 @@
 """Fits fused_lora.predict to measurements and checks it on shapes kept out: `python -m bench.predictions`.
 
-Reads results.json of an H200 and of an H200 that plays an A100 (until that is measured: what docs/sm80.md has of it),
-fits half of the shapes, the extreme ones, by least squares in logarithms, and prints the others' errors. What it prints
-as fitted are the numbers in fused_lora/cards.py and fused_lora/predict/rates.py.
+Reads results.json of an H200 and of an H200 that plays an A100, fits half of the shapes, the extreme ones, by least
+squares in logarithms, and prints the others' errors. What it prints as fitted are the numbers in fused_lora/cards.py
+and fused_lora/predict/rates.py.
 """
 
 import argparse
