@@ -179,6 +179,11 @@ def expand(
     return out
 
 
+def _most_ranks(tile: Tile, gpu: Gpu, dropout: bool) -> int:
+    """Of a step. Beside the mask, steps of 32 ranks take two registers more than the largest tile of mma.sync leaves."""
+    return 16 if dropout and gpu.has_mma_sync else tile.block_k
+
+
 def _plan(
     lhs: Layout, weight: Layout, low: Layout, factor: Layout, bias_dtype, dropout: bool, gpu: Gpu, precision: str,
     rhs_t: bool, tile: Tile | None, measured,
@@ -191,7 +196,7 @@ def _plan(
         of_kind = (gpu, lhs.dtype.itemsize, tma, precision, launch.in_eights(lhs, weight))
         tile = measured(tiles.expand_tile(M, N, *of_kind), tiles.expand_candidates(*of_kind), tma, low_tma, dropout)
     # Where rank and base share a loop, they share its step.
-    step = tile.block_k if low_tma and not dropout else tiles.rank_block(r, tile.block_k)
+    step = tile.block_k if low_tma and not dropout else tiles.rank_block(r, _most_ranks(tile, gpu, dropout))
     tile_count = ceil(M / tile.block_m) * ceil(N / tile.block_n)
     weight_block = (tile.block_n, tile.block_k) if rhs_t else (tile.block_k, tile.block_n)
     factor_block = (tile.block_n, step) if rhs_t else (step, tile.block_n)

@@ -176,7 +176,9 @@ def shrink_tile(r: int, gpu: Gpu, itemsize: int, precision: str) -> Tile:
 def factor_grad_tile(r: int, gpu: Gpu, itemsize: int, precision: str, num_warps: int = 8) -> Tile:
     """block_m columns of x or dy, block_n of r, block_k tokens a step; num_warps are those of the launch it is in."""
     if itemsize == 4:
-        tile = Tile(64, rank_block(r, 64 if precision == "tf32" else 32), 32, 8, 3)
+        tf32 = precision == "tf32"
+        # With 8 warps mma.sync's spills.
+        tile = Tile(64, rank_block(r, 64 if tf32 else 32), 32, 4 if tf32 and gpu.has_mma_sync else 8, 3)
     else:
         block_n = rank_block(r, 128)
         if gpu.has_mma_sync:

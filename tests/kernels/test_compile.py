@@ -124,19 +124,11 @@ def test_default_tiles(name, plan, args):
     with compiling_for(gpu.capability):
         needs = compile_launch(plan, args)
     assert needs.shared_memory <= gpu.shared_memory
-    assert needs.stack <= (8 if _spills_a_little(gpu, plan) else 0)
+    assert needs.stack == 0
     if plan.name not in WITHOUT_PRODUCTS and not _is_ieee_float32(plan, args):
         assert needs.tensor_core_instructions > 0
     if plan.meta.get("TMA") or plan.name == "expand_grads_kernel":
         assert needs.bulk_copies > 0
-
-
-def _spills_a_little(gpu, plan):
-    """Known on cards with mma.sync, two words each: dx with dropout in 99 KB, whose mask takes registers, and TF32's
-    gradients (docs/kernels.md)."""
-    masked = plan.name == "expand_kernel" and plan.meta["DROPOUT"]
-    tf32 = plan.name == "factor_grads_kernel" and plan.meta["PRECISION"] == "tf32"
-    return gpu.has_mma_sync and (masked or tf32)
 
 
 def _is_ieee_float32(plan, args):
