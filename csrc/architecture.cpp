@@ -7,8 +7,8 @@
 namespace fused_lora {
 namespace {
 
-constexpr Kernels kSm80{sm80::plan_pass, sm80::tile_of, sm80::launch_forward, sm80::launch_backward, kMaxGatedRank};
-constexpr Kernels kSm90{sm90::plan_pass, sm90::tile_of, sm90::launch_forward, sm90::launch_backward, kMaxGatedRank};
+constexpr Kernels kSm80{sm80::plan_pass, sm80::tile_of, sm80::launch_forward, sm80::launch_backward};
+constexpr Kernels kSm90{sm90::plan_pass, sm90::tile_of, sm90::launch_forward, sm90::launch_backward};
 
 std::atomic<int> played{0};
 
@@ -49,11 +49,6 @@ Card current_card() {
 const Kernels* kernels_of(const Card& card) {
   if (card.capability == 90) return &kSm90;
   return card.capability >= 80 && card.capability < 90 ? &kSm80 : nullptr;
-}
-
-int most_gated_rank(int device) {
-  const Kernels* kernels = kernels_of(card_of(device));
-  return kernels == nullptr ? 0 : kernels->most_gated_rank;
 }
 
 void play_as(int capability) { played.store(capability); }

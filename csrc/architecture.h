@@ -10,7 +10,6 @@ struct Kernels {
   decltype(sm80::tile_of)* tile_of;
   decltype(sm80::launch_forward)* launch_forward;
   decltype(sm80::launch_backward)* launch_backward;
-  int most_gated_rank;  // of gated passes; 0 where there are none
 };
 
 // The device `device`; capability 0 if it cannot be asked.
@@ -19,9 +18,6 @@ Card current_card();
 
 // Null where none is offered.
 const Kernels* kernels_of(const Card& card);
-
-// 0 where no kernels are offered.
-int most_gated_rank(int device);
 
 // From now on cards of compute capability 9.0 play one of 8.0 or 8.6: its kernels, in its shared memory. For tests and
 // measurements; with 0, cards are themselves again.

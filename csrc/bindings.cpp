@@ -75,7 +75,7 @@ std::vector<fused_lora::Part> unflatten(const Flat& flat) {
 PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("rank_obstacle", &fused_lora::rank_obstacle, "Why the kernels do not take a rank, in words; empty where they do.");
-  m.def("gated_obstacle", &fused_lora::gated_obstacle, "The same of gated passes on a device.");
+  m.def("gated_obstacle", &fused_lora::gated_obstacle, "The same of gated passes.");
   m.def("lora_linear", &fused_lora::lora_linear, py::call_guard<py::gil_scoped_release>(),
         "lora_linear with autograd, or None where it is for others. Plain tensors on a GPU; p is a float.");
   m.def(

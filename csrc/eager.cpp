@@ -402,7 +402,7 @@ std::optional<Tensor> lora_linear(const Tensor& x, const Tensor& weight, const T
 
 std::optional<Tensor> lora_mlp(const Tensor& x, std::vector<Part> parts, const std::optional<Tensor>& seed,
                                int64_t down_seed, double p, const std::vector<double>& act, bool saves_all) {
-  if (parts.size() != 3 || !takes(x, parts, seed, p, most_gated_rank(x.get_device()))) return std::nullopt;
+  if (parts.size() != 3 || !takes(x, parts, seed, p, kMaxGatedRank)) return std::nullopt;
   if (!is_right(x, parts[0]) || !is_right(x, parts[1]) || parts[0].weight.size(0) != parts[1].weight.size(0)) return std::nullopt;
   const Tensor of_down = at::empty({0, parts[0].weight.size(0)}, x.options());
   if (!is_right(of_down, parts[2])) return std::nullopt;

@@ -1,5 +1,4 @@
 // The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
-#include "architecture.h"
 #include "capture.h"
 #include "flags.h"
 #include "nvtx_range.h"
@@ -103,10 +102,8 @@ std::string rank_obstacle(int64_t r) {
   return "";
 }
 
-std::string gated_obstacle(int64_t r, int64_t device) {
-  const int most = most_gated_rank(static_cast<int>(device));
-  if (most == 0) return "csrc's kernels for this card have no gated passes";
-  if (r > most) return "r=" + std::to_string(r) + " is above " + std::to_string(most);
+std::string gated_obstacle(int64_t r) {
+  if (r > kMaxGatedRank) return "r=" + std::to_string(r) + " is above " + std::to_string(kMaxGatedRank);
   return "";
 }
 

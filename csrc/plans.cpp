@@ -55,8 +55,6 @@ std::shared_ptr<const Planned> planned(const work::Pass& pass, bool captured) {
   const Card card = current_card();
   const Kernels* kernels = kernels_of(card);
   TORCH_CHECK(kernels != nullptr, "csrc has no kernels for compute capability ", card.capability / 10, ".", card.capability % 10);
-  TORCH_CHECK(!pass.gated || kernels->most_gated_rank > 0, "csrc has no gated passes for compute capability ", card.capability / 10, ".",
-              card.capability % 10);
   const Device::Key key{card.capability, pass.key()};
   const std::lock_guard<std::mutex> lock(device.mutex);
   std::shared_ptr<const Planned>& found = device.plans[key];

@@ -61,7 +61,7 @@ std::vector<at::Tensor> lora_parts_backward(at::TensorList dys, at::TensorList x
 
 // Why the kernels, or their gated passes, do not take a rank; empty where they do.
 std::string rank_obstacle(int64_t r);
-std::string gated_obstacle(int64_t r, int64_t device);
+std::string gated_obstacle(int64_t r);
 
 // With autograd (eager.cpp), or none where a call is for others. seed is of what the parts drop, in an MLP's down `down_seed` more.
 std::optional<at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,

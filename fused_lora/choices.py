@@ -135,9 +135,8 @@ def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int
 
 
 @_constant_when_compiled
-def gated_obstacle(device: torch.device, ranks: tuple[int, ...]) -> str | None:
-    """Why csrc's gated passes on a device do not take ranks that its others do, or None."""
+def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
+    """Why csrc's gated passes do not take ranks that its others do, or None."""
     from . import _C
 
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return next(filter(None, (_C.gated_obstacle(r, index) for r in ranks)), None)
+    return next(filter(None, map(_C.gated_obstacle, ranks)), None)

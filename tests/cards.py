@@ -1,10 +1,13 @@
 """A CUDA device that torch pretends to have, with a folder of its own for what is measured."""
 
+import sys
+import types
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+import fused_lora
 from fused_lora import backends, choices
 
 CUDA = torch.device("cuda", 0)
@@ -27,6 +30,15 @@ def forget():
         choices._built_in, choices._choose, choices._together_obstacle,
     ):  # fmt: skip
         function.cache_clear()
+
+
+def pretend_extension(monkeypatch):
+    """csrc, as much of it as choices ask, with kernels for ranks up to 256."""
+    built = types.ModuleType("fused_lora._C")
+    built.rank_obstacle = lambda r: "r is above 256" if r > 256 else ""
+    monkeypatch.setitem(sys.modules, "fused_lora._C", built)
+    monkeypatch.setattr(fused_lora, "_C", built, raising=False)
+    return built
 
 
 @contextmanager

@@ -3,14 +3,13 @@
 import itertools
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
 
 import fused_lora
 from fused_lora import backends, lora_linear
-from tests.cards import CUDA, forget
+from tests.cards import CUDA, forget, pretend_extension
 
 CPU = torch.device("cpu")
 
@@ -29,11 +28,7 @@ def _plain(monkeypatch):
 
 @pytest.fixture
 def extension(monkeypatch):
-    """A CUDA extension whose kernels take ranks up to 256."""
-    built = types.ModuleType("fused_lora._C")
-    built.rank_obstacle = lambda r: "r is above 256" if r > 256 else ""
-    monkeypatch.setitem(sys.modules, "fused_lora._C", built)
-    monkeypatch.setattr(fused_lora, "_C", built, raising=False)
+    pretend_extension(monkeypatch)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
 
 

@@ -1,21 +1,18 @@
 """Which backend follows from what fused_lora.tune has measured: by bucket, where it can run, never against a name."""
 
 import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-import fused_lora
 from fused_lora import backends, choices
 from fused_lora.backends import Choice
 from fused_lora.measured_file import MeasuredFile
 from fused_lora.ops import eager
 from fused_lora.ops.lora_parts import measured_obstacle
 from fused_lora.ops.parts import Part, flatten
-from tests.cards import CUDA, forget
+from tests.cards import CUDA, forget, pretend_extension
 
 BF16, SIZES, R = torch.bfloat16, (8192, 4096, 2048), 16  # M, N, K
 # On a card with mma.sync, without csrc and without a mask to be made.
@@ -33,12 +30,7 @@ def choose(sizes=SIZES, r=R, dtype=BF16, p=0.0, readable=True):
 
 @pytest.fixture
 def extension(monkeypatch):
-    """csrc, whose kernels take ranks up to 256."""
-    built = types.ModuleType("fused_lora._C")
-    built.rank_obstacle = lambda r: "r is above 256" if r > 256 else ""
-    monkeypatch.setitem(sys.modules, "fused_lora._C", built)
-    monkeypatch.setattr(fused_lora, "_C", built, raising=False)
-    return built
+    return pretend_extension(monkeypatch)
 
 
 @pytest.fixture

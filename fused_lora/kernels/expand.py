@@ -180,7 +180,7 @@ def expand(
 
 
 def _most_ranks(tile: Tile, gpu: Gpu, dropout: bool) -> int:
-    """Of a step. Beside the mask, steps of 32 ranks take two registers more than the largest tile of mma.sync leaves."""
+    """Of a step. Beside the mask, 32 ranks at once take two registers more than the largest tile of mma.sync leaves."""
     return 16 if dropout and gpu.has_mma_sync else tile.block_k
 
 

@@ -34,7 +34,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, parts: Sequence[Part], ga
     ranks = tuple(part.r for part in with_factors)
     readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in with_factors)
     found = choices.together_obstacle(device, dtype, ranks, readable)
-    return found or (choices.gated_obstacle(device, ranks) if gated else None)
+    return found or (choices.gated_obstacle(ranks) if gated else None)
 
 
 def measured_obstacle(x: Tensor, parts: Sequence[Part], p: float) -> str | None:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fused_lora import backends, replace_linear
-from fused_lora.choices import gated_obstacle
 from fused_lora.modules import siblings
 from fused_lora.pretrain.llama import Llama, LlamaConfig
 from tests.modules.threads import at_once
@@ -51,8 +50,7 @@ def test_together_as_alone(groups):
     x = tokens()
     ours, theirs = together(x), alone(x)
     close(ours, theirs)
-    mlp = [3] if gated_obstacle(x.device, (8, 8, 8)) is None else [2]  # else its gate and up, and down alone
-    assert groups == [3, *mlp] * (len(groups) // 2)
+    assert groups == [3, 3]
     ours.float().square().mean().backward()
     theirs.float().square().mean().backward()
     for (name, one), other in zip(together.named_parameters(), alone.parameters(), strict=True):
