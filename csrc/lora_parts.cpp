@@ -1,5 +1,6 @@
 // The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
 #include "capture.h"
+#include "few_rows.h"
 #include "flags.h"
 #include "nvtx_range.h"
 #include "operands.h"
@@ -113,6 +114,7 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const FlatParts& flat_pa
   const std::vector<Part> parts = unflatten(flat_parts);
   check_count(parts.size());
   TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
+  if (keep == "none" && are_few_rows(x.numel() / x.size(-1), parts, false)) return few_rows_forward(x, parts, act);
   Readable read(x.scalar_type());
   ForwardParams params{.x = read(flat(x)), .parts = static_cast<int>(parts.size())};
   std::vector<Tensor> xas;
@@ -146,6 +148,7 @@ std::vector<Tensor> lora_parts_backward(at::TensorList dys, at::TensorList xs, c
   TORCH_CHECK(dys.size() == count && xs.size() == count && xas.size() == count && dxas.size() == count && needs.size() == 3 * count,
               "dys, xs, xas and dxas must have an entry for each part, and needs three");
   const Tensor& x = xs[0];
+  if (act.empty() && !dxas.get(count - 1) && are_few_rows(x.numel() / x.size(-1), parts, true)) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
   Readable read(x.scalar_type());
   BackwardParams params{.parts = static_cast<int>(count)};
   std::vector<Tensor> grads(3 * count), made;  // dAs, dBs, dbiases; dxas of this pass

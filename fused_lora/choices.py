@@ -16,6 +16,7 @@ from .measured_file import MeasuredFile, bucket
 
 COMMAND = "python -m fused_lora.tune"
 GUESS = f"a guess for this card: {COMMAND} measures it"
+_changes = 0
 Times = dict[str, float | None]  # microseconds by backend; None where one was tried and did not run
 
 
@@ -33,9 +34,16 @@ def any_measured() -> bool:
 
 def remember(device: torch.device, key: str, times: Times) -> None:
     """For this process and later ones: each backend's time for the calls of a key_of."""
+    global _changes
     measured(device).put(key, times)
+    _changes += 1
     any_measured.cache_clear()
     _choose.cache_clear()
+
+
+def changes() -> int:
+    """How often this process has remembered something: what was chosen before may be chosen otherwise now."""
+    return _changes
 
 
 def key_of(M: int, N: int, K: int, r: int, dtype: torch.dtype, p: float) -> str:

@@ -6,10 +6,10 @@ JIT makes itself in the end, so that nothing here depends on how a version of Tr
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..recent import Recent
 from .tiles import Gpu
 
 _records: ContextVar[list | None] = ContextVar("launch_records", default=None)
@@ -89,7 +90,7 @@ class Plan:
         self.kernel, self.grid, self.meta, self.blocks, self.sizes = kernel, grid, meta, blocks, sizes
         self._constants = tuple(meta[name] for name in kernel.arg_names if name in meta)
         self._has_descriptors = any(blocks)
-        self._compiled = None
+        self.compiled = None
 
     @property
     def name(self) -> str:
@@ -104,11 +105,11 @@ class Plan:
 
     def load(self, matrices: tuple, rest: tuple = ()) -> None:
         """Compiles the kernel and puts it on the device, so that a run cannot fail for want of either."""
-        if _records.get() is None and self._compiled is None:
+        if _records.get() is None and self.compiled is None:
             compiled = self.kernel.warmup(*self.arguments(matrices, rest), grid=self.grid, **self.meta)
             if compiled is not None:  # as it is under the interpreter
                 compiled._init_handles()
-                self._compiled = compiled
+                self.compiled = compiled
 
     def over(self, grid: tuple[int, ...]) -> "Plan":
         """The same over another grid, with what is compiled already."""
@@ -121,10 +122,37 @@ class Plan:
         records = _records.get()
         if records is not None:
             records.append((self, args))
-        elif self._compiled is None:
-            self._compiled = self.kernel[self.grid](*args, **self.meta)
+        elif self.compiled is None:
+            self.compiled = self.kernel[self.grid](*args, **self.meta)
         else:
-            start(self._compiled, self.grid, (*args, *self._constants))
+            start(self.compiled, self.grid, (*args, *self._constants))
+
+    def call(self, stream: int, args: tuple) -> tuple[Callable, tuple]:
+        """What a run on a stream ends in, to be called any number of times: a C function of Triton's and its arguments.
+        Tensors among args are pointers."""
+        args = (*args, *self._constants)
+        return _end_of(self.compiled, self.grid, stream, args) or (start, (self.compiled, self.grid, args))
+
+
+def _end_of(compiled, grid: tuple[int, int, int], stream: int, args: tuple) -> tuple[Callable, tuple] | None:
+    """None where this version of Triton launches in another way than is known here, which takes longer."""
+    try:
+        from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
+        launcher, ends = copy.copy(compiled.run), []
+        if launcher.global_scratch_size or launcher.profile_scratch_size:  # allocated for each launch
+            return None
+        function = launcher.launch
+        if inspect.isbuiltin(function):
+            launcher.launch = lambda *end: ends.append(end)
+        else:
+            meta = getattr(compiled.metadata, "tensordesc_meta", None)
+            launcher.launch = wrap_handle_tensordesc(lambda *end: ends.append(end), compiled.src.signature, meta)
+            function = inspect.getclosurevars(function).nonlocals["launcher"]
+        launcher(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    except (ImportError, AttributeError, KeyError, TypeError):
+        return None
+    return (function, ends[0]) if inspect.isbuiltin(function) and len(ends) == 1 else None
 
 
 def start(compiled, grid: tuple[int, int, int], args: tuple) -> None:
@@ -132,12 +160,21 @@ def start(compiled, grid: tuple[int, int, int], args: tuple) -> None:
 
     36 arguments on a CPU at hand, without Triton's C: 12 us, and 3 so.
     """
-    if _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
+    if _has_hooks():
         compiled[grid](*args)
         return
     run = compiled.run  # loads the kernel, which then has a function
     stream = driver.active.get_current_stream(driver.active.get_current_device())
     run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def observed() -> bool:
+    """Whether somebody wants to see each launch."""
+    return _records.get() is not None or _has_hooks()
+
+
+def _has_hooks() -> bool:
+    return _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
 
 
 def _is_set(hook) -> bool:
@@ -147,34 +184,6 @@ def _is_set(hook) -> bool:
 
 # 1.6 KB each: a model of ten layer shapes has 60 for each count of tokens.
 MOST_PLANS = 8192
-
-
-class Recent:
-    """What was made under the keys that were used last: at most `most` of them, and at least half as many.
-
-    Two dicts: a key that is used moves to the young one. Where that is half of all, it becomes the old one, and what
-    only the old one had is forgotten. So a key that is found costs what it costs in a dict.
-    """
-
-    def __init__(self, most: int):
-        self.half = most // 2
-        self.young: dict[tuple, object] = {}
-        self.old: dict[tuple, object] = {}
-        self._lock = Lock()
-
-    def get(self, key: tuple, make: Callable[[], object]):
-        """What is kept under `key`; made where nothing is, outside of the lock: making may look up other keys."""
-        found = self.young.get(key)
-        return self._renew(key, make) if found is None else found
-
-    def _renew(self, key: tuple, make: Callable[[], object]):
-        found = self.old.get(key)
-        if found is None:
-            found = make()
-        with self._lock:
-            if len(self.young) >= self.half:
-                self.young, self.old = {}, self.young
-            return self.young.setdefault(key, found)
 
 
 _plans = Recent(MOST_PLANS)
@@ -199,3 +208,15 @@ def _descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescripto
     descriptor.base, descriptor.shape, descriptor.strides = matrix, matrix.shape, matrix.stride()
     descriptor.block_shape = list(block)
     return descriptor
+
+
+def with_base(like: TensorDescriptor, base) -> TensorDescriptor:
+    """A descriptor of another matrix of the same layout."""
+    descriptor = copy.copy(like)
+    descriptor.base = base
+    return descriptor
+
+
+def without_base(descriptor: TensorDescriptor) -> TensorDescriptor:
+    """What can be kept of a descriptor without keeping its matrix."""
+    return with_base(descriptor, None)

@@ -1,5 +1,7 @@
 """The LoRA linear in Triton: matrices in, matrices out, no autograd. Equations and symbols as in reference.py."""
 
+import torch
+
 from ..reference import room
 from .dropout import Dropout
 from .expand import expand
@@ -37,3 +39,22 @@ def lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout: Dropout, gpu: 
             dA, dB = factor_grads(x, dxa, A, dy, xa, B, dropout, gpu, precision, (need_dA, need_dB))
     more = room(scale, x.dtype) if need_dB else None
     return dx, dA, dB if more is None else dB.mul_(more), dxa
+
+
+def forward_pass(x, weight, A, B, bias, scale, seed, p: float, gpu: Gpu, precision: str, sizes: tuple[int, ...]):
+    """lora_linear_forward, as it is replayed; y in x's leading sizes."""
+    y, xa = lora_linear_forward(x, weight, A, B, bias, scale, Dropout(p, seed), gpu, precision)
+    return in_sizes(y, sizes), xa
+
+
+def backward_pass(dy, x, weight, A, B, xa, scale, seed, dxa, p: float, gpu: Gpu, precision: str, sizes, needs):
+    """lora_linear_backward, as it is replayed; dx in x's leading sizes. A dxa that is given is not returned."""
+    dx, *grads = lora_linear_backward(dy, x, weight, A, B, xa, scale, Dropout(p, seed), gpu, precision, needs, dxa)
+    if dxa is not None:
+        grads[-1] = None
+    return None if dx is None else in_sizes(dx, sizes), *grads
+
+
+def in_sizes(rows: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Rows in leading sizes, and no view, which could not be changed in place behind an autograd.Function."""
+    return rows if len(sizes) == 1 else torch.ops.aten._unsafe_view(rows, [*sizes, rows.shape[1]])

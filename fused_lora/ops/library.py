@@ -1,7 +1,5 @@
 """The torch.library namespace `fused_lora`. Its ops are private: they have no autograd of their own."""
 
-from contextlib import contextmanager
-
 import torch
 
 LIBRARY = torch.library.Library("fused_lora", "DEF")
@@ -16,15 +14,26 @@ def define(schema: str, implementation, fake) -> None:
     torch.library.register_fake(f"fused_lora::{name}", fake, lib=LIBRARY)
 
 
-@contextmanager
-def launching(name: str, tensor: torch.Tensor):
-    """Around launches from Python: the tensor's device is current, and Nsight shows a range fused_lora.<name>."""
-    if not tensor.is_cuda:
-        yield
-        return
-    torch.cuda.nvtx.range_push(f"fused_lora.{name}")
-    try:
-        with torch.cuda.device(tensor.device):
-            yield
-    finally:
-        torch.cuda.nvtx.range_pop()
+class launching:
+    """Around launches from Python: the tensor's device is current, and Nsight shows a range fused_lora.<name>.
+    As a generator it would take twice as long."""
+
+    __slots__ = ("_device", "_name")
+
+    def __init__(self, name: str, tensor: torch.Tensor):
+        device = tensor.device
+        self._name = f"fused_lora.{name}" if tensor.is_cuda else None
+        elsewhere = self._name and device.index != torch.cuda.current_device()
+        self._device = torch.cuda.device(device) if elsewhere else None
+
+    def __enter__(self) -> None:
+        if self._name:
+            torch.cuda.nvtx.range_push(self._name)
+        if self._device:
+            self._device.__enter__()
+
+    def __exit__(self, *error) -> None:
+        if self._device:
+            self._device.__exit__(*error)
+        if self._name:
+            torch.cuda.nvtx.range_pop()

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import checks
-from . import eager
+from . import eager, short
 from . import parts as of_parts
 from .autograd import apply
 from .parts import Part
@@ -54,7 +54,9 @@ def lora_linear(
     if isinstance(x, Tensor) and of_parts.autocast_dtype(x) is not None:
         x, ((weight, A, B, bias, scale, _),) = of_parts.autocast(x, [Part(weight, A, B, bias, scale)])
     y = _in_csrc(x, weight, A, B, bias, scale, seed, p)
-    if y is not None:  # else something is wrong, or for another backend
+    if y is None:  # something is wrong, or for another backend
+        y = short.lora_linear(x, weight, A, B, bias, scale, p, seed)
+    if y is not None:
         return y
     part = Part(weight, A, B, bias, scale)
     checks.check_lora_linear(x, *part[:-1], p, seed)

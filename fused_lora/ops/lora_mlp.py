@@ -6,8 +6,9 @@ from torch import Tensor
 from .. import checks, reference
 from . import eager
 from . import parts as of_parts
+from .alone import like, rows_of
 from .autograd import by_formula, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
-from .lora_parts import like, ops, rows_of
+from .lora_parts import ops
 from .parts import Part, flatten, unflatten
 
 SAVE = ("all", "less")

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import addmm, backends, choices, padding, reference
-from .library import define, launching
+from .. import backends, choices, padding, reference
+from . import alone
+from .alone import rows_of
+from .library import define
 from .parts import Part, columns, flatten, unflatten
 
 ops = torch.ops.fused_lora
@@ -45,16 +47,6 @@ def measured_obstacle(x: Tensor, parts: Sequence[Part], p: float) -> str | None:
     return next((each.reason for each in found if each.name != "cuda"), None)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """(..., K) as (M, K); reshape(-1, K) would not know M where K is 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def like(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows in the leading sizes of x, and no view, which could not be changed in place behind a Function."""
-    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
-
-
 def _in_csrc(x: Tensor, parts: Sequence[Part], gated: bool, p: float) -> bool:
     if x.numel() == 0 or obstacle(x.device, x.dtype, parts, gated) is not None:
         return False
@@ -74,15 +66,8 @@ def _backend(x: Tensor, part: Part, p: float) -> str:
     return choice(x, part, p).name
 
 
-def _kernel_bias(bias: Tensor | None) -> Tensor | None:
-    """Dense, as kernels read it, and of a dtype that they know."""
-    if bias is None:
-        return None
-    return bias.to(torch.float32 if bias.dtype is torch.float64 else bias.dtype).contiguous()
-
-
 def _for_kernels(*parts: Part) -> list[Tensor | None]:
-    return flatten([part._replace(bias=_kernel_bias(part.bias)) for part in parts])
+    return flatten([part._replace(bias=alone.kernel_bias(part.bias)) for part in parts])
 
 
 def _forward(x, tensors, p, act, keep):
@@ -91,10 +76,9 @@ def _forward(x, tensors, p, act, keep):
         results = ops.cuda_lora_parts_forward(x, _for_kernels(*parts), p, act, keep)
         own = len(results) - len(parts)
         return [*results[:own], *(xa.contiguous() for xa in results[own:])]
-    rows = rows_of(x)
-    ys, xas = zip(*(_forward_alone(rows, part, p) for part in parts), strict=True)
+    ys, xas = zip(*(_forward_alone(rows_of(x) if gated else x, part, p) for part in parts), strict=True)
     if not gated:
-        return [*(like(y, x) for y in ys), *xas]
+        return [*ys, *xas]
     kept = reference.gated_factors(*ys, *act) if keep == "factors" else ys
     kept = [_padded(y) if keep != "none" else padding.empty(0, y.shape[1], x) for y in kept]
     return [_padded(reference.gated(*ys, *act)), *kept, *xas]
@@ -105,22 +89,13 @@ def _padded(y: Tensor) -> Tensor:
 
 
 def _forward_alone(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
-    """(y, xa) of rows."""
+    """(y, xa)."""
     weight, A, B, bias, scale, seed = part
     backend = _backend(x, part, p)
     if backend == "cuda":
         y, xa = ops.cuda_lora_parts_forward(x, _for_kernels(part), p, [], "none")
         return y, xa.contiguous()
-    if backend == "triton":
-        from ..kernels.dropout import Dropout
-        from ..kernels.lora_linear import lora_linear_forward
-
-        with launching("forward", x):
-            gpu, precision, dropout = backends.gpu(x.device), backends.precision(x.dtype), Dropout(p, seed)
-            return lora_linear_forward(x, weight, A, B, _kernel_bias(bias), scale, dropout, gpu, precision)
-    forward = addmm.lora_linear_forward if backend == "addmm" else reference.lora_linear_forward_ref
-    with torch.autocast(x.device.type, enabled=False):
-        return forward(x, weight, A, B, bias, scale, seed, p)
+    return alone.forward(backend, x, weight, A, B, bias, scale, seed, p)
 
 
 def _forward_fake(x, tensors, p, act, keep):
@@ -179,7 +154,7 @@ def _backward_gated(dy, part, xa, p, act, gated, factors):
 
 def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbias):
     """(dx, dA, dB, dbias, dxa) of one part; what is not wanted is empty, dxa None where nothing wanted it."""
-    rows, rows_dy, backend = rows_of(x), rows_of(dy), _backend(x, part, p)
+    backend = _backend(x, part, p)
     weight, A, B, bias, scale, seed = part
     needs = (need_dx and dxa is None, need_dA, need_dB)
     dxa = dxa * (1 - p) if p and dxa is not None else dxa
@@ -188,25 +163,16 @@ def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbi
         grads = (None,) * 4
     elif backend == "cuda":
         *grads, dbias = ops.cuda_lora_parts_backward(
-            [rows_dy], [rows], _for_kernels(part), [xa], [None], p, needs[0], [*needs[1:], need_dbias], [], [], False
+            [dy], [x], _for_kernels(part), [xa], [None], p, needs[0], [*needs[1:], need_dbias], [], [], False
         )
         grads = *(grad if need else None for grad, need in zip(grads, needs, strict=True)), dxa  # its own stays there
-    elif backend == "triton":
-        from ..kernels.dropout import Dropout
-        from ..kernels.lora_linear import lora_linear_backward
-
-        with launching("backward", x):
-            gpu, precision, dropout = backends.gpu(x.device), backends.precision(x.dtype), Dropout(p, seed)
-            grads = lora_linear_backward(rows_dy, rows, weight, A, B, xa, scale, dropout, gpu, precision, needs, dxa)
     else:
-        backward = addmm.lora_linear_backward if backend == "addmm" else reference.lora_linear_backward_ref
-        with torch.autocast(x.device.type, enabled=False):
-            grads = backward(rows_dy, rows, weight, A, B, xa, scale, seed, p, needs, dxa)
+        grads = alone.backward(backend, dy, x, weight, A, B, xa, scale, seed, dxa, p, needs)
     dx, dA, dB, dxa = grads
     if need_dbias and dbias is None:
-        dbias = rows_dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        dbias = rows_of(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
     return (
-        x.new_empty(0) if dx is None else like(dx, x),
+        x.new_empty(0) if dx is None else dx,
         A.new_empty(0) if dA is None else dA,
         B.new_empty(0) if dB is None else dB,
         _empty_dbias(x, part, 0) if not need_dbias else dbias.to(bias.dtype),

@@ -9,8 +9,9 @@ from triton import knobs
 from triton.runtime import driver
 
 from fused_lora.kernels import launch
-from fused_lora.kernels.launch import Layout, Recent, record_launches
+from fused_lora.kernels.launch import Layout, record_launches
 from fused_lora.kernels.tiles import KNOWN_GPUS
+from fused_lora.recent import Recent
 from tests.accuracy import assert_accurate
 from tests.kernels.problem import DEVICE, RESULTS, Problem, gpus, randn
 

@@ -1,0 +1,105 @@
+#include "few_rows.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "architecture.h"
+#include "operands.h"
+
+namespace fused_lora {
+namespace {
+
+using at::Tensor;
+
+// Microseconds on an H200, of which ratios matter; measured at 1 to 512 rows, weights of 2 to 134 MB.
+constexpr double kLaunch = 8, kProduct = 7, kTwoSmall = 10, kGradients = 5;
+constexpr double kStep = 0.36 / 64;             // of depth, where an SM has one tile and waits for each step
+constexpr double kBytes = 1.9e6, kMoreRowsBytes = 2.4e6;  // a microsecond, by these kernels; of 128 rows half the blocks have none
+constexpr double kTorchBytes = 3.4e6, kTorchFlops = 6e8;
+constexpr int64_t kMostFewRows = 512;
+
+Tensor times(const Tensor& product, const Part& part) { return product.mul(part.scale); }
+
+Tensor as(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()); }
+
+// act(t) = t sigmoid(t (linear + cubic t^2))
+Tensor activated(const Tensor& gate, at::ArrayRef<double> act) {
+  if (act[0] == 1 && act[1] == 0) return at::silu(gate);
+  const Tensor t = gate.to(at::kFloat);
+  return t.mul(at::sigmoid(t.mul(t.square().mul(act[1]).add(act[0])))).to(gate.scalar_type());
+}
+
+// y = x W^T + bias + xa B^T into rows.
+void linear_into(Tensor rows, const Tensor& x, const Part& part, const Tensor& xa) {
+  if (part.bias) {
+    at::addmm_out(rows, as(*part.bias, x), x, part.weight.t());
+  } else {
+    at::mm_out(rows, x, part.weight.t());
+  }
+  if (part.A.size(0) > 0) rows.addmm_(xa, as(part.B, x).t());
+}
+
+// A gradient in its dtype, or an empty one.
+Tensor wanted(bool need, const Tensor& like, const std::function<Tensor()>& make) {
+  return need ? make().to(like.scalar_type()) : at::empty({0}, like.options());
+}
+
+}  // namespace
+
+bool are_few_rows(int64_t M, const std::vector<Part>& parts, bool backward) {
+  if (M > kMostFewRows || current_card().capability != 90) return false;
+  double weights = 0, torch = 0;
+  int64_t depth = 0;
+  for (const Part& part : parts) {
+    if (part.seed || part.weight.scalar_type() == at::kHalf) return false;  // a mask, and float16's room for xa, are the kernels'
+    const int64_t N = part.weight.size(0), K = part.weight.size(1);
+    const double bytes = 2.0 * N * K;
+    weights += bytes;
+    depth = backward ? depth + N : K;
+    torch += kProduct + kTwoSmall + (backward ? kGradients : 0) + std::max(bytes / kTorchBytes, M * bytes / kTorchFlops);
+  }
+  const double own = kLaunch + std::max(depth * kStep, weights / (M <= 128 ? kBytes : kMoreRowsBytes));
+  return torch < own;
+}
+
+std::vector<Tensor> few_rows_forward(const Tensor& x, const std::vector<Part>& parts, at::ArrayRef<double> act) {
+  const Tensor rows = flat(x);
+  std::vector<Tensor> ys, xas;
+  for (const Part& part : parts) {
+    auto shape = x.sizes().vec();
+    shape.back() = part.weight.size(0);
+    xas.push_back(times(at::mm(rows, as(part.A, x).t()), part));
+    ys.push_back(at::empty(shape, x.options()));
+    linear_into(flat(ys.back()), rows, part, xas.back());
+  }
+  if (!act.empty()) {
+    const Tensor none = padded_like(x, 0, parts[0].weight.size(0)), hidden = padded_like(x, rows.size(0), parts[0].weight.size(0));
+    hidden.copy_(activated(flat(ys[0]), act).mul_(flat(ys[1])));
+    ys = {hidden, none, none};
+  }
+  ys.insert(ys.end(), xas.begin(), xas.end());
+  return ys;
+}
+
+std::vector<Tensor> few_rows_backward(at::TensorList dys, const Tensor& x, const std::vector<Part>& parts, at::TensorList xas,
+                                      bool need_dx, const c10::List<bool>& needs) {
+  const size_t count = parts.size();
+  const Tensor rows = flat(x), dx = at::empty(need_dx ? x.sizes() : at::IntArrayRef{0}, x.options());
+  std::vector<Tensor> grads(1 + 3 * count);
+  grads[0] = dx;
+  for (size_t i = 0; i < count; ++i) {
+    const Part& part = parts[i];
+    const Tensor dy = flat(dys[i]), dxa = times(at::mm(dy, as(part.B, x)), part);
+    if (need_dx) {
+      Tensor sum = flat(dx);
+      i == 0 ? at::mm_out(sum, dy, part.weight) : sum.addmm_(dy, part.weight);
+      sum.addmm_(dxa, as(part.A, x));
+    }
+    grads[1 + i] = wanted(needs.get(i), part.A, [&] { return at::mm(dxa.t(), rows); });
+    grads[1 + count + i] = wanted(needs.get(count + i), part.B, [&] { return at::mm(dy.t(), xas[i]); });
+    grads[1 + 2 * count + i] = wanted(needs.get(2 * count + i), part.bias.value_or(x), [&] { return dy.sum(0, false, at::kFloat); });
+  }
+  return grads;
+}
+
+}  // namespace fused_lora

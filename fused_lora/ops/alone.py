@@ -1,0 +1,79 @@
+"""One part by itself, forward and backward, by a backend of Python: Triton's kernels, torch's products, the reference.
+
+x (..., K), dy (..., N) and what is shaped like them in their own sizes, xa and dxa (M, r).
+"""
+
+import math
+from contextlib import nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import addmm, backends, reference
+from .library import launching
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., K) as (M, K); reshape(-1, K) would not know M where K is 0."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def like(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows in the leading sizes of x, and no view, which could not be changed in place behind a Function."""
+    if x.dim() == 2:
+        return rows
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+
+
+def kernel_bias(bias: Tensor | None) -> Tensor | None:
+    """Dense, as kernels read it, and of a dtype that they know."""
+    if bias is None or (bias.dtype is not torch.float64 and bias.is_contiguous()):
+        return bias
+    return bias.to(torch.float32 if bias.dtype is torch.float64 else bias.dtype).contiguous()
+
+
+@cache
+def _triton():
+    """Imported where it is used: not everybody has Triton. A call's own import statement would take it 3 us."""
+    from ..kernels import lora_linear, replay
+
+    return lora_linear.forward_pass, lora_linear.backward_pass, replay.replayed
+
+
+def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tuple | None = None):
+    """(y, xa). kind: all that decides how the call is computed, if that is known."""
+    rows = rows_of(x)
+    if backend == "triton":
+        forward_pass, _, replayed = _triton()
+        with launching("forward", x):
+            inputs = rows, weight, A, B, kernel_bias(bias), scale, seed
+            return replayed(forward_pass, inputs, lambda: (p, *_triton_constants(x)), kind)
+    own = addmm.lora_linear_forward if backend == "addmm" else reference.lora_linear_forward_ref
+    with _no_autocast(x):
+        y, xa = own(rows, weight, A, B, bias, scale, seed, p)
+    return like(y, x), xa
+
+
+def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, needs) -> tuple[Tensor | None, ...]:
+    """(dx, dA, dB, dxa), None where needs, of the first three, says so. A dxa that is given is not made."""
+    rows_dy, rows = rows_of(dy), rows_of(x)
+    if backend == "triton":
+        _, backward_pass, replayed = _triton()
+        with launching("backward", x):
+            inputs = rows_dy, rows, weight, A, B, xa, scale, seed, dxa
+            *grads, made = replayed(backward_pass, inputs, lambda: (p, *_triton_constants(x), needs))
+        return *grads, dxa if made is None else made
+    own = addmm.lora_linear_backward if backend == "addmm" else reference.lora_linear_backward_ref
+    with _no_autocast(x):
+        dx, *grads = own(rows_dy, rows, weight, A, B, xa, scale, seed, p, needs, dxa)
+    return None if dx is None else like(dx, x), *grads
+
+
+def _triton_constants(x: Tensor) -> tuple:
+    return backends.gpu(x.device), backends.precision(x.dtype), x.shape[:-1]
+
+
+def _no_autocast(x: Tensor):
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,97 @@
+"""The short way of single linears on a GPU to Triton's kernels and to torch's products: a call of tensors like those of
+a call that was looked at before is neither checked nor asked about again, and needs no dispatcher.
+
+The long way takes the host ten times what torch takes for a linear. It is left to those who watch ops (torch.compile, a
+profiler, a mode, a transformation) and to what is rare.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, checks, choices
+from ..recent import Recent
+from . import alone, autograd
+from .parts import Part, drawn_seed
+
+MOST_KINDS = 4096  # of calls
+
+_looked_at = Recent(MOST_KINDS)
+
+
+def lora_linear(x, weight, A, B, bias, scale, p, seed) -> Tensor | None:
+    """y of a call that is for these backends; None: the long way. Raises what checks.check_lora_linear does."""
+    tensors = (x, weight, A, B, bias, scale, seed)
+    kind = _kind_of(tensors, p)
+    if kind is None or _is_watched():
+        return None
+    backend = _looked_at.get(kind, lambda: _look_at(*tensors, p))
+    if not backend:
+        return None
+    seed = drawn_seed(x, p, seed)
+    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
+        return LoRALinearFunction.apply(x, weight, A, B, bias, scale, seed, p, backend, kind)
+    return alone.forward(backend, x, weight, A, B, bias, scale, seed, p, kind)[0]
+
+
+def _kind_of(tensors: tuple, p) -> tuple | None:
+    """All that decides how a call is computed; None where there may be more to it."""
+    x = tensors[0]
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda:
+        return None
+    device = x.device
+    kind = [p, type(p), device, backends.precision(x.dtype), choices.changes()]
+    kind += backends.forced_backend(), backends.autotune_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            kind.append(None)
+        elif type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device == device:
+            aligned = tensor.data_ptr() % 16
+            kind.append((tensor.shape, tensor.stride(), tensor.dtype, aligned, tensor.requires_grad))
+        else:
+            return None
+    return tuple(kind)
+
+
+def _is_watched() -> bool:
+    return torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled() or autograd.watched()
+
+
+def _look_at(x, weight, A, B, bias, scale, seed, p) -> str:
+    """The backend of a call that is right; none for what goes the long way."""
+    checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
+    is_rare = x.numel() == 0 or weight.requires_grad or p == 1
+    if bias is not None:
+        is_rare |= bias.requires_grad or bias.dtype is torch.float64 or not bias.is_contiguous()
+    if is_rare:
+        return ""
+    (N, K), M = weight.shape, x.numel() // x.shape[-1]
+    readable = backends.csrc_reads(weight, A, B)
+    name = choices.choose_lora_linear(x.device, x.dtype, A.shape[0], readable, M, N, K, p).name
+    return name if name in ("triton", "addmm") else ""
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """As autograd.LoRAPartsFunction, of one part whose bias is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, bias, scale, seed, p, backend, kind):
+        y, xa = alone.forward(backend, x, weight, A, B, bias, scale, seed, p, kind)
+        ctx.save_for_backward(x, xa, weight, A, B, scale, seed)
+        ctx.p, ctx.backend = p, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, xa, weight, A, B, scale, seed = ctx.saved_tensors
+        need_dx, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+        if autograd.needs_formula([dy]):
+            part = Part(weight, A, B, None, scale, seed)
+            needs = (False, need_dA, need_dB, False, False, False)
+            grads = autograd.by_formula(
+                lambda x, parts: autograd.linears(x, parts, ctx.p), [dy], x, [part], need_dx, needs
+            )
+            dx, _, _, dA, dB, *_ = grads
+        else:
+            needs = need_dx, need_dA, need_dB
+            dx, dA, dB, _ = alone.backward(ctx.backend, dy, x, weight, A, B, xa, scale, seed, None, ctx.p, needs)
+        return dx, None, dA, dB, *(None,) * 6

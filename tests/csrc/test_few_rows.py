@@ -1,0 +1,63 @@
+"""Passes of few rows over large weights, which torch's products take: the same results from the same calls."""
+
+import pytest
+import torch
+
+from fused_lora import backends, lora_linear
+from tests.ops import test_lora_group, test_lora_mlp
+from tests.ops.problem import randn
+
+pytestmark = pytest.mark.gpu
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _hopper():
+    device = torch.device("cuda", 0)
+    if not backends.has_extension() or backends.gpu(device).capability != 90:
+        pytest.skip("the rule is of csrc/sm90")
+
+
+def own_kernels(call) -> bool:
+    """Whether a call launches kernels of this package."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return any("fused_lora" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("M", [1, 7, 64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("r", [12, 16])
+def test_linears(M, bias, r):
+    x, parts = test_lora_group.make_group(M, 14336, [(4001, r)], "cuda", DTYPE, bias)
+    dys = [randn(M, 4001, device="cuda", dtype=DTYPE)]
+    with torch.no_grad():
+        assert not own_kernels(lambda: lora_linear(x, **parts[0]))
+    test_lora_group.check(x, parts, dys)
+
+
+def test_groups():
+    x, parts = test_lora_group.make_group(16, 8192, [(8192, 24), (1024, 0), (8192, 8)], "cuda", DTYPE)
+    dys = [randn(16, part["weight"].shape[0], device="cuda", dtype=DTYPE) for part in parts]
+    test_lora_group.check(x, parts, dys)
+
+
+@pytest.mark.parametrize("activation", test_lora_mlp.ACTS)
+def test_mlps_without_gradients(activation):
+    x, parts = test_lora_mlp.make_mlp(7, 8192, 8200, 4096, (16, 8, 5), "cuda", DTYPE)
+    with torch.no_grad():
+        assert not own_kernels(lambda: test_lora_mlp.fused(x, parts, activation))
+    dy = randn(7, 4096, device="cuda", dtype=DTYPE)
+    with torch.no_grad():
+        y = test_lora_mlp.fused(x, parts, activation)
+    want = test_lora_mlp.results(test_lora_mlp.fused, x, parts, dy, activation)["y"]
+    error = ((y.double() - want.double()).norm() / want.double().norm()).item()
+    assert error < 1e-2
+
+
+def test_many_rows_and_small_weights_are_the_kernels():
+    for M, K, N in ((1024, 4096, 4096), (64, 256, 264)):
+        x, parts = test_lora_group.make_group(M, K, [(N, 16)], "cuda", DTYPE)
+        with torch.no_grad():
+            assert own_kernels(lambda x=x, part=parts[0]: lora_linear(x, **part))
