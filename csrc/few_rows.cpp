@@ -12,7 +12,7 @@ namespace {
 using at::Tensor;
 
 // Microseconds on an H200, of which ratios matter; measured at 1 to 512 rows, weights of 2 to 134 MB.
-constexpr double kLaunch = 8, kProduct = 7, kTwoSmall = 10, kGradients = 5;
+constexpr double kLaunch = 8, kProduct = 7, kSmall = 13, kGradients = 5;
 constexpr double kStep = 0.36 / 64;             // of depth, where an SM has one tile and waits for each step
 constexpr double kBytes = 1.9e6, kMoreRowsBytes = 2.4e6;  // a microsecond, by these kernels; of 128 rows half the blocks have none
 constexpr double kTorchBytes = 3.4e6, kTorchFlops = 6e8;
@@ -56,7 +56,7 @@ bool are_few_rows(int64_t M, const std::vector<Part>& parts, bool backward) {
     const double bytes = 2.0 * N * K;
     weights += bytes;
     depth = backward ? depth + N : K;
-    torch += kProduct + kTwoSmall + (backward ? kGradients : 0) + std::max(bytes / kTorchBytes, M * bytes / kTorchFlops);
+    torch += kProduct + kSmall + (backward ? kGradients : 0) + std::max(bytes / kTorchBytes, M * bytes / kTorchFlops);
   }
   const double own = kLaunch + std::max(depth * kStep, weights / (M <= 128 ? kBytes : kMoreRowsBytes));
   return torch < own;

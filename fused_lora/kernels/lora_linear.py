@@ -47,10 +47,26 @@ def forward_pass(x, weight, A, B, bias, scale, seed, p: float, gpu: Gpu, precisi
     return in_sizes(y, sizes), xa
 
 
-def backward_pass(dy, x, weight, A, B, xa, scale, seed, dxa, p: float, gpu: Gpu, precision: str, sizes, needs):
-    """lora_linear_backward, as it is replayed; dx in x's leading sizes. A dxa that is given is not returned."""
+def backward_pass(
+    dy,
+    x,
+    weight,
+    A,
+    B,
+    xa,
+    scale,
+    seed,
+    dxa,
+    p: float,
+    gpu: Gpu,
+    precision: str,
+    sizes: tuple[int, ...],
+    needs,
+    keeps_dxa,
+):
+    """lora_linear_backward, as it is replayed; dx in x's leading sizes, dxa only where it was made and is wanted."""
     dx, *grads = lora_linear_backward(dy, x, weight, A, B, xa, scale, Dropout(p, seed), gpu, precision, needs, dxa)
-    if dxa is not None:
+    if dxa is not None or not keeps_dxa:
         grads[-1] = None
     return None if dx is None else in_sizes(dx, sizes), *grads
 

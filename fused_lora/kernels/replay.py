@@ -21,6 +21,7 @@ from .launch import Plan, record_launches
 
 MOST_PASSES = 4096
 MOST_CALLS = 8192  # passes' arguments by pointers; 1 KB a launch
+ALIGNMENT = 256  # of a buffer, as torch's allocator has it
 
 aten = torch.ops.aten
 _NO_WORK = (aten.empty.memory_format, aten.new_empty.default, aten._unsafe_view.default)
@@ -78,11 +79,14 @@ class _Places:
 
 
 class Replay:
-    """A pass as data: operands are its inputs, then what it allocates."""
+    """A pass as data: operands are its inputs, then what it allocates. Of that only results are tensors of their own:
+    an allocation takes the host as long as five lookups."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.buffers: list[tuple[torch.Size, torch.dtype]] = []
+        self.results: list[tuple[int, torch.Size, torch.dtype]] = []  # operands that are returned
+        self.offsets: list[tuple[int, int]] = []  # of others in one buffer, in bytes
+        self.scratch_bytes = 0
         self.launches: list[tuple[Plan, tuple]] = []
         self.outputs: list[int | None] = []
 
@@ -99,14 +103,31 @@ class Replay:
             replay.outputs = [None if result is None else places.of(result) for result in results]
         except LookupError:
             return None
-        replay.buffers = [(tensor.shape, tensor.dtype) for tensor in places.buffers.values()]
+        replay._allocate(places)
         return replay
+
+    def _allocate(self, places: _Places) -> None:
+        for operand, tensor in enumerate(places.buffers.values(), places.first):
+            if operand in self.outputs:
+                self.results.append((operand, tensor.shape, tensor.dtype))
+            else:
+                self.offsets.append((operand, self.scratch_bytes))
+                self.scratch_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
     def run(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The pass's results for inputs of the same layout."""
         new_empty = inputs[0].new_empty
-        operands = [*inputs, *[new_empty(shape, dtype=dtype) for shape, dtype in self.buffers]]
-        pointers = tuple([None if operand is None else operand.data_ptr() for operand in operands])
+        operands = list(inputs) + [None] * (len(self.results) + len(self.offsets))
+        for operand, shape, dtype in self.results:
+            operands[operand] = new_empty(shape, dtype=dtype)
+        pointers = [None if operand is None else operand.data_ptr() for operand in operands]
+        if self.scratch_bytes:
+            # Given back when all is launched: whoever gets it next comes later in the stream.
+            scratch = new_empty(self.scratch_bytes, dtype=torch.uint8)
+            start = scratch.data_ptr()
+            for operand, offset in self.offsets:
+                pointers[operand] = start + offset
+        pointers = tuple(pointers)
         stream = driver.active.get_current_stream(self.device.index)
         for call, arguments in _calls.get((self, stream, pointers), lambda: self._calls_of(stream, pointers)):
             call(*arguments)

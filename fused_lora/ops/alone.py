@@ -55,14 +55,14 @@ def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tu
     return like(y, x), xa
 
 
-def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, needs) -> tuple[Tensor | None, ...]:
+def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, needs, keeps_dxa=True):
     """(dx, dA, dB, dxa), None where needs, of the first three, says so. A dxa that is given is not made."""
     rows_dy, rows = rows_of(dy), rows_of(x)
     if backend == "triton":
         _, backward_pass, replayed = _triton()
         with launching("backward", x):
             inputs = rows_dy, rows, weight, A, B, xa, scale, seed, dxa
-            *grads, made = replayed(backward_pass, inputs, lambda: (p, *_triton_constants(x), needs))
+            *grads, made = replayed(backward_pass, inputs, lambda: (p, *_triton_constants(x), needs, keeps_dxa))
         return *grads, dxa if made is None else made
     own = addmm.lora_linear_backward if backend == "addmm" else reference.lora_linear_backward_ref
     with _no_autocast(x):

@@ -93,5 +93,6 @@ class LoRALinearFunction(torch.autograd.Function):
             dx, _, _, dA, dB, *_ = grads
         else:
             needs = need_dx, need_dA, need_dB
-            dx, dA, dB, _ = alone.backward(ctx.backend, dy, x, weight, A, B, xa, scale, seed, None, ctx.p, needs)
+            tensors = dy, x, weight, A, B, xa, scale, seed, None
+            dx, dA, dB, _ = alone.backward(ctx.backend, *tensors, ctx.p, needs, keeps_dxa=False)
         return dx, None, dA, dB, *(None,) * 6

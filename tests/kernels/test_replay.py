@@ -34,10 +34,10 @@ def both(gpu, problem, long):
     of_forward = problem.p, gpu, "ieee", problem.x.shape[:1]
     if long:
         y, xa = forward_pass(*forward, *of_forward)
-        return y, xa, *backward_pass(*backward[:5], xa, *backward[6:], *of_forward, (True,) * 3)
+        return y, xa, *backward_pass(*backward[:5], xa, *backward[6:], *of_forward, (True,) * 3, True)
     y, xa = replayed(forward_pass, forward, lambda: of_forward)
     backward[5] = xa
-    return y, xa, *replayed(backward_pass, backward, lambda: (*of_forward, (True,) * 3))
+    return y, xa, *replayed(backward_pass, backward, lambda: (*of_forward, (True,) * 3, True))
 
 
 def replays():

@@ -121,6 +121,7 @@ def test_the_seed_is_drawn_anew(backend):
     assert not any(torch.equal(ys[0], y) for y in ys[1:])
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_who_watches_sees_ops(backend):
     layer = LoRALinear(264, 136, r=16, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(60, 264, device="cuda", dtype=torch.bfloat16, requires_grad=True)
