@@ -53,6 +53,7 @@ bool are_few_rows(int64_t M, const std::vector<Part>& parts, bool backward) {
   for (const Part& part : parts) {
     if (part.seed || part.weight.scalar_type() == at::kHalf) return false;  // a mask, and float16's room for xa, are the kernels'
     const int64_t N = part.weight.size(0), K = part.weight.size(1);
+    if (N % 8 != 0 || K % 8 != 0) return false;  // torch's products are slow there
     const double bytes = 2.0 * N * K;
     weights += bytes;
     depth = backward ? depth + N : K;

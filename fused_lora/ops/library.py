@@ -1,5 +1,7 @@
 """The torch.library namespace `fused_lora`. Its ops are private: they have no autograd of their own."""
 
+import threading
+
 import torch
 
 LIBRARY = torch.library.Library("fused_lora", "DEF")
@@ -14,12 +16,24 @@ def define(schema: str, implementation, fake) -> None:
     torch.library.register_fake(f"fused_lora::{name}", fake, lib=LIBRARY)
 
 
-class launching:
-    """Around launches from Python: the tensor's device is current, and Nsight shows a range fused_lora.<name>.
+class _Thread(threading.local):
+    def __init__(self):
+        self.bound: set[int] = set()  # devices
 
-    A generator would take twice as long. The device is set even where it seems to be current: in a thread of autograd's
-    torch only means to set it, and Triton needs the context that comes with that.
-    """
+
+_thread = _Thread()
+
+
+def _bind(device: int) -> None:
+    """Gives this thread the context of a device that is current. Torch lets a thread of autograd's be without one until
+    it needs it, and Triton's descriptors do not ask."""
+    torch.cuda.mem_get_info(device)
+    _thread.bound.add(device)
+
+
+class launching:
+    """Around launches from Python: the tensor's device is current, and Nsight shows a range fused_lora.<name>. As a
+    generator it would take twice as long."""
 
     __slots__ = ("_device", "_name")
 
@@ -28,9 +42,12 @@ class launching:
         self._device = torch.cuda.device(tensor.device.index) if tensor.is_cuda else None
 
     def __enter__(self) -> None:
-        if self._device is not None:
-            torch.cuda.nvtx.range_push(self._name)
-            self._device.__enter__()
+        if self._device is None:
+            return
+        torch.cuda.nvtx.range_push(self._name)
+        self._device.__enter__()
+        if self._device.idx not in _thread.bound:
+            _bind(self._device.idx)
 
     def __exit__(self, *error) -> None:
         if self._device is not None:

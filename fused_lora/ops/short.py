@@ -20,24 +20,23 @@ _looked_at = Recent(MOST_KINDS)
 
 def lora_linear(x, weight, A, B, bias, scale, p, seed) -> Tensor | None:
     """y of a call that is for these backends; None: the long way. Raises what checks.check_lora_linear does."""
+    if _is_watched() or not isinstance(x, Tensor) or not x.is_cuda or type(p) not in (int, float):
+        return None
     tensors = (x, weight, A, B, bias, scale, seed)
     kind = _kind_of(tensors, p)
-    if kind is None or _is_watched():
-        return None
-    backend = _looked_at.get(kind, lambda: _look_at(*tensors, p))
+    backend = kind and _looked_at.get(kind, lambda: _look_at(*tensors, p))
     if not backend:
         return None
-    seed = drawn_seed(x, p, seed)
+    call = backend, drawn_seed(x, p, seed), p, kind
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return LoRALinearFunction.apply(x, weight, A, B, bias, scale, seed, p, backend, kind)
+        return _apply(x, weight, A, B, bias, scale, call)
+    backend, seed, p, kind = call
     return alone.forward(backend, x, weight, A, B, bias, scale, seed, p, kind)[0]
 
 
 def _kind_of(tensors: tuple, p) -> tuple | None:
     """All that decides how a call is computed; None where there may be more to it."""
     x = tensors[0]
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda:
-        return None
     device = x.device
     kind = [p, type(p), device, backends.precision(x.dtype), choices.changes()]
     kind += backends.forced_backend(), backends.autotune_enabled()
@@ -53,7 +52,12 @@ def _kind_of(tensors: tuple, p) -> tuple | None:
 
 
 def _is_watched() -> bool:
-    return torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled() or autograd.watched()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd._profiler_enabled()
+        or autograd.watched()
+    )
 
 
 def _look_at(x, weight, A, B, bias, scale, seed, p) -> str:
@@ -71,28 +75,30 @@ def _look_at(x, weight, A, B, bias, scale, seed, p) -> str:
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """As autograd.LoRAPartsFunction, of one part whose bias is frozen."""
+    """As autograd.LoRAPartsFunction, of one part whose bias is frozen. What is no tensor comes as one argument."""
 
     @staticmethod
-    def forward(ctx, x, weight, A, B, bias, scale, seed, p, backend, kind):
+    def forward(ctx, x, weight, A, B, bias, scale, call):
+        backend, seed, p, kind = call
         y, xa = alone.forward(backend, x, weight, A, B, bias, scale, seed, p, kind)
         ctx.save_for_backward(x, xa, weight, A, B, scale, seed)
-        ctx.p, ctx.backend = p, backend
+        ctx.call = backend, p
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, xa, weight, A, B, scale, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+        backend, p = ctx.call
         if autograd.needs_formula([dy]):
-            part = Part(weight, A, B, None, scale, seed)
-            needs = (False, need_dA, need_dB, False, False, False)
-            grads = autograd.by_formula(
-                lambda x, parts: autograd.linears(x, parts, ctx.p), [dy], x, [part], need_dx, needs
-            )
-            dx, _, _, dA, dB, *_ = grads
+            part, needs = Part(weight, A, B, None, scale, seed), (False, need_dA, need_dB, False, False, False)
+            formula = lambda x, parts: autograd.linears(x, parts, p)  # noqa: E731
+            dx, _, _, dA, dB, *_ = autograd.by_formula(formula, [dy], x, [part], need_dx, needs)
         else:
-            needs = need_dx, need_dA, need_dB
-            tensors = dy, x, weight, A, B, xa, scale, seed, None
-            dx, dA, dB, _ = alone.backward(ctx.backend, *tensors, ctx.p, needs, keeps_dxa=False)
-        return dx, None, dA, dB, *(None,) * 6
+            tensors, needs = (dy, x, weight, A, B, xa, scale, seed, None), (need_dx, need_dA, need_dB)
+            dx, dA, dB, _ = alone.backward(backend, *tensors, p, needs, keeps_dxa=False)
+        return dx, None, dA, dB, None, None, None
+
+
+# Function.apply's own end: what it does before is for transformations of torch.func, who are watched for.
+_apply = super(torch.autograd.Function, LoRALinearFunction).apply
