@@ -67,10 +67,11 @@ _EXPAND_POINTER = (
     (64, 64, 32, 4, 4, 0.5),
 )
 # 64x64 of the output a warp is what mma.sync wants: fewer bytes of shared memory a product than 64x32 or 32x32 take.
-# 8 warps of it are all the registers of an SM; of 4 warps two blocks share one, and fill each other's gaps.
+# 8 warps of it are all the registers of an SM; of 4 warps two blocks share one, and fill each other's gaps:
+# (8192, 4096, 4096, r = 16) on an H200 as sm_80, us forward: 128x128x64 631, 128x128x32 647, 256x128x64 723.
 _EXPAND_MMA_SYNC = (
-    (256, 128, 32, 8, 7, 1.0),
-    (128, 128, 32, 4, 4, 0.95),
+    (128, 128, 64, 4, 3, 1.0),
+    (128, 128, 32, 4, 4, 0.97),
     (64, 128, 32, 4, 4, 0.75),
     (64, 64, 32, 4, 4, 0.5),
 )
@@ -131,6 +132,8 @@ def _expand_speeds(gpu: Gpu, itemsize: int, tma: bool, precision: str, in_eights
         by_cp_async = gpu.has_mma_sync and in_eights
         table = _EXPAND_TMA if tma else _EXPAND_MMA_SYNC if by_cp_async else _EXPAND_POINTER
     fitted = {_fit(Tile(*row[:5]), gpu, itemsize, tma): row[5] for row in table}
+    if table is _EXPAND_MMA_SYNC:  # 4 warps alone on an SM are too few
+        fitted = {tile: speed for tile, speed in fitted.items() if blocks_per_sm(tile, gpu, itemsize) > 1}
     return {tile: speed for tile, speed in fitted.items() if legal(tile, gpu, itemsize, tma)}
 
 
