@@ -2,6 +2,7 @@
 
 Linears that read one x, gated MLPs, and single layers 5461 wide beside the same ones 5504 wide. Every way is checked
 against fused_lora.reference and then timed as `python -m bench` does it: kernel time on a GPU, the ways interleaved.
+With --as sm80 a Hopper card plays an older one (played_blocks.py).
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fused_lora.extras import needs
 
-from . import timing
+from . import played, played_blocks, timing
 from .block_report import entry, markdown, write
 from .block_ways import CPU_BLOCKS, GPU_BLOCKS, WAYS, Block, Inputs, build, expected_results, run_block
 from .check import check_results
@@ -103,9 +104,15 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where this package has no time."""
     parser = argparse.ArgumentParser(prog="python -m bench.blocks", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=timing.ROUNDS)
+    parser.add_argument("--as", dest="card", choices=played.SHARED_BYTES, help="on a Hopper card: as such a card")
     parser.add_argument("--out", type=Path, help="the folder to write (bench/results/<device>)")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="a file, not for git, for every sample too")
     options = parser.parse_args(arguments)
+    if options.card:
+        if played.obstacle():
+            parser.error(f"--as {options.card} needs a GPU of compute capability 9.0: {played.obstacle()}")
+        played.play(options.card)
+        WAYS.update(played_blocks.ways(options.card))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = environment(device, dtype_on(device), options.rounds) | {"blocks": []}
     for block in tqdm(GPU_BLOCKS if device.type == "cuda" else CPU_BLOCKS, desc="blocks"):

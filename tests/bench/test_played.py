@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure, played, timing
+from bench import measure, played, played_blocks, timing
 from bench.__main__ import main
-from bench.check import check_variant, reference_results
+from bench.block_ways import CPU_BLOCKS, UNFUSED, WAYS, Inputs, build, expected_results, run_block
+from bench.check import check_variant, reference_results, relative_error
 from bench.measure import MEASURED, UNAVAILABLE
 from bench.record import slug
 from bench.report import kernel_table
@@ -67,6 +68,19 @@ def test_a_baseline_is_the_reference(name, by_torch):
     check_variant(variant, problem, reference_results(problem, kind.work))
     assert set(variant.kernels.values()) == {"fits 101376"}
     assert {"x W^T", "dy W"} <= set(variant.kernels)
+
+
+@pytest.mark.parametrize("name", [FLOOR, UNFUSED])
+@pytest.mark.parametrize("block", CPU_BLOCKS, ids=str)
+def test_a_blocks_baseline_is_the_reference(name, block, by_torch, monkeypatch):
+    monkeypatch.setattr(played_blocks, "_swiglu", lambda gate, up: torch.nn.functional.silu(gate) * up)
+    for each, way in played_blocks.ways("sm80").items():
+        monkeypatch.setitem(WAYS, each, way)
+    inputs = Inputs.make(block, torch.device("cpu"), torch.float32)
+    expected = expected_results(block, WAYS[name].adapters, inputs)
+    results = run_block(build(block, name, torch.device("cpu"), torch.float32), inputs, backward=True)
+    for (what, exact), result in zip(expected.items(), results, strict=True):
+        assert relative_error(result, exact) < 1e-5, what
 
 
 def test_the_baselines_share_products_and_keep_no_tensors(by_torch):
