@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "architecture.h"
+#include "few_rows.h"
 #include "merge.h"
 #include "tensors.h"
 
@@ -76,6 +77,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("rank_obstacle", &fused_lora::rank_obstacle, "Why the kernels do not take a rank, in words; empty where they do.");
   m.def("gated_obstacle", &fused_lora::gated_obstacle, "The same of gated passes.");
+  m.def("are_few_rows", py::overload_cast<int64_t, int64_t, int64_t, bool>(&fused_lora::are_few_rows),
+        "Whether torch's products take a pass (M, K, N, backward) on the current device.");
   m.def("lora_linear", &fused_lora::lora_linear, py::call_guard<py::gil_scoped_release>(),
         "lora_linear with autograd, or None where it is for others. Plain tensors on a GPU; p is a float.");
   m.def(

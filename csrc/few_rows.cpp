@@ -63,6 +63,12 @@ bool are_few_rows(int64_t M, const std::vector<Part>& parts, bool backward) {
   return torch < own;
 }
 
+bool are_few_rows(int64_t M, int64_t K, int64_t N, bool backward) {
+  Part part;
+  part.weight = at::empty({N, K}, at::TensorOptions(at::kMeta).dtype(at::kBFloat16));
+  return are_few_rows(M, {part}, backward);
+}
+
 std::vector<Tensor> few_rows_forward(const Tensor& x, const std::vector<Part>& parts, at::ArrayRef<double> act) {
   const Tensor rows = flat(x);
   std::vector<Tensor> ys, xas;

@@ -148,3 +148,13 @@ def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
     from . import _C
 
     return next(filter(None, map(_C.gated_obstacle, ranks)), None)
+
+
+def torchs_passes(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, p: float) -> list[str]:
+    """Those of a linear that csrc leaves to torch's products (csrc/few_rows.h)."""
+    from . import _C
+
+    if dtype is not torch.bfloat16 or p:
+        return []
+    with torch.cuda.device(device):
+        return [name for name in ("forward", "backward") if _C.are_few_rows(M, K, N, name == "backward")]

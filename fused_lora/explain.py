@@ -50,7 +50,7 @@ def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: tor
     return tuple(notes)
 
 
-def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, reason: str) -> Explanation:
+def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, reason: str, p: float) -> Explanation:
     M, K, N, r = shape
     launches = [
         ((f"lora_linear_kernel ({name})", backends.gpu(device).sm_count, backends.csrc_tile(device, M, columns, r)),)
@@ -63,6 +63,10 @@ def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, 
     ):
         if size % 8:
             notes.append(f"{name}={size} is not a multiple of 8: {copied} copied to padded rows")
+    few = choices.torchs_passes(device, dtype, M, K, N, p)
+    if few:
+        which = " and ".join(few)
+        notes.insert(0, f"{which} by torch's products: few rows leave most of these kernels' blocks without work")
     if factor_dtype != dtype:
         notes.append(_copied_factors(dtype, factor_dtype))
     elif r % 8:
@@ -180,7 +184,7 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
     if gpu is None:
         choice = choices.explained(device, dtype, r, readable, tokens, out_features, in_features, p=p)
         if choice.name == "cuda":
-            return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason)
+            return _explain_csrc(shape, dtype, factor_dtype, device, choice.reason, p)
         if choice.name in ("addmm", "reference"):
             return Explanation(shape, dtype, str(device), choice.name, choice.reason)
         target, reason = backends.gpu(device), choice.reason

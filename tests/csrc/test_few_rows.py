@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora import backends, lora_linear
+from fused_lora import backends, explain, lora_linear
 from fused_lora.reference import lora_linear_ref
 from tests.accuracy import assert_accurate
 from tests.ops import test_lora_group, test_lora_mlp
@@ -72,3 +72,11 @@ def test_many_rows_small_weights_and_odd_ones_are_the_kernels():
         x, parts = test_lora_group.make_group(M, K, [(N, 16)], "cuda", DTYPE)
         with torch.no_grad():
             assert own_kernels(lambda x=x, part=parts[0]: lora_linear(x, **part))
+
+
+def test_explain_says_so():
+    def told(M):
+        return str(explain(in_features=14336, out_features=4096, r=16, tokens=M))
+
+    assert "forward and backward by torch's products" in told(16)
+    assert "by torch's products" not in told(4096)
