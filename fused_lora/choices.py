@@ -74,24 +74,8 @@ def in_words(times: Times) -> str:
 
 
 @cache
-def _built_in(device: torch.device, dtype: torch.dtype, r: int, readable: bool, drops: bool, forced: str | None):
-    choice = backends.choose_lora_linear(device, dtype, r, readable)
-    if choice.name != "triton" or forced or drops or dtype.itemsize != 2 or device.type != "cuda":
-        return choice
-    if not backends.gpu(device).has_mma_sync:
-        return choice
-    return Choice("addmm", "cuBLAS's products are ahead of Triton's on such cards (docs/kernels.md)")
-
-
-def built_in(device: torch.device, dtype: torch.dtype, r: int, readable: bool, p: float) -> Choice:
-    """Without measurements: as backends.choose_lora_linear. But Triton loses to torch's own products on cards with
-    mma.sync, except where a mask is to be made."""
-    return _built_in(device, dtype, r, readable, p > 0, backends.forced_backend())
-
-
-@cache
-def _choose(device: torch.device, dtype: torch.dtype, r: int, readable: bool, p: float, key: str) -> Choice:
-    default, times = built_in(device, dtype, r, readable, p), times_of(device, key)
+def _choose(device: torch.device, dtype: torch.dtype, r: int, readable: bool, key: str) -> Choice:
+    default, times = backends.choose_lora_linear(device, dtype, r, readable), times_of(device, key)
     if default.name not in times:  # or what can run now could not when it was measured
         return default
     obstacle = backends.lora_linear_obstacle
@@ -105,8 +89,8 @@ def choose_lora_linear(
 ) -> Choice:
     """The backend of M rows through a LoRA linear, with dropout p; the rest as in backends.choose_lora_linear."""
     if device.type != "cuda" or not any_measured() or backends.forced_backend() is not None:
-        return built_in(device, dtype, r, readable, p)
-    return _choose(device, dtype, r, readable, p, key_of(M, N, K, r, dtype, p))
+        return backends.choose_lora_linear(device, dtype, r, readable)
+    return _choose(device, dtype, r, readable, key_of(M, N, K, r, dtype, p))
 
 
 def is_guess(device: torch.device, name: str) -> bool:
@@ -119,7 +103,7 @@ def is_guess(device: torch.device, name: str) -> bool:
 def explained(device: torch.device, dtype: torch.dtype, r: int, readable: bool, *sizes: int, p: float) -> Choice:
     """choose_lora_linear's for sizes M, N, K, whose reason says of a guess that it is one."""
     choice = choose_lora_linear(device, dtype, r, readable, *sizes, p)
-    if choice != built_in(device, dtype, r, readable, p) or not is_guess(device, choice.name):
+    if choice != backends.choose_lora_linear(device, dtype, r, readable) or not is_guess(device, choice.name):
         return choice
     return Choice(choice.name, f"{choice.reason}; {GUESS}")
 

@@ -198,7 +198,6 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
         target, reason, device = _known_gpu(gpu), f"explained for {gpu}", gpu
         if dtype in backends.CUDA_DTYPES:
             reason += " without the CUDA extension"
-            reason += "" if target.has_tma or p else ", where addmm is chosen over these kernels"
     x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
     A = torch.empty(r, in_features, dtype=factor_dtype, device="meta")

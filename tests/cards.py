@@ -27,7 +27,7 @@ def forget():
     """As in a new process."""
     for function in (
         backends._gpu, backends._choose, backends._choose_lora_linear, choices.measured, choices.any_measured,
-        choices._built_in, choices._choose, choices._together_obstacle,
+        choices._choose, choices._together_obstacle,
     ):  # fmt: skip
         function.cache_clear()
 

@@ -15,8 +15,7 @@ from fused_lora.ops.parts import Part, flatten
 from tests.cards import CUDA, forget, pretend_extension
 
 BF16, SIZES, R = torch.bfloat16, (8192, 4096, 2048), 16  # M, N, K
-# On a card with mma.sync, without csrc and without a mask to be made.
-DEFAULT = Choice("addmm", "cuBLAS's products are ahead of Triton's on such cards (docs/kernels.md)")
+DEFAULT = Choice("triton", "cuda tensor of torch.bfloat16")
 TIMES = {"cuda": 100.0, "addmm": 112.0, "triton": 150.0}
 
 
@@ -50,25 +49,16 @@ def test_the_fastest_is_chosen_and_says_by_how_much(card):
 
 def test_tokens_count_by_powers_of_two_and_all_else_exactly(card):
     card(86)
-    remember({"triton": 1.0, "addmm": 2.0})
-    assert choose((4097, *SIZES[1:])).name == "triton"
+    remember({"triton": 2.0, "addmm": 1.0})
+    assert choose((4097, *SIZES[1:])).name == "addmm"
     for other in (
         choose((4096, *SIZES[1:])), choose((8193, *SIZES[1:])), choose((8192, 4096, 2049)), choose((8192, 4095, 2048)),
         choose(r=8), choose(dtype=torch.float16),
     ):  # fmt: skip
-        assert other == DEFAULT
-    remember({"triton": 9.0, "addmm": 1.0}, p=0.1)
-    assert (choose(p=0.05).name, choose(p=0).name) == ("addmm", "triton")
-
-
-def test_triton_makes_masks_and_multiplies_float32(card):
-    for capability in (80, 86, 89, 120):
-        card(capability)
-        assert choose() == choose(dtype=torch.float16) == DEFAULT
-        for choice in (choose(p=0.1), choose(dtype=torch.float32)):
-            assert choice.name == "triton"
-    card(90)
-    assert choose().name == "triton"
+        assert other.name == "triton"
+        assert "measured" not in other.reason
+    remember({"triton": 1.0, "addmm": 9.0}, p=0.1)
+    assert (choose(p=0.05).name, choose(p=0).name) == ("triton", "addmm")
 
 
 def test_float32_is_measured_for_each_precision(card):
@@ -85,16 +75,16 @@ def test_float32_is_measured_for_each_precision(card):
 
 def test_a_later_process_remembers_and_reads_once(card, monkeypatch):
     card(86)
-    remember({"triton": 1.0, "addmm": 2.0})
+    remember({"triton": 2.0, "addmm": 1.0})
     forget()
     reads = []
     read = MeasuredFile._read
     monkeypatch.setattr(MeasuredFile, "_read", lambda self: reads.append(1) or read(self))
-    assert [choose().name for _ in range(3)] == ["triton"] * 3
-    assert choose(r=8).name == "addmm"
+    assert [choose().name for _ in range(3)] == ["addmm"] * 3
+    assert choose(r=8).name == "triton"
     assert reads == [1]
     card(89)
-    assert choose().name == "addmm", "it was measured on another card"
+    assert choose().name == "triton", "it was measured on another card"
 
 
 def test_nothing_measured_costs_no_key(card, monkeypatch):
@@ -116,7 +106,7 @@ def test_what_cannot_run_is_not_chosen(hopper, monkeypatch):
     without_csrc = Choice("addmm", "measured by fused_lora.tune: addmm 1.00, triton 1.34")
     assert choose(readable=False) == without_csrc
     monkeypatch.setattr(backends, "extension_obstacle", lambda: "not built")
-    for function in (backends._choose, backends._choose_lora_linear, choices._built_in, choices._choose):
+    for function in (backends._choose, backends._choose_lora_linear, choices._choose):
         function.cache_clear()
     assert choose() == without_csrc
 
@@ -178,9 +168,9 @@ def test_a_damaged_file_is_told_and_computing_goes_on(card):
     path.write_text("{")
     with pytest.warns(RuntimeWarning, match="backends-Card-86-.*is damaged"):
         assert choose() == DEFAULT
-    remember({"triton": 1.0, "addmm": 2.0})
+    remember({"triton": 2.0, "addmm": 1.0})
     forget()
-    assert choose().name == "triton"
+    assert choose().name == "addmm"
 
 
 def test_a_file_that_cannot_be_written_is_told_and_this_process_remembers(card, tmp_path):

@@ -65,9 +65,9 @@ HOPPER = Rates(
 )
 # launch, skinny and stream of cuBLAS's, and stream of Triton's, are assumed: nobody has measured them.
 AMPERE = Rates(
-    Products(launch=3.0, pace=1.0, tile_end=1.257, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
-    Csrc(launch=8.587, pace=1.104, sag=0.0, shrink=0.2777, gradient=0.7787),
-    Triton(launch=4.0, pace=1.337, skinny=0.7222, stream=0.85),
+    Products(launch=3.0, pace=1.0, tile_end=1.133, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
+    Csrc(launch=8.574, pace=1.111, sag=0.0, shrink=0.3255, gradient=0.7453),
+    Triton(launch=4.0, pace=1.089, skinny=0.6697, stream=0.85),
 )
 
 

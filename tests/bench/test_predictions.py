@@ -26,10 +26,11 @@ MISSED = {
     ("H200", "4096x2560x9728-r12", "addmm"), ("H200", "8192x4096x14336-r64", "triton"),
     ("H200", "4096x8192x8192-r64", "triton"), ("H100", "8192x4096x14336-r64", "csrc"),
     ("H100", "65536x2048x2048-r128", "csrc"), ("H100", "65536x2048x2048-r128", "triton"),
-    ("H100", "8192x8192x8192-r16", "triton"), *(("H200 as sm80", shape, kernels) for kernels in ("csrc", "addmm")
+    ("H100", "8192x8192x8192-r16", "triton"), ("H200 as sm80", "8192x4096x14336-r64", "triton"),
+    *(("H200 as sm80", shape, kernels) for kernels in ("csrc", "addmm")
       for shape in ("8192x4096x4096-r16", "8192x4096x14336-r64", "2048x4096x4096-r16")),
 }  # fmt: skip
-LATE = ("H200 as sm80", "2048x4096x4096-r16", "csrc")  # its backward: 16.0%
+LATE = ("H200 as sm80", "2048x4096x4096-r16", "csrc")  # its backward: 17.2%
 
 
 def error_of(title, measured, kernels):
