@@ -18,7 +18,8 @@ constexpr double kBytes = 1.9e6, kMoreRowsBytes = 2.4e6;  // a microsecond, by t
 constexpr double kTorchBytes = 3.4e6, kTorchFlops = 6e8;
 constexpr int64_t kMostFewRows = 512;
 
-Tensor times(const Tensor& product, const Part& part) { return product.mul(part.scale); }
+// In place, rounded once: of no dimensions, scale would be rounded to 16 bits first.
+Tensor times(Tensor product, const Part& part) { return product.mul_(part.scale.reshape({1})); }
 
 Tensor as(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()); }
 

@@ -24,7 +24,7 @@ def lora_linear_forward(x, weight, A, B, bias, scale, seed, p):
     A, up, more = A.to(x.dtype), B.to(x.dtype), reference.room(scale, x.dtype)
     if more is not None:
         scale, up = scale / more, up * more
-    xa = _shrink(x, A, seed, p).mul_(scale)
+    xa = _shrink(x, A, seed, p).mul_(scale.reshape(1))  # of one dimension: see reference.times
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y.addmm_(xa, up.to(x.dtype).T), xa
 
@@ -33,7 +33,7 @@ def lora_linear_backward(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa=Non
     """(dx, dA, dB, dxa) of reference.lora_linear_backward_ref."""
     need_dx, need_dA, need_dB = needs
     if dxa is None:
-        dxa = (dy @ B.to(dy.dtype)).mul_(scale)
+        dxa = (dy @ B.to(dy.dtype)).mul_(scale.reshape(1))
     dx = dA = dB = None
     if need_dx:
         dx = _expand_(dy @ weight, dxa, A.to(dy.dtype), seed, p)

@@ -58,6 +58,13 @@ def room(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent.clamp(min=0))
 
 
+def times(product: Tensor, scale: float | Tensor) -> Tensor:
+    """scale * product in product's dtype, rounded once: a scale without dimensions, torch rounds to 16 bits on a GPU."""
+    if not isinstance(scale, Tensor):
+        return product * scale
+    return (product * scale.reshape(1)).to(product.dtype)
+
+
 def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
     """(y, xa) with y = x W^T + xa B^T + bias and xa = scale * dropout(x) A^T, rounded to x's dtype before its use.
 
@@ -111,7 +118,7 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
 def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None):
     """y = x W^T + scale dropout(x) A^T B^T + bias by torch's own autograd: what the tests hold the kernels to."""
     flat = x.reshape(-1, x.shape[-1])
-    y = flat @ weight.T + scale * (dropout(flat, p, seed) @ A.T) @ B.T
+    y = flat @ weight.T + times(dropout(flat, p, seed) @ A.T, scale) @ B.T
     if bias is not None:
         y = y + bias
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -50,6 +50,16 @@ def test_linears(M, bias, r):
     check(M, 14336, [(4008, r)], bias, only_y=M < 64)  # gradients of few tokens are few roundings
 
 
+def test_the_scale_is_not_rounded_to_16_bits():
+    """0.3 in bfloat16 is 0.30078."""
+    x, weight, A, B = (
+        torch.zeros(*size, device="cuda", dtype=DTYPE) for size in ((1, 14336), (4096, 14336), (16, 14336), (4096, 16))
+    )
+    x[:, 0], A[0, 0], B[:, 0] = 3, 1, 1
+    y = lora_linear(x, weight, A, B, None, torch.tensor(0.3, device="cuda"))
+    assert set(y.flatten().tolist()) == {torch.tensor(3.0 * 0.3).bfloat16().item()}
+
+
 def test_groups():
     check(64, 8192, [(8192, 24), (1024, 0), (8192, 8)])
 
