@@ -59,7 +59,7 @@ def room(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def times(product: Tensor, scale: float | Tensor) -> Tensor:
-    """scale * product in product's dtype, rounded once: a scale without dimensions, torch rounds to 16 bits on a GPU."""
+    """scale * product in product's dtype, rounded once: torch rounds a scale without dimensions to 16 bits on a GPU."""
     if not isinstance(scale, Tensor):
         return product * scale
     return (product * scale.reshape(1)).to(product.dtype)
