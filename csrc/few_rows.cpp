@@ -1,7 +1,6 @@
 #include "few_rows.h"
 
 #include <algorithm>
-#include <functional>
 
 #include "architecture.h"
 #include "operands.h"
@@ -40,10 +39,20 @@ void linear_into(Tensor rows, const Tensor& x, const Part& part, const Tensor& x
   if (part.A.size(0) > 0) rows.addmm_(xa, as(part.B, x).t());
 }
 
-// A gradient in its dtype, or an empty one.
-Tensor wanted(bool need, const Tensor& like, const std::function<Tensor()>& make) {
-  return need ? make().to(like.scalar_type()) : at::empty({0}, like.options());
+// A factor's gradient in its dtype, rounded to it once, or an empty one.
+Tensor product_if(bool need, const Tensor& lhs, const Tensor& rhs, const Tensor& like) {
+  if (!need) return at::empty({0}, like.options());
+  return like.scalar_type() == lhs.scalar_type() ? at::mm(lhs, rhs) : at::mm(lhs, rhs, like.scalar_type());
 }
+
+Tensor sum_if(bool need, const Tensor& dy, const Tensor& like) {
+  return need ? dy.sum(0, false, at::kFloat).to(like.scalar_type()) : at::empty({0}, like.options());
+}
+
+// Products in x's dtype, whatever torch.autocast says where a pass runs.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 }  // namespace
 
@@ -71,6 +80,7 @@ bool are_few_rows(int64_t M, int64_t K, int64_t N, bool backward) {
 }
 
 std::vector<Tensor> few_rows_forward(const Tensor& x, const std::vector<Part>& parts, at::ArrayRef<double> act) {
+  const NoAutocast no_autocast;
   const Tensor rows = flat(x);
   std::vector<Tensor> ys, xas;
   for (const Part& part : parts) {
@@ -91,6 +101,7 @@ std::vector<Tensor> few_rows_forward(const Tensor& x, const std::vector<Part>& p
 
 std::vector<Tensor> few_rows_backward(at::TensorList dys, const Tensor& x, const std::vector<Part>& parts, at::TensorList xas,
                                       bool need_dx, const c10::List<bool>& needs) {
+  const NoAutocast no_autocast;
   const size_t count = parts.size();
   const Tensor rows = flat(x), dx = at::empty(need_dx ? x.sizes() : at::IntArrayRef{0}, x.options());
   std::vector<Tensor> grads(1 + 3 * count);
@@ -103,9 +114,9 @@ std::vector<Tensor> few_rows_backward(at::TensorList dys, const Tensor& x, const
       i == 0 ? at::mm_out(sum, dy, part.weight) : sum.addmm_(dy, part.weight);
       sum.addmm_(dxa, as(part.A, x));
     }
-    grads[1 + i] = wanted(needs.get(i), part.A, [&] { return at::mm(dxa.t(), rows); });
-    grads[1 + count + i] = wanted(needs.get(count + i), part.B, [&] { return at::mm(dy.t(), xas[i]); });
-    grads[1 + 2 * count + i] = wanted(needs.get(2 * count + i), part.bias.value_or(x), [&] { return dy.sum(0, false, at::kFloat); });
+    grads[1 + i] = product_if(needs.get(i), dxa.t(), rows, part.A);
+    grads[1 + count + i] = product_if(needs.get(count + i), dy.t(), xas[i], part.B);
+    grads[1 + 2 * count + i] = sum_if(needs.get(2 * count + i), dy, part.bias.value_or(x));
   }
   return grads;
 }

@@ -175,7 +175,7 @@ def describe(device: torch.device) -> str:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 operands multiply: "ieee", or "tf32" where torch's own matmul setting allows it."""
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

@@ -150,21 +150,22 @@ class Pass:
     on (who records launches, or a profiler), all is done the long way.
     """
 
-    __slots__ = ("_called", "_constants", "_function", "_replay")
+    __slots__ = ("_called", "_constants", "_function", "_never", "_replay")
 
     def __init__(self, function: Callable, constants: tuple):
         self._function, self._constants = function, constants
-        self._called, self._replay = False, None
+        self._called, self._never, self._replay = False, False, None
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         if launch.observed():
             return self._function(*inputs, *self._constants)
         if self._replay is not None:
             return self._replay.run(inputs)
-        if self._called and _are_different(inputs):
+        if self._called and not self._never and _are_different(inputs):
             self._replay = Replay.of(self._function, inputs, self._constants)
             if self._replay is not None:
                 return self._replay.run(inputs)
+            self._never = True
         self._called = True
         return self._function(*inputs, *self._constants)
 

@@ -43,12 +43,19 @@ def _kind_of(tensors: tuple, p) -> tuple | None:
     for tensor in tensors:
         if tensor is None:
             kind.append(None)
-        elif type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device == device:
+        elif _is_plain(tensor) and tensor.device == device:
             aligned = tensor.data_ptr() % 16
             kind.append((tensor.shape, tensor.stride(), tensor.dtype, aligned, tensor.requires_grad))
         else:
             return None
     return tuple(kind)
+
+
+def _is_plain(tensor) -> bool:
+    """Whether its memory holds its values, and is here."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_neg():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # one that has leaked out of torch.func
 
 
 def _is_watched() -> bool:
@@ -83,10 +90,13 @@ class LoRALinearFunction(torch.autograd.Function):
         y, xa = alone.forward(backend, x, weight, A, B, bias, scale, seed, p, kind)
         ctx.save_for_backward(x, xa, weight, A, B, scale, seed)
         ctx.call = backend, p
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 7
         x, xa, weight, A, B, scale, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, *_ = ctx.needs_input_grad
         backend, p = ctx.call
@@ -95,6 +105,7 @@ class LoRALinearFunction(torch.autograd.Function):
             formula = lambda x, parts: autograd.linears(x, parts, p)  # noqa: E731
             dx, _, _, dA, dB, *_ = autograd.by_formula(formula, [dy], x, [part], need_dx, needs)
         else:
+            dy, x, xa = dy.resolve_neg(), x.resolve_neg(), xa.resolve_neg()  # kernels read memory
             tensors, needs = (dy, x, weight, A, B, xa, scale, seed, None), (need_dx, need_dA, need_dB)
             dx, dA, dB, _ = alone.backward(backend, *tensors, p, needs, keeps_dxa=False)
         return dx, None, dA, dB, None, None, None

@@ -60,6 +60,16 @@ def test_the_scale_is_not_rounded_to_16_bits():
     assert set(y.flatten().tolist()) == {torch.tensor(3.0 * 0.3).bfloat16().item()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_in_the_backward_pass_changes_nothing(dtype):
+    x, parts = test_lora_group.make_group(16, 14336, [(4096, 16)], "cuda", DTYPE)
+    y, wanted = lora_linear(x, **parts[0], scale=torch.ones(1, device="cuda")), [x, parts[0]["A"], parts[0]["B"]]
+    want = torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cuda", dtype):
+        got = torch.autograd.grad(y, wanted, torch.ones_like(y))
+    assert all(map(torch.equal, got, want))
+
+
 def test_groups():
     check(64, 8192, [(8192, 24), (1024, 0), (8192, 8)])
 

@@ -77,6 +77,7 @@ def test_what_is_computed_by_torch_meanwhile_is_not_replayed():
             for got, want in zip(both(gpu, problem, False), both(gpu, problem, True), strict=True):
                 assert torch.equal(got, want)
     assert replays() == [None] * 4
+    assert all(each._never for each in replay._passes.young.values())
 
 
 @pytest.mark.gpu

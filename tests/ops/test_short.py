@@ -114,6 +114,42 @@ def test_autocast_in_the_backward_pass_changes_nothing(backend):
     assert torch.equal(dB, want["dB"])
 
 
+def test_negated_views_are_read_as_what_they_are(backend):
+    inputs, dy = problem(torch.float32)
+    x = torch.complex(torch.zeros_like(inputs["x"]), inputs["x"]).detach().conj().imag
+    assert x.is_neg()
+    for _ in range(3):
+        got = run(lora_linear, inputs | {"x": x.requires_grad_()}, dy, scale=scale())
+        want = run(lora_linear, inputs | {"x": x.detach().resolve_neg().requires_grad_()}, dy, scale=scale())
+        for name in want:
+            torch.testing.assert_close(got[name], want[name])
+
+
+def test_a_negated_gradient_is_read_as_what_it_is(backend):
+    inputs, dy = problem(torch.float32)
+    want = run(lora_linear, inputs, dy, scale=scale())
+    negated = torch.complex(torch.zeros_like(dy), -dy).conj().imag
+    assert negated.is_neg()
+    for _ in range(3):
+        for name, value in run(lora_linear, inputs, negated, scale=scale()).items():
+            torch.testing.assert_close(value, want[name])
+
+
+def test_no_gradient_is_none(backend):
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    inputs, _ = problem()
+    Nothing.apply(lora_linear(**inputs, scale=scale())).sum().backward()
+    assert inputs["A"].grad is None
+
+
 def test_the_seed_is_drawn_anew(backend):
     inputs, _ = problem()
     with torch.no_grad():
