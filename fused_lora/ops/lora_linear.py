@@ -33,7 +33,7 @@ def lora_linear(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + scale dropout(x) A^T B^T + bias, fp32 accumulation, rounded once (twice where torch's products are used).
+    """y = x W^T + scale dropout(x) A^T B^T + bias, fp32 accumulation, one rounding (two by torch's products).
 
         x (..., K) bf16 | fp16 | fp32 | fp64, any strides   weight (N, K) in x's dtype, frozen   bias (N,) or None
         A (r, K), B (N, r) in any floating dtype, 1 <= r <= 512; computed in x's dtype   ->   y (..., N) in x's dtype
