@@ -16,6 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = parser.parse_args(arguments).sizes
     if sizes and len(sizes) != 4:
         parser.error("a shape is M K N r")
+    if not torch.cuda.is_available():
+        parser.exit(1, "no kernels run here: there is no GPU\n")
     choice = backends.choose(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
     if choice.name == "reference":
         parser.exit(1, f"no kernels run here: {choice.reason}\n")

@@ -12,7 +12,7 @@ using at::Tensor;
 
 // Microseconds on an H200, of which ratios matter; measured at 1 to 512 rows, weights of 2 to 134 MB.
 constexpr double kLaunch = 8, kProduct = 7, kSmall = 13, kGradients = 5;
-constexpr double kStep = 0.36 / 64;             // of depth, where an SM has one tile and waits for each step
+constexpr double kStep = 0.36 / 64;                       // of depth, where an SM has one tile and waits for each step
 constexpr double kBytes = 1.9e6, kMoreRowsBytes = 2.4e6;  // a microsecond, by these kernels; of 128 rows half the blocks have none
 constexpr double kTorchBytes = 3.4e6, kTorchFlops = 6e8;
 constexpr int64_t kMostFewRows = 512;

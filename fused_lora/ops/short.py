@@ -27,10 +27,9 @@ def lora_linear(x, weight, A, B, bias, scale, p, seed) -> Tensor | None:
     backend = kind and _looked_at.get(kind, lambda: _look_at(*tensors, p))
     if not backend:
         return None
-    call = backend, drawn_seed(x, p, seed), p, kind
+    seed = drawn_seed(x, p, seed)
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return _apply(x, weight, A, B, bias, scale, call)
-    backend, seed, p, kind = call
+        return _apply(x, weight, A, B, bias, scale, (backend, seed, p, kind))
     return alone.forward(backend, x, weight, A, B, bias, scale, seed, p, kind)[0]
 
 
