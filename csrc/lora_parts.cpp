@@ -39,30 +39,32 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
   };
 }
 
-// A pass's list, and a launch's flags.
+// A pass's list, a launch's flags, and memory for its sums.
 struct Own {
-  explicit Own(const work::Pass& pass) : planned(fused_lora::planned(pass, captured)) {}
-  Workspace workspace(float* partial) const {
-    return {.plan = &planned->plan, .list = planned->list, .flags = flags, .partial = partial};
+  Own(const work::Pass& pass, const Tensor& x) : planned(fused_lora::planned(pass, captured)) {
+    const int64_t floats = planned->plan.floats();
+    if (floats > 0) partial = at::empty({floats}, x.options().dtype(at::kFloat));
+  }
+  Workspace workspace() const {
+    return {.plan = &planned->plan, .list = planned->list, .flags = flags, .partial = partial.defined() ? partial.data_ptr<float>() : nullptr};
   }
 
   const bool captured = capturing();
   const std::shared_ptr<const Planned> planned;
   int* const flags = launch_flags(kCounters + planned->plan.flags, captured);
+  Tensor partial;
 };
 
-void launch(const ForwardParams& params) {
-  const Own own(work::pass_of(params));
+void launch(const ForwardParams& params, const Tensor& x) {
+  const Own own(work::pass_of(params), x);
   const NvtxRange range("forward");
-  C10_CUDA_CHECK(own.planned->kernels->launch_forward(params, own.workspace(nullptr), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(own.planned->kernels->launch_forward(params, own.workspace(), c10::cuda::getCurrentCUDAStream()));
 }
 
 void launch(const BackwardParams& params, const Tensor& x) {
-  const Own own(work::pass_of(params));
-  const Tensor partial = at::empty({own.planned->plan.partials}, x.options().dtype(at::kFloat));
-  const Workspace workspace = own.workspace(partial.data_ptr<float>());
+  const Own own(work::pass_of(params), x);
   const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
-  C10_CUDA_CHECK(own.planned->kernels->launch_backward(params, workspace, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(own.planned->kernels->launch_backward(params, own.workspace(), c10::cuda::getCurrentCUDAStream()));
 }
 
 // hidden = act(gate) up, and gate and up or their factors, or two empty matrices.
@@ -133,7 +135,7 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const FlatParts& flat_pa
   } else {
     results = gate(params, x, parts, act, keep);
   }
-  launch(params);
+  launch(params, x);
   results.insert(results.end(), xas.begin(), xas.end());
   return results;
 }

@@ -35,23 +35,20 @@ struct ColumnSums {
 template <bool kMN>
 class StepMask {
  public:
-  // Behind the item's first `done` steps, of which one more is masked already unless there is none; with `left` ones to go.
-  __device__ __forceinline__ StepMask(const Dropout& dropout, const Item& item, int done, int left)
-      : mask_(dropout), unmasked_(done == 0 ? left : left - 1), first_(done == 0) {
-    const int step = done == 0 ? 0 : done + 1;
+  // Of x from (row, col) on.
+  __device__ __forceinline__ StepMask(const Dropout& dropout, int row, int col, int steps) : mask_(dropout), unmasked_(steps) {
     if constexpr (kMN) {
-      row_ = item.row + step * kDepth + threadIdx.x / kAcross;
-      group_ = item.col / 8 + threadIdx.x % kAcross;
+      row_ = row + threadIdx.x / kAcross;
+      group_ = col / 8 + threadIdx.x % kAcross;
       at_ = mn_major<kBlockM>(threadIdx.x / kAcross, threadIdx.x % kAcross);
     } else {
-      row_ = item.row + threadIdx.x / 4;
-      group_ = step * (kDepth / 8) + threadIdx.x % 4;
+      row_ = row + threadIdx.x / 4;
+      group_ = col / 8 + threadIdx.x % 4;
       at_ = k_major(threadIdx.x / 4, threadIdx.x % 4);
     }
   }
 
   __device__ __forceinline__ void begin(uint32_t stage) {
-    if (!first_) return;
     change(stage);
     __syncthreads();
   }
@@ -82,7 +79,6 @@ class StepMask {
   Mask mask_;
   int unmasked_, row_, group_;
   uint32_t at_;
-  bool first_;
 };
 
 }  // namespace fused_lora::sm80

@@ -6,44 +6,31 @@
 
 namespace fused_lora::sm80 {
 
-// Of one row, a lane's four words of 8 columns each become 8 columns side by side.
-template <typename T, typename P>
-__device__ __forceinline__ uint4 row_chunk(const Sums& of, int i, int j) {
-  uint32_t words[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const float(&sums)[4] = P::of(of, i / 2, j + k);
-    words[k] = pack<T>(sums[i % 2 * 2], sums[i % 2 * 2 + 1]);
-  }
-  transpose_quad(words);
-  return {words[0], words[1], words[2], words[3]};
-}
-
 // 64 rows from `row` on: 32 columns of each of gate and up, which a warp's sums hold one behind the other; backward 64 of the
 // gradient. Matrices of rows x cols.
 template <typename T, typename P, bool kGrads, typename F>
-__device__ __forceinline__ void gate_rows(const Sums& of, const Gated& gated, int row, int col, int rows, int cols) {
+__device__ __forceinline__ void gate_rows(const Sums& of, uint32_t memory, const Gated& gated, int row, int col, int rows, int cols) {
+  using Own = Slab<T, P>;
+  constexpr int kChunks = kGrads ? Own::kChunks : Own::kChunks / 2, kAtOnce = 32 / kChunks;
+  const Own slab(memory);
   const Gate<T, F, kGrads> gate{gated};
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, chunk = lane % kChunks, own_col = col + chunk * 8;
 #pragma unroll
-  for (int i = 0; i < 2 * P::kRows; ++i) {
-    const int own_row = row + i * 8 + lane / 4;
+  for (int first = 0; first < 16 * P::kRows; first += Own::kRows) {
+    slab.put(of, first);
 #pragma unroll
-    for (int j = 0; j < (kGrads ? 2 * P::kCols : P::kCols); j += 4) {
-      const int own_col = col + j * 8 + lane % 4 * 8;
+    for (int i = lane / kChunks; i < Own::kRows; i += kAtOnce) {
+      const int own_row = row + first + i;
+      if (own_row >= rows || own_col >= cols) continue;
       const int64_t at = int64_t{own_row} * gated.stride + own_col;
-      const bool inside = own_row < rows && own_col < cols;
       typename Gate<T, F, kGrads>::Operands v;
-      v[0] = row_chunk<T, P>(of, i, j);
+      v[0] = slab.chunk(i, chunk);
       if constexpr (kGrads) {
-        if (inside) {
-          v[1] = __ldcg(gate.at(gated.gate, at));
-          v[2] = __ldcg(gate.at(gated.up, at));
-        }
+        v[1] = __ldcg(gate.at(gated.gate, at));
+        v[2] = __ldcg(gate.at(gated.up, at));
       } else {
-        v[1] = row_chunk<T, P>(of, i, P::kCols + j);
+        v[1] = slab.chunk(i, chunk + kChunks);
       }
-      if (!inside) continue;
       uint4 hidden;
       gate.turn(v, hidden);
       gate.store(v, hidden, at);

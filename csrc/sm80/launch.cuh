@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../shared_memory.h"
+#include "../work/halves.h"
 #include "../work/params.h"
 #include "lora_linear.cuh"
 #include "tiling.cuh"
@@ -16,6 +17,8 @@ inline Matrix matrix_of(const Operand& operand) { return {static_cast<const char
 inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
   KernelParams p = work::params_of<KernelParams>(pass, workspace);
   p.rank = workspace.plan->tiling.rank;
+  p.half_flags = workspace.plan->half_flags;
+  p.half_sums = workspace.partial + workspace.plan->partials;
   p.row_flags = p.rank / workspace.plan->tiling.item_ranks;
   return p;
 }

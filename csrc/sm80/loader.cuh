@@ -2,52 +2,16 @@
 // part's depth, its ranks, or tokens. It waits for nothing while there is something to multiply.
 #pragma once
 
-#include <cstddef>
-
-#include "params.cuh"
+#include "list.cuh"
 
 namespace fused_lora::sm80 {
-
-// What all threads know alike, such that the compiler knows it too and keeps it, and what follows from it, in uniform registers.
-__device__ __forceinline__ int uniform(int number) { return static_cast<int>(__reduce_or_sync(~0u, number)); }
-
-constexpr int kSlots = 8;  // items that are known at once: more than stages, since an item has a step at least
-
-template <int kStages>
-struct Shared {
-  uint8_t stages[kStages][kStageBytes];
-  Item items[kSlots];
-  int mark;  // the launch's
-};
-
-// The next item of the list, by the first warp: its number is asked for, then its words are read, each some steps before it is needed.
-// No earlier: whoever has a number keeps others waiting for what that item raises.
-struct List {
-  const KernelParams& p;
-  int number = 0;  // lane 0's
-  int word = 0;    // one of each of the first eight lanes
-
-  __device__ explicit List(const KernelParams& p) : p(p) {}
-
-  // The first ones are taken so too, since nobody knows which blocks run.
-  __device__ void ask() {
-    if (threadIdx.x == 0) number = atomicAdd(&p.counters->taken, 1);
-  }
-  __device__ void read() {
-    if (threadIdx.x >= 32) return;
-    const int lane = threadIdx.x, own = __shfl_sync(~0u, number, 0);
-    word = lane == 0 ? static_cast<int>(Work::kEnd) : 0;
-    if (lane < 8 && own < p.items) word = __ldg(reinterpret_cast<const int*>(p.list + own) + lane);
-  }
-  // Where others read it, behind a barrier.
-  __device__ void put(Item* slot, int mark) const {
-    if (threadIdx.x < 8) reinterpret_cast<int*>(slot)[threadIdx.x] = threadIdx.x == offsetof(Item, mark) / 4 ? mark : word;
-  }
-};
 
 // kGates: tiles are of gate and up.
 template <int kStages, bool kBackward, bool kDrops, bool kGates>
 struct Loader {
+  // Where ranks are masked, they come first: their sums are, before others come.
+  static constexpr bool kRanksFirst = kBackward && kDrops;
+
   Shared<kStages>& shared;
   const KernelParams& p;
   List list;
@@ -71,13 +35,13 @@ struct Loader {
   __device__ Item& at(int number) { return shared.items[number % kSlots]; }
 
   // One step, while another one is multiplied: where from and where to, early, since an address that changes right after a copy or
-  // a load that took it waits for it.
-  __device__ __forceinline__ void aim() {
+  // a load that took it waits for it. `next`: the stage for the step after it.
+  __device__ __forceinline__ void aim(uint32_t next) {
     left.move();
     right.move();
     to_left = ptx::moved(left.to, target);
     to_right = ptx::moved(right.to, target);
-    if (state < kWaits) target += to_next(target);
+    if (state < kWaits) target = next;
   }
   __device__ __forceinline__ void copy() {
     left.copy(to_left, state == kCopies);
@@ -111,7 +75,7 @@ struct Loader {
       look_ahead();
       if (state < kWaits && steps > 0) {
         if (ahead == kStages - 1) break;
-        aim();
+        aim(target + to_next(target));
         copy();
         ++ahead;
         --steps;
@@ -132,6 +96,10 @@ struct Loader {
       ptx::async_copies_wait<0>();  // the groups behind a step are as many only where stages are full
     }
     __syncthreads();
+  }
+
+  __device__ __forceinline__ void serve_if_needed() {
+    if (free_steps() == 0) serve();
   }
 
   // Asks for the next item, and reads it, when so many steps are left to copy: each takes less than the time of five.
@@ -159,36 +127,58 @@ struct Loader {
 
   // All of an item.
   __device__ int steps_of(int number) {
-    const Item& of = at(number);
-    const Work work = work_of(number);
-    const int part = uniform(of.part);
-    if (work == Work::kEnd) return 0;
-    if (work == Work::kShrink) return sm80::steps_of(p.part[part].depth);
-    if (work != Work::kTile) return sm80::steps_of(uniform(min(p.M - of.row, of.rows)));
-    int sum = kGates ? sm80::steps_of(p.part[0].depth) : 0;
-    for (int i = first_part(part); i < last_part(part); ++i) {
-      sum += (kGates ? 0 : sm80::steps_of(p.part[i].depth)) + sm80::steps_of(p.part[i].r);
+    const Head head = head_of(number);
+    if (head.work == Work::kEnd) return 0;
+    if (head.work == Work::kShrink) return steps_of_depth(head, head.part);
+    if (head.work != Work::kTile) return sm80::steps_of(tokens_of(at(number)));
+    int sum = kGates ? steps_of_depth(head, 0) : 0;
+    for (int i = first_part(head.part); i < last_part(head.part); ++i) {
+      sum += (kGates ? 0 : steps_of_depth(head, i)) + (head.has_ranks() ? sm80::steps_of(p.part[i].r) : 0);
     }
     return sum;
   }
+
+  using Head = sm80::Head<kRanksFirst>;
+  __device__ Head head_of(int number) { return Head(at(number)); }
+
+  // Of a shrink item: one that is cut has all of them.
+  static __device__ int first_rank(const Head& head, const Item& item) { return head.is_half() ? 0 : item.rank; }
+
+  // Of a part's depth, what an item sums over.
+  struct Range {
+    int first, last;
+  };
+  __device__ Range depth_of(const Head& head, int part) const {
+    const int depth = p.part[part].depth;
+    if (!head.is_half()) return {0, depth};
+    const int half = sm80::steps_of(depth) / 2 * kDepth;
+    return head.is_first() ? Range{0, half} : Range{half, depth};
+  }
+  __device__ Range ranks_of(const Head& head, int part) const { return {0, head.has_ranks() ? p.part[part].r : 0}; }
+  __device__ int steps_of_depth(const Head& head, int part) const {
+    const Range range = depth_of(head, part);
+    return sm80::steps_of(range.last - range.first);
+  }
+
+  // Which a gradient sums over.
+  __device__ int tokens_of(const Item& item) const { return uniform(min(p.M - item.row, item.rows)); }
 
   // A tile's parts.
   __device__ int first_part(int part) const { return kBackward || kGates ? 0 : part; }
   __device__ int last_part(int part) const { return kBackward ? p.summed : kGates ? 2 : part + 1; }
 
-  // Where ranks are masked, they come first: their sums are, before others come.
-  static constexpr bool kRanksFirst = kBackward && kDrops;
-
   // Of a tile, the steps before its ranks meet its depth; all of them, or none, where it has no ranks.
   __device__ int turn(int number) {
-    const int part = uniform(at(number).part);
-    if (kGates) return sm80::steps_of(p.part[0].depth);
+    const Head head = head_of(number);
+    if (kGates) return steps_of_depth(head, 0);
     int sum = 0;
-    for (int i = first_part(part); i < last_part(part); ++i) sum += sm80::steps_of(kRanksFirst ? p.part[i].r : p.part[i].depth);
+    for (int i = first_part(head.part); i < last_part(head.part); ++i) {
+      sum += !kRanksFirst ? steps_of_depth(head, i) : head.has_ranks() ? sm80::steps_of(p.part[i].r) : 0;
+    }
     return sum;
   }
 
-  __device__ Work work_of(int number) { return static_cast<Work>(uniform(static_cast<int>(at(number).work))); }
+  __device__ Work work_of(int number) { return head_of(number).work; }
 
   __device__ int segments() {
     if (item < 0) return 0;
@@ -197,52 +187,58 @@ struct Loader {
 
   // What it reads may not be there yet.
   __device__ __forceinline__ void begin_segment() {
-    const Item& of = at(item);
-    const Work work = work_of(item);
-    const int row = uniform(of.row), rank = uniform(of.rank), waits = uniform(of.waits);
+    const Head head = head_of(item);
+    const Work work = head.work;
+    const Item of = at(item);
     int sum = 0;
     bool ready = true;
     if (work == Work::kShrink) {
-      const Part& part = p.part[uniform(of.part)];
-      sum = part.depth;
-      left.begin_k_major(part.lhs, row, p.M, stages());
-      begin_right(part.down, 0, rank, part.r);
+      const Part& part = p.part[head.part];
+      const Range depth = depth_of(head, head.part);
+      sum = depth.last - depth.first;
+      left.begin_k_major(from(part.lhs, depth.first), of.row, p.M, stages());
+      begin_right(part.down, depth.first, first_rank(head, of), part.r);
     } else if (kGates && work == Work::kTile) {
       const bool ranks = segment > 0;
       const int i = ranks ? segment - 1 : 0;
       const Part& part = p.part[i];
-      sum = ranks ? part.r : part.depth;
-      if (ranks && sum > 0) ready = is_raised(waits + i * p.low_flags, p.row_flags);
-      left.begin_k_major(ranks ? part.low : part.lhs, row, p.M, stages());
+      const Range depth = ranks ? ranks_of(head, i) : depth_of(head, i);
+      sum = depth.last - depth.first;
+      if (ranks && sum > 0) ready = is_raised(of.waits + i * p.low_flags, p.row_flags);
+      left.begin_k_major(from(ranks ? part.low : part.lhs, depth.first), of.row, p.M, stages());
       // The ranks of one are multiplied with its columns alone.
-      right.begin_halves(ranks ? part.up : p.part[right.half()].weight, uniform(of.col), part.cols, stages() + kLeftBytes);
+      right.begin_halves(from(ranks ? part.up : p.part[right.half()].weight, depth.first), of.col, part.cols, stages() + kLeftBytes);
     } else if (work == Work::kTile) {
-      const int count = kBackward ? p.summed : 1, i = segment % count;
-      const Part& part = p.part[first_part(uniform(of.part)) + i];
+      const int count = kBackward ? p.summed : 1, i = segment < count ? segment : segment - count, own = first_part(head.part) + i;
+      const Part& part = p.part[own];
       const bool ranks = (segment < count) == kRanksFirst;
-      sum = ranks ? part.r : part.depth;
-      if (ranks && sum > 0) ready = is_raised(waits + i * p.low_flags, p.row_flags);
-      left.begin_k_major(ranks ? part.low : part.lhs, row, p.M, stages());
-      begin_right(ranks ? part.up : part.weight, 0, uniform(of.col), part.cols);
+      const Range depth = ranks ? ranks_of(head, own) : depth_of(head, own);
+      sum = depth.last - depth.first;
+      if (ranks && sum > 0) ready = is_raised(of.waits + i * p.low_flags, p.row_flags);
+      left.begin_k_major(from(ranks ? part.low : part.lhs, depth.first), of.row, p.M, stages());
+      begin_right(ranks ? part.up : part.weight, depth.first, of.col, part.cols);
     } else if (kBackward && work != Work::kEnd) {
-      const Part& part = p.part[uniform(of.part)];
+      const Part& part = p.part[head.part];
       const Gradient& g = work == Work::kGradientA ? part.dA : part.dB;
-      const int rows = uniform(of.rows);
-      sum = min(p.M - row, rows);
-      if (waits != work::kNone) ready = is_raised(waits, rows / kBlockM * p.row_flags);
-      left.begin_mn_major(g.big, row, uniform(of.col), g.cols, stages());
-      begin_right(g.low, row, rank, part.r);
+      sum = tokens_of(of);
+      if (uniform(of.waits) != work::kNone) ready = is_raised(of.waits, uniform(of.rows) / kBlockM * p.row_flags);
+      left.begin_mn_major(g.big, of.row, of.col, g.cols, stages());
+      begin_right(g.low, of.row, of.rank, part.r);
     }
     steps = sum / kDepth;
     rest = sum % kDepth;
     state = work == Work::kEnd ? kEnds : ready ? kCopies : kWaits;
   }
 
-  __device__ __forceinline__ void begin_right(const Matrix& matrix, int row, int first, int last) {
+  // Of the sum from `depth` on, columns `first` to `last`.
+  __device__ __forceinline__ void begin_right(const Matrix& matrix, int depth, int first, int last) {
     const uint32_t target = stages() + kLeftBytes;
-    if constexpr (kBackward) right.begin_mn_major(matrix, row, first, last, target);
-    else right.begin_k_major(matrix, first, last, target);
+    if constexpr (kBackward) right.begin_mn_major(matrix, depth, first, last, target);
+    else right.begin_k_major(from(matrix, depth), first, last, target);
   }
+
+  // A matrix without its first columns.
+  static __device__ Matrix from(const Matrix& matrix, int col) { return {matrix.data + col * 2, matrix.stride}; }
 
   // The last step of a segment.
   __device__ void copy_rest() {

@@ -19,9 +19,11 @@ struct Worker {
   static constexpr bool kGates = kGated && !kBackward, kGateGrads = kGated && kBackward;
   // Of a tile of gate and up, the columns of one.
   template <int kWhich>
-  using Half = Product<T, 4, 2, false, false, 4, 2 * kWhich>;
+  using Side = Product<T, 4, 2, false, false, 4, 2 * kWhich>;
 
-  Loader<kStages, kBackward, kDrops, kGates> loader{shared, p};
+  using Loading = Loader<kStages, kBackward, kDrops, kGates>;
+  using Head = typename Loading::Head;
+  Loading loader{shared, p};
   uint32_t source = 0;  // the stage that is multiplied next
 
   Sums sums;
@@ -33,57 +35,60 @@ struct Worker {
   }
 
   __device__ __forceinline__ void run() {
-    loader.serve();
-    int done = 0, left = 0;  // steps of the item
-    for (int number = 0;;) {
+    for (int number = 0;; ++number) {
+      loader.serve_if_needed();
+      const Head head = loader.head_of(number);
+      if (head.work == Work::kEnd) return;
       const Item& item = loader.at(number);
-      const Work work = loader.work_of(number);
-      if (work == Work::kEnd) return;
-      if (left == 0) {
-        done = 0;
-        left = loader.steps_of(number);
-        clear();
-      }
-      const int turn = (kTurns || kGates) && work == Work::kTile ? loader.turn(number) : 0;
-      const int count = min(min(left, until_change(turn, done)), loader.free_steps());
-      multiply_item(item, work, count, done, left, turn);
-      done += count;
-      left -= count;
-      if (kTurns && work == Work::kTile && done == turn) turn_tile(item);
-      if (left == 0) {
-        finish(item, work);
-        ++number;
-      }
-      loader.serve();
+      clear();
+      multiply_item(item, head, number);
+      finish(item, head);
     }
   }
 
-  // Steps that are multiplied alike: of a tile those before its turn; and of gate's ranks, which up's follow.
-  __device__ int until_change(int turn, int done) const {
-    if (done < turn) return turn - done;
-    const int ups = kGates && turn > 0 ? turn + steps_of(p.part[0].r) : 0;
-    return done < ups ? ups - done : loader.kMany;
-  }
-
-  __device__ __forceinline__ void multiply_item(const Item& item, Work work, int count, int done, int left, int turn) {
-    const Dropout& dropout = p.part[uniform(item.part)].dropout;
+  __device__ __forceinline__ void multiply_item(const Item& item, const Head& head, int number) {
+    const Work work = head.work;
+    const Dropout& dropout = p.part[head.part].dropout;
+    const int steps = loader.steps_of(number);
     if (work == Work::kShrink) {
-      if constexpr (kDrops && !kBackward) multiply<Low>(count, warp() * 32, 0, StepMask<false>(dropout, item, done, left));
-      else multiply<Low>(count, warp() * 32, 0, Nothing());
-    } else if (kGates && done >= turn) {
-      if (done < turn + steps_of(p.part[0].r)) multiply<Half<0>>(count, tile_row(), tile_col(), Nothing());
-      else multiply<Half<1>>(count, tile_row(), tile_col() + 32, Nothing());
+      if constexpr (kDrops && !kBackward) {
+        const int first = loader.depth_of(head, head.part).first;
+        multiply<Low>(steps, warp() * 32, 0, StepMask<false>(dropout, item.row, first, steps));
+      } else multiply<Low>(steps, warp() * 32, 0, Nothing());
     } else if (!kBackward || work == Work::kTile) {
-      multiply<Tile>(count, tile_row(), tile_col(), Nothing());
+      multiply_tile(item, head, steps, number);
     } else if constexpr (kBackward && !kGated) {
       if (kDrops && work == Work::kGradientA) {
-        multiply<Grad>(count, warp() * 32, 0, StepMask<true>(dropout, item, done, left));
+        multiply<Grad>(steps, warp() * 32, 0, StepMask<true>(dropout, item.row, item.col, steps));
       } else if (uniform(adds_up(item))) {
-        multiply<Grad>(count, warp() * 32, 0, ColumnSums<T>{total});
+        multiply<Grad>(steps, warp() * 32, 0, ColumnSums<T>{total});
       } else {
-        multiply<Grad>(count, warp() * 32, 0, Nothing());
+        multiply<Grad>(steps, warp() * 32, 0, Nothing());
       }
     }
+  }
+
+  __device__ __forceinline__ void multiply_tile(const Item& item, const Head& head, int steps, int number) {
+    if constexpr (!kTurns && !kGates) return multiply<Tile>(steps, tile_row(), tile_col(), Nothing());
+    const int turn = loader.turn(number);
+#pragma unroll 1
+    for (int i = 0; i < (kGates ? 1 : 2); ++i) {
+      multiply_part<Tile>(i == 0 ? turn : steps - turn, tile_col());
+      if (kTurns && i == 0 && turn > 0) turn_tile(item);
+    }
+    if constexpr (kGates) {
+      const int gates = head.has_ranks() ? steps_of(p.part[0].r) : 0;
+      multiply_part<Side<0>>(gates, tile_col());
+      multiply_part<Side<1>>(steps - turn - gates, tile_col() + 32);
+    }
+  }
+
+  // Steps of a tile, if there are any.
+  template <typename P>
+  __device__ __forceinline__ void multiply_part(int steps, int col) {
+    if (steps == 0) return;
+    loader.serve_if_needed();
+    multiply<P>(steps, tile_row(), col, Nothing());
   }
 
   static __device__ int warp() { return threadIdx.x / 32; }
@@ -97,19 +102,24 @@ struct Worker {
     total = 0;
   }
 
-  // Steps of the stages from `source` on; each copies one. Now and then the loader looks ahead, while the fragments stay.
+  // Steps of the stages from `source` on; each copies one. The loader goes on meanwhile, while the fragments stay.
   template <typename P, typename Beside>
   __device__ __forceinline__ void multiply(int steps, int row, int col, Beside beside) {
     beside.begin(loader.stages() + source);
     P product(loader.stages() + source, row, col);
     product.read(0, 0);
 #pragma unroll 1
-    while (steps > 0) {
-      const int count = min(steps, loader.quiet_steps());
+    for (;;) {
+      const int count = min(steps, min(loader.free_steps(), loader.quiet_steps()));
       multiply_steps(product, count, beside);
       loader.advance(count);
       loader.look_ahead();
       steps -= count;
+      if (steps == 0) return;  // what it made may be what the loader waits for
+      if (loader.free_steps() > 0) continue;
+      const bool empty = loader.ahead == 0;
+      loader.serve();
+      if (empty) product.read(0, 0);
     }
   }
 
@@ -117,7 +127,7 @@ struct Worker {
   __device__ __forceinline__ void multiply_steps(P& product, int steps, Beside& beside) {
 #pragma unroll 1
     for (; steps > 0; --steps) {
-      loader.aim();
+      loader.aim(source);
       product.read(1, 1);
       beside.see(loader.stages() + source);
       const int further = loader.to_next(source);
@@ -144,8 +154,8 @@ struct Worker {
     if constexpr (kMasksRanks) {
       mask_rows<Tile>(sums, Mask(p.part[0].dropout), item.row + tile_row(), item.col + tile_col());  // the summed ones' x is one
     } else if constexpr (kMakesRoom && kGates) {
-      scale_by<Half<0>>(sums, 1 / room(*p.part[0].scale));
-      scale_by<Half<1>>(sums, 1 / room(*p.part[1].scale));
+      scale_by<Side<0>>(sums, 1 / room(*p.part[0].scale));
+      scale_by<Side<1>>(sums, 1 / room(*p.part[1].scale));
     } else if constexpr (kMakesRoom) {
       scale_by<Tile>(sums, 1 / room(*part.scale));
     }
@@ -153,11 +163,24 @@ struct Worker {
   static __device__ int tile_row() { return warp() % 4 * 64; }
   static __device__ int tile_col() { return warp() / 4 * 64; }
 
-  __device__ __forceinline__ void finish(const Item& item, Work work) {
-    const Part& part = p.part[uniform(item.part)];
+  // This warp's share of the stage that was multiplied last. The next step's copies come there, behind a barrier.
+  __device__ __forceinline__ uint32_t slab() const {
+    const uint32_t last = source == 0 ? (kStages - 1) * kStageBytes : source - kStageBytes;
+    return loader.stages() + last + warp() * kSlabBytes;
+  }
+
+  __device__ __forceinline__ void finish(const Item& item, const Head& head) {
+    const Part& part = p.part[head.part];
+    const Work work = head.work;
+    if (head.is_half()) {
+      const int flag = p.half_flags + item.half;
+      float* half = p.half_sums + int64_t{item.half} * (kBlockM * kBlockN);
+      if (head.is_first()) return keep<kAllSums>(half, flag);
+      add<kAllSums>(half, flag);
+    }
     if (work == Work::kShrink) {
       scale_by<Low>(sums, part.dropout.keep_scale * (kMakesRoom ? *part.scale / room(*part.scale) : *part.scale));
-      store_rows<T, Low>(sums, part.low, item.row + warp() * 32, item.rank, p.M, part.r);
+      store_rows<T, Low>(sums, slab(), part.low, item.row + warp() * 32, loader.first_rank(head, item), p.M, part.r);
       raise(item.raises);
     } else if (kBackward && !kGated && work != Work::kTile) {
       finish_gradient(item, work == Work::kGradientA ? part.dA : part.dB, part.r);
@@ -168,53 +191,49 @@ struct Worker {
 
   __device__ __forceinline__ void finish_tile(const Part& part, int row, int col) {
     if constexpr (kGates) {
-      finish_half<Half<0>>(p.part[0], col);
-      finish_half<Half<1>>(p.part[1], col);
+      finish_side<Side<0>>(p.part[0], col);
+      finish_side<Side<1>>(p.part[1], col);
     } else if constexpr (!kBackward) {
-      finish_half<Tile>(part, col);
+      finish_side<Tile>(part, col);
     }
     if constexpr (kGated) {
-      in_form<kGateGrads>(p.gated, [&](auto form) { gate_rows<T, Tile, kGateGrads, decltype(form)>(sums, p.gated, row, col, p.M, part.cols); });
+      in_form<kGateGrads>(p.gated, [&](auto form) { gate_rows<T, Tile, kGateGrads, decltype(form)>(sums, slab(), p.gated, row, col, p.M, part.cols); });
     } else {
-      store_rows<T, Tile>(sums, part.out, row, col, p.M, part.cols);
+      store_rows<T, Tile>(sums, slab(), part.out, row, col, p.M, part.cols);
     }
+    __syncthreads();
   }
 
   template <typename P>
-  __device__ __forceinline__ void finish_half(const Part& part, int col) {
+  __device__ __forceinline__ void finish_side(const Part& part, int col) {
     if constexpr (kMakesRoom) scale_by<P>(sums, room(*part.scale));
     add_bias<P>(sums, part, col);
   }
 
-  // Slices are added up in order, so that the bits are always the same: each adds to what the one before left, and the last one
-  // has the whole sum.
   __device__ __forceinline__ void finish_gradient(const Item& item, const Gradient& g, int r) {
-    float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{item.col} * p.rank + item.rank * kBlockM) + threadIdx.x;
+    float* partial = g.partial + int64_t{item.col} * p.rank + item.rank * kBlockM;
     const int bits = uniform(item.bits);
     if (kHasRoom<T> && item.work == Work::kGradientB) scale_by<Grad>(sums, room(*p.part[item.part].scale));
-    if (!(bits & work::kFirst)) {
-      if (threadIdx.x == 0) ptx::flag_wait(p.flags + item.raises - p.chain_flags, shared.mark);
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kGradSums; ++i) {
-        const float4 before = __ldcg(partial + i * kThreads);
-        float(&own)[4] = sums.of[i];
-        own[0] += before.x;
-        own[1] += before.y;
-        own[2] += before.z;
-        own[3] += before.w;
-      }
-    }
+    if (!(bits & work::kFirst)) add<kGradSums>(partial, item.raises - p.chain_flags);
     if (uniform(adds_up(item))) finish_total(item, g, p.part[item.part].bias_dtype);
     if (bits & work::kLast) return store_gradient(item, g, r);
-#pragma unroll
-    for (int i = 0; i < kGradSums; ++i) {
-      const float(&own)[4] = sums.of[i];
-      __stcg(partial + i * kThreads, make_float4(own[0], own[1], own[2], own[3]));
-    }
-    raise(item.raises);
+    keep<kGradSums>(partial, item.raises);
   }
   static constexpr int kGradSums = Grad::kRows * 2 * Grad::kCols;
+
+  // What several items sum up is added in order, so that the bits are always the same: each adds to what the one before left, and
+  // the last one has the whole sum.
+  template <int kCount>
+  __device__ __forceinline__ void add(const float* before, int flag) {
+    if (threadIdx.x == 0) ptx::flag_wait(p.flags + flag, shared.mark);
+    __syncthreads();
+    add_sums<kCount>(sums, before);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void keep(float* target, int flag) {
+    keep_sums<kCount>(sums, target);
+    raise(flag);
+  }
 
   // The columns' own sums.
   __device__ __forceinline__ void finish_total(const Item& item, const Gradient& g, DType dtype) {

@@ -19,7 +19,7 @@ void set_part(Part& part, const ForwardPart& f, const Operand& x) {
 
 }  // namespace
 
-work::Plan plan_pass(const Pass& pass, const Card& card) { return work::make_plan(pass, tiling_of(pass, card)); }
+work::Plan plan_pass(const Pass& pass, const Card& card) { return work::balanced(pass, work::make_plan(pass, tiling_of(pass, card))); }
 
 Tile tile_of(const Pass&, const Card&) { return {kBlockM, kBlockN, kDepth}; }
 

@@ -37,6 +37,8 @@ struct KernelParams {
   const Item* list;
   int items;
   int low_flags, chain_flags;  // of each part, one part's after another's; of all gradients, a slice's after another's
+  int half_flags;              // the first one of the items in two halves, of which each has one
+  float* half_sums;            // and their places
   int row_flags, rank;         // flags of an item's rows of low: one for each of its items; ranks of all of those
   work::Counters* counters;
   int* flags;

@@ -9,8 +9,9 @@
 namespace fused_lora::sm80 {
 
 // A thread's sums, of whichever product.
+constexpr int kAllSums = 32;
 struct Sums {
-  float of[32][4];
+  float of[kAllSums][4];
 };
 
 // kLeftMN, kRightMN: the operand is MN-major, and its fragments are transposed on their way. Its sums are those of 16 kAll columns,

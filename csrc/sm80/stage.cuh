@@ -13,6 +13,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kBlockM = 256, kBlockN = 128, kDepth = 32;
 constexpr int kPassBytes = kThreads * 16;  // which all threads copy at once
 constexpr int kLeftBytes = kBlockM * kDepth * 2, kRightBytes = kBlockN * kDepth * 2, kStageBytes = kLeftBytes + kRightBytes;
+constexpr int kSlabBytes = kStageBytes / kWarps;  // a warp's share of a stage that nobody needs
 
 // What fits in 163 and in 99 KB; cards from 9.0 on have the one or the other.
 constexpr int kMostStages = 6, kFewStages = 4;

@@ -19,7 +19,9 @@ inline Tiling tiling_of(const Pass& pass, const Card& card) {
   const bool fits = card.shared_bytes >= kMostStages * kStageBytes + kOwn;
   const int stages = fits && has_kernels(kMostStages, card.capability) ? kMostStages : kFewStages;
   const int tile_cols = pass.gated && !pass.backward ? kBlockN / 2 : kBlockN;
-  return {kBlockM, kBlockN, tile_cols, rank, item_ranks, false, kGradientCols, kBlockM, 1, false, card.sms, stages};
+  // Tiles that begin later than their neighbours read again what an L2 of 6 MB has forgotten.
+  const bool cuts_shrinks = card.capability != 86;
+  return {kBlockM, kBlockN, tile_cols, rank, item_ranks, false, cuts_shrinks, kGradientCols, kBlockM, 1, false, card.sms, stages};
 }
 
 }  // namespace fused_lora::sm80

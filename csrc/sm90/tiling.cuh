@@ -23,7 +23,7 @@ inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
 
 template <typename C>
 Tiling tiling_of(int clusters) {
-  return {kPairRows, C::kBlockN, C::kTileCols, C::kBlockR, C::kBlockR, true, kCluster * C::kGradientCols, kFlagRows, kChainFlags, C::kCanRide, clusters, C::kStages};
+  return {kPairRows, C::kBlockN, C::kTileCols, C::kBlockR, C::kBlockR, true, false, kCluster * C::kGradientCols, kFlagRows, kChainFlags, C::kCanRide, clusters, C::kStages};
 }
 
 // call(C{}) for the kernels' C that pads ranks so; what is made for ranks above 128 is never narrow, nor gated.

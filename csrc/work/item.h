@@ -17,6 +17,7 @@ enum Bits : uint8_t {
   kFirst = 1,  // a gradient's sums begin here
   kLast = 2,   // and are whole here
   kRides = 4,  // a tile that brings low forth on its way
+  kHalf = 8,   // of a tile's or a shrink item's depth, the half with which its sums begin, or the one with which they are whole
 };
 
 struct alignas(16) Item {
@@ -31,6 +32,7 @@ struct alignas(16) Item {
   union {
     int stride;  // a shrink item makes low of an item's rows every `stride` rows, in `rows` of them
     int rank;    // or, where items have not all ranks, the first of its own; of a gradient too
+    int half;    // of a half, the number of the item that was cut
   };
 };
 static_assert(sizeof(Item) == 32, "two loads of 16 bytes");

@@ -50,6 +50,7 @@ class Planner {
     plan_.chain_flags = tiling_.chain_flags * gradient_cols_ * rank_items_;
     plan_.flags = pass_.parts * plan_.low_flags;
     plan_.finish_spacing = std::max<int>(1, pass_.depth() / tiling_.tile_cols);
+    plan_.first_shrinks = order_.shrink_batch > 0 ? ceil_div(groups_[0].count, order_.shrink_batch) * static_cast<int>(shrinking_.size()) : 0;
     for (int i = 0; i < pass_.parts; ++i) plan_.partials += partials(pass_.part[i]);
     list();
     return std::move(plan_);

@@ -19,6 +19,7 @@ struct Tiling {
   int rank;           // to which ranks are padded
   int item_ranks;     // of a shrink or gradient item: all of them where shrink items have strides
   bool strides;       // whether a shrink item may make several items' rows
+  bool cuts_shrinks;  // whether shrink items may be cut in two
   int gradient_cols;  // of an item
   int flag_rows;      // of low, for which there is one flag
   int chain_flags;    // of a gradient item's columns, which as many writers share
@@ -35,6 +36,12 @@ struct Plan {
   int flags;           // in all
   int64_t partials;    // floats for sums of gradients that are under way
   int finish_spacing;  // steps of a tile between boxes of the one before that leave for the finisher
+  int first_shrinks;   // items that the first tiles wait for
+  int halves;          // items that were cut in two (halves.h)
+  int half_flags;      // the first one of theirs
+  int64_t half_floats;  // for their sums, behind the gradients'
+
+  int64_t floats() const { return partials + half_floats; }
 };
 
 Plan make_plan(const Pass& pass, const Tiling& tiling);

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.csrc import traffic
 from tests.csrc.passes import Item, Sizes
 
 
@@ -18,9 +19,23 @@ def compile_list(tmp_path_factory):
 
     def run(source: Path) -> Path:
         program = tmp_path_factory.mktemp(source.stem) / source.stem
-        planner = Path(__file__).parents[2] / "csrc" / "work" / "plan.cpp"
-        subprocess.run(["nvcc", "-std=c++17", "-O1", "-o", str(program), str(source), str(planner)], check=True)
+        planner = sorted((Path(__file__).parents[2] / "csrc" / "work").glob("*.cpp"))
+        subprocess.run(["nvcc", "-std=c++17", "-O1", "-o", str(program), str(source), *map(str, planner)], check=True)
         return program
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def list_sm80(compile_list):
+    """Runs list_sm80.cu on a pass of one linear: its items on a card, as kernels get them, or before any was cut."""
+    program = compile_list(Path(__file__).parent / "list_sm80.cu")
+
+    def run(sizes, backward, card, halves=True):
+        card = (card.capability, card.sm_count, card.shared_memory)
+        line = " ".join(map(str, [*sizes, int(backward), *card, int(halves)]))
+        done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
+        return [traffic.Item(*map(int, numbers)) for numbers in zip(*[iter(done.stdout.split())] * 8, strict=True)]
 
     return run
 

@@ -77,7 +77,10 @@ def build(folder: Path, headers: list[str]) -> None:
     kernel.write_text(kernel.read_text().replace(declared, own))
     flags = ["-std=c++20", "-O1", "-fPIC", "-I.", *(f"-isystem{path}" for path in headers)]
     flags += ["-include", "cuda_runtime_api.h", "-include", "simt.h"]
-    sources = ["launches.cpp", "work/plan.cpp", *sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("sm80/*.cu"))]
+    sources = [
+        "launches.cpp",
+        *sorted(str(path.relative_to(CSRC)) for pattern in ("work/*.cpp", "sm80/*.cu") for path in CSRC.glob(pattern)),
+    ]
     running = [
         subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", f"{i}.o"], cwd=folder / "csrc")
         for i, source in enumerate(sources)

@@ -1,20 +1,22 @@
-// Reads passes of one linear from standard input, a line each: "M K N r backward sms shared_bytes". Writes for each one line: work,
-// row, rows, col and first rank of each item of csrc/sm80's list.
+// Reads passes of one linear from standard input, a line each: "M K N r backward capability sms shared_bytes halves". Writes for each one line:
+// eight numbers of each item of csrc/sm80's list; with halves as kernels get it, without them before any item was cut.
 #include <cstdio>
 
 #include "../../csrc/sm80/tiling.cuh"
+#include "../../csrc/work/halves.h"
 
 using namespace fused_lora;
 
 int main() {
   long long M, K, N, r;
-  int backward, sms, shared_bytes;
-  while (std::scanf("%lld %lld %lld %lld %d %d %d", &M, &K, &N, &r, &backward, &sms, &shared_bytes) == 7) {
+  int backward, capability, sms, shared_bytes, halves;
+  while (std::scanf("%lld %lld %lld %lld %d %d %d %d %d", &M, &K, &N, &r, &backward, &capability, &sms, &shared_bytes, &halves) == 9) {
     const work::PassPart forward_part{N, K, r, false, false}, backward_part{K, N, r, true, true};
     const work::Pass pass{M, backward != 0, false, true, false, 1, 1, {backward ? backward_part : forward_part}};
-    const work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, {80, sms, shared_bytes}));
+    work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, {capability, sms, shared_bytes}));
+    if (halves) plan = work::balanced(pass, plan);
     for (const work::Item& item : plan.items) {
-      std::printf("%d %d %d %d %d ", static_cast<int>(item.work), item.row, item.rows, item.col, item.rank);
+      std::printf("%d %d %d %d %d %d %d %d ", static_cast<int>(item.work), item.bits, item.row, item.rows, item.col, item.rank, item.waits, item.raises);
     }
     std::printf("\n");
   }

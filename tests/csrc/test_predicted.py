@@ -9,7 +9,7 @@ from fused_lora.predict.csrc import work_of
 from fused_lora.predict.rates import HOPPER
 from fused_lora.predict.work import makespan
 from tests.csrc.passes import PAIR_ROWS, SHRINK, TILE, Part, Pass
-from tests.csrc.test_traffic import SHAPES, list_sm80  # noqa: F401  a fixture
+from tests.csrc.test_traffic import SHAPES
 from tests.csrc.traffic import CARDS as PLAYED
 from tests.csrc.traffic import memory_bytes
 
@@ -44,7 +44,7 @@ def test_the_list_takes_as_long_as_the_planners(list_work, shape, backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 @pytest.mark.parametrize("name", PLAYED)
-def test_bytes_are_near_those_of_a_cache(list_sm80, name, sizes, backward):  # noqa: F811
+def test_bytes_are_near_those_of_a_cache(list_sm80, name, sizes, backward):
     card = PLAYED[name]
     played = memory_bytes(sizes, list_sm80(sizes, backward, card), backward, card)
     found = predict(*sizes, card)

@@ -127,14 +127,14 @@ class Linear:
         return self.dy.double() @ self.weight.double() + dxa @ self.A.double() * self.kept
 
 
-# With dropout on one card, without it on the other.
+# With dropout on one card, without it on the other; some in halves.
 @pytest.mark.parametrize(("number", "sizes"), list(enumerate(PASSES)), ids=str)
 @pytest.mark.parametrize("card", range(len(CARDS)), ids=["A100", "Ada"])
 def test_a_pass(launches, card, number, sizes):
-    (dtype, sms, shared_bytes), p = CARDS[card], 0.3 * ((number + card) % 2)
+    (dtype, sms, shared_bytes), p, halves = CARDS[card], 0.3 * ((number + card) % 2), (number // 2 + card) % 2 == 1
     M, K, widths, ranks = sizes
     torch.manual_seed(0)
-    launches.play_on(sms, shared_bytes)
+    launches.play_on(sms, shared_bytes, halves)
     x, dx = random(M, K, dtype), empty(M, K, dtype)
     grad_dtype = torch.float32 if M % 100 else dtype
     parts = [Linear(x, N, r, grad_dtype, p) for N, r in zip(widths, ranks, strict=True)]
@@ -154,7 +154,7 @@ def test_factors_of_another_x(launches, p):
     """As in an MLP's backward: a part that has its dxa already, with its own seed, beside one that dx is made of."""
     dtype, M = torch.bfloat16, 600
     torch.manual_seed(0)
-    launches.play_on(3, 166912)
+    launches.play_on(3, 166912, False)
     x, hidden, dx = random(M, 136, dtype), random(M, 391, dtype), empty(M, 136, dtype)
     first, other = Linear(x, 200, 24, dtype, p), Linear(hidden, 72, 40, dtype, p, seed=SEED + 2**32)
     other.dxa.copy_(SCALE * other.dy.double() @ other.B.double() / (1 - p))
@@ -174,13 +174,14 @@ def results(count, rows, cols, dtype):
 
 
 @pytest.mark.parametrize(
-    ("card", "p", "act", "factors"), [(0, 0.0, "silu", True), (0, 0.3, "gelu_tanh", False), (1, 0.3, "silu", True)]
+    ("card", "p", "act", "factors", "halves"),
+    [(0, 0.0, "silu", True, False), (0, 0.3, "gelu_tanh", False, True), (1, 0.3, "silu", True, True)],
 )
-def test_a_gated_pass(launches, card, p, act, factors):
+def test_a_gated_pass(launches, card, p, act, factors, halves):
     """act(gate) up of two parts, tiles with edges, and the gradients of both from down's."""
     (dtype, sms, shared_bytes), M, K, F, N = CARDS[card], 70, 40, 81, 72
     torch.manual_seed(0)
-    launches.play_on(sms, shared_bytes)
+    launches.play_on(sms, shared_bytes, halves)
     numbers = reference.ACTIVATIONS[act]
     x = random(M, K, dtype).mul_(0.03)  # where neither side of the activation is flat
     sides = [Linear(x, F, r, dtype, p) for r in (40, 5)]

@@ -1,26 +1,11 @@
 """Bytes matter more on most cards of compute capability 8 than on the one that csrc/sm80 was measured on."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from tests.csrc.traffic import CARDS, Cache, Item, Sizes, flops, least_bytes, memory_bytes
+from tests.csrc.traffic import CARDS, Cache, Sizes, flops, least_bytes, memory_bytes
 
 SHAPES = [Sizes(8192, 4096, 4096, 16), Sizes(8192, 4096, 4096, 128), Sizes(16384, 2048, 2048, 128)]
 MOST = 0.75  # of the products' time
-
-
-@pytest.fixture(scope="session")
-def list_sm80(compile_list):
-    program = compile_list(Path(__file__).parent / "list_sm80.cu")
-
-    def run(sizes, backward, card):
-        line = " ".join(map(str, [*sizes, int(backward), card.sm_count, card.shared_memory]))
-        done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
-        return [Item(*map(int, numbers)) for numbers in zip(*[iter(done.stdout.split())] * 5, strict=True)]
-
-    return run
 
 
 def test_a_cache_forgets_what_was_used_longest_ago():

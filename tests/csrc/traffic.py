@@ -29,11 +29,24 @@ class Sizes(NamedTuple):
 
 
 class Item(NamedTuple):
+    """csrc/work/item.h, as list_sm80.cu writes it."""
+
     work: int
+    bits: int
     row: int
     rows: int
     col: int
-    rank: int
+    rank: int  # of a half, the number of the item that was cut
+    waits: int
+    raises: int
+
+    @property
+    def is_half(self) -> bool:
+        return bool(self.bits & 8)
+
+    @property
+    def is_first(self) -> bool:
+        return bool(self.bits & 1)
 
 
 class Cache:
@@ -60,14 +73,19 @@ def uses(sizes: Sizes, item: Item, backward: bool) -> Iterator[tuple[float, list
     """Of an item: how long it takes, in tiles' steps of 256, and the blocks that it then uses."""
     depth, read = (sizes.N, "dy") if backward else (sizes.K, "x")
     big, low = 2 * ROWS * BLOCK, 2 * ROWS * sizes.r
-    row, steps = item.row // ROWS, -(-depth // BLOCK)
+    row, steps = item.row // ROWS, range(-(-depth // BLOCK))
+    ends = True
+    if item.is_half:
+        cut, ends = len(steps) // 2, not item.is_first
+        steps = steps[:cut] if item.is_first else steps[cut:]
+        yield 0.0, [(("half", item.rank), 4 * ROWS * COLS)]
     if item.work == SHRINK:
-        yield from ((SHRINK_PACE, [((read, row, k), big)]) for k in range(steps))
-        yield 0.0, [(("low", row), low)]
+        yield from ((SHRINK_PACE, [((read, row, k), big)]) for k in steps)
+        yield 0.0, [(("low", row), low)] if ends else []
     elif item.work == TILE:
         col = item.col // COLS
-        yield from ((1.0, [((read, row, k), big), (("weight", k, col), 2 * BLOCK * COLS)]) for k in range(steps))
-        yield 0.0, [(("low", row), low), (("out", row, col), 2 * ROWS * COLS)]
+        yield from ((1.0, [((read, row, k), big), (("weight", k, col), 2 * BLOCK * COLS)]) for k in steps)
+        yield 0.0, [(("low", row), low), (("out", row, col), 2 * ROWS * COLS)] if ends else []
     else:
         source, other = ("x", "low") if item.work == GRADIENT_A else ("dy", "xa")
         for token in range(row, row + item.rows // ROWS):

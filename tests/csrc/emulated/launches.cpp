@@ -1,6 +1,7 @@
 // Launches of csrc/sm80 on the CPU.
 #include "sm80/lora_linear.cuh"
 #include "sm80/tiling.cuh"
+#include "work/halves.h"
 #include "work/params.h"
 
 using namespace fused_lora;
@@ -8,12 +9,22 @@ using namespace fused_lora;
 namespace {
 
 Card card{};  // the device that is played
+bool halves;  // of all items that can be cut
 std::vector<int> flags;
 
 Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
   flags.resize(std::max<size_t>(flags.size(), kCounters + plan.flags));  // launches share them, and their marks
-  partial.assign(plan.partials, NAN);
+  partial.assign(plan.floats(), NAN);
   return {&plan, plan.items.data(), flags.data(), partial.data()};
+}
+
+work::Plan plan_of(const work::Pass& pass) {
+  work::Plan plan = sm80::plan_pass(pass, card);
+  if (!halves) return plan;
+  plan = work::make_plan(pass, sm80::tiling_of(pass, card));
+  const int all = static_cast<int>(plan.items.size());
+  work::halve(pass, plan, all, all);
+  return plan;
 }
 
 }  // namespace
@@ -29,21 +40,22 @@ cudaError_t cudaLaunchKernel(const void* entry, dim3 blocks, dim3 threads, void*
   return simt::run(blocks.x, threads.x, bytes, [&] { kernel(p); }) ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 
-void play_on(int blocks, int bytes) {
+void play_on(int blocks, int bytes, bool in_halves) {
   card = {bytes >= 163 * 1024 ? 80 : 86, blocks, bytes};
+  halves = in_halves;
 }
 size_t size_of_forward() { return sizeof(ForwardParams); }
 size_t size_of_backward() { return sizeof(BackwardParams); }
 int forward(const ForwardParams* params) {
   const work::Pass pass = work::pass_of(*params);
   std::vector<float> partial;
-  const work::Plan plan = sm80::plan_pass(pass, card);
+  const work::Plan plan = plan_of(pass);
   return sm80::launch_forward(*params, workspace_of(plan, partial), nullptr);
 }
 int backward(const BackwardParams* params) {
   const work::Pass pass = work::pass_of(*params);
   std::vector<float> partial;
-  const work::Plan plan = sm80::plan_pass(pass, card);
+  const work::Plan plan = plan_of(pass);
   return sm80::launch_backward(*params, workspace_of(plan, partial), nullptr);
 }
 

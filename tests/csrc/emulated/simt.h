@@ -151,6 +151,7 @@ inline struct {
 inline void __syncthreads() {
   simt::block->all.meet([] {});
 }
+inline void __syncwarp() { simt::meet_warp(); }
 inline bool __syncthreads_and(bool value) {
   simt::block->vote &= value;
   simt::block->all.meet([] {
