@@ -30,7 +30,7 @@ FITTED = {
     "16384x5120x5120-r32",
 }  # fmt: skip
 # An H200 whose products go by mma.sync, which gives 63% of its rate.
-AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.7704)
+AS_SM80 = Card(80, 132, 166912, 620, 4800, 50, 141, 0.7782)
 # Where the fit begins and what leaving it costs: csrc's by clocks in its kernels (docs/hopper.md), the others guesses.
 BELIEVED = {
     "card.peak": (0.83, 0.02), "cublas.launch": (3.0, 0.05), "cublas.tile_end": (1.5, 0.1), "cublas.sag": (0.2, 0.05),

@@ -26,11 +26,9 @@ MISSED = {
     ("H200", "4096x2560x9728-r12", "addmm"), ("H200", "8192x4096x14336-r64", "triton"),
     ("H200", "4096x8192x8192-r64", "triton"), ("H100", "8192x4096x14336-r64", "csrc"),
     ("H100", "65536x2048x2048-r128", "csrc"), ("H100", "65536x2048x2048-r128", "triton"),
-    ("H100", "8192x8192x8192-r16", "triton"), ("H200 as sm80", "8192x4096x14336-r64", "triton"),
-    *(("H200 as sm80", shape, kernels) for kernels in ("csrc", "addmm")
-      for shape in ("8192x4096x4096-r16", "8192x4096x14336-r64", "2048x4096x4096-r16")),
+    ("H100", "8192x8192x8192-r16", "triton"), ("H200 as sm80", "8192x4096x14336-r64", "csrc"),
+    *(("H200 as sm80", shape, "addmm") for shape in ("8192x4096x4096-r16", "8192x4096x14336-r64", "2048x4096x4096-r16")),
 }  # fmt: skip
-LATE = ("H200 as sm80", "2048x4096x4096-r16", "csrc")  # its backward: 17.2%
 
 
 def error_of(title, measured, kernels):
@@ -43,7 +41,7 @@ def test_passes_are_within_their_bar(title, measured, kernels):
     passes, _ = error_of(title, measured, kernels)
     bar = PASS_BAR if measured.shape.M > FEW_TOKENS else 0.2
     within = np.isnan(passes) | (np.abs(passes) < bar)
-    assert within.tolist() == [True, (title, str(measured.shape), kernels) != LATE], passes
+    assert within.all(), passes
 
 
 @pytest.mark.parametrize(("title", "measured", "kernels"), [each for each in KEPT_OUT if each.values[2] != "frozen"])
