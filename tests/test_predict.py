@@ -1,6 +1,7 @@
 """fused_lora.predict: what its launches add up to, how times grow, what it refuses. tests/bench checks the times."""
 
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,7 +51,9 @@ def test_more_tokens_take_longer(name, kernels):
 def test_an_adapter_costs_more_than_its_flops_and_more_with_its_rank(name, kernels):
     ratios = [predict(16384, 2048, 2048, r, CARDS[name], kernels).ratio for r in (16, 64, 128)]
     assert ratios == sorted(ratios)
-    assert ratios[-1] > 1 + 3 * 128 / 2048
+    # csrc's kernels fill what the frozen linear's last wave of tiles (256 x 128 at least) leaves idle.
+    waves = 64 * 16 / CARDS[name].sm_count
+    assert ratios[-1] > (1 + 3 * 128 / 2048) / (math.ceil(waves) / waves if kernels == "csrc" else 1)
 
 
 def test_a_launch_takes_no_less_than_its_flops_and_bytes():
