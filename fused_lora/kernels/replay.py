@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..layout import layout_of
 from ..recent import Recent
 from . import launch
 from .launch import Plan, record_launches
@@ -178,13 +179,6 @@ def _are_different(inputs: Sequence[Tensor | None]) -> bool:
 
 _passes = Recent(MOST_PASSES)
 _calls = Recent(MOST_CALLS)
-
-
-def layout_of(tensor: Tensor | None) -> tuple | None:
-    """All that a pass depends on but the values."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
 
 
 def replayed(

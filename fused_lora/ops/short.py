@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, checks, choices
+from ..layout import layout_of
 from ..recent import Recent
 from . import alone, autograd
 from .parts import Part, drawn_seed
@@ -43,8 +44,7 @@ def _kind_of(tensors: tuple, p) -> tuple | None:
         if tensor is None:
             kind.append(None)
         elif _is_plain(tensor) and tensor.device == device:
-            aligned = tensor.data_ptr() % 16
-            kind.append((tensor.shape, tensor.stride(), tensor.dtype, aligned, tensor.requires_grad))
+            kind.append((layout_of(tensor), tensor.requires_grad))
         else:
             return None
     return tuple(kind)

@@ -15,7 +15,7 @@ import torch
 from .. import backends, checks, choices
 from ..extras import needs
 from .measure import CANDIDATES, Measured, measure
-from .shapes import Shape, parse
+from .shapes import Shape, is_shape, parse
 
 with needs("tune"):
     from tqdm import tqdm
@@ -41,13 +41,21 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
             checks.check_count("--tokens", tokens, 1)
         checks.check_rank(options.rank)
         checks.check_probability("--dropout", options.dropout)
-        shapes = [shape for text in options.shapes for shape in parse(text, options.tokens, options.rank)]
+        shapes = []
+        for text in sorted(options.shapes, key=is_shape, reverse=True):
+            if not is_shape(text):  # a model's name may be looked for in the network
+                _check_device(parser)
+            shapes += parse(text, options.tokens, options.rank)
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
-    if not torch.cuda.is_available():
-        parser.error("there is no CUDA device to measure on")
+    _check_device(parser)
     options.shapes = list(dict.fromkeys(shapes))
     return options
+
+
+def _check_device(parser: argparse.ArgumentParser) -> None:
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device to measure on")
 
 
 def tune(shape: Shape, dtype: torch.dtype, p: float, device: torch.device) -> Measured:

@@ -24,14 +24,15 @@ def parse(text: str, tokens: Iterable[int], r: int) -> list[Shape]:
 
     Raises ValueError naming the argument, or as linear_sizes.
     """
-    if _is_shape(text):
+    if is_shape(text):
         return [_shape(text)]
     with needs("tune"):
         from ..integrations.model_sizes import linear_sizes
     return [Shape(M, K, N, r) for K, N in linear_sizes(text) for M in tokens]
 
 
-def _is_shape(text: str) -> bool:
+def is_shape(text: str) -> bool:
+    """Whether it is one of numbers, well formed or not."""
     return "," in text or text.strip("-").isdigit()
 
 

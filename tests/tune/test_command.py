@@ -99,3 +99,11 @@ def test_without_a_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.main(["1,2,3,4"])
     assert "there is no CUDA device to measure on" in capsys.readouterr().err
+
+
+def test_without_a_gpu_nobody_asks_the_network(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("fused_lora.integrations.model_sizes.linear_sizes", lambda name: pytest.fail("asked"))
+    with pytest.raises(SystemExit):
+        command.options_of(["Qwen/Qwen3-0.6B"])
+    assert "there is no CUDA device" in capsys.readouterr().err
