@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from tests.csrc.machine_code import assert_good, instructions
+from tests.csrc.machine_code import assert_good, instructions, loops
 
 CSRC = Path(__file__).parents[2] / "csrc"
 HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
@@ -115,8 +115,8 @@ def in_long(path, arch):
 def test_ampere_kernels(source, arch, kernels, build, tmp_path):
     level = build["LEVELS"][source.parent.name]
     said = compile_to(f"-arch=sm_{arch}", source, tmp_path / "out.cubin", f"-Xptxas=-O{level}")
-    # Kernels of 128 ranks keep a few words in memory, masked ones inside of their steps.
-    assert_no_spills(said, 24)
+    # A few words are kept in memory, once an item.
+    assert_no_spills(said, 48)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
     assert sum(number > 200 for number in registers) == kernels
     assert max(registers) <= 65536 // 256 - 1
@@ -128,6 +128,10 @@ def test_ampere_kernels(source, arch, kernels, build, tmp_path):
     assert len(listings) == kernels
     for listing in listings:
         assert {"HMMA", "LDSM", "LDGSTS"} <= set(instructions(listing))
+        steps = loops(listing, "HMMA")
+        assert len(steps) >= 2
+        # Steps that mask what they multiply are the long ones: with 128 ranks they read a few words of it from memory.
+        assert all("STL" not in step and step.count("LDL") <= (6 if len(step) > 250 else 0) for step in steps)
 
 
 @needs_nvcc

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.csrc.machine_code import assert_good, between_products, instructions
+from tests.csrc.machine_code import assert_good, between_products, instructions, loops
 
 PRODUCT, WAIT = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24", "WARPGROUP.DEPBAR.LE gsb0, 0x1"
 COPY, ADD, BRANCH = "UTMALDG.2D [UR8], [UR4]", "UIADD3 UR8, UR8, 0x2, URZ", "@!P0 BRA 0x30"
@@ -33,3 +33,17 @@ def test_good_code():
 def test_bad_code_is_found(wrong):
     with pytest.raises(AssertionError):
         assert_good(listing(BAD[wrong]))
+
+
+def test_loops_of_products_are_the_innermost():
+    names = [
+        "MOV R1, R2",
+        "HMMA.16816 R4, R8",
+        "LDL R5, [R1]",
+        "@P0 BRA 0x10",
+        "STL [R1], R5",
+        "@P1 BRA P2, 0x0",
+        "EXIT",
+    ]
+    assert loops(listing(names), "HMMA") == [["HMMA", "LDL", "BRA"]]
+    assert loops(listing(["MOV R1, R2", "BRA 0x0"]), "HMMA") == []
