@@ -41,14 +41,14 @@ class Play {
   double tile_end(const Item& item, double start) {
     const double depth = steps(item, pass_.depth()), ranks = steps_of(pass_.most_rank());
     double done = start + depth;
-    if (!(item.bits & kHalf) || item.bits & kLast) done = std::max(done, low_of(item)) + ranks;
+    if (ends_sum(item)) done = std::max(done, low_of(item)) + ranks;
     return half_end(item, done + kTileEnds);
   }
 
   double shrink_end(const Item& item, double start) {
     const double masked = pass_.drops && !pass_.backward ? kMaskedSteps : 1;
     const double done = half_end(item, start + steps(item, pass_.part[item.part].depth) * pace() * masked + kShrinkEnds);
-    if (!(item.bits & kHalf) || item.bits & kLast) raised_[item.raises] = done;
+    if (ends_sum(item)) raised_[item.raises] = done;
     return done;
   }
 
@@ -69,6 +69,9 @@ class Play {
     double& first = raised_[plan_.half_flags + item.half];
     return item.bits & kFirst ? first = done : std::max(done, first) + kHalfEnds;
   }
+
+  // A whole item, or its second half.
+  static bool ends_sum(const Item& item) { return !(item.bits & kHalf) || item.bits & kLast; }
 
   // When all of a tile's low is there.
   double low_of(const Item& item) const {

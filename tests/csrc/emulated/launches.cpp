@@ -19,9 +19,8 @@ Workspace workspace_of(const work::Plan& plan, std::vector<float>& partial) {
 }
 
 work::Plan plan_of(const work::Pass& pass) {
-  work::Plan plan = sm80::plan_pass(pass, card);
-  if (!halves) return plan;
-  plan = work::make_plan(pass, sm80::tiling_of(pass, card));
+  if (!halves) return sm80::plan_pass(pass, card);
+  work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, card));
   const int all = static_cast<int>(plan.items.size());
   work::halve(pass, plan, all, all);
   return plan;
