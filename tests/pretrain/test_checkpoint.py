@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event, Thread
 
 import pytest
@@ -17,9 +18,10 @@ from fused_lora.pretrain import checkpoint
 
 
 def contents(step):
-    torch.manual_seed(step)
-    model = {"a": torch.randn(40, 30).bfloat16(), "b.weight": torch.randn(7, 5).T, "c": torch.full((3,), float(step))}
-    return model, {"step": step, "optimizer": {"state": {0: {"exp_avg": torch.randn(9)}}}, "names": ["x"]}
+    """The same for a step in any thread: torch's own generator is one for all threads, so that it would not be."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(step))
+    model = {"a": draw(40, 30).bfloat16(), "b.weight": draw(7, 5).T, "c": torch.full((3,), float(step))}
+    return model, {"step": step, "optimizer": {"state": {0: {"exp_avg": draw(9)}}}, "names": ["x"]}
 
 
 def assert_whole(place):
