@@ -138,26 +138,28 @@ class Consumer:
         launch, each, sizes = self.launch, self.launch.each, self.launch.sizes
         parts = [each.parts[i] for i in launch.parts_of_tile(item)]
         steps, rank_steps = (sum(map(boxes_of, sizes)) for sizes in zip(*((p.depth, p.r) for p in parts), strict=True))
-        masked = each.backward and each.drops
-        if self.sends_flag_first(steps, masked):
+        drawn = min(steps, 2 * sizes.out_boxes) if each.backward and each.drops else 0
+        if self.sends_flag_first(steps):
             yield from self.outbox.send_flag()
-        if masked:
-            yield from self.issue(rank_steps)
+        yield from self.issue(steps - drawn)
+        if each.backward and each.drops:
+            yield from self.outbox.send_all()
+            yield from self.issue(drawn)
             self.drain()
-        yield from self.issue(steps)
-        if each.gated and not each.backward:
+            yield from self.add_ranks(rank_steps)
+        elif each.gated and not each.backward:
             self.drain()
             yield from self.outbox.send_all()
             yield from self.add_ranks(sizes.out_boxes * sum(part.r > 0 for part in each.parts))
         elif item.rides:
             yield from self.ride(item)
-        elif not masked:
+        else:
             yield from self.issue(rank_steps)
         self.drain()
         yield from self.outbox.keep_out()
 
-    def sends_flag_first(self, steps, masked) -> bool:
-        return masked or steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
+    def sends_flag_first(self, steps) -> bool:
+        return steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
 
     def add_ranks(self, steps) -> Turns:
         for _ in range(steps):
