@@ -71,35 +71,37 @@ struct Worker {
     if constexpr (!kTurns && !kGates) return multiply<Tile>(sums, steps, tile_row(), tile_col(), Nothing());
     const int depth = loader.steps_before_ranks(number);
     if constexpr (kMasksRanks) {
-      multiply_part<Tile>(sums, depth, tile_col());
-      multiply_masked_ranks(item, steps - depth);
+      multiply_masked(item, depth, steps - depth);
     } else {
 #pragma unroll 1
       for (int i = 0; i < (kGates ? 1 : 2); ++i) {
-        multiply_part<Tile>(sums, i == 0 ? depth : steps - depth, tile_col());
+        multiply_part<Tile>(sums, i == 0 ? depth : steps - depth, tile_col(), Nothing());
         if (kMakesRoom && i == 0) make_room(item);
       }
     }
     if constexpr (kGates) {
       const int gates = head.has_ranks() ? steps_of(p.part[0].r) : 0;
-      multiply_part<Side<0>>(sums, gates, tile_col());
-      multiply_part<Side<1>>(sums, steps - depth - gates, tile_col() + 32);
+      multiply_part<Side<0>>(sums, gates, tile_col(), Nothing());
+      multiply_part<Side<1>>(sums, steps - depth - gates, tile_col() + 32, Nothing());
     }
   }
 
-  __device__ __forceinline__ void multiply_masked_ranks(const Item& item, int steps) {
-    if (steps == 0) return;
-    KeptSums<Tile> kept(sums);
-    kept.draw(Mask(p.part[0].dropout), item.row + tile_row(), item.col + tile_col());  // the summed ones' x is one
-    multiply_part<MaskedProduct<Tile>>(kept, steps, tile_col());
+  __device__ __forceinline__ void multiply_masked(const Item& item, int depth, int ranks) {
+    const int drawn = ranks > 0 ? min(depth, KeptSums<Tile>::kDraws) : 0;
+    multiply_part<Tile>(sums, depth - drawn, tile_col(), Nothing());
+    if (ranks == 0) return;
+    KeptSums<Tile> kept(sums, p.part[0].dropout, item.row + tile_row(), item.col + tile_col());  // the summed ones' x is one
+    multiply_part<Tile>(sums, drawn, tile_col(), kept);
+    kept.draw_rest();
+    multiply_part<MaskedProduct<Tile>>(kept, ranks, tile_col(), Nothing());
   }
 
   // Steps of a tile, if there are any.
-  template <typename P, typename Into>
-  __device__ __forceinline__ void multiply_part(Into& into, int steps, int col) {
+  template <typename P, typename Into, typename Beside>
+  __device__ __forceinline__ void multiply_part(Into& into, int steps, int col, Beside&& beside) {
     if (steps == 0) return;
     loader.serve_if_needed();
-    multiply<P>(into, steps, tile_row(), col, Nothing());
+    multiply<P>(into, steps, tile_row(), col, beside);
   }
 
   static __device__ int warp() { return threadIdx.x / 32; }
@@ -115,7 +117,7 @@ struct Worker {
 
   // Steps of the stages from `source` on; each copies one. The loader goes on meanwhile, while the fragments stay.
   template <typename P, typename Into, typename Beside>
-  __device__ __forceinline__ void multiply(Into& into, int steps, int row, int col, Beside beside) {
+  __device__ __forceinline__ void multiply(Into& into, int steps, int row, int col, Beside&& beside) {
     beside.begin(loader.stages() + source);
     P product(loader.stages() + source, row, col);
     product.read(0, 0);

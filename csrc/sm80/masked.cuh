@@ -6,26 +6,38 @@
 
 namespace fused_lora::sm80 {
 
-// Of a product's rows of x and columns, a bit for each of this thread's sums.
+// Of a product's rows of x and columns, a bit for each of this thread's sums. They are drawn in turns, beside products.
 template <typename P>
 class KeptSums {
  public:
-  __device__ __forceinline__ explicit KeptSums(Sums& sums) : sums_(sums) {}
+  static constexpr int kDraws = 2 * P::kRows;  // of 8 rows
 
   // From (row, col) on.
-  __device__ __forceinline__ void draw(const Mask& mask, int row, int col) {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ KeptSums(Sums& sums, const Dropout& dropout, int row, int col) : sums_(sums), mask_(dropout), group_(col / 8) {
     static_assert(P::kRows == 4, "two rows a lane");
-    const Mask::RowKey keys[2] = {mask.row_key(row + lane), mask.row_key(row + 32 + lane)};
 #pragma unroll
-    for (int i = 0; i < 2 * P::kRows; ++i) {
-      const Mask::RowKey key = Mask::of_lane(keys[i / 4], i % 4 * 8 + lane / 4);
-      if (i % 2 == 0) kept_[i / 2] = 0;
+    for (int i = 0; i < 2; ++i) keys_[i] = mask_.row_key(row + i * 32 + threadIdx.x % 32);
+  }
+
+  __device__ __forceinline__ void draw(int i) {
+    const int lane = threadIdx.x % 32;
+    const Mask::RowKey key = Mask::of_lane(i < 4 ? keys_[0] : keys_[1], i % 4 * 8 + lane / 4);
+    uint32_t bits = 0;
 #pragma unroll
-      for (int j = 0; j < 2 * P::kCols; ++j) {
-        kept_[i / 2] |= mask.kept_bits(Mask::group_key(key, col / 8 + j), lane % 4) & 0x10001 << bit(i % 2, j);
-      }
-    }
+    for (int j = 0; j < 2 * P::kCols; ++j) bits |= mask_.kept_bits(Mask::group_key(key, group_ + j), lane % 4) & 0x10001 << j;
+    bits <<= i % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < P::kRows; ++k) kept_[k] |= k == i / 2 ? bits : 0;
+  }
+
+  // Beside a step.
+  __device__ void begin(uint32_t) {}
+  __device__ void see(uint32_t) { draw(drawn_++); }
+  __device__ void change(uint32_t) {}
+
+  __device__ __forceinline__ void draw_rest() {
+#pragma unroll 1
+    while (drawn_ < kDraws) draw(drawn_++);
   }
 
   // Adds those of 16 rows, i, and 8 kCount columns.
@@ -47,7 +59,10 @@ class KeptSums {
   static __device__ constexpr int bit(int eighth, int j) { return eighth * 8 + j; }
 
   Sums& sums_;
-  uint32_t kept_[P::kRows];
+  Mask mask_;
+  int group_, drawn_ = 0;
+  Mask::RowKey keys_[2];
+  uint32_t kept_[P::kRows] = {};
 };
 
 // Its products over a step are added where they are kept. They and their fragments are some of the step's: more has no room beside
