@@ -36,16 +36,17 @@ struct Worker {
   __device__ __forceinline__ void run() {
     for (int number = 0;; ++number) {
       loader.serve_if_needed();
-      const Head head = loader.head_of(number);
-      if (head.work == Work::kEnd) return;
-      const Item& item = loader.at(number);
+      if (loader.head_of(number).work == Work::kEnd) return;
       clear();
-      multiply_item(item, head, number);
-      finish(item, head);
+      multiply_item(number);
+      finish(number);
     }
   }
 
-  __device__ __forceinline__ void multiply_item(const Item& item, const Head& head, int number) {
+  // What is known of an item is read again after its products: while they run, registers are scarce.
+  __device__ __forceinline__ void multiply_item(int number) {
+    const Item& item = loader.at(number);
+    const Head head = loader.head_of(number);
     const Work work = head.work;
     const Dropout& dropout = p.part[head.part].dropout;
     const int steps = loader.steps_of(number);
@@ -76,7 +77,7 @@ struct Worker {
 #pragma unroll 1
       for (int i = 0; i < (kGates ? 1 : 2); ++i) {
         multiply_part<Tile>(sums, i == 0 ? depth : steps - depth, tile_col(), Nothing());
-        if (kMakesRoom && i == 0) make_room(item);
+        if (kMakesRoom && i == 0 && depth > 0) make_room(item);  // behind a branch, or it begins among the products before it
       }
     }
     if constexpr (kGates) {
@@ -196,7 +197,9 @@ struct Worker {
     return loader.stages() + last + warp() * kSlabBytes;
   }
 
-  __device__ __forceinline__ void finish(const Item& item, const Head& head) {
+  __device__ __forceinline__ void finish(int number) {
+    const Item& item = loader.at(number);
+    const Head head = loader.head_of(number);
     const Part& part = p.part[head.part];
     const Work work = head.work;
     if (head.is_half()) {
