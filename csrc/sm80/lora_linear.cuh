@@ -69,7 +69,7 @@ struct Worker {
   }
 
   __device__ __forceinline__ void multiply_tile(const Item& item, const Head& head, int steps, int number) {
-    if constexpr (!kTurns && !kGates) return multiply<Tile>(sums, steps, tile_row(), tile_col(), Nothing());
+    if constexpr (!kMasksRanks && !kMakesRoom && !kGates) return multiply<Tile>(sums, steps, tile_row(), tile_col(), Nothing());
     const int depth = loader.steps_before_ranks(number);
     if constexpr (kMasksRanks) {
       multiply_masked(item, depth, steps - depth);
@@ -158,7 +158,7 @@ struct Worker {
     }
   }
 
-  // The same, some columns after the others.
+  // The same, some columns after the others, which read the stage's fragments themselves: the product moves on behind them.
   template <typename P>
   __device__ __forceinline__ void multiply_steps(MaskedProduct<P>& product, KeptSums<P>& into, int steps, Nothing&) {
 #pragma unroll 1
@@ -178,7 +178,6 @@ struct Worker {
   // With dropout, a tile's ranks add to its sums where x was kept; forward in float16, the sums over depth make room for ranks that
   // are made without the scale's power of two.
   static constexpr bool kMasksRanks = kBackward && kDrops, kMakesRoom = kHasRoom<T> && !kBackward;
-  static constexpr bool kTurns = kMasksRanks || kMakesRoom;
 
   __device__ __forceinline__ void make_room(const Item& item) {
     if constexpr (kGates) {

@@ -165,8 +165,9 @@ struct Consumer {
   __device__ __forceinline__ void tile(const Item& item) {
     constexpr bool kMasked = kBackward && kDrops;
     const Terms terms = terms_of(item);
-    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps before.
-    if (terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
+    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps before. Where
+    // ranks are masked, everything leaves before them.
+    if (!kMasked && terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int row = own_row(item.row), col = item.col;
     if constexpr (kMasked) {
