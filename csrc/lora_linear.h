@@ -97,7 +97,7 @@ struct Workspace {
   const work::Plan* plan;  // plan_pass()'s, for the current device
   const work::Item* list;  // its items, on the device
   int* flags;              // kCounters + plan->flags, aligned to 16 bytes; zero before the first launch that uses them
-  float* partial;          // plan->partials; backward
+  float* partial;          // plan->floats()
 };
 constexpr int kCounters = 4;
 

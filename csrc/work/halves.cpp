@@ -60,7 +60,7 @@ class Play {
       const int rows = item.rows / plan_.tiling.rows, each = plan_.low_flags / ceil_div(pass_.M, plan_.tiling.rows);
       for (int i = 0; i < rows * each; ++i) start = std::max(start, raised_[item.waits + i]);
     }
-    double done = start + steps_of(std::min<int64_t>(item.rows, pass_.M - item.row)) * (pace() + mask);
+    double done = start + steps_of(std::min<int64_t>(item.rows, pass_.listed_rows() - item.row)) * (pace() + mask);
     if (!(item.bits & kFirst)) done = std::max(done, raised_[item.raises - plan_.chain_flags]);
     return raised_[item.raises] = done + kGradientEnds;
   }

@@ -47,10 +47,13 @@ struct Pass {
     return sum;
   }
 
+  // All that a list knows of M.
+  int64_t listed_rows() const { return int64_t{kListRows} * ceil_div(M, kListRows); }
+
   // Passes with the same one have the same list.
   using Key = std::array<int64_t, 3 + 4 * kMostParts>;
   Key key() const {
-    Key key{ceil_div(M, kListRows), backward | drops << 1 | wants_out << 2 | gated << 3, parts | summed << 8};
+    Key key{listed_rows(), backward | drops << 1 | wants_out << 2 | gated << 3, parts | summed << 8};
     for (int i = 0; i < parts; ++i) {
       const int64_t of_part[4] = {part[i].cols, part[i].depth, part[i].r, part[i].wants_dA | part[i].wants_dB << 1};
       std::copy_n(of_part, 4, key.begin() + 3 + 4 * i);

@@ -46,6 +46,15 @@ def test_halves_are_the_items_that_were_cut(list_sm80, name, sizes, backward):
         assert cut == sorted(cut, reverse=True)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("sizes", [Sizes(4096, 1024, 2048, 64), Sizes(8192, 1024, 1024, 128), Sizes(640, 2048, 768, 16)])
+def test_passes_that_share_a_list_would_have_the_same(list_sm80, sizes, backward):
+    """Whichever came first: otherwise what a pass is summed like would depend on those before it."""
+    for name in CARDS_OF_IT:
+        fewer = [list_sm80(sizes._replace(M=sizes.M - less), backward, CARDS[name]) for less in (0, 1, 127)]
+        assert fewer[0] == fewer[1] == fewer[2]
+
+
 def test_where_workers_would_wait(list_sm80):
     """Long shrink items, and 1,024 tiles for 108 workers."""
     items = list_sm80(Sizes(16384, 2048, 2048, 128), False, CARDS["A100 80 GB"])

@@ -1,5 +1,5 @@
-// Blocks of threads on the CPU: each thread is a fiber that goes on until it must wait for others. Copies of cp.async arrive as
-// late as they may.
+// Blocks of threads on the CPU: each thread is a fiber that goes on until it must wait for others. A copy of cp.async arrives at
+// once or as late as it may, as drawn: the one finds what is written before others have read, the other what is read too early.
 #pragma once
 
 #include <ucontext.h>
@@ -64,6 +64,7 @@ struct Block {
 };
 
 inline ucontext_t scheduler;
+inline std::mt19937 chance(256);
 inline Block* block;
 inline int thread_index, blocks;
 
@@ -114,7 +115,6 @@ inline bool run(int block_count, int threads, size_t bytes, std::function<void()
       order.emplace_back(own.index, &thread - own.threads.data());
     }
   }
-  std::mt19937 chance(threads);
   for (long rounds = 0; !order.empty(); ++rounds) {
     if (rounds > 2000000) return false;
     std::shuffle(order.begin(), order.end(), chance);
