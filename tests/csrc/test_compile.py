@@ -92,8 +92,11 @@ PLAIN = ("lora_linear_forward", "lora_linear_backward")
 
 
 def compiled_for(path):
-    """(architecture, kernels): both kinds of cards; and for Hopper, which plays them, the plain ones."""
-    return (("86", 6), ("80", 6), ("90", 12)) if path.stem in PLAIN else (("86", 6), ("80", 6))
+    """(architecture, kernels): of the plain ones both kinds of cards, and Hopper, which plays them; of the others one kind in
+    turn, which differ by their stages alone."""
+    if path.stem in PLAIN:
+        return (("86", 6), ("80", 6), ("90", 12))
+    return (("80" if AMPERE_SOURCES.index(path) % 2 else "86", 6),)
 
 
 def in_long(path, arch):
