@@ -75,7 +75,7 @@ def build(folder: Path, headers: list[str]) -> None:
     declared, own = "extern __shared__ __align__(128) uint8_t memory[];", "uint8_t* memory = simt::shared_memory();"
     assert declared in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(declared, own))
-    flags = ["-std=c++20", "-O1", "-fPIC", "-I.", *(f"-isystem{path}" for path in headers)]
+    flags = ["-std=c++20", "-Og", "-fPIC", "-I.", *(f"-isystem{path}" for path in headers)]
     flags += ["-include", "cuda_runtime_api.h", "-include", "simt.h"]
     sources = [
         "launches.cpp",

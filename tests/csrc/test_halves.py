@@ -13,6 +13,7 @@ SHAPES = [
     Sizes(32768, 1024, 1024, 200),
     Sizes(700, 512, 513, 64),
 ]
+SHARED = [Sizes(4096, 1024, 2048, 64), Sizes(8192, 1024, 1024, 128), Sizes(640, 2048, 768, 16)]
 CARDS_OF_IT = ("A100 80 GB", "A6000", "RTX 4090")
 
 
@@ -47,7 +48,7 @@ def test_halves_are_the_items_that_were_cut(list_sm80, name, sizes, backward):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("sizes", [Sizes(4096, 1024, 2048, 64), Sizes(8192, 1024, 1024, 128), Sizes(640, 2048, 768, 16)])
+@pytest.mark.parametrize("sizes", SHARED, ids=str)
 def test_passes_that_share_a_list_would_have_the_same(list_sm80, sizes, backward):
     """Whichever came first: otherwise what a pass is summed like would depend on those before it."""
     for name in CARDS_OF_IT:

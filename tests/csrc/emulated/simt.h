@@ -64,7 +64,7 @@ struct Block {
 };
 
 inline ucontext_t scheduler;
-inline std::mt19937 chance(256);
+inline std::mt19937 chance;
 inline Block* block;
 inline int thread_index, blocks;
 
@@ -115,6 +115,7 @@ inline bool run(int block_count, int threads, size_t bytes, std::function<void()
       order.emplace_back(own.index, &thread - own.threads.data());
     }
   }
+  chance.seed(threads);  // each launch alone decides how it goes
   for (long rounds = 0; !order.empty(); ++rounds) {
     if (rounds > 2000000) return false;
     std::shuffle(order.begin(), order.end(), chance);
