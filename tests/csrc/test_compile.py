@@ -92,8 +92,8 @@ PLAIN = ("lora_linear_forward", "lora_linear_backward")
 
 
 def compiled_for(path):
-    """(architecture, kernels): of the plain ones both kinds of cards, whose kernels differ by their stages alone, and Hopper,
-    which plays them; of the others one kind in turn."""
+    """(architecture, kernels): of the plain ones both kinds of cards, whose kernels differ by their stages alone, and
+    Hopper, which plays them; of the others one kind in turn."""
     if path.stem in PLAIN:
         return (("86", 6), ("80", 6), ("90", 12))
     return (("80" if AMPERE_SOURCES.index(path) % 2 else "86", 6),)
