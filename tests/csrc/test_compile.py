@@ -118,8 +118,8 @@ def in_long(path, arch):
 def test_ampere_kernels(source, arch, kernels, build, tmp_path):
     level = build["LEVELS"][source.parent.name]
     said = compile_to(f"-arch=sm_{arch}", source, tmp_path / "out.cubin", f"-Xptxas=-O{level}")
-    # A few words are kept in memory, once an item.
-    assert_no_spills(said, 48)
+    # A few words are kept in memory, once an item: where a mask takes registers, some more.
+    assert_no_spills(said, 48 if "dropout" in source.stem else 24)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
     assert sum(number > 200 for number in registers) == kernels
     assert max(registers) <= 65536 // 256 - 1
