@@ -1,14 +1,13 @@
 """The list of work of csrc's kernels, made on the CPU."""
 
-import itertools
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.csrc import traffic
-from tests.csrc.passes import Item, Sizes
+from tests.csrc.items import read_items
+from tests.csrc.passes import Sizes
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +34,7 @@ def list_sm80(compile_list):
         card = (card.capability, card.sm_count, card.shared_memory)
         line = " ".join(map(str, [*sizes, int(backward), *card, int(halves)]))
         done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
-        return [traffic.Item(*map(int, numbers)) for numbers in zip(*[iter(done.stdout.split())] * 8, strict=True)]
+        return read_items(done.stdout)
 
     return run
 
@@ -50,7 +49,6 @@ def list_work(compile_list):
         done = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
             sizes, items = line.split(";")
-            numbers = map(int, items.split())
-            yield Sizes(*map(int, sizes.split())), list(itertools.starmap(Item, zip(*[numbers] * 8, strict=True)))
+            yield Sizes(*map(int, sizes.split())), read_items(items)
 
     return run

@@ -2,16 +2,13 @@
 
 import itertools
 
+from tests.csrc.items import GRADIENT_A, SHRINK, TILE, Item
 from tests.csrc.passes import (
     BOX,
     CONSUMERS,
     FLAG_PARTS,
     FLAG_ROWS,
-    GRADIENT_A,
     NONE,
-    SHRINK,
-    TILE,
-    Item,
     Turns,
     boxes_of,
 )

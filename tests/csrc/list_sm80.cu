@@ -1,9 +1,10 @@
 // Reads passes of one linear from standard input, a line each: "M K N r backward capability sms shared_bytes halves". Writes for each one line:
-// eight numbers of each item of csrc/sm80's list; with halves as kernels get it, without them before any item was cut.
+// the items of csrc/sm80's list; with halves as kernels get it, without them before any item was cut.
 #include <cstdio>
 
 #include "../../csrc/sm80/tiling.cuh"
 #include "../../csrc/work/halves.h"
+#include "print_items.h"
 
 using namespace fused_lora;
 
@@ -15,9 +16,6 @@ int main() {
     const work::Pass pass{M, backward != 0, false, true, false, 1, 1, {backward ? backward_part : forward_part}};
     work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, {capability, sms, shared_bytes}));
     if (halves) plan = work::balanced(pass, plan);
-    for (const work::Item& item : plan.items) {
-      std::printf("%d %d %d %d %d %d %d %d ", static_cast<int>(item.work), item.bits, item.row, item.rows, item.col, item.rank, item.waits, item.raises);
-    }
-    std::printf("\n");
+    print_items(plan.items);
   }
 }

@@ -1,8 +1,9 @@
 // Reads passes from standard input, a line each: "M backward drops wants_out gated block_n clusters parts summed", then for each part "cols depth r
-// wants_dA wants_dB". Writes for each one line: what the plan and its kernel say, then work items, eight numbers each.
+// wants_dA wants_dB". Writes for each one line: what the plan and its kernel say, then the items.
 #include <cstdio>
 
 #include "../../csrc/sm90/tiling.cuh"
+#include "print_items.h"
 
 using namespace fused_lora::sm90;
 using fused_lora::kMostParts;
@@ -14,11 +15,7 @@ void list(const Pass& pass, int clusters) {
   std::printf("%d %d %d %lld %d ", plan.low_flags, plan.chain_flags, plan.flags, static_cast<long long>(plan.partials), plan.finish_spacing);
   std::printf("%d %d %d %d %d %d %d %d ;", plan.tiling.tile_cols, plan.tiling.gradient_cols, C::kStages, C::kBlockN / kBox,
               C::kTileCols / kBox, boxes_of(C::kBlockR), C::kShrinkHalves, C::kGradientBlocks);
-  for (const Item& item : plan.items) {
-    std::printf(" %d %d %d %d %d %d %d %d", static_cast<int>(item.work), item.bits, item.part, item.row, item.rows,
-                item.work == Work::kShrink ? item.stride : item.col, item.waits, item.raises);
-  }
-  std::printf("\n");
+  print_items(plan.items);
 }
 
 template <int kBlockN>

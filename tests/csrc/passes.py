@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SHRINK, TILE, GRADIENT_A, GRADIENT_B = range(4)
 CLUSTER, CONSUMERS, BOX, BLOCK_M = 2, 2, 64, 128
 PAIR_ROWS = CLUSTER * BLOCK_M
 FLAG_ROWS, CHAIN_FLAGS, NONE = 64, 4, -1
@@ -71,35 +70,6 @@ class Sizes(NamedTuple):
     rank_boxes: int
     shrink_halves: int
     gradient_blocks: int
-
-
-class Item(NamedTuple):
-    """csrc/work/item.h."""
-
-    work: int
-    bits: int
-    part: int
-    row: int
-    rows: int
-    col: int  # of a shrink item, its stride
-    waits: int
-    raises: int
-
-    @property
-    def shrunk_rows(self) -> range:
-        return range(self.row, self.row + self.rows, self.col)
-
-    @property
-    def is_first(self) -> bool:
-        return bool(self.bits & 1)
-
-    @property
-    def is_last(self) -> bool:
-        return bool(self.bits & 2)
-
-    @property
-    def rides(self) -> bool:
-        return bool(self.bits & 4)
 
 
 def some_passes(count, widths=(1, 136, 151, 512, 4096, 8191, 50257), most_width=14400, most_rows=40000, seed=0):

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 
 from tests.csrc.consumers import Consumer
+from tests.csrc.items import SHRINK, TILE, Item
 from tests.csrc.passes import (
     BLOCK_M,
     BOX,
@@ -16,9 +17,6 @@ from tests.csrc.passes import (
     FLAG_ROWS,
     LOOKAHEAD,
     NONE,
-    SHRINK,
-    TILE,
-    Item,
     Pass,
     Sizes,
     Turns,

@@ -92,11 +92,8 @@ PLAIN = ("lora_linear_forward", "lora_linear_backward")
 
 
 def compiled_for(path):
-    """(architecture, kernels): of the plain ones both kinds of cards, whose kernels differ by their stages alone, and
-    Hopper, which plays them; of the others one kind in turn."""
-    if path.stem in PLAIN:
-        return (("86", 6), ("80", 6), ("90", 12))
-    return (("80" if AMPERE_SOURCES.index(path) % 2 else "86", 6),)
+    """(architecture, kernels): both kinds of cards; and for Hopper, which plays them, the plain ones."""
+    return (("86", 6), ("80", 6), ("90", 12)) if path.stem in PLAIN else (("86", 6), ("80", 6))
 
 
 def in_long(path, arch):
@@ -118,8 +115,8 @@ def in_long(path, arch):
 def test_ampere_kernels(source, arch, kernels, build, tmp_path):
     level = build["LEVELS"][source.parent.name]
     said = compile_to(f"-arch=sm_{arch}", source, tmp_path / "out.cubin", f"-Xptxas=-O{level}")
-    # A few words are kept in memory, once an item.
-    assert_no_spills(said, 48)
+    # A few words are kept in memory, once an item: with dropout some more.
+    assert_no_spills(said, 48 if "dropout" in source.stem else 24)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
     assert sum(number > 200 for number in registers) == kernels
     assert max(registers) <= 65536 // 256 - 1

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from fused_lora.cards import CARDS
-from tests.csrc.traffic import SHRINK, TILE, Sizes
+from tests.csrc.items import SHRINK, TILE
+from tests.csrc.traffic import Sizes
 
 SHAPES = [
     Sizes(8192, 4096, 4096, 16),
@@ -28,8 +29,8 @@ def merged(items):
         assert item.work in (SHRINK, TILE)
         assert (item.bits, other.bits) == (8 | 1, 8 | 2)
         assert item._replace(bits=0) == other._replace(bits=0)
-        assert item.rank == next(numbers)
-        yield item._replace(bits=0, rank=0), True
+        assert item.own == next(numbers)
+        yield item._replace(bits=0, own=0), True
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

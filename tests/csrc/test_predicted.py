@@ -8,7 +8,8 @@ from fused_lora.predict import predict
 from fused_lora.predict.csrc import work_of
 from fused_lora.predict.rates import HOPPER
 from fused_lora.predict.work import makespan
-from tests.csrc.passes import PAIR_ROWS, SHRINK, TILE, Part, Pass
+from tests.csrc.items import SHRINK, TILE
+from tests.csrc.passes import PAIR_ROWS, Part, Pass
 from tests.csrc.test_traffic import SHAPES
 from tests.csrc.traffic import CARDS as PLAYED
 from tests.csrc.traffic import memory_bytes

@@ -4,16 +4,12 @@ import itertools
 
 import pytest
 
+from tests.csrc.items import GRADIENT_A, GRADIENT_B, SHRINK, TILE, Item
 from tests.csrc.passes import (
     CHAIN_FLAGS,
     FLAG_ROWS,
-    GRADIENT_A,
-    GRADIENT_B,
     NONE,
     PAIR_ROWS,
-    SHRINK,
-    TILE,
-    Item,
     Part,
     Pass,
     promised_floats,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from fused_lora.cards import CARDS as KNOWN
 from fused_lora.cards import Card
+from tests.csrc.items import GRADIENT_A, SHRINK, TILE, Item
 
-SHRINK, TILE, GRADIENT_A, GRADIENT_B = range(4)
 ROWS, COLS, BLOCK = 256, 128, 256
 SHRINK_PACE = 0.5  # of a tile's time for the same depth
 
@@ -26,27 +26,6 @@ class Sizes(NamedTuple):
     K: int
     N: int
     r: int
-
-
-class Item(NamedTuple):
-    """csrc/work/item.h, as list_sm80.cu writes it."""
-
-    work: int
-    bits: int
-    row: int
-    rows: int
-    col: int
-    rank: int  # of a half, the number of the item that was cut
-    waits: int
-    raises: int
-
-    @property
-    def is_half(self) -> bool:
-        return bool(self.bits & 8)
-
-    @property
-    def is_first(self) -> bool:
-        return bool(self.bits & 1)
 
 
 class Cache:
@@ -78,7 +57,7 @@ def uses(sizes: Sizes, item: Item, backward: bool) -> Iterator[tuple[float, list
     if item.is_half:
         cut, ends = len(steps) // 2, not item.is_first
         steps = steps[:cut] if item.is_first else steps[cut:]
-        yield 0.0, [(("half", item.rank), 4 * ROWS * COLS)]
+        yield 0.0, [(("half", item.own), 4 * ROWS * COLS)]
     if item.work == SHRINK:
         yield from ((SHRINK_PACE, [((read, row, k), big)]) for k in steps)
         yield 0.0, [(("low", row), low)] if ends else []
@@ -90,7 +69,7 @@ def uses(sizes: Sizes, item: Item, backward: bool) -> Iterator[tuple[float, list
         source, other = ("x", "low") if item.work == GRADIENT_A else ("dy", "xa")
         for token in range(row, row + item.rows // ROWS):
             yield 1.0, [((source, token, item.col // BLOCK), big), ((other, token), low)]
-        yield 0.0, [(("sums", item.work, item.col, item.rank), 4 * BLOCK * min(max(sizes.r, 16), 128))]
+        yield 0.0, [(("sums", item.work, item.col, item.own), 4 * BLOCK * min(max(sizes.r, 16), 128))]
 
 
 def memory_bytes(sizes: Sizes, items: list[Item], backward: bool, card: Card) -> int:
