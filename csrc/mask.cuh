@@ -29,6 +29,9 @@ class Mask {
     return {in, mix(in + kGolden)};
   }
 
+  // Another lane's.
+  static __device__ RowKey of_lane(RowKey key, int lane) { return {__shfl_sync(~0u, key.in, lane), __shfl_sync(~0u, key.mid, lane)}; }
+
   // Of columns 8 group to 8 group + 7.
   static __device__ uint32_t group_key(RowKey row, uint32_t group) { return fold(row.in ^ group * kGolden, kFirst) ^ row.mid; }
 
@@ -52,14 +55,14 @@ class Mask {
 
   // The halves of a product of 64 bits, one over the other.
   static __device__ uint32_t fold(uint32_t a, uint32_t b) {
-    const uint64_t product = uint64_t{a} * b;
+    const uint64_t product = ptx::wide_product(a, b);
     return static_cast<uint32_t>(product >> 32) ^ static_cast<uint32_t>(product);
   }
 
   // Both halves at once: with 2^15 - t added to the lower 15 bits, the highest one says whether they are at or above t.
   __device__ uint32_t kept(uint32_t word) const {
     const uint32_t sum = (word & 0x7FFF7FFF) + add_;
-    return ptx::spread_signs((sum & word) | (either_ & (sum | word)));
+    return ptx::spread_signs(ptx::majority(sum, word, either_));
   }
 
   uint32_t first_, second_, add_, either_;

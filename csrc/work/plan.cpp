@@ -49,7 +49,7 @@ class Planner {
     plan_.low_flags = rows_ * row_flags();
     plan_.chain_flags = tiling_.chain_flags * gradient_cols_ * rank_items_;
     plan_.flags = pass_.parts * plan_.low_flags;
-    plan_.finish_spacing = std::max<int>(1, pass_.depth() / tiling_.tile_cols);
+    plan_.finish_spacing = finish_spacing();
     plan_.first_shrinks = order_.shrink_batch > 0 ? ceil_div(groups_[0].count, order_.shrink_batch) * static_cast<int>(shrinking_.size()) : 0;
     for (int i = 0; i < pass_.parts; ++i) plan_.partials += partials(pass_.part[i]);
     list();
@@ -62,6 +62,12 @@ class Planner {
   int64_t partials(const PassPart& part) const {
     const int64_t of_A = part.wants_dA ? partial_floats(tiling_, part.cols) : 0;
     return of_A + (part.wants_dB ? partial_floats(tiling_, part.depth) + partial_cols(tiling_, part.depth) : 0);
+  }
+
+  // Boxes and steps are 64 wide. Where ranks are masked, a tile is gone two steps a box before the next one's depth ends.
+  int finish_spacing() const {
+    const int spacing = static_cast<int>(pass_.depth() / tiling_.tile_cols);
+    return std::max(1, spacing - (pass_.backward && pass_.drops ? 2 : 0));
   }
 
   // A shrink item costs about half a tile: where tiles are long, two at a time keep the workers in step. Short tiles want shrink
@@ -78,7 +84,7 @@ class Planner {
     }
     order.gradient_lead = pass_.backward && small_groups ? std::min(2, std::max(0, order.shrink_lead - 1)) : 0;
     order.tail = long_tiles ? 0 : 4;
-    // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
+    // Few rows leave few items, whose chain should be short; masked items take longer, and come last where tiles are short.
     order.halves_slices = order.groups == 1 || (pass_.drops && pass_.depth() >= 2048);
     const bool few_cols = tile_cols_ > 0 && 5 * tile_cols_ <= tiling_.workers;
     return pass_.backward && long_tiles && few_cols && !pass_.gated ? in_waves(order) : order;
