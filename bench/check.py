@@ -5,7 +5,8 @@ from torch import Tensor
 
 from fused_lora.reference import lora_linear_ref
 
-from .variants import Problem, Variant, run
+from .shapes import ADAPTED
+from .variants import DROPOUT, SEED, Problem, Variant, run
 
 # Relative Frobenius error, measured against one precision up (float32 for 16 bits, float64 for the rest).
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -18,10 +19,11 @@ class WrongResultError(AssertionError):
 def reference_results(problem: Problem, work: str) -> dict[str, Tensor]:
     """y, x's gradient and the trained parameters' by name, by torch's autograd through lora_linear_ref."""
     compute = torch.float32 if problem.x.dtype.itemsize == 2 else torch.float64
-    trained = {"lora": ("A", "B"), "full_rank": ("weight",), "frozen": ()}[work]
+    trained = {"full_rank": ("weight",), "frozen": ()}.get(work, ("A", "B"))
+    dropout = {"p": DROPOUT, "seed": torch.tensor(SEED, device=problem.x.device)} if work == "dropout" else {}
     tensors = {name: getattr(problem, name).detach().to(compute) for name in ("x", "weight", "A", "B")}
     inputs = [tensors[name].requires_grad_() for name in ("x", *trained)]
-    y = lora_linear_ref(**tensors, scale=problem.scale if work == "lora" else 0.0)
+    y = lora_linear_ref(**tensors, scale=problem.scale if work in ADAPTED else 0.0, **dropout)
     grads = torch.autograd.grad(y, inputs, problem.dy.to(compute))
     return dict(zip(("y", "x", *trained), (y.detach(), *grads), strict=True))
 

@@ -125,7 +125,6 @@ def variants(card: str) -> dict[str, Kind]:
     kernels = f"cuBLAS's fastest {card} kernels"
     return {
         FLOOR: Kind(baselines.frozen, f"frozen linear, no adapter, by {kernels} (the floor)", "frozen"),
-        PACKAGE: VARIANTS[PACKAGE],
-        "fused_lora_triton": VARIANTS["fused_lora_triton"],
+        **{name: VARIANTS[name] for name in (PACKAGE, "fused_lora_dropout", "fused_lora_triton")},
         "addmm": Kind(baselines.addmm, f"unfused, addmm_, by {kernels}"),
     }

@@ -10,6 +10,8 @@ from .variants import FLOOR, PACKAGE
 CEILING = 3.0
 COLORS = {
     PACKAGE: "#d9480f",
+    "fused_lora_dropout": "#ec8453",
+    "fused_lora_triton": "#f4bf9c",
     "addmm": "#8fb8de",
     "merged_weight": "#4f8fc9",
     "compiled": "#2b628f",

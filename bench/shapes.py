@@ -1,15 +1,17 @@
 """The shapes that are timed, and the floors under any implementation of them: FLOPs and bytes.
 
-M tokens, K in_features, N out_features, r rank. Three kinds of work:
+M tokens, K in_features, N out_features, r rank. Four kinds of work:
     frozen      y = x W^T and dx: the same linear without an adapter, the floor that times are divided by
     full_rank   y, dx and dW: training the whole weight
     lora        y = x W^T + scale (x A^T) B^T, dx, dA and dB
+    dropout     the same with a mask on x on its way to A: no other products, and no bytes
 """
 
 from dataclasses import dataclass
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
+ADAPTED = ("lora", "dropout")  # work with factors
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def flops(shape: Shape, pass_name: str, work: str = "lora") -> int:
     base, update = 2 * shape.M * shape.K * shape.N, 2 * shape.M * shape.r * (shape.K + shape.N)
     backward = pass_name == FORWARD_BACKWARD
     base_products = 1 + backward * (2 if work == "full_rank" else 1)
-    update_products = (1 + 2 * backward) if work == "lora" else 0
+    update_products = (1 + 2 * backward) if work in ADAPTED else 0
     return base_products * base + update_products * update
 
 
@@ -76,7 +78,7 @@ def least_bytes(shape: Shape, pass_name: str, itemsize: int, work: str = "lora")
     dA, dB; full_rank reads x once more and writes dW. xa (M r) can be computed anew and is not counted.
     """
     linear = shape.M * shape.K + shape.N * shape.K + shape.M * shape.N
-    factors = shape.r * (shape.K + shape.N) if work == "lora" else 0
+    factors = shape.r * (shape.K + shape.N) if work in ADAPTED else 0
     elements = linear + factors
     if pass_name == FORWARD_BACKWARD:
         elements += linear + 2 * factors + (0 if work == "frozen" else shape.M * shape.K)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fused_lora import LoRALinear, backends
+from fused_lora import LoRALinear, backends, lora_linear
 
 from .shapes import Shape
 
 # lora_alpha / r. Not 1, so that a forgotten scale shows.
 SCALE = 0.75
+DROPOUT, SEED = 0.1, 2**40 + 5  # of the update's input where a variant drops, and whose mask
 
 
 @dataclass
@@ -213,6 +214,13 @@ def fused_lora_triton(problem: Problem) -> Variant:
     return Variant(variant.step, variant.parameters, backend="triton")
 
 
+def fused_lora_dropout(problem: Problem) -> Variant:
+    """The module's function with dropout. Its mask is a seed's, so that the reference has the same one."""
+    weight, A, B = problem.weight, problem.A, problem.B
+    scale, seed = (torch.tensor(value, device=weight.device) for value in (problem.scale, SEED))
+    return Variant(lambda x: lora_linear(x, weight, A, B, None, scale, DROPOUT, seed), {"A": A, "B": B})
+
+
 @dataclass(frozen=True)
 class Kind:
     """A factory, its name in tables, and the work (see shapes.py) that its FLOPs and results are those of."""
@@ -226,6 +234,7 @@ FLOOR, PACKAGE = "frozen", "fused_lora"
 VARIANTS = {
     FLOOR: Kind(frozen, "frozen linear, no adapter (the floor)", "frozen"),
     PACKAGE: Kind(fused_lora, "**fused_lora**"),
+    "fused_lora_dropout": Kind(fused_lora_dropout, f"fused_lora, dropout of {DROPOUT}", "dropout"),
     "fused_lora_triton": Kind(fused_lora_triton, "fused_lora, Triton backend"),
     "addmm": Kind(addmm, "unfused, addmm_"),
     "merged_weight": Kind(merged_weight, "W' = W + sBA, one GEMM"),

@@ -106,7 +106,8 @@ def test_the_command(by_torch, tmp_path, monkeypatch, capsys):
     assert list(record["times"]) == [GRAPH]
     outcomes = record["times"][GRAPH][FORWARD_BACKWARD]
     assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
-        FLOOR: MEASURED, PACKAGE: MEASURED, "fused_lora_triton": UNAVAILABLE, "addmm": MEASURED,
+        FLOOR: MEASURED, PACKAGE: MEASURED, "fused_lora_dropout": MEASURED, "fused_lora_triton": UNAVAILABLE,
+        "addmm": MEASURED,
     }  # fmt: skip
     assert len(record["kernels"][FLOOR]) == 8
     text = (tmp_path / "table.md").read_text()
