@@ -35,7 +35,7 @@ struct Operand {
 // Of x on its way to A. mask.cuh has the hash.
 struct Dropout {
   const int64_t* seed;  // on the device; null where nothing is dropped
-  uint32_t threshold;   // an entry is kept where its number of 16 bits is at or above this; 2^16 keeps none
+  uint32_t threshold;   // of the numbers that are dropped, as in fused_lora/reference.py
   float keep_scale;     // 1 / (1 - p); 1 where nothing is dropped
 };
 

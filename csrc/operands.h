@@ -17,6 +17,7 @@ inline int64_t padded(int64_t cols) {
 }
 
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;  // the kernels count them in an int
+constexpr int64_t kMostStride = int64_t{1} << 22;        // and csrc/sm80 the bytes from a step's first row to its others in 31 bits
 
 // (M, cols) with padded rows, the last one too: kernels read 8 columns at once, and write pairs.
 inline at::Tensor padded_rows(int64_t M, int64_t cols, const at::TensorOptions& options) {
@@ -26,7 +27,7 @@ inline at::Tensor padded_rows(int64_t M, int64_t cols, const at::TensorOptions& 
 inline at::Tensor padded_like(const at::Tensor& x, int64_t M, int64_t cols) { return padded_rows(M, cols, x.options()); }
 
 inline bool addressable(const at::Tensor& matrix) {
-  return matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1) &&
+  return matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1) && matrix.stride(0) <= kMostStride &&
          reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
 }
 
@@ -69,7 +70,11 @@ class Readable {
  public:
   explicit Readable(at::ScalarType dtype) : dtype_(dtype) {}
   Operand operator()(const at::Tensor& matrix) { return keep(addressed(matrix, dtype_)); }
-  Operand keep(const at::Tensor& matrix) { return operand_of(kept_.emplace_back(matrix)); }
+  Operand keep(const at::Tensor& matrix) {
+    TORCH_CHECK(matrix.size(0) == 0 || matrix.stride(0) <= kMostStride, "the CUDA kernels read rows of at most 2^22 elements, got ",
+                matrix.stride(0), "; with FUSED_LORA_BACKEND=triton they may be longer");
+    return operand_of(kept_.emplace_back(matrix));
+  }
 
  private:
   at::ScalarType dtype_;
@@ -79,7 +84,9 @@ class Readable {
 inline Dropout dropout_of(const std::optional<at::Tensor>& seed, double p) {
   if (!seed) return {nullptr, 0, 1.0f};
   TORCH_CHECK(seed->scalar_type() == at::kLong && seed->is_cuda(), "seed must be an int64 on the device");
-  return {seed->data_ptr<int64_t>(), static_cast<uint32_t>(std::nearbyint(p * 65536)), p == 1 ? 0.0f : static_cast<float>(1 / (1 - p))};
+  const bool keeps = p > 31.0 / 32;
+  const auto picked = static_cast<uint32_t>(std::nearbyint((keeps ? 1 - p : p) * 0x8000));
+  return {seed->data_ptr<int64_t>(), (0x7C01 - picked) | uint32_t{keeps} << 16, p == 1 ? 0.0f : static_cast<float>(1 / (1 - p))};
 }
 
 inline Activation activation_of(at::ArrayRef<double> act) {

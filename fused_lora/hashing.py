@@ -36,9 +36,8 @@ def half_bits(rows: int, cols: int, seed: Tensor) -> Tensor:
     return torch.stack((h & 0xFFFF, h >> 16), dim=-1).flatten(-2)[:, :cols]
 
 
-# Of a group of 8 columns: what its hash is mixed with for each pair of them.
-_FLIPS = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-_FACTORS = (0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD)
+# Of a group of 32 columns: what its hash is multiplied by for each pair of them.
+_FACTORS = [(pair * 0x9E3779B9 ^ 0xC2B2AE35) & _U32 | 1 for pair in range(16)]
 
 
 def _fold(a: Tensor, b: Tensor | int) -> Tensor:
@@ -48,14 +47,13 @@ def _fold(a: Tensor, b: Tensor | int) -> Tensor:
 
 
 def mask_numbers(M: int, K: int, seed: Tensor, first: int = 0) -> Tensor:
-    """(M, K) int64 in [0, 2^16), rows from `first` on: one hash of (seed, row, 8 columns) for 8 entries."""
+    """(M, K) int64 in [0, 2^15), rows from `first` on: one hash of (seed, row, 32 columns) for 32 entries."""
     # The seed is mixed before rows are: rows of neighbouring seeds would be each other's otherwise.
     low = _mix(((seed & _U32) + 0x9E3779B9) & _U32)
     high = _mix(((low ^ (seed >> 32 & _U32)) + 0x9E3779B9) & _U32)
     rows = torch.arange(first, first + M, device=seed.device, dtype=torch.int64)
-    groups = torch.arange((K + 7) // 8, device=seed.device, dtype=torch.int64)
-    key_in = _mix((_mix(rows ^ low) + high) & _U32)
-    key_mid = _mix((key_in + 0x9E3779B9) & _U32)
-    group = _fold(key_in[:, None] ^ (groups * 0x9E3779B9 & _U32), 0x7FEB352D) ^ key_mid[:, None]
-    words = torch.stack([_fold(group ^ flip, factor) for flip, factor in zip(_FLIPS, _FACTORS, strict=True)], dim=-1)
-    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :K]
+    groups = torch.arange((K + 31) // 32, device=seed.device, dtype=torch.int64)
+    row_keys = _mix((_mix(rows ^ low) + high) & _U32)
+    group_keys = _fold(row_keys[:, None] ^ (groups * 0x9E3779B9 & _U32), 0x7FEB352D)
+    words = torch.stack([_fold(group_keys, factor) for factor in _FACTORS], dim=-1)
+    return torch.stack((words & 0x7FFF, words >> 16 & 0x7FFF), dim=-1).flatten(1)[:, :K]

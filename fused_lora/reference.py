@@ -13,15 +13,22 @@ from torch.nn import functional as F
 
 from .hashing import half_bits, hash_bits, mask_numbers
 
+_LAST_PICKED = 0x7C00  # infinity, where numbers are read as float16, which is how CUDA compares them, two at once
+
 
 def mask_threshold(p: float) -> int:
-    """p to 2^-16: an entry is kept where its number is at or above this."""
-    return round(p * 2**16)
+    """Which entries are dropped, p to the nearest 2^-15: those whose numbers are from this one to 0x7C00. No more than
+    31 of 32 are as many; above that the same ones are kept, and 2^16 is added."""
+    keeps = p > 31 / 32
+    return _LAST_PICKED + 1 - round((1 - p if keeps else p) * 2**15) + (keeps << 16)
 
 
 def keep_mask(M: int, K: int, p: float, seed: Tensor, first: int = 0) -> Tensor:
     """(M, K) bool, True with probability 1 - p."""
-    return mask_numbers(M, K, seed, first) >= mask_threshold(p)
+    keeps, first_picked = divmod(mask_threshold(p), 2**16)
+    numbers = mask_numbers(M, K, seed, first)
+    picked = (numbers >= first_picked) & (numbers <= _LAST_PICKED)
+    return picked if keeps else ~picked
 
 
 def uniform(rows: int, cols: int, bound: float, seed: Tensor) -> Tensor:

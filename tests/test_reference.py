@@ -1,6 +1,7 @@
 """The specification itself: against torch's autograd in float64, and the statistics of its dropout mask."""
 
 import itertools
+from math import comb
 
 import pytest
 import torch
@@ -123,6 +124,33 @@ def test_no_row_repeats_another_shifted(p):
             products.fill_diagonal_(0)
         # Of 9 million pairs the furthest is about 5.3 sigma; a repeated row is 16.
         assert products.abs().max() < 9
+
+
+def surprise(mask, p):
+    """How far the counts of True in mask's rows are from a binomial's: chi-square in its own standard deviations."""
+    size = mask.shape[1]
+    counts = torch.bincount(mask.sum(1), minlength=size + 1).double()
+    expected = mask.shape[0] * torch.tensor([comb(size, k) * p ** (size - k) * (1 - p) ** k for k in range(size + 1)])
+    often = expected > 20
+    freedom = int(often.sum()) - 1
+    return (((counts - expected) ** 2 / expected)[often].sum() - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.125, 0.5])
+@pytest.mark.parametrize("seed", [3, 2**50 + 1])
+def test_the_entries_of_one_hash_are_independent_together(seed, p):
+    """Of 32 columns, which share a hash; the upper halves of its products are the ones whose factors matter."""
+    groups = reference.keep_mask(4096, 2048, p, torch.tensor(seed)).view(-1, 32)
+    for part in (groups, groups[:, ::2], groups[:, 1::2], groups[:, :8], groups[:, 8:24:2]):
+        assert surprise(part, p) < 5
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.3, 31 / 32, 0.97, 0.9999, 1.0])
+def test_p_is_exact_to_two_to_the_minus_16(p, monkeypatch):
+    """Over all numbers, of which each is as likely."""
+    monkeypatch.setattr(reference, "mask_numbers", lambda M, K, seed, first: torch.arange(2**15).view(M, K))
+    dropped = (~reference.keep_mask(1, 2**15, p, SEED)).double().mean()
+    assert abs(dropped - p) <= 2**-16
 
 
 @pytest.mark.parametrize("other", [0, 0x1234_5678_9ABD, 0x1235_5678_9ABC, 0x5678_9ABC])

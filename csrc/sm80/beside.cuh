@@ -37,14 +37,18 @@ class StepMask {
  public:
   // Of x from (row, col) on.
   __device__ __forceinline__ StepMask(const Dropout& dropout, int row, int col, int steps) : mask_(dropout), unmasked_(steps) {
+    const int lane = threadIdx.x % 32, chunk = col / 8 + threadIdx.x % kAcross;
+    group_ = chunk / kChunksOfGroup;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) factors_[i] = Mask::factor(chunk % kChunksOfGroup * kPairs + i);
     if constexpr (kMN) {
-      row_ = row + threadIdx.x / kAcross;
-      group_ = col / 8 + threadIdx.x % kAcross;
+      row_ = row + threadIdx.x / kAcross + lane * kDown;
       at_ = mn_major<kBlockM>(threadIdx.x / kAcross, threadIdx.x % kAcross);
+      lane_ = 32;
     } else {
-      row_ = row + threadIdx.x / 4;
-      group_ = col / 8 + threadIdx.x % 4;
-      at_ = k_major(threadIdx.x / 4, threadIdx.x % 4);
+      at_ = k_major(threadIdx.x / kAcross, threadIdx.x % kAcross);
+      key_ = mask_.row_key(row + threadIdx.x / 32 * 8 + lane % 8 + lane / 8 * Copies<kBlockM>::kAcross);
+      lane_ = lane / kAcross;
     }
   }
 
@@ -58,27 +62,41 @@ class StepMask {
   __device__ __forceinline__ void change(uint32_t stage) {
     if (unmasked_ == 0) return;
     --unmasked_;
+    if (kMN && lane_ == 32) make_key();
 #pragma unroll
-    for (int i = 0; i < Copies<kBlockM>::kPasses; ++i) {
+    for (int i = 0; i < kPasses; ++i) {
       const uint32_t address = stage + at_ + i * kPassBytes;
-      const uint32_t key = Mask::group_key(mask_.row_key(row_ + i * (kMN ? Copies<kBlockM>::kDown : Copies<kBlockM>::kAcross)), group_);
+      const uint32_t key = Mask::group_key(__shfl_sync(~0u, key_, lane_ + i * (kMN ? 1 : 8)), group_);
       uint4 v = ptx::load_shared(address);
-      v.x &= mask_.kept_bits(key, 0);
-      v.y &= mask_.kept_bits(key, 1);
-      v.z &= mask_.kept_bits(key, 2);
-      v.w &= mask_.kept_bits(key, 3);
+      v.x &= mask_.kept_bits(key, factors_[0]);
+      v.y &= mask_.kept_bits(key, factors_[1]);
+      v.z &= mask_.kept_bits(key, factors_[2]);
+      v.w &= mask_.kept_bits(key, factors_[3]);
       ptx::store_shared(address, v);
     }
-    if constexpr (kMN) row_ += kDepth;
-    else group_ += kDepth / 8;
+    if constexpr (kMN) lane_ += kPasses;
+    else ++group_;
   }
 
  private:
-  static constexpr int kAcross = kBlockM / 8;  // chunks of a row, MN-major
+  static constexpr int kPasses = Copies<kBlockM>::kPasses, kDown = Copies<kBlockM>::kDown;
+  static constexpr int kAcross = (kMN ? kBlockM : kDepth) / 8;  // chunks of a row
+  static constexpr int kPairs = 4, kChunksOfGroup = Mask::kPairs / kPairs;  // of a chunk's columns
+  static_assert(kPasses == 4 && kDown == 8 && kDepth == Mask::kGroup);
+
+  // Of 32 rows that the warp copies in the next steps, one a lane.
+  __device__ __forceinline__ void make_key() {
+    key_ = mask_.row_key(row_);
+    row_ += 32 * kDown;
+    lane_ = 0;
+  }
 
   Mask mask_;
   int unmasked_, row_, group_;
-  uint32_t at_;
+  uint32_t at_, factors_[kPairs];
+  // Of a row, which is dear: each lane makes one of the warp's, and has the others from the lanes that made them.
+  uint32_t key_;
+  int lane_;  // who has the next one
 };
 
 }  // namespace fused_lora::sm80

@@ -44,8 +44,7 @@ struct List {
   }
 };
 
-// What decides how an item goes on. kRanksFirst: of a tile, its ranks come before its depth.
-template <bool kRanksFirst>
+// What decides how an item goes on.
 struct Head {
   Work work;
   int bits, part;
@@ -59,7 +58,7 @@ struct Head {
 
   __device__ bool is_half() const { return bits & work::kHalf; }
   __device__ bool is_first() const { return bits & work::kFirst; }
-  __device__ bool has_ranks() const { return !is_half() || is_first() == kRanksFirst; }
+  __device__ bool has_ranks() const { return !is_half() || !is_first(); }
 };
 
 }  // namespace fused_lora::sm80

@@ -7,11 +7,8 @@
 namespace fused_lora::sm80 {
 
 // kGates: tiles are of gate and up.
-template <int kStages, bool kBackward, bool kDrops, bool kGates>
+template <int kStages, bool kBackward, bool kGates>
 struct Loader {
-  // Where ranks are masked, they come first: their sums are, before others come.
-  static constexpr bool kRanksFirst = kBackward && kDrops;
-
   Shared<kStages>& shared;
   const KernelParams& p;
   List list;
@@ -138,7 +135,6 @@ struct Loader {
     return sum;
   }
 
-  using Head = sm80::Head<kRanksFirst>;
   __device__ Head head_of(int number) { return Head(at(number)); }
 
   // Of a shrink item: one that is cut has all of them.
@@ -167,14 +163,12 @@ struct Loader {
   __device__ int first_part(int part) const { return kBackward || kGates ? 0 : part; }
   __device__ int last_part(int part) const { return kBackward ? p.summed : kGates ? 2 : part + 1; }
 
-  // Of a tile, the steps before its ranks meet its depth; all of them, or none, where it has no ranks.
-  __device__ int turn(int number) {
+  // Of a tile, those over its depth.
+  __device__ int steps_before_ranks(int number) {
     const Head head = head_of(number);
     if (kGates) return steps_of_depth(head, 0);
     int sum = 0;
-    for (int i = first_part(head.part); i < last_part(head.part); ++i) {
-      sum += !kRanksFirst ? steps_of_depth(head, i) : head.has_ranks() ? sm80::steps_of(p.part[i].r) : 0;
-    }
+    for (int i = first_part(head.part); i < last_part(head.part); ++i) sum += steps_of_depth(head, i);
     return sum;
   }
 
@@ -211,7 +205,7 @@ struct Loader {
     } else if (work == Work::kTile) {
       const int count = kBackward ? p.summed : 1, i = segment < count ? segment : segment - count, own = first_part(head.part) + i;
       const Part& part = p.part[own];
-      const bool ranks = (segment < count) == kRanksFirst;
+      const bool ranks = segment >= count;
       const Range depth = ranks ? ranks_of(head, own) : depth_of(head, own);
       sum = depth.last - depth.first;
       if (ranks && sum > 0) ready = is_raised(of.waits + i * p.low_flags, p.row_flags);

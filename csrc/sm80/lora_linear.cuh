@@ -5,6 +5,7 @@
 #include "beside.cuh"
 #include "gating.cuh"
 #include "loader.cuh"
+#include "masked.cuh"
 
 namespace fused_lora::sm80 {
 
@@ -21,9 +22,7 @@ struct Worker {
   template <int kWhich>
   using Side = Product<T, 4, 2, false, false, 4, 2 * kWhich>;
 
-  using Loading = Loader<kStages, kBackward, kDrops, kGates>;
-  using Head = typename Loading::Head;
-  Loading loader{shared, p};
+  Loader<kStages, kBackward, kGates> loader{shared, p};
   uint32_t source = 0;  // the stage that is multiplied next
 
   Sums sums;
@@ -37,58 +36,73 @@ struct Worker {
   __device__ __forceinline__ void run() {
     for (int number = 0;; ++number) {
       loader.serve_if_needed();
-      const Head head = loader.head_of(number);
-      if (head.work == Work::kEnd) return;
-      const Item& item = loader.at(number);
+      if (loader.head_of(number).work == Work::kEnd) return;
       clear();
-      multiply_item(item, head, number);
-      finish(item, head);
+      multiply_item(number);
+      finish(number);
     }
   }
 
-  __device__ __forceinline__ void multiply_item(const Item& item, const Head& head, int number) {
+  // What is known of an item is read again after its products: while they run, registers are scarce.
+  __device__ __forceinline__ void multiply_item(int number) {
+    const Item& item = loader.at(number);
+    const Head head = loader.head_of(number);
     const Work work = head.work;
     const Dropout& dropout = p.part[head.part].dropout;
     const int steps = loader.steps_of(number);
     if (work == Work::kShrink) {
       if constexpr (kDrops && !kBackward) {
         const int first = loader.depth_of(head, head.part).first;
-        multiply<Low>(steps, warp() * 32, 0, StepMask<false>(dropout, item.row, first, steps));
-      } else multiply<Low>(steps, warp() * 32, 0, Nothing());
+        multiply<Low>(sums, steps, warp() * 32, 0, StepMask<false>(dropout, item.row, first, steps));
+      } else multiply<Low>(sums, steps, warp() * 32, 0, Nothing());
     } else if (!kBackward || work == Work::kTile) {
       multiply_tile(item, head, steps, number);
     } else if constexpr (kBackward && !kGated) {
       if (kDrops && work == Work::kGradientA) {
-        multiply<Grad>(steps, warp() * 32, 0, StepMask<true>(dropout, item.row, item.col, steps));
+        multiply<Grad>(sums, steps, warp() * 32, 0, StepMask<true>(dropout, item.row, item.col, steps));
       } else if (uniform(adds_up(item))) {
-        multiply<Grad>(steps, warp() * 32, 0, ColumnSums<T>{total});
+        multiply<Grad>(sums, steps, warp() * 32, 0, ColumnSums<T>{total});
       } else {
-        multiply<Grad>(steps, warp() * 32, 0, Nothing());
+        multiply<Grad>(sums, steps, warp() * 32, 0, Nothing());
       }
     }
   }
 
   __device__ __forceinline__ void multiply_tile(const Item& item, const Head& head, int steps, int number) {
-    if constexpr (!kTurns && !kGates) return multiply<Tile>(steps, tile_row(), tile_col(), Nothing());
-    const int turn = loader.turn(number);
+    if constexpr (!kMasksRanks && !kMakesRoom && !kGates) return multiply<Tile>(sums, steps, tile_row(), tile_col(), Nothing());
+    const int depth = loader.steps_before_ranks(number);
+    if constexpr (kMasksRanks) {
+      multiply_masked(item, depth, steps - depth);
+    } else {
 #pragma unroll 1
-    for (int i = 0; i < (kGates ? 1 : 2); ++i) {
-      multiply_part<Tile>(i == 0 ? turn : steps - turn, tile_col());
-      if (kTurns && i == 0 && turn > 0) turn_tile(item);
+      for (int i = 0; i < (kGates ? 1 : 2); ++i) {
+        multiply_part<Tile>(sums, i == 0 ? depth : steps - depth, tile_col(), Nothing());
+        if (kMakesRoom && i == 0 && depth > 0) make_room(item);  // behind a branch, or it begins among the products before it
+      }
     }
     if constexpr (kGates) {
       const int gates = head.has_ranks() ? steps_of(p.part[0].r) : 0;
-      multiply_part<Side<0>>(gates, tile_col());
-      multiply_part<Side<1>>(steps - turn - gates, tile_col() + 32);
+      multiply_part<Side<0>>(sums, gates, tile_col(), Nothing());
+      multiply_part<Side<1>>(sums, steps - depth - gates, tile_col() + 32, Nothing());
     }
   }
 
+  __device__ __forceinline__ void multiply_masked(const Item& item, int depth, int ranks) {
+    const int drawn = ranks > 0 ? min(depth, KeptSums<Tile>::kDraws) : 0;
+    multiply_part<Tile>(sums, depth - drawn, tile_col(), Nothing());
+    if (ranks == 0) return;
+    KeptSums<Tile> kept(sums, p.part[0].dropout, item.row + tile_row(), item.col + tile_col());  // the summed ones' x is one
+    multiply_part<Tile>(sums, drawn, tile_col(), kept);
+    kept.draw_rest();
+    multiply_part<MaskedProduct<Tile>>(kept, ranks, tile_col(), Nothing());
+  }
+
   // Steps of a tile, if there are any.
-  template <typename P>
-  __device__ __forceinline__ void multiply_part(int steps, int col) {
+  template <typename P, typename Into, typename Beside>
+  __device__ __forceinline__ void multiply_part(Into& into, int steps, int col, Beside&& beside) {
     if (steps == 0) return;
     loader.serve_if_needed();
-    multiply<P>(steps, tile_row(), col, Nothing());
+    multiply<P>(into, steps, tile_row(), col, beside);
   }
 
   static __device__ int warp() { return threadIdx.x / 32; }
@@ -103,15 +117,15 @@ struct Worker {
   }
 
   // Steps of the stages from `source` on; each copies one. The loader goes on meanwhile, while the fragments stay.
-  template <typename P, typename Beside>
-  __device__ __forceinline__ void multiply(int steps, int row, int col, Beside beside) {
+  template <typename P, typename Into, typename Beside>
+  __device__ __forceinline__ void multiply(Into& into, int steps, int row, int col, Beside&& beside) {
     beside.begin(loader.stages() + source);
     P product(loader.stages() + source, row, col);
     product.read(0, 0);
 #pragma unroll 1
     for (;;) {
       const int count = min(steps, min(loader.free_steps(), loader.quiet_steps()));
-      multiply_steps(product, count, beside);
+      multiply_steps(product, into, count, beside);
       loader.advance(count);
       loader.look_ahead();
       steps -= count;
@@ -123,8 +137,8 @@ struct Worker {
     }
   }
 
-  template <typename P, typename Beside>
-  __device__ __forceinline__ void multiply_steps(P& product, int steps, Beside& beside) {
+  template <typename P, typename Into, typename Beside>
+  __device__ __forceinline__ void multiply_steps(P& product, Into& into, int steps, Beside& beside) {
 #pragma unroll 1
     for (; steps > 0; --steps) {
       loader.aim(source);
@@ -133,31 +147,44 @@ struct Worker {
       const int further = loader.to_next(source);
       source += further;
       product.move(further);
-      product.template multiply<0, P::kRows / 2>(sums, 0);
+      product.template multiply<0, P::kRows / 2>(into, 0);
       loader.copy();
-      product.template multiply<P::kRows / 2, P::kRows>(sums, 0);
+      product.template multiply<P::kRows / 2, P::kRows>(into, 0);
       ptx::async_copies_wait<kStages - 2>();
       beside.change(loader.stages() + source);
       __syncthreads();
       product.read(0, 0);
-      product.template multiply<0, P::kRows>(sums, 1);
+      product.template multiply<0, P::kRows>(into, 1);
     }
   }
 
-  // A tile's sums change where its ranks meet its depth: with dropout, those of the ranks are masked before others come; forward
-  // in float16, those of the depth make room for ranks that are made without the scale's power of two.
-  static constexpr bool kMasksRanks = kBackward && kDrops, kMakesRoom = kHasRoom<T> && !kBackward;
-  static constexpr bool kTurns = kMasksRanks || kMakesRoom;
+  // The same, some columns after the others, which read the stage's fragments themselves: the product moves on behind them.
+  template <typename P>
+  __device__ __forceinline__ void multiply_steps(MaskedProduct<P>& product, KeptSums<P>& into, int steps, Nothing&) {
+#pragma unroll 1
+    for (; steps > 0; --steps) {
+      loader.aim(source);
+      const int further = loader.to_next(source);
+      source += further;
+      product.multiply_columns(into, 0);
+      loader.copy();
+      product.multiply_columns(into, product.kAtOnce);
+      product.move(further);
+      ptx::async_copies_wait<kStages - 2>();
+      __syncthreads();
+    }
+  }
 
-  __device__ __forceinline__ void turn_tile(const Item& item) {
-    const Part& part = p.part[uniform(item.part)];
-    if constexpr (kMasksRanks) {
-      mask_rows<Tile>(sums, Mask(p.part[0].dropout), item.row + tile_row(), item.col + tile_col());  // the summed ones' x is one
-    } else if constexpr (kMakesRoom && kGates) {
+  // With dropout, a tile's ranks add to its sums where x was kept; forward in float16, the sums over depth make room for ranks that
+  // are made without the scale's power of two.
+  static constexpr bool kMasksRanks = kBackward && kDrops, kMakesRoom = kHasRoom<T> && !kBackward;
+
+  __device__ __forceinline__ void make_room(const Item& item) {
+    if constexpr (kGates) {
       scale_by<Side<0>>(sums, 1 / room(*p.part[0].scale));
       scale_by<Side<1>>(sums, 1 / room(*p.part[1].scale));
-    } else if constexpr (kMakesRoom) {
-      scale_by<Tile>(sums, 1 / room(*part.scale));
+    } else {
+      scale_by<Tile>(sums, 1 / room(*p.part[uniform(item.part)].scale));
     }
   }
   static __device__ int tile_row() { return warp() % 4 * 64; }
@@ -169,7 +196,9 @@ struct Worker {
     return loader.stages() + last + warp() * kSlabBytes;
   }
 
-  __device__ __forceinline__ void finish(const Item& item, const Head& head) {
+  __device__ __forceinline__ void finish(int number) {
+    const Item& item = loader.at(number);
+    const Head head = loader.head_of(number);
     const Part& part = p.part[head.part];
     const Work work = head.work;
     if (head.is_half()) {

@@ -54,20 +54,22 @@ struct Product {
   // The fragments of a slice of 16.
   __device__ __forceinline__ void read(int buffer, int slice) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if constexpr (kLeftMN) {
-        ptx::ldmatrix_transposed(left[buffer][i], (left_at ^ i * kPair) + slice * 16 * kBlockM * 2);
-      } else {
-        ptx::ldmatrix(left[buffer][i], (left_at ^ slice * kPair) + i * 16 * kDepth * 2);
-      }
-    }
+    for (int i = 0; i < kRows; ++i) read_left(buffer, slice, i);
 #pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      if constexpr (kRightMN) {
-        ptx::ldmatrix_transposed(right[buffer][j], (right_at ^ j % 4 * kPair) + slice * 16 * kBlockN * 2 + j / 4 * 4 * kPair);
-      } else {
-        ptx::ldmatrix(right[buffer][j], (right_at ^ slice * kPair) + j * 16 * kDepth * 2);
-      }
+    for (int j = 0; j < kCols; ++j) read_right(buffer, slice, j);
+  }
+  __device__ __forceinline__ void read_left(int buffer, int slice, int i) {
+    if constexpr (kLeftMN) {
+      ptx::ldmatrix_transposed(left[buffer][i], (left_at ^ i * kPair) + slice * 16 * kBlockM * 2);
+    } else {
+      ptx::ldmatrix(left[buffer][i], (left_at ^ slice * kPair) + i * 16 * kDepth * 2);
+    }
+  }
+  __device__ __forceinline__ void read_right(int buffer, int slice, int j) {
+    if constexpr (kRightMN) {
+      ptx::ldmatrix_transposed(right[buffer][j], (right_at ^ j % 4 * kPair) + slice * 16 * kBlockN * 2 + j / 4 * 4 * kPair);
+    } else {
+      ptx::ldmatrix(right[buffer][j], (right_at ^ slice * kPair) + j * 16 * kDepth * 2);
     }
   }
 
@@ -79,10 +81,15 @@ struct Product {
 #pragma unroll
       for (int n = 0; n < 2 * kCols; ++n) {
         const int j = i % 2 ? 2 * kCols - 1 - n : n;
-        const uint32_t(&rhs)[4] = right[buffer][j / 2];
-        ptx::mma<T>(of(sums, i, j), left[buffer][i], rhs[j % 2 * 2], rhs[j % 2 * 2 + 1]);
+        multiply_one(of(sums, i, j), i, j, buffer);
       }
     }
+  }
+
+  // 16 rows by 8 columns.
+  __device__ __forceinline__ void multiply_one(float (&sums)[4], int i, int j, int buffer) const {
+    const uint32_t(&rhs)[4] = right[buffer][j / 2];
+    ptx::mma<T>(sums, left[buffer][i], rhs[j % 2 * 2], rhs[j % 2 * 2 + 1]);
   }
 };
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../elements.cuh"
-#include "../mask.cuh"
 #include "params.cuh"
 #include "product.cuh"
 
@@ -116,23 +115,7 @@ __device__ __forceinline__ void scale_by(Sums& of, float scale) {
   }
 }
 
-// A product's rows and columns from (row, col) on.
-template <typename P>
-__device__ __forceinline__ void mask_rows(Sums& of, const Mask& mask, int row, int col) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 2 * P::kRows; ++i) {
-    const Mask::RowKey key = mask.row_key(row + i * 8 + lane / 4);
-#pragma unroll
-    for (int j = 0; j < 2 * P::kCols; ++j) {
-      const uint32_t kept = mask.kept_bits(Mask::group_key(key, col / 8 + j), lane % 4);
-      float* pair = P::of(of, i / 2, j) + i % 2 * 2;
-      if (!(kept & 0xFFFF)) pair[0] = 0;
-      if (!(kept >> 16)) pair[1] = 0;
-    }
-  }
-}
-
+// A product's columns from `col` on.
 template <typename P>
 __device__ __forceinline__ void add_bias(Sums& of, const Part& part, int col) {
   if (part.bias == nullptr) return;

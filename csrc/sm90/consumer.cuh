@@ -42,14 +42,15 @@ struct Consumer {
   }
 
   // multiply(stage's address, step) for each step: one group of products each, of which one is always in flight.
-  template <typename Multiply>
+  template <bool kSends = true, typename Multiply>
   __device__ __forceinline__ void consume(int steps, Multiply multiply) {
-    issue(steps, multiply);
+    issue<kSends>(steps, multiply);
     drain();
   }
 
-  // The same, with the last group still in flight, also while others into the same accumulators follow.
-  template <typename Multiply>
+  // The same, with the last group still in flight, also while others into the same accumulators follow. kSends: what may still be
+  // in the outbox leaves meanwhile.
+  template <bool kSends = true, typename Multiply>
   __device__ __forceinline__ void issue(int steps, Multiply multiply) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -58,7 +59,7 @@ struct Consumer {
         ptx::wgmma_wait<1>();
         release(in_flight);
       }
-      if (outbox.pending()) outbox.send_part();
+      if (kSends && outbox.pending()) outbox.send_part();
       in_flight = ring.stage;
       ring.advance();
     }
@@ -136,7 +137,7 @@ struct Consumer {
     outbox.empty();
     BoxMask mask(Mask(part.dropout), self);
     mask.set_rows(row);
-    consume(shrink_steps(part), [&](uint32_t stage, int step) {
+    consume<false>(shrink_steps(part), [&](uint32_t stage, int step) {
 #pragma unroll
       for (int half = 0; half < C::kShrinkHalves; ++half) {
         mask.apply(left_box(stage, half), (step * C::kShrinkHalves + half) * kBox);
@@ -164,25 +165,24 @@ struct Consumer {
   __device__ __forceinline__ void tile(const Item& item) {
     constexpr bool kMasked = kBackward && kDrops;
     const Terms terms = terms_of(item);
-    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps before, or first.
-    if (kMasked || terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
+    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps before. Where
+    // ranks are masked, everything leaves before them.
+    if (!kMasked && terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int row = own_row(item.row), col = item.col;
     if constexpr (kMasked) {
-      issue_ranks(acc, terms);
-      drain();
-      mask_out(acc, row, col);
-      issue_depth(acc, terms);
-      drain();
+      KeptBits<C::kBlockN / kBox> kept(Mask(p.part[0].dropout), row, col, self);  // the summed ones' x is one
+      issue_masked_depth(acc, kept, terms.steps);
+      add_masked_ranks(acc, kept, terms);
     } else if constexpr (C::kGates) {
-      issue_depth(acc, terms);
+      issue_depth(acc, terms.steps);
       drain();
       outbox.empty();  // its registers are needed
       add_ranks(acc);
     } else if (rides<C, kBackward, kDrops>(item)) {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, item);
     } else {
-      issue_depth(acc, terms);
+      issue_depth(acc, terms.steps);
       if constexpr (kHasRoom<T> && !kBackward) {
         const float more = room(p.part[item.part]);
         drain();
@@ -219,8 +219,103 @@ struct Consumer {
   }
 
   // A loop of its own, since instructions between products take time from them.
-  __device__ __forceinline__ void issue_depth(float (&acc)[C::kBlockN / 2], const Terms& terms) {
-    issue(terms.steps, [&](uint32_t stage, int) { multiply_step(acc, stage, kBox); });
+  __device__ __forceinline__ void issue_depth(float (&acc)[C::kBlockN / 2], int steps) {
+    issue(steps, [&](uint32_t stage, int) { multiply_step(acc, stage, kBox); });
+  }
+
+  // The mask is drawn while the last steps are multiplied, when nothing is left in the outbox, whose registers that takes.
+  template <int kBoxes>
+  __device__ __forceinline__ void issue_masked_depth(float (&acc)[C::kBlockN / 2], KeptBits<kBoxes>& kept, int steps) {
+    const int drawn = min(steps, kept.kDraws);
+    issue_depth(acc, steps - drawn);
+    outbox.empty();
+    issue<false>(drawn, [&](uint32_t stage, int step) {
+      multiply_step(acc, stage, kBox);
+      kept.draw(step);
+    });
+    for (int i = drawn; i < kept.kDraws; ++i) kept.draw(i);
+    drain();
+  }
+
+  // 64 columns at a time, with sums of their own.
+  template <int kBoxes>
+  __device__ __forceinline__ void add_masked_ranks(float (&acc)[C::kBlockN / 2], const KeptBits<kBoxes>& kept, const Terms& terms) {
+    int of = terms.first, left = 0;  // of a part's ranks
+    const auto next = [&] {
+      left -= kBox;
+      while (left <= 0) left = p.part[of++].r;
+      return left;
+    };
+    int steps = terms.rank_steps;
+    if constexpr (C::kGated || C::kBlockR > 128) {
+#pragma unroll 1
+      for (; steps > 0; --steps) add_masked_step(acc, kept, next());
+    } else {
+#pragma unroll 1
+      for (; steps > 1; steps -= 2) {
+        const int lefts[2] = {next(), next()};
+        add_masked_steps(acc, kept, lefts);
+      }
+      if (steps == 1) {
+        const int lefts[1] = {next()};
+        add_masked_steps(acc, kept, lefts);
+      }
+    }
+  }
+
+  // Steps are summed before they are masked, and some columns are added while the next ones are multiplied.
+  template <int kSteps, int kBoxes>
+  __device__ __forceinline__ void add_masked_steps(float (&acc)[C::kBlockN / 2], const KeptBits<kBoxes>& kept, const int (&left)[kSteps]) {
+    uint32_t address[kSteps];
+    const int first = ring.stage;
+#pragma unroll
+    for (uint32_t& each : address) {
+      each = await_stage();
+      ring.advance();
+    }
+    float sums[2][kBox / 2];
+    const auto multiply = [&](float (&sum)[kBox / 2], int box) {
+#pragma unroll
+      for (float& value : sum) value = 0;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) multiply_box(sum, address[step], box, left[step]);
+    };
+    multiply(sums[0], 0);
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {
+      if (box + 1 < kBoxes) {
+        multiply(sums[(box + 1) % 2], box + 1);
+        ptx::wgmma_wait<kSteps>();
+      } else {
+        ptx::wgmma_wait<0>();
+      }
+      kept.add(acc, box, sums[box % 2]);
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) release((first + step) % C::kStages);
+  }
+
+  // One after another: gated kernels and those for ranks above 128 have no registers for more.
+  template <int kBoxes>
+  __device__ __forceinline__ void add_masked_step(float (&acc)[C::kBlockN / 2], const KeptBits<kBoxes>& kept, int left) {
+    const uint32_t address = await_stage();
+#pragma unroll 1
+    for (int box = 0; box < kBoxes; ++box) {
+      float sum[kBox / 2] = {};
+      multiply_box(sum, address, box, left);
+      ptx::wgmma_wait<0>();
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        if (b == box) kept.add(acc, b, sum);
+      }
+    }
+    release(ring.stage);
+    ring.advance();
+  }
+
+  __device__ __forceinline__ void multiply_box(float (&sum)[kBox / 2], uint32_t stage, int box, int left) {
+    const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<true>(stage + (2 + box) * kBoxBytes);
+    multiply_slices<kSlices>(sum, lhs, rhs, left);
   }
 
   __device__ __forceinline__ void issue_ranks(float (&acc)[C::kBlockN / 2], const Terms& terms) {
@@ -266,17 +361,6 @@ struct Consumer {
   template <int kOf, int kCount>
   static __device__ __forceinline__ float (&half(float (&acc)[kCount]))[kCount / 2] {
     return reinterpret_cast<float(&)[kCount / 2]>(acc[kOf * kCount / 2]);
-  }
-
-  __device__ __forceinline__ void mask_out(float (&acc)[C::kBlockN / 2], int row, int col) {
-    const Mask mask(p.part[0].dropout);  // the summed ones' x is one
-    const Mask::RowKey keys[2] = {mask.row_key(row + self.row()), mask.row_key(row + self.row() + 8)};
-#pragma unroll
-    for (int i = 0; i < C::kBlockN / 2; i += 2) {
-      const uint32_t kept = mask.kept_bits(Mask::group_key(keys[i / 2 % 2], col / 8 + i / 4), self.col() / 2);
-      if (!(kept & 0xFFFF)) acc[i] = 0;
-      if (!(kept >> 16)) acc[i + 1] = 0;
-    }
   }
 
   // With 16 more columns, which are low; it is multiplied from registers, and stored for the other tiles of these rows.
@@ -351,7 +435,7 @@ struct Consumer {
     if (kDrops && of_A) {
       outbox.empty();
       BoxMask mask(Mask(of.dropout), self);
-      consume(steps, [&](uint32_t stage, int step) {
+      consume<false>(steps, [&](uint32_t stage, int step) {
         mask.set_rows(item.row + step * kBox);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) mask.apply(own_boxes(stage) + b * kBoxBytes, first_col + b * kBox);
@@ -361,7 +445,7 @@ struct Consumer {
     } else if (g.sums != nullptr) {
       outbox.empty();
       ColumnSums<C, T> columns(self);
-      consume(steps, [&](uint32_t stage, int) {
+      consume<false>(steps, [&](uint32_t stage, int) {
         multiply_gradient(acc, stage);
         columns.add(own_boxes(stage));
       });

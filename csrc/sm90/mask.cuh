@@ -1,4 +1,4 @@
-// Dropout's mask of boxes in shared memory.
+// Dropout's mask: of boxes of x in shared memory, and of what a tile's ranks add to its sums.
 #pragma once
 
 #include "../mask.cuh"
@@ -12,11 +12,17 @@ namespace fused_lora::sm90 {
 // A warpgroup that masks boxes of x in shared memory: each thread has a 16-byte chunk in each of four rows.
 class BoxMask {
  public:
-  __device__ BoxMask(const Mask& mask, const Warpgroup& self) : mask_(mask), row_(self.thread() / 8), chunk_(self.thread() % 8) {}
-
-  __device__ void set_rows(int first_row) {
+  __device__ BoxMask(const Mask& mask, const Warpgroup& self) : mask_(mask), row_(self.thread() / kChunks), chunk_(self.thread() % kChunks) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) keys_[i] = mask_.row_key(first_row + row_ + i * kStride);
+    for (int i = 0; i < kPairs; ++i) factors_[i] = Mask::factor(chunk_ % kChunksOfGroup * kPairs + i);
+  }
+
+  // Each lane makes one row's key, which is dear, and those who share the row get it from there.
+  __device__ __forceinline__ void set_rows(int first_row) {
+    const int lane = threadIdx.x % 32, first_of_warp = row_ - lane / kChunks;
+    const uint32_t own = mask_.row_key(first_row + first_of_warp + lane % kAtOnce + lane / kAtOnce % kRows * kStride);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) keys_[i] = __shfl_sync(~0u, own, i * kAtOnce + lane / kChunks);
   }
 
   // The box whose columns start at `col`, of the rows that were set.
@@ -26,21 +32,63 @@ class BoxMask {
       const int row = row_ + i * kStride;
       const uint32_t address = box + swizzled(row, chunk_);
       uint4 v = ptx::load_shared(address);
-      const uint32_t key = Mask::group_key(keys_[i], col / 8 + chunk_);
-      v.x &= mask_.kept_bits(key, 0);
-      v.y &= mask_.kept_bits(key, 1);
-      v.z &= mask_.kept_bits(key, 2);
-      v.w &= mask_.kept_bits(key, 3);
+      const uint32_t key = Mask::group_key(keys_[i], col / Mask::kGroup + chunk_ / kChunksOfGroup);
+      v.x &= mask_.kept_bits(key, factors_[0]);
+      v.y &= mask_.kept_bits(key, factors_[1]);
+      v.z &= mask_.kept_bits(key, factors_[2]);
+      v.w &= mask_.kept_bits(key, factors_[3]);
       ptx::store_shared(address, v);
     }
   }
 
  private:
-  static constexpr int kRows = 4, kStride = kBox / kRows;
+  static constexpr int kRows = 4, kStride = kBox / kRows, kChunks = 8, kAtOnce = 32 / kChunks;  // rows of a warp
+  static constexpr int kPairs = 4, kChunksOfGroup = Mask::kPairs / kPairs;  // of a chunk's columns
 
   Mask mask_;
   int row_, chunk_;
-  Mask::RowKey keys_[kRows];
+  uint32_t keys_[kRows], factors_[kPairs];
+};
+
+// Which entries of x a tile's sums stand for were kept: a bit for each of a thread's. They are drawn in turns, so that others can
+// multiply meanwhile.
+template <int kBoxes>
+class KeptBits {
+ public:
+  static constexpr int kDraws = 2 * kBoxes;  // half a box's each
+
+  // Of the tile whose first ones of this warpgroup are (row, col).
+  __device__ __forceinline__ KeptBits(const Mask& mask, int row, int col, const Warpgroup& self)
+      : mask_(mask), keys_{mask.row_key(row + self.row()), mask.row_key(row + self.row() + 8)}, group_(col / Mask::kGroup) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factors_[i] = Mask::factor(4 * i + self.col() / 2);
+  }
+
+  __device__ __forceinline__ void draw(int i) {
+    static_assert(Mask::kGroup == kBox / 2);
+    const uint32_t keys[2] = {Mask::group_key(keys_[0], group_ + i), Mask::group_key(keys_[1], group_ + i)};
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) bits |= mask_.kept_bits(keys[k % 2], factors_[k / 2]) & 0x10001 << k;
+    bits <<= i % 2 * 8;
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) kept_[box] |= box == i / 2 ? bits : 0;
+  }
+
+  // A box's sums where they are kept.
+  template <int kCount>
+  __device__ __forceinline__ void add(float (&acc)[kCount], int box, const float (&more)[kBox / 2]) const {
+#pragma unroll
+    for (int i = 0; i < kBox / 2; ++i) {
+      if (kept_[box] & 1u << (i / 2 + i % 2 * 16)) acc[box * kBox / 2 + i] += more[i];
+    }
+  }
+
+ private:
+  Mask mask_;
+  uint32_t keys_[2], factors_[4];
+  int group_;
+  uint32_t kept_[kBoxes] = {};  // of a pair of columns, the first one's bit and 16 above it the other's
 };
 
 }  // namespace fused_lora::sm90

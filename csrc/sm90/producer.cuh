@@ -93,13 +93,11 @@ struct Producer {
   // The first element of the step, of `width` out of `size`, after which the next item may be taken.
   __device__ static int lookahead(int size, int width) { return max(0, size - kLookahead * width) / width * width; }
 
-  // Forward a tile is one linear's; backward it sums over all of them. What may have to be waited for comes last, or where it
-  // is masked first.
+  // Forward a tile is one linear's; backward it sums over all of them. What may have to be waited for comes last.
   __device__ void tile(const Item& item) {
     const int row = item.row + rank * kBlockM, col = item.col;
     const int first = kBackward ? 0 : item.part, last = kBackward ? p.summed : item.part + 1;
     const bool riding = rides<C, kBackward, kDrops>(item);
-    if (kBackward && kDrops) tile_ranks(item, first, last, riding);
     for (int i = first; i < last; ++i) {
       const Part& part = p.part[i];
       const int release_at = i + 1 == last ? lookahead(part.depth, kBox) : -1;
@@ -113,7 +111,7 @@ struct Producer {
         if (k == release_at) release_item();
       }
     }
-    if (!(kBackward && kDrops)) tile_ranks(item, first, last, riding);
+    tile_ranks(item, first, last, riding);
   }
 
   // Of two linears at once: half of the right operand is each one's. Steps over ranks are one linear's, of all ranks and 64 columns.

@@ -28,7 +28,8 @@ class Play {
   }
 
  private:
-  static constexpr double kTileEnds = 13, kShrinkEnds = 7, kGradientEnds = 12, kHalfEnds = 5, kMaskedSteps = 2;
+  static constexpr double kTileEnds = 13, kShrinkEnds = 7, kGradientEnds = 12, kHalfEnds = 5;
+  static constexpr double kMask = 0.4, kTileMask = 1;  // of a step of x, and of a tile
 
   // Of a step of a shrink or gradient item.
   double pace() const { return plan_.tiling.item_ranks <= 16 ? 0.75 : plan_.tiling.item_ranks <= 64 ? 0.85 : 1.2; }
@@ -39,26 +40,27 @@ class Play {
   }
 
   double tile_end(const Item& item, double start) {
-    const double depth = steps(item, pass_.depth()), ranks = steps_of(pass_.most_rank());
+    const bool masked = pass_.drops && pass_.backward;
+    const double depth = steps(item, pass_.depth()), ranks = steps_of(pass_.most_rank()) * (masked ? 2 : 1) + (masked ? kTileMask : 0);
     double done = start + depth;
     if (ends_sum(item)) done = std::max(done, low_of(item)) + ranks;
     return half_end(item, done + kTileEnds);
   }
 
   double shrink_end(const Item& item, double start) {
-    const double masked = pass_.drops && !pass_.backward ? kMaskedSteps : 1;
-    const double done = half_end(item, start + steps(item, pass_.part[item.part].depth) * pace() * masked + kShrinkEnds);
+    const double mask = pass_.drops && !pass_.backward ? kMask : 0;
+    const double done = half_end(item, start + steps(item, pass_.part[item.part].depth) * (pace() + mask) + kShrinkEnds);
     if (ends_sum(item)) raised_[item.raises] = done;
     return done;
   }
 
   double gradient_end(const Item& item, double start) {
-    const double masked = pass_.drops && item.work == Work::kGradientA ? kMaskedSteps : 1;
+    const double mask = pass_.drops && item.work == Work::kGradientA ? kMask : 0;
     if (item.waits != kNone) {
       const int rows = item.rows / plan_.tiling.rows, each = plan_.low_flags / ceil_div(pass_.M, plan_.tiling.rows);
       for (int i = 0; i < rows * each; ++i) start = std::max(start, raised_[item.waits + i]);
     }
-    double done = start + steps_of(std::min<int64_t>(item.rows, pass_.listed_rows() - item.row)) * pace() * masked;
+    double done = start + steps_of(std::min<int64_t>(item.rows, pass_.listed_rows() - item.row)) * (pace() + mask);
     if (!(item.bits & kFirst)) done = std::max(done, raised_[item.raises - plan_.chain_flags]);
     return raised_[item.raises] = done + kGradientEnds;
   }

@@ -3,6 +3,9 @@
 // is asked evenly. Where groups are waves, tiles come first, then the next group's shrink items, then gradient items.
 #include "plan.h"
 
+#include <functional>
+#include <queue>
+
 namespace fused_lora::work {
 namespace {
 
@@ -49,7 +52,7 @@ class Planner {
     plan_.low_flags = rows_ * row_flags();
     plan_.chain_flags = tiling_.chain_flags * gradient_cols_ * rank_items_;
     plan_.flags = pass_.parts * plan_.low_flags;
-    plan_.finish_spacing = std::max<int>(1, pass_.depth() / tiling_.tile_cols);
+    plan_.finish_spacing = finish_spacing();
     plan_.first_shrinks = order_.shrink_batch > 0 ? ceil_div(groups_[0].count, order_.shrink_batch) * static_cast<int>(shrinking_.size()) : 0;
     for (int i = 0; i < pass_.parts; ++i) plan_.partials += partials(pass_.part[i]);
     list();
@@ -64,6 +67,12 @@ class Planner {
     return of_A + (part.wants_dB ? partial_floats(tiling_, part.depth) + partial_cols(tiling_, part.depth) : 0);
   }
 
+  // Boxes and steps are 64 wide. Where ranks are masked, a tile is gone two steps a box before the next one's depth ends.
+  int finish_spacing() const {
+    const int spacing = static_cast<int>(pass_.depth() / tiling_.tile_cols);
+    return std::max(1, spacing - (pass_.backward && pass_.drops ? 2 : 0));
+  }
+
   // A shrink item costs about half a tile: where tiles are long, two at a time keep the workers in step. Short tiles want shrink
   // and gradient items several groups ahead, since those take longer than a group.
   Order order() const {
@@ -73,15 +82,34 @@ class Planner {
     order.groups = ceil_div(rows_, most_rows);
     const bool small_groups = most_rows * tile_cols_ < tiling_.workers / 2;
     if (!shrinking_.empty() && !rides_) {
-      order.shrink_batch = tiling_.strides && long_tiles && tiling_.block_cols == 256 && tiling_.rank <= 128 && !masks_shrink ? 2 : 1;
-      order.shrink_lead = pass_.backward && small_groups ? 4 : 1;
+      const bool pairs = tiling_.strides && long_tiles && tiling_.block_cols == 256 && tiling_.rank <= 128;
+      // Masked ones take longer than half a tile, and pairs of them keep tiles waiting: only where they save most of a wave.
+      order.shrink_batch = pairs && (!masks_shrink || masked_end(2) < 0.97 * masked_end(1)) ? 2 : 1;
+      order.shrink_lead = !small_groups ? 1 : pass_.backward ? 4 : masks_shrink ? 2 : 1;
     }
     order.gradient_lead = pass_.backward && small_groups ? std::min(2, std::max(0, order.shrink_lead - 1)) : 0;
     order.tail = long_tiles ? 0 : 4;
-    // Few rows leave few items, whose chain should be short; masked items take twice as long, and come last where tiles are short.
+    // Few rows leave few items, whose chain should be short; masked items take longer, and come last where tiles are short.
     order.halves_slices = order.groups == 1 || (pass_.drops && pass_.depth() >= 2048);
     const bool few_cols = tile_cols_ > 0 && 5 * tile_cols_ <= tiling_.workers;
     return pass_.backward && long_tiles && few_cols && !pass_.gated ? in_waves(order) : order;
+  }
+
+  // When a forward pass with a mask ends, in tiles' times: its shrink items of so many rows first, then its tiles, taken by whoever
+  // is free.
+  double masked_end(int batch) const {
+    const double shrink = batch * (tiling_.rank <= 64 ? 0.6 : 0.8);
+    std::priority_queue<double, std::vector<double>, std::greater<double>> free;
+    for (int i = 0; i < tiling_.workers; ++i) free.push(0);
+    double end = 0;
+    const int shrinks = ceil_div(rows_, batch);
+    for (int i = 0; i < shrinks + rows_ * tile_cols_; ++i) {
+      const double done = free.top() + (i < shrinks ? shrink : 1);
+      free.pop();
+      free.push(done);
+      end = std::max(end, done);
+    }
+    return end;
   }
 
   // Groups such that each one's tiles and what goes with them take all workers the time of one tile: tiles that run together ask

@@ -23,7 +23,7 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """An entry is kept where its number of 16 bits is at or above this."""
+        """Which numbers are dropped, and whether they are kept instead; as reference.mask_threshold has it."""
         return mask_threshold(self.p) if self.active else 0
 
     @property
@@ -41,23 +41,15 @@ def _fold(a, b):
 
 
 @triton.jit
-def _choose(pair, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):
-    first = tl.where(pair == 0, tl.full([], a, tl.uint32), tl.full([], b, tl.uint32))
-    return tl.where(pair < 2, first, tl.where(pair == 2, tl.full([], c, tl.uint32), tl.full([], d, tl.uint32)))
-
-
-@triton.jit
 def keep_mask(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Which entries of the tile at (row, col) are kept; reference.keep_mask is the same function in torch."""
     first = mix(seed.to(tl.uint32) + 0x9E3779B9)
     second = mix((first ^ (seed >> 32).to(tl.uint32)) + 0x9E3779B9)
     rows = (row + tl.arange(0, BLOCK_ROWS)).to(tl.uint32)
-    key_in = mix(mix(rows ^ first) + second)
-    key_mid = mix(key_in + 0x9E3779B9)
     cols = (col + tl.arange(0, BLOCK_COLS)).to(tl.uint32)
-    pair = cols // 2 % 4
-    flip = _choose(pair, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    factor = _choose(pair, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD)
-    group = _fold(key_in[:, None] ^ (cols // 8 * 0x9E3779B9)[None, :], 0x7FEB352D) ^ key_mid[:, None]
-    word = _fold(group ^ flip[None, :], factor[None, :])
-    return ((word >> (cols % 2 * 16)[None, :]) & 0xFFFF).to(tl.int32) >= threshold
+    factor = (cols // 2 % 16 * 0x9E3779B9) ^ 0xC2B2AE35 | 1
+    group = _fold(mix(mix(rows ^ first) + second)[:, None] ^ (cols // 32 * 0x9E3779B9)[None, :], 0x7FEB352D)
+    word = _fold(group, factor[None, :])
+    number = ((word >> (cols % 2 * 16)[None, :]) & 0x7FFF).to(tl.int32)
+    picked = (number >= (threshold & 0xFFFF)) & (number <= 0x7C00)
+    return picked == (threshold > 0xFFFF)

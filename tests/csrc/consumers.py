@@ -46,6 +46,9 @@ class Outbox:
         while self.pending():
             yield from self.send_part()
 
+    def empty(self) -> Turns:
+        yield from self.send_all()
+
     def send_boxes(self) -> Turns:
         while self.next_part < self.boxes:
             yield from self.send_part()
@@ -108,11 +111,11 @@ class Consumer:
         yield lambda: self.block.full(self.step)
         self.step += 1
 
-    def issue(self, steps) -> Turns:
+    def issue(self, steps, sends=True) -> Turns:
         for _ in range(steps):
             yield from self.await_stage()
             self.released = self.step - 1
-            if self.outbox.pending():
+            if sends and self.outbox.pending():
                 yield from self.outbox.send_part()
 
     def drain(self) -> None:
@@ -124,9 +127,10 @@ class Consumer:
     def shrink(self, item: Item) -> Turns:
         each, sizes = self.launch.each, self.launch.sizes
         for row in item.shrunk_rows:
-            if each.drops and not each.backward:
-                yield from self.outbox.send_all()
-            yield from self.issue(-(-each.parts[item.part].depth // (sizes.shrink_halves * BOX)))
+            masked = each.drops and not each.backward
+            if masked:
+                yield from self.outbox.empty()
+            yield from self.issue(-(-each.parts[item.part].depth // (sizes.shrink_halves * BOX)), not masked)
             self.drain()
             yield from self.outbox.keep(sizes.rank_boxes, self.own_flag(item.raises + (row - item.row) // FLAG_ROWS))
             yield from self.outbox.send_boxes()
@@ -136,25 +140,28 @@ class Consumer:
         parts = [each.parts[i] for i in launch.parts_of_tile(item)]
         steps, rank_steps = (sum(map(boxes_of, sizes)) for sizes in zip(*((p.depth, p.r) for p in parts), strict=True))
         masked = each.backward and each.drops
+        drawn = min(steps, 2 * sizes.out_boxes) if masked else 0
         if self.sends_flag_first(steps, masked):
             yield from self.outbox.send_flag()
+        yield from self.issue(steps - drawn)
         if masked:
-            yield from self.issue(rank_steps)
+            yield from self.outbox.empty()
+            yield from self.issue(drawn, sends=False)
             self.drain()
-        yield from self.issue(steps)
-        if each.gated and not each.backward:
+            yield from self.add_ranks(rank_steps)
+        elif each.gated and not each.backward:
             self.drain()
-            yield from self.outbox.send_all()
+            yield from self.outbox.empty()
             yield from self.add_ranks(sizes.out_boxes * sum(part.r > 0 for part in each.parts))
         elif item.rides:
             yield from self.ride(item)
-        elif not masked:
+        else:
             yield from self.issue(rank_steps)
         self.drain()
         yield from self.outbox.keep_out()
 
     def sends_flag_first(self, steps, masked) -> bool:
-        return masked or steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
+        return not masked and steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
 
     def add_ranks(self, steps) -> Turns:
         for _ in range(steps):
@@ -171,9 +178,10 @@ class Consumer:
         launch, outbox = self.launch, self.outbox
         yield from outbox.send_flag()
         sums = item.work != GRADIENT_A and launch.sums[item.part]
-        if sums or (item.work == GRADIENT_A and launch.each.drops):
-            yield from outbox.send_all()
-        yield from self.issue(boxes_of(launch.tokens(item)))
+        beside = sums or (item.work == GRADIENT_A and launch.each.drops)
+        if beside:
+            yield from outbox.empty()
+        yield from self.issue(boxes_of(launch.tokens(item)), not beside)
         self.drain()
         yield from outbox.send_all()
         flag = self.own_flag(item.raises)

@@ -164,17 +164,13 @@ class Block:
 
     def tile(self, item: Item) -> Turns:
         each, sizes, parts = self.launch.each, self.launch.sizes, self.launch.parts_of_tile(item)
-        masked = each.backward and each.drops
-        if masked:
-            yield from self.tile_ranks(item)
         for i in parts:
             depth = each.parts[i].depth
             for k in range(0, depth, BOX):
                 yield from self.step(sizes.tile_boxes)
                 if i == parts[-1] and k == lookahead(depth, BOX):
                     self.cluster.release_item()
-        if not masked:
-            yield from self.tile_ranks(item)
+        yield from self.tile_ranks(item)
 
     def tile_ranks(self, item: Item) -> Turns:
         each, sizes = self.launch.each, self.launch.sizes

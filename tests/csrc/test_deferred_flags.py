@@ -52,6 +52,7 @@ FAULTS = {
     "another's flag is raised": (Consumer, "own_flag", lambda self, flag: flag + self.index, "two writers"),
     "a block does not leave": (Launch, "leave", lambda self: None, "counters"),
     "a flag is left behind": (Outbox, "send_flag", nothing, "wait for ever"),
+    "what is left is not sent where nothing is sent later": (Outbox, "empty", nothing, "wait for ever"),
     "a tile does not send it first": (Consumer, "sends_flag_first", lambda *_: False, "wait for ever"),
     "the last to leave is taken for a tile": (Outbox, "finish", as_if_a_tile, "wait for ever"),
 }

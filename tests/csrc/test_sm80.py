@@ -149,7 +149,7 @@ def test_a_pass(launches, card, number, sizes):
     assert_close(dx, sum(part.check_backward(x) for part in parts))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, 0.3, 63 / 64])
 def test_factors_of_another_x(launches, p):
     """As in an MLP's backward: a part that has its dxa already, with its own seed, beside one that dx is made of."""
     dtype, M = torch.bfloat16, 600

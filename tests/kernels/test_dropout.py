@@ -18,7 +18,7 @@ def write_mask(out, seed_ptr, threshold, cols, BLOCK: tl.constexpr):
     tl.store(out + offs, keep.to(tl.int8))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 31 / 32, 0.97, 0.999, 1.0])
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 12345, 2**62 - 1])
 def test_mask_is_the_reference_bit_for_bit(seed, p):
     seed = torch.tensor(seed, dtype=torch.int64, device=DEVICE)

@@ -72,7 +72,7 @@ def test_dropout(M, K, N, r, p, dtype):
     solve(inputs, make_dy(inputs), p=p, seed=seed_on("cuda"))
 
 
-@pytest.mark.parametrize("p", [1e-12, 0.5])
+@pytest.mark.parametrize("p", [1e-12, 0.5, 31 / 32, 63 / 64])
 @pytest.mark.parametrize("seed", [7, -3, SEED])
 def test_the_mask_bit_for_bit(seed, p):
     """With W = 0, A the identity and ones in B, dx is the mask where one entry of dy is 1."""

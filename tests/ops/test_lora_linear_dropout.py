@@ -10,7 +10,7 @@ places = pytest.mark.parametrize(("device", "dtype"), PLACES)
 
 
 @places
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 63 / 64])
 def test_values_and_gradients(p, device, dtype):
     inputs = make_inputs(77, 101, 75, 5, device, dtype)
     solve(inputs, make_dy(inputs), p=p, seed=seed_on(device))
