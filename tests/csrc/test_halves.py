@@ -61,5 +61,9 @@ def test_where_workers_would_wait(list_sm80):
     """Long shrink items, and 1,024 tiles for 108 workers."""
     items = list_sm80(Sizes(16384, 2048, 2048, 128), False, CARDS["A100 80 GB"])
     assert any(item.is_half for item in items if item.work == SHRINK)
+    # 64 tiles for 132 workers, each of which can have half a tile.
+    for backward in (False, True):
+        items = list_sm80(Sizes(512, 4096, 4096, 16), backward, CARDS["H200"])
+        assert all(item.is_half for item in items if item.work == TILE)
     # 1,056 short and long items for 132: nothing to gain.
     assert not any(item.is_half for item in list_sm80(Sizes(8192, 4096, 4096, 16), False, CARDS["H200"]))
