@@ -65,9 +65,9 @@ HOPPER = Rates(
 )
 # launch, skinny and stream of cuBLAS's, and stream of Triton's, are assumed: nobody has measured them.
 AMPERE = Rates(
-    Products(launch=3.0, pace=1.0, tile_end=1.855, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
-    Csrc(launch=7.828, pace=1.033, sag=0.0, shrink=0.2609, gradient=0.6648),
-    Triton(launch=4.0, pace=1.094, skinny=0.6252, stream=0.85),
+    Products(launch=3.0, pace=1.0, tile_end=2.014, sag=0.0, settle=1500, skinny=0.5, stream=0.85),
+    Csrc(launch=6.481, pace=1.028, sag=0.0, shrink=0.2459, gradient=0.6639),
+    Triton(launch=4.0, pace=1.121, skinny=0.7697, stream=0.85),
 )
 
 

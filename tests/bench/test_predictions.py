@@ -26,9 +26,10 @@ MISSED = {
     ("H200", "4096x2560x9728-r12", "addmm"), ("H200", "8192x4096x14336-r64", "triton"),
     ("H200", "4096x8192x8192-r64", "triton"), ("H100", "8192x4096x14336-r64", "csrc"),
     ("H100", "65536x2048x2048-r128", "csrc"), ("H100", "65536x2048x2048-r128", "triton"),
-    ("H100", "8192x8192x8192-r16", "triton"), ("H200 as sm80", "8192x4096x14336-r64", "csrc"),
+    ("H100", "8192x8192x8192-r16", "triton"),
     ("H200 as sm80", "8192x4096x4096-r16", "addmm"), ("H200 as sm80", "8192x4096x14336-r64", "addmm"),
-    ("H200 as sm80", "2048x4096x4096-r16", "addmm"),
+    ("H200 as sm80", "2048x4096x4096-r16", "addmm"), ("H200 as sm80", "4096x8192x8192-r64", "addmm"),
+    ("H200 as sm80", "8192x4096x1024-r16", "addmm"),
 }  # fmt: skip
 
 
@@ -92,10 +93,10 @@ def test_verdicts():
 def test_single_launches(tmp_path):
     path = tmp_path / "launches.json"
     path.write_text(
-        '{"shapes": {"8192,4096,4096,128": {"cublas f own": 100, "cublas dx own": 110, "cublas fb own": 200, '
-        '"csrc f own": 105, "csrc b own": 140, "csrc fb own": 240}}}'
+        '{"shapes": {"8192,4096,4096,128": {"cublas f": 100, "cublas dx": 110, "cublas fb": 200, "csrc f": 105, '
+        '"csrc b": 140, "csrc fb": 240}}}'
     )
-    (each,) = predictions.read_launches(path, "own")
+    (each,) = predictions.read_launches(path)
     assert each.fitted
     assert each.times["csrc"].tolist() == [105, 140]
     assert each.ratios["csrc"].tolist() == pytest.approx([1.05, 1.2])
