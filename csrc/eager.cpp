@@ -51,7 +51,7 @@ bool is_right(const Tensor& x, const Part& part) {
   const auto& [weight, A, B, bias, scale, seed] = part;
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
-  if (N == 0 || r == 0 || x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;
+  if (N == 0 || r == 0 || std::max(N, K) > kMostStride || x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;
   if (weight.scalar_type() != x.scalar_type() || !is_factor_dtype(A, x) || B.scalar_type() != A.scalar_type()) return false;
   for (const Tensor* tensor : {&weight, &A, &B, &scale}) {
     if (!is_plain(*tensor, x)) return false;

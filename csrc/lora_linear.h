@@ -22,6 +22,7 @@ struct Plan;
 }  // namespace work
 
 constexpr int kMaxRank = 256, kMaxGatedRank = 128;
+constexpr int64_t kMostStride = int64_t{1} << 22;  // elements from a row to the next one: csrc/sm80 adds up bytes of rows in an int
 
 // A matrix that a kernel reads or writes: rows contiguous, stride in elements. Without data it is not wanted.
 // What is read in steps has 16-bit elements, and data and rows that start at multiples of 16 bytes; y, dx, dA, dB, bias and dbias
@@ -35,7 +36,7 @@ struct Operand {
 // Of x on its way to A. mask.cuh has the hash.
 struct Dropout {
   const int64_t* seed;  // on the device; null where nothing is dropped
-  uint32_t threshold;   // of the numbers that are dropped, as in fused_lora/reference.py
+  uint32_t threshold;   // its lower half: the first of the numbers that are dropped, up to 0x7C00; 2^16: they are kept instead
   float keep_scale;     // 1 / (1 - p); 1 where nothing is dropped
 };
 

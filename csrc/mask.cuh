@@ -1,6 +1,6 @@
 // Dropout's mask where it is needed, never stored: a hash of (seed, row, group of 32 columns) of x, times a factor for each pair of
-// columns. Each half of such a product's halves, one over the other, is a number of 15 bits, and those of an interval are dropped.
-// As in fused_lora/reference.py.
+// columns. The product's upper 32 bits, exclusive or its lower ones, are two numbers of 15 bits: of the first and the second column.
+// Those of an interval are dropped, as in fused_lora/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ class Mask {
     first_ = mix(static_cast<uint32_t>(seed) + kGolden);
     second_ = mix((first_ ^ static_cast<uint32_t>(seed >> 32)) + kGolden);
     first_picked_ = (dropout.threshold & 0xFFFF) * 0x10001;
-    dropped_ = dropout.threshold > 0xFFFF ? 0 : ~0u;
+    flip_ = dropout.threshold > 0xFFFF ? 0 : ~0u;
   }
 
   __device__ uint32_t row_key(uint32_t row) const { return mix(mix(row ^ first_) + second_); }
@@ -32,7 +32,7 @@ class Mask {
 
   // The bits of 16-bit entries that stay, of the pair that has this factor.
   __device__ uint32_t kept_bits(uint32_t group_key, uint32_t factor) const {
-    return ptx::at_or_above(fold(group_key, factor) & 0x7FFF7FFF, first_picked_) ^ dropped_;
+    return ptx::at_or_above(fold(group_key, factor) & 0x7FFF7FFF, first_picked_) ^ flip_;
   }
 
  private:
@@ -44,13 +44,12 @@ class Mask {
     return h ^ h >> 16;
   }
 
-  // The halves of a product of 64 bits, one over the other.
   static __device__ uint32_t fold(uint32_t a, uint32_t b) {
     const uint64_t product = ptx::wide_product(a, b);
     return static_cast<uint32_t>(product >> 32) ^ static_cast<uint32_t>(product);
   }
 
-  uint32_t first_, second_, first_picked_, dropped_;
+  uint32_t first_, second_, first_picked_, flip_;  // 0x7C01 is no number: nothing is above it, and nothing picked
 };
 
 }  // namespace fused_lora

@@ -17,7 +17,6 @@ inline int64_t padded(int64_t cols) {
 }
 
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;  // the kernels count them in an int
-constexpr int64_t kMostStride = int64_t{1} << 22;        // and csrc/sm80 the bytes from a step's first row to its others in 31 bits
 
 // (M, cols) with padded rows, the last one too: kernels read 8 columns at once, and write pairs.
 inline at::Tensor padded_rows(int64_t M, int64_t cols, const at::TensorOptions& options) {

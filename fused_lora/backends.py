@@ -18,6 +18,7 @@ import torch
 
 BACKENDS = ("cuda", "triton", "addmm", "reference")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CSRC_MOST_FEATURES = 2**22  # kMostStride in csrc/lora_linear.h
 TRITON_DTYPES = (*CUDA_DTYPES, torch.float32)
 PLAYED = {"sm80": 80, "sm86": 86}
 
@@ -232,14 +233,16 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
 
 def csrc_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
     """Whether csrc's kernels can be given them: a weight of adjacent columns, factors in its dtype or in float32."""
-    return weight.stride(1) == 1 and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
+    if weight.stride(1) != 1 or max(weight.shape) > CSRC_MOST_FEATURES:
+        return False
+    return A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
 
 
 def _csrc_obstacle(r: int, readable: bool) -> str | None:
     from . import _C
 
-    unread = None if readable else "weight's columns are not adjacent, or A and B have dtypes of their own"
-    return _C.rank_obstacle(r) or unread
+    unread = "weight's columns are not adjacent or more than 2^22, or A and B have dtypes of their own"
+    return _C.rank_obstacle(r) or (None if readable else unread)
 
 
 def lora_linear_obstacle(name: str, device: torch.device, dtype: torch.dtype, r: int, readable: bool) -> str | None:

@@ -41,7 +41,7 @@ _FACTORS = [(pair * 0x9E3779B9 ^ 0xC2B2AE35) & _U32 | 1 for pair in range(16)]
 
 
 def _fold(a: Tensor, b: Tensor | int) -> Tensor:
-    """The halves of a product of 64 bits, one over the other."""
+    """A product of 64 bits: its upper half, exclusive or its lower one."""
     product = a * b
     return ((product >> 32) ^ product) & _U32
 

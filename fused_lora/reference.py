@@ -17,8 +17,8 @@ _LAST_PICKED = 0x7C00  # infinity, where numbers are read as float16, which is h
 
 
 def mask_threshold(p: float) -> int:
-    """Which entries are dropped, p to the nearest 2^-15: those whose numbers are from this one to 0x7C00. No more than
-    31 of 32 are as many; above that the same ones are kept, and 2^16 is added."""
+    """Which entries are dropped, p to the nearest 2^-15: those whose numbers are from this one to 0x7C00. For p above
+    31 / 32, where no interval is as long, these are the kept ones, 1 - p of all, and 2^16 is added."""
     keeps = p > 31 / 32
     return _LAST_PICKED + 1 - round((1 - p if keeps else p) * 2**15) + (keeps << 16)
 

@@ -98,7 +98,7 @@ def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     assert backends.choose_lora_linear(CUDA, dtype, 8).name == "cuda"
     for r, readable, reason in (
         (300, True, "r is above 256"),
-        (8, False, "weight's columns are not adjacent, or A and B have dtypes of their own"),
+        (8, False, "weight's columns are not adjacent or more than 2^22, or A and B have dtypes of their own"),
     ):
         choice = backends.choose_lora_linear(CUDA, dtype, r, readable)
         assert choice == backends.Choice("triton", f"csrc's kernels do not take it: {reason}")
@@ -115,6 +115,9 @@ def test_what_csrc_reads():
     assert reads(weight[:, 1:17])
     assert reads(torch.empty(8, 21, dtype=torch.float16))
     assert not reads(weight.T)
+    assert reads(torch.empty(8, 2**22, dtype=torch.float16, device="meta"))
+    assert not reads(torch.empty(8, 2**22 + 8, dtype=torch.float16, device="meta"))
+    assert not reads(torch.empty(2**22 + 8, 8, dtype=torch.float16, device="meta"))
     assert not reads(weight, torch.float32)
     assert not reads(weight, torch.bfloat16, torch.bfloat16)
 

@@ -146,7 +146,7 @@ def test_the_entries_of_one_hash_are_independent_together(seed, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.3, 31 / 32, 0.97, 0.9999, 1.0])
-def test_p_is_exact_to_two_to_the_minus_16(p, monkeypatch):
+def test_p_is_kept_to_the_nearest_two_to_the_minus_15(p, monkeypatch):
     """Over all numbers, of which each is as likely."""
     monkeypatch.setattr(reference, "mask_numbers", lambda M, K, seed, first: torch.arange(2**15).view(M, K))
     dropped = (~reference.keep_mask(1, 2**15, p, SEED)).double().mean()

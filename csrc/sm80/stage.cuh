@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../lora_linear.h"
 #include "../ptx/address.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/sync.cuh"
@@ -40,6 +41,7 @@ template <int kWidth>
 struct Copies {
   static constexpr int kPasses = kWidth * kDepth * 2 / kPassBytes;
   static constexpr int kAcross = kThreads / 4, kDown = kThreads / (kWidth / 8);  // rows in a pass, K-major and MN-major
+  static_assert((kBlockM - kAcross) * kMostStride * 2 < int64_t{1} << 31);
 
   const char* from;            // the first chunk of the step that was copied last
   uint32_t further[kPasses];   // bytes to each of its others

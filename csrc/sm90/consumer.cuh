@@ -204,7 +204,7 @@ struct Consumer {
     outbox.keep_out(acc, kBackward ? 0 : item.part, row, col);
   }
 
-  // What a tile sums over: steps over depth, those over ranks, and the part whose ranks come first.
+  // What a tile sums over: steps over depth, those over ranks, and the first part.
   struct Terms {
     int steps, rank_steps, first;
   };

@@ -128,15 +128,15 @@ void halve(const Pass& pass, Plan& plan, int shrinks, int tiles) {
 Plan balanced(const Pass& pass, const Plan& plan) {
   const int workers = plan.tiling.workers;
   constexpr int kMostWaves = 48;  // halves matter little in long lists
-  constexpr int kCounts = 8;      // of tiles that are cut, up to half as many as there are workers
+  constexpr int kTries = 8;       // with more and more tiles cut, up to half as many as there are workers
   if (static_cast<int>(plan.items.size()) > kMostWaves * workers) return plan;
   const int first = plan.tiling.cuts_shrinks ? plan.first_shrinks : 0;
   Plan best = plan;
   double soonest = Play(pass, best).end();
   for (int shrinks = 0; shrinks <= 2 * first; shrinks += std::max(1, first)) {
-    for (int i = 0; i <= kCounts; ++i) {
+    for (int i = 0; i <= kTries; ++i) {
       Plan other = plan;
-      halve(pass, other, shrinks, workers / 2 * i / kCounts);
+      halve(pass, other, shrinks, workers / 2 * i / kTries);
       const double end = Play(pass, other).end();
       if (end < soonest * 0.998) {
         soonest = end;

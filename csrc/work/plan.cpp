@@ -83,7 +83,7 @@ class Planner {
     const bool small_groups = most_rows * tile_cols_ < tiling_.workers / 2;
     if (!shrinking_.empty() && !rides_) {
       const bool pairs = tiling_.strides && long_tiles && tiling_.block_cols == 256 && tiling_.rank <= 128;
-      // Masked ones take longer than half a tile, and pairs of them keep tiles waiting: only where they save most of a wave.
+      // Masked ones take longer than half a tile, and pairs of them keep tiles waiting: only where they save 3%.
       order.shrink_batch = pairs && (!masks_shrink || masked_end(2) < 0.97 * masked_end(1)) ? 2 : 1;
       order.shrink_lead = !small_groups ? 1 : pass_.backward ? 4 : masks_shrink ? 2 : 1;
     }
@@ -102,7 +102,7 @@ class Planner {
     std::priority_queue<double, std::vector<double>, std::greater<double>> free;
     for (int i = 0; i < tiling_.workers; ++i) free.push(0);
     double end = 0;
-    const int shrinks = ceil_div(rows_, batch);
+    const int shrinks = ceil_div(rows_, batch) * static_cast<int>(shrinking_.size());
     for (int i = 0; i < shrinks + rows_ * tile_cols_; ++i) {
       const double done = free.top() + (i < shrinks ? shrink : 1);
       free.pop();

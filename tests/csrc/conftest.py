@@ -27,12 +27,13 @@ def compile_list(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def list_sm80(compile_list):
-    """Runs list_sm80.cu on a pass of one linear: its items on a card, as kernels get them, or before any was cut."""
+    """Runs list_sm80.cu on a pass of linears of one size: its items on a card, as kernels get them, or before any was
+    cut."""
     program = compile_list(Path(__file__).parent / "list_sm80.cu")
 
-    def run(sizes, backward, card, halves=True):
+    def run(sizes, backward, card, halves=True, drops=False, parts=1):
         card = (card.capability, card.sm_count, card.shared_memory)
-        line = " ".join(map(str, [*sizes, int(backward), *card, int(halves)]))
+        line = " ".join(map(str, [*sizes, int(backward), *card, int(halves), int(drops), parts]))
         done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
         return read_items(done.stdout)
 

@@ -148,7 +148,8 @@ class Consumer:
             yield from self.outbox.empty()
             yield from self.issue(drawn, sends=False)
             self.drain()
-            yield from self.add_ranks(rank_steps)
+            in_pairs = not each.gated and max(part.r for part in each.parts) <= 128
+            yield from self.add_ranks(rank_steps, 2 if in_pairs else 1)
         elif each.gated and not each.backward:
             self.drain()
             yield from self.outbox.empty()
@@ -163,10 +164,13 @@ class Consumer:
     def sends_flag_first(self, steps, masked) -> bool:
         return not masked and steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
 
-    def add_ranks(self, steps) -> Turns:
-        for _ in range(steps):
-            yield from self.await_stage()
+    def add_ranks(self, steps, at_once=1) -> Turns:
+        """Whole stages of several steps are held until all of them are multiplied."""
+        while steps > 0:
+            for _ in range(min(steps, at_once)):
+                yield from self.await_stage()
             self.drain()
+            steps -= at_once
 
     def ride(self, item: Item) -> Turns:
         self.drain()

@@ -36,11 +36,12 @@ def merged(items):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CARDS_OF_IT)
-def test_halves_are_the_items_that_were_cut(list_sm80, name, sizes, backward):
-    card = CARDS[name]
-    whole = list_sm80(sizes, backward, card, halves=False)
+@pytest.mark.parametrize(("drops", "parts"), [(False, 1), (True, 1), (False, 3), (True, 2)])
+def test_halves_are_the_items_that_were_cut(list_sm80, name, sizes, backward, drops, parts):
+    card, kind = CARDS[name], {"drops": drops, "parts": parts}
+    whole = list_sm80(sizes, backward, card, halves=False, **kind)
     assert not any(item.is_half for item in whole)
-    items = list(merged(list_sm80(sizes, backward, card)))
+    items = list(merged(list_sm80(sizes, backward, card, **kind)))
     assert [item for item, _ in items] == whole
     # Shrink items at the beginning and tiles at the end.
     for work, in_order in ((SHRINK, items), (TILE, items[::-1])):
