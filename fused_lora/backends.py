@@ -233,9 +233,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
 
 def csrc_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
     """Whether csrc's kernels can be given them: a weight of adjacent columns, factors in its dtype or in float32."""
-    if weight.stride(1) != 1 or max(weight.shape) > CSRC_MOST_FEATURES:
-        return False
-    return A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
+    can_address = weight.stride(1) == 1 and max(weight.shape) <= CSRC_MOST_FEATURES
+    return can_address and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
 
 
 def _csrc_obstacle(r: int, readable: bool) -> str | None:
