@@ -1,5 +1,6 @@
 #include "halves.h"
 
+#include <algorithm>
 #include <functional>
 #include <queue>
 
@@ -130,7 +131,9 @@ Plan balanced(const Pass& pass, const Plan& plan) {
   constexpr int kMostWaves = 48;  // halves matter little in long lists
   constexpr int kTries = 8;       // with more and more tiles cut, up to half as many as there are workers
   if (static_cast<int>(plan.items.size()) > kMostWaves * workers) return plan;
-  const int first = plan.tiling.cuts_shrinks ? plan.first_shrinks : 0;
+  const auto tiles = std::count_if(plan.items.begin(), plan.items.end(), [](const Item& item) { return item.work == Work::kTile; });
+  // In one wave no tile begins later than its neighbours.
+  const int first = plan.tiling.cuts_shrinks || tiles <= workers ? plan.first_shrinks : 0;
   Plan best = plan;
   double soonest = Play(pass, best).end();
   for (int shrinks = 0; shrinks <= 2 * first; shrinks += std::max(1, first)) {

@@ -19,7 +19,7 @@ struct Tiling {
   int rank;           // to which ranks are padded
   int item_ranks;     // of a shrink or gradient item: all of them where shrink items have strides
   bool strides;       // whether a shrink item may make several items' rows
-  bool cuts_shrinks;  // whether shrink items may be cut in two
+  bool cuts_shrinks;  // whether shrink items may be cut in two where there is more than one wave of tiles
   int gradient_cols;  // of an item
   int flag_rows;      // of low, for which there is one flag
   int chain_flags;    // of a gradient item's columns, which as many writers share

@@ -66,5 +66,8 @@ def test_where_workers_would_wait(list_sm80):
     for backward in (False, True):
         items = list_sm80(Sizes(512, 4096, 4096, 16), backward, CARDS["H200"])
         assert all(item.is_half for item in items if item.work == TILE)
+    # Their shrink items too, also where L2 is small.
+    items = list_sm80(Sizes(256, 4096, 4096, 16), False, CARDS["A6000"])
+    assert all(item.is_half for item in items)
     # 1,056 short and long items for 132: nothing to gain.
     assert not any(item.is_half for item in list_sm80(Sizes(8192, 4096, 4096, 16), False, CARDS["H200"]))
