@@ -1,6 +1,7 @@
 """Which backend runs a call: the variables, the reasons, tiles for every GPU, and that importing asks nothing."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -337,11 +338,15 @@ print("quiet", len(new))
 """
 
 
-def test_importing_asks_nothing():
-    """No triton, no variable, no GPU, no compile."""
-    result = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], capture_output=True, text=True, check=False)
+def test_importing_asks_nothing_and_writes_nothing(tmp_path):
+    """No triton, no variable, no GPU, no compile; no file where files are kept."""
+    kept = "HOME", "TMPDIR", "XDG_CACHE_HOME", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"
+    where = {"env": os.environ | dict.fromkeys(kept, str(tmp_path)), "cwd": tmp_path}
+    command = [sys.executable, "-W", "error", "-c", IMPORT]
+    result = subprocess.run(command, **where, capture_output=True, text=True, check=False)
     assert result.stdout.startswith("quiet"), result.stdout + result.stderr
     assert result.returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_importing_without_triton():

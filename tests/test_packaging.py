@@ -55,6 +55,12 @@ def test_torch_is_the_only_requirement(project):
     assert "==" not in " ".join(project["project"]["dependencies"])
 
 
+def test_type_checkers_read_its_annotations(project):
+    """PEP 561: the marker, and that it is packed."""
+    assert (PACKAGE / "py.typed").read_bytes() == b""
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["fused_lora"]
+
+
 def test_every_folder_of_the_package_is_packed():
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     assert all((folder / "__init__.py").exists() for folder in folders)
