@@ -10,9 +10,13 @@ from .shapes import FORWARD, FORWARD_BACKWARD
 from .variants import FLOOR, PACKAGE
 
 TITLES = {FORWARD_BACKWARD: "Forward + backward", FORWARD: "Forward"}
-HEADER = ["", *(way.label for way in WAYS.values())]
 COMPILED = "torch.compile copies what is 5461 wide to padded rows, which is in the times of what is compiled here."
 Measured = dict[Block, dict[str, dict]]
+
+
+def _header() -> list[str]:
+    """Of the ways as they are now: a card that is played has some of its own."""
+    return ["", *(way.label for way in WAYS.values())]
 
 
 def entry(block: Block, ways: dict[str, dict]) -> dict:
@@ -42,14 +46,15 @@ def _time_table(found: Measured, pass_name: str) -> list[str]:
         times = _times(ways, pass_name)
         cells = [f"{times[n] * 1e6:,.0f} ({_ratio(times, n, FLOOR)})" if n in times else "-" for n in WAYS]
         rows.append([str(block), *cells, _ratio(times, ALONE, PACKAGE)])
-    return table([*HEADER, "fused over layer by layer"], rows)
+    return table([*_header(), "fused over layer by layer"], rows)
 
 
 def _memory_table(found: Measured) -> list[str]:
     def cell(way: dict) -> str:
         return f"{way['kept_bytes'] / 2**20:,.0f}" if "kept_bytes" in way else "-"
 
-    return table(HEADER, [[str(block), *(cell(ways.get(name, {})) for name in WAYS)] for block, ways in found.items()])
+    rows = [[str(block), *(cell(ways.get(name, {})) for name in WAYS)] for block, ways in found.items()]
+    return table(_header(), rows)
 
 
 def _beside_neighbours(found: Measured) -> list[str]:

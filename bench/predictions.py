@@ -108,34 +108,27 @@ class Data:
 
 
 NAMES = {"frozen": "frozen", "fused_lora": "csrc", "fused_lora_triton": "triton", "addmm": "addmm"}
-
-
-def read_measured(folder: Path, launches: bool) -> list[Measured]:
-    return read_launches(folder / "launches.json") if launches else read_results(folder / "results.json", NAMES)
-
-
 OF_CSRC = "csrc.launch", "csrc.shrink", "csrc.gradient"
 OF_PRODUCTS = "card.peak", "cublas.launch", "cublas.tile_end"
 
 
-def hopper(launches: bool = False) -> Data:
+def hopper() -> Data:
     steps = (
         (("frozen", "csrc"), (*OF_PRODUCTS, "cublas.sag", "cublas.settle", "csrc.sag", *OF_CSRC)),
         (("addmm",), ("cublas.skinny", "cublas.stream")),
         (("triton",), ("triton.launch", "triton.pace", "triton.skinny", "triton.stream")),
     )
     folder = RESULTS / "nvidia-h200"
-    measured = read_measured(folder, launches)
-    measured += [] if launches else read_ladder(folder / "other_shapes.json")
+    measured = read_results(folder / "results.json", NAMES) + read_ladder(folder / "other_shapes.json")
     return Data("H200", CARDS["H200"], HOPPER, measured, steps, BELIEVED)
 
 
-def as_sm80(launches: bool = False) -> Data:
+def as_sm80() -> Data:
     steps = (
         (("frozen", "csrc"), ("card.peak", "cublas.tile_end", "csrc.pace", *OF_CSRC)),
         (("triton",), ("triton.pace", "triton.skinny")),
     )
-    measured = read_measured(RESULTS / "nvidia-h200-as-sm80", launches)
+    measured = read_results(RESULTS / "nvidia-h200-as-sm80" / "results.json", NAMES)
     return Data("H200 as sm80", AS_SM80, AMPERE, measured, steps, BELIEVED_OF_SM80)
 
 
@@ -143,6 +136,12 @@ def on_h100() -> Data:
     """Nothing is fitted: an H200's numbers with an H100's datasheet."""
     measured = read_results(RESULTS / "nvidia-h100-80gb-hbm3" / "results.json", NAMES)
     return Data("H100", CARDS["H100"], HOPPER, [replace(each, fitted=False) for each in measured], (), {})
+
+
+def of_launches(data: Data, folder: str) -> Data:
+    """Nothing is fitted: single launches by the package's numbers."""
+    measured = [replace(each, fitted=False) for each in read_launches(RESULTS / folder / "launches.json")]
+    return Data(f"{data.title}, each launch by itself", data.card, data.rates, measured, (), {})
 
 
 def fitted(data: Data) -> tuple[Card, Rates]:
@@ -230,9 +229,14 @@ def of_cards() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predictions", description=__doc__.splitlines()[0])
-    parser.add_argument("--launches", action="store_true", help="an H200's single launches, instead of its results")
-    options = parser.parse_args(arguments)
-    for data in (hopper(options.launches), on_h100(), as_sm80(options.launches)):
+    parser.add_argument(
+        "--launches", action="store_true", help="an H200's single launches by the package's numbers; nothing is fitted"
+    )
+    if parser.parse_args(arguments).launches:
+        for data in (of_launches(hopper(), "nvidia-h200"), of_launches(as_sm80(), "nvidia-h200-as-sm80")):
+            print(report(data))
+        return 0
+    for data in (hopper(), on_h100(), as_sm80()):
         print(report(data))
     print(of_cards())
     return 0

@@ -209,7 +209,7 @@ def fused_lora(problem: Problem) -> Variant:
 def fused_lora_triton(problem: Problem) -> Variant:
     """The same module on its Triton kernels, where it would choose csrc's."""
     if backends.choose(problem.x.device, problem.x.dtype).name != "cuda":
-        raise ImportError("csrc's kernels do not run here, so this is fused_lora itself or not to be had")
+        raise ImportError("where the CUDA kernels do not run, fused_lora itself is on Triton if there is a GPU for it")
     variant = fused_lora(problem)
     return Variant(variant.step, variant.parameters, backend="triton")
 

@@ -102,6 +102,13 @@ def test_single_launches(tmp_path):
     assert each.ratios["csrc"].tolist() == pytest.approx([1.05, 1.2])
 
 
+def test_it_prints_single_launches(capsys):
+    assert predictions.main(["--launches"]) == 0
+    told = capsys.readouterr().out
+    assert "### H200 as sm80, each launch by itself" in told
+    assert "| fitted |" not in told
+
+
 def test_it_prints(capsys):
     assert predictions.main([]) == 0
     told = capsys.readouterr().out
