@@ -1,8 +1,8 @@
 #include "halves.h"
 
 #include <algorithm>
-#include <functional>
-#include <queue>
+
+#include "workers.h"
 
 namespace fused_lora::work {
 namespace {
@@ -13,19 +13,11 @@ constexpr int kStep = 32;  // of a depth
 // what it takes beside its steps. As csrc/sm80's clocks have them (docs/sm80.md).
 class Play {
  public:
-  Play(const Pass& pass, const Plan& plan) : pass_(pass), plan_(plan), raised_(plan.flags) {
-    for (int i = 0; i < plan.tiling.workers; ++i) free_.push(0);
-  }
+  Play(const Pass& pass, const Plan& plan) : pass_(pass), plan_(plan), raised_(plan.flags), workers_(plan.tiling.workers) {}
 
   double end() {
-    double end = 0;
-    for (const Item& item : plan_.items) {
-      const double start = free_.top(), done = end_of(item, start);
-      free_.pop();
-      free_.push(done);
-      end = std::max(end, done);
-    }
-    return end;
+    for (const Item& item : plan_.items) workers_.work_until(end_of(item, workers_.next()));
+    return workers_.end();
   }
 
  private:
@@ -92,7 +84,7 @@ class Play {
   const Pass& pass_;
   const Plan& plan_;
   std::vector<double> raised_;
-  std::priority_queue<double, std::vector<double>, std::greater<double>> free_;  // when workers are
+  Workers workers_;
 };
 
 bool can_halve(const Pass& pass, const Plan& plan, const Item& item) {

@@ -3,8 +3,7 @@
 // is asked evenly. Where groups are waves, tiles come first, then the next group's shrink items, then gradient items.
 #include "plan.h"
 
-#include <functional>
-#include <queue>
+#include "workers.h"
 
 namespace fused_lora::work {
 namespace {
@@ -99,17 +98,10 @@ class Planner {
   // is free.
   double masked_end(int batch) const {
     const double shrink = batch * (tiling_.rank <= 64 ? 0.6 : 0.8);
-    std::priority_queue<double, std::vector<double>, std::greater<double>> free;
-    for (int i = 0; i < tiling_.workers; ++i) free.push(0);
-    double end = 0;
     const int shrinks = ceil_div(rows_, batch) * static_cast<int>(shrinking_.size());
-    for (int i = 0; i < shrinks + rows_ * tile_cols_; ++i) {
-      const double done = free.top() + (i < shrinks ? shrink : 1);
-      free.pop();
-      free.push(done);
-      end = std::max(end, done);
-    }
-    return end;
+    Workers workers(tiling_.workers);
+    for (int i = 0; i < shrinks + rows_ * tile_cols_; ++i) workers.work_until(workers.next() + (i < shrinks ? shrink : 1));
+    return workers.end();
   }
 
   // Groups such that each one's tiles and what goes with them take all workers the time of one tile: tiles that run together ask

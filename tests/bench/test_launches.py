@@ -9,6 +9,7 @@ from bench import launches, played
 from bench.launches import main
 from bench.predictions import read_launches
 from bench.record import RESULTS
+from bench.shapes import GPU_SHAPES, OTHER_SHAPES, Shape
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch, capsys):
@@ -32,7 +33,7 @@ def test_the_file_is_what_predictions_read(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["nvidia-h200", "nvidia-h200-as-sm80"])
 def test_what_was_measured_has_every_launch(name):
     found = json.loads((RESULTS / name / "launches.json").read_text())["shapes"]
-    assert len(found) == len(launches.GPU_SHAPES) + len(launches.OTHERS)
+    assert {str(Shape.parse(key)) for key in found} == {str(shape) for shape in (*GPU_SHAPES, *OTHER_SHAPES)}
     assert all(len(us) == 6 and min(us.values()) > 0 for us in found.values())
 
 

@@ -22,7 +22,7 @@ def check(name: str, dtype: torch.dtype, shape: Shape = ODD) -> dict[str, float]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EAGER)
 def test_variant_is_the_reference(name, dtype):
-    trained = {"full_rank": {"weight"}, "frozen": set()}.get(VARIANTS[name].work, {"A", "B"})
+    trained = {"lora": {"A", "B"}, "dropout": {"A", "B"}, "full_rank": {"weight"}, "frozen": set()}[VARIANTS[name].work]
     assert set(check(name, dtype)) == {"y", "x"} | trained
 
 
