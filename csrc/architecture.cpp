@@ -4,6 +4,8 @@
 #include <atomic>
 #include <vector>
 
+#include "check.h"
+
 namespace fused_lora {
 namespace {
 
@@ -23,14 +25,27 @@ Card ask(int device) {
 }
 
 std::vector<Card> ask_all() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess) return {};
   std::vector<Card> cards;
-  for (int device = 0; device < devices; ++device) cards.push_back(ask(device));
+  for (int device = 0; device < count_devices(); ++device) cards.push_back(ask(device));
   return cards;
 }
 
 }  // namespace
+
+int count_devices() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess ? devices : 0;
+}
+
+int current_index() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device));
+  return device;
+}
+
+void use_device(int device) {
+  if (current_index() != device) check_cuda(cudaSetDevice(device));
+}
 
 Card card_of(int device) {
   static const std::vector<Card> cards = ask_all();  // once: every call wants to know

@@ -12,6 +12,13 @@ struct Kernels {
   decltype(sm80::launch_backward)* launch_backward;
 };
 
+int count_devices();
+int current_index();
+
+// Makes a device current for this runtime: it may be another one than torch's, and what a thread has set in one, the other need
+// not know.
+void use_device(int device);
+
 // The device `device`; capability 0 if it cannot be asked.
 Card card_of(int device);
 Card current_card();

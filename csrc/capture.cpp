@@ -1,35 +1,48 @@
 #include "capture.h"
 
-#include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <atomic>
+
+#include "check.h"
 
 namespace fused_lora {
+namespace {
 
-RelaxedCapture::RelaxedCapture() { C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-RelaxedCapture::~RelaxedCapture() { C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+std::atomic<void (*)()> give_up{nullptr};
 
-bool capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
+}  // namespace
 
-void* allocate(int64_t bytes) {
+// A destructor must not throw, and a capture that cannot be relaxed fails by itself.
+RelaxedCapture::RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+RelaxedCapture::~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+bool capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void give_up_memory_by(void (*function)()) { give_up.store(function); }
+
+void* allocate(int64_t bytes, bool captured) {
   void* memory = nullptr;
   cudaError_t error = cudaMalloc(&memory, bytes);
-  if (error == cudaErrorMemoryAllocation && !capturing()) {
+  void (*const function)() = give_up.load();
+  if (error == cudaErrorMemoryAllocation && function != nullptr && !captured) {
     cudaGetLastError();
-    c10::cuda::CUDACachingAllocator::emptyCache();
+    function();
     error = cudaMalloc(&memory, bytes);
   }
-  C10_CUDA_CHECK(error);
+  check_cuda(error);
   return memory;
 }
 
 void fill_now(const std::function<cudaError_t(cudaStream_t)>& fill) {
   cudaStream_t stream;
-  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   cudaError_t error = fill(stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  C10_CUDA_CHECK(cudaStreamDestroy(stream));
-  C10_CUDA_CHECK(error);
+  check_cuda(cudaStreamDestroy(stream));
+  check_cuda(error);
 }
 
 }  // namespace fused_lora

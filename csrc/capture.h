@@ -18,12 +18,16 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Of the current stream.
-bool capturing();
+// Whether a stream is captured.
+bool capturing(cudaStream_t stream);
 
 // Memory of the current device that torch's allocator knows nothing of: during a capture that would give memory of the graph's
-// pool. What it keeps unused is given up for it, as for its own allocations.
-void* allocate(int64_t bytes);
+// pool. What torch keeps unused is given up for it, as for its own allocations; `captured`: not during a
+// capture, which would not survive it.
+void* allocate(int64_t bytes, bool captured);
+
+// How torch gives up what it keeps unused; where nobody said it, it keeps it.
+void give_up_memory_by(void (*give_up)());
 
 // fill(stream) on a stream of its own, since one of torch's pool may be the one that is capturing; waits for it.
 void fill_now(const std::function<cudaError_t(cudaStream_t)>& fill);

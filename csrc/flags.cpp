@@ -1,23 +1,22 @@
 #include "flags.h"
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <algorithm>
 #include <map>
 #include <mutex>
 #include <vector>
 
+#include "architecture.h"
 #include "capture.h"
+#include "check.h"
 
 namespace fused_lora {
 namespace {
 
 constexpr int64_t kBlockInts = 1 << 20, kStreamInts = 1 << 12, kAlignment = 4;
 
-int* zeroed_ints(int64_t count) {
+int* zeroed_ints(int64_t count, bool captured) {
   const RelaxedCapture relaxed;
-  void* memory = allocate(count * sizeof(int));
+  void* memory = allocate(count * sizeof(int), captured);
   fill_now([&](cudaStream_t stream) { return cudaMemsetAsync(memory, 0, count * sizeof(int), stream); });
   return static_cast<int*>(memory);
 }
@@ -25,18 +24,18 @@ int* zeroed_ints(int64_t count) {
 // Zeroed memory of one device, given out and never taken back.
 class Arena {
  public:
-  int* take(int64_t count) {
+  int* take(int64_t count, bool captured) {
     count = (count + kAlignment - 1) / kAlignment * kAlignment;
-    if (used_ + count > size_) grow(count);
+    if (used_ + count > size_) grow(count, captured);
     int* taken = memory_ + used_;
     used_ += count;
     return taken;
   }
 
  private:
-  void grow(int64_t count) {
+  void grow(int64_t count, bool captured) {
     const int64_t size = std::max(count, kBlockInts);
-    memory_ = zeroed_ints(size);
+    memory_ = zeroed_ints(size, captured);
     size_ = size;
     used_ = 0;
   }
@@ -57,21 +56,20 @@ struct Device {
 };
 
 Device& current_device() {
-  static std::vector<Device> devices(c10::cuda::device_count());
-  return devices.at(c10::cuda::current_device());
+  static std::vector<Device> devices(count_devices());
+  return devices.at(current_index());
 }
 
 }  // namespace
 
-int* launch_flags(int64_t count, bool captured) {
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+int* launch_flags(int64_t count, cudaStream_t stream, bool captured) {
   Device& device = current_device();
   const std::lock_guard<std::mutex> lock(device.mutex);
-  if (captured) return device.arena.take(count);
+  if (captured) return device.arena.take(count, captured);
   unsigned long long id = 0;
-  C10_CUDA_CHECK(cudaStreamGetId(stream, &id));
+  check_cuda(cudaStreamGetId(stream, &id));
   StreamFlags& own = device.streams[id];
-  if (own.size < count) own = {device.arena.take(std::max(count, kStreamInts)), std::max(count, kStreamInts)};
+  if (own.size < count) own = {device.arena.take(std::max(count, kStreamInts), captured), std::max(count, kStreamInts)};
   return own.flags;
 }
 

@@ -1,13 +1,11 @@
 #include "plans.h"
 
-#include <c10/cuda/CUDAFunctions.h>
-#include <c10/util/Exception.h>
-
 #include <map>
 #include <mutex>
 #include <vector>
 
 #include "capture.h"
+#include "check.h"
 
 namespace fused_lora {
 namespace {
@@ -17,12 +15,12 @@ constexpr size_t kMostBytes = 64 << 20;
 
 size_t bytes_of(const work::Plan& plan) { return plan.items.size() * sizeof(work::Item); }
 
-std::shared_ptr<const Planned> make(const work::Pass& pass, const Kernels& kernels, const Card& card) {
+std::shared_ptr<const Planned> make(const work::Pass& pass, const Kernels& kernels, const Card& card, bool captured) {
   auto made = std::make_unique<Planned>(Planned{kernels.plan_pass(pass, card), nullptr, &kernels});
   const size_t bytes = bytes_of(made->plan);
   if (bytes > 0) {
     const RelaxedCapture relaxed;
-    made->list = static_cast<work::Item*>(allocate(bytes));
+    made->list = static_cast<work::Item*>(allocate(bytes, captured));
     fill_now([&](cudaStream_t stream) {
       return cudaMemcpyAsync(made->list, made->plan.items.data(), bytes, cudaMemcpyHostToDevice, stream);
     });
@@ -44,8 +42,8 @@ struct Device {
 };
 
 Device& current_device() {
-  static auto& devices = *new std::vector<Device>(c10::cuda::device_count());  // never freed: the driver may be gone by then
-  return devices.at(c10::cuda::current_device());
+  static auto& devices = *new std::vector<Device>(count_devices());  // never freed: the driver may be gone by then
+  return devices.at(current_index());
 }
 
 }  // namespace
@@ -54,12 +52,12 @@ std::shared_ptr<const Planned> planned(const work::Pass& pass, bool captured) {
   Device& device = current_device();
   const Card card = current_card();
   const Kernels* kernels = kernels_of(card);
-  TORCH_CHECK(kernels != nullptr, "csrc has no kernels for compute capability ", card.capability / 10, ".", card.capability % 10);
+  check(kernels != nullptr, "csrc has no kernels for compute capability ", card.capability / 10, ".", card.capability % 10);
   const Device::Key key{card.capability, pass.key()};
   const std::lock_guard<std::mutex> lock(device.mutex);
   std::shared_ptr<const Planned>& found = device.plans[key];
   if (found == nullptr) {
-    auto made = make(pass, *kernels, card);
+    auto made = make(pass, *kernels, card, captured);
     device.bytes += bytes_of(made->plan);
     if (device.bytes > kMostBytes && !captured) {
       device.plans.clear();

@@ -8,13 +8,14 @@ import importlib.util
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from .extension import Extension, load
 
 BACKENDS = ("cuda", "triton", "addmm", "reference")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -64,19 +65,21 @@ def has_triton() -> bool:
 
 
 @cache
-def extension_obstacle() -> str | None:
-    """Why the optional CUDA extension cannot be used, or None. Warns, once, of one that was built and does not load."""
-    if importlib.util.find_spec("fused_lora._C") is None:
-        return "the CUDA extension is not built (make build)"
-    try:
-        from . import _C  # registers its ops
+def extension() -> Extension:
+    """The CUDA extension. FUSED_LORA_ABI=stable takes the module that serves every torch: for tests, measurements."""
+    abi = os.environ.get("FUSED_LORA_ABI", "auto")
+    if abi not in ("auto", "stable"):
+        raise ValueError(f"FUSED_LORA_ABI must be auto or stable, got {abi!r}")
+    found = load(abi == "stable")
+    if found.module is not None:
+        found.module.play_as(played_capability() or 0)
+    return found
 
-        _C.play_as(played_capability() or 0)
-    except (ImportError, OSError) as error:  # torch was replaced since
-        obstacle = f"the CUDA extension does not load, build it again: {error}"
-        warnings.warn(f"{obstacle}; layers run without it", stacklevel=2)
-        return obstacle
-    return None
+
+def extension_obstacle() -> str | None:
+    """Why the optional CUDA extension cannot be used, or None."""
+    found = extension()
+    return found.words if found.module is None else None
 
 
 def has_extension() -> bool:
@@ -84,14 +87,15 @@ def has_extension() -> bool:
     return extension_obstacle() is None
 
 
+def csrc():
+    """The CUDA extension's module, where nothing stands in its way."""
+    return extension().module
+
+
 @cache
 def eager_extension():
-    """csrc's extension, whose autograd in C++ gives None for calls that are not for it; None without it."""
-    if extension_obstacle() is not None:
-        return None
-    from . import _C
-
-    return _C
+    """The same if it has autograd in C++, which gives None for calls that are not for it; else None."""
+    return extension().module if extension().has_autograd else None
 
 
 def played_capability() -> int | None:
@@ -238,10 +242,8 @@ def csrc_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
 
 
 def _csrc_obstacle(r: int, readable: bool) -> str | None:
-    from . import _C
-
     unread = "weight's columns are not adjacent or more than 2^22, or A and B have dtypes of their own"
-    return _C.rank_obstacle(r) or (None if readable else unread)
+    return csrc().rank_obstacle(r) or (None if readable else unread)
 
 
 def lora_linear_obstacle(name: str, device: torch.device, dtype: torch.dtype, r: int, readable: bool) -> str | None:
@@ -276,10 +278,8 @@ def choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readabl
 
 def csrc_tile(device: torch.device, M: int, N: int, r: int) -> dict[str, int]:
     """The tile of csrc's kernel for an (M, N) result."""
-    from . import _C
-
     with torch.cuda.device(device):
-        return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), _C.tile(M, N, r), strict=True))
+        return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), csrc().tile(M, N, r), strict=True))
 
 
 def choose_merge(device: torch.device, dtype: torch.dtype) -> Choice:

@@ -129,16 +129,12 @@ def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int
 @_constant_when_compiled
 def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
     """Why csrc's gated passes do not take ranks that its others do, or None."""
-    from . import _C
-
-    return next(filter(None, map(_C.gated_obstacle, ranks)), None)
+    return next(filter(None, map(backends.csrc().gated_obstacle, ranks)), None)
 
 
 def torchs_passes(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, p: float) -> list[str]:
-    """Those of a linear that csrc leaves to torch's products (csrc/few_rows.h)."""
-    from . import _C
-
+    """Those of a linear that csrc leaves to torch's products (csrc/torch/few_rows.h)."""
     if dtype is not torch.bfloat16 or p:
         return []
     with torch.cuda.device(device):
-        return [name for name in ("forward", "backward") if _C.are_few_rows(M, K, N, name == "backward")]
+        return [name for name in ("forward", "backward") if backends.csrc().are_few_rows(M, K, N, name == "backward")]

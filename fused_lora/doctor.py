@@ -25,7 +25,7 @@ def _software() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none: a CPU build'}"),
         ("triton", _installed("triton")),
         ("C compiler", backends.host_compiler() or "none"),
-        ("extension", backends.extension_obstacle() or "built"),
+        ("extension", backends.extension_obstacle() or f"built, {backends.extension().words}"),
     ]
 
 

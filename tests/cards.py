@@ -1,14 +1,13 @@
 """A CUDA device that torch pretends to have, with a folder of its own for what is measured."""
 
-import sys
 import types
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-import fused_lora
 from fused_lora import backends, choices
+from fused_lora.extension import Extension
 
 CUDA = torch.device("cuda", 0)
 
@@ -34,10 +33,8 @@ def forget():
 
 def pretend_extension(monkeypatch):
     """csrc, as much of it as choices ask, with kernels for ranks up to 256."""
-    built = types.ModuleType("fused_lora._C")
-    built.rank_obstacle = lambda r: "r is above 256" if r > 256 else ""
-    monkeypatch.setitem(sys.modules, "fused_lora._C", built)
-    monkeypatch.setattr(fused_lora, "_C", built, raising=False)
+    built = types.SimpleNamespace(rank_obstacle=lambda r: "r is above 256" if r > 256 else "")
+    monkeypatch.setattr(backends, "extension", lambda: Extension(built, "pretended"))
     return built
 
 

@@ -27,9 +27,9 @@ ROOMS = {
     "predict": {"cards"},
     "explanations": {"predict"},
     "kernels": {"cards", "checks", "reference", "padding", "measured_file", "recent", "layout"},
-    "_C": set(),  # csrc, built
-    "backends": {"kernels", "_C"},
-    "choices": {"backends", "measured_file", "_C"},
+    "extension": set(),
+    "backends": {"extension", "kernels"},
+    "choices": {"backends", "measured_file"},
     "addmm": {"reference"},
     "ops": {"addmm", "backends", "choices", "kernels", "checks", "reference", "padding", "recent", "layout"},
     "modules": {"ops", "checks", "reference", "padding"},
@@ -41,7 +41,7 @@ ROOMS = {
     "tune": {"integrations", "ops", "backends", "choices", "checks", "extras"},
     "__init__": {"integrations", "relora", "modules", "ops", "explain"},
 }
-LAZY = {"kernels", "_C"}
+LAZY = {"kernels"}
 TRITON_ROOMS = {"kernels", "backends"}
 NOT_AT_IMPORT = ("torch.cuda", "torch.compile", "triton.compile", "os.environ", "os.getenv")
 # Who may read the environment; the second one sets a variable of cuBLAS.
@@ -172,7 +172,7 @@ def test_length(path):
     ("kernels/shrink.py", "import torch\ntorch.cuda.get_device_properties(0)"),
     ("ops/merge.py", "from ..modules import LoRALinear"),
     ("ops/merge.py", "from ..kernels.merge import merge_"),
-    ("ops/merge.py", "from .. import _C"),
+    ("ops/merge.py", "from ..extension import load"),
     ("ops/merge.py", "import triton.language as tl"),
     ("ops/merge.py", "import os\ndef f():\n    return os.getenv('X')"),
     ("ops/merge.py", "from os import environ"),

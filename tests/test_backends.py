@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-import fused_lora
 from fused_lora import backends, lora_linear
 from tests.cards import CUDA, forget, pretend_extension
 
@@ -168,18 +167,6 @@ def test_forcing_csrc_where_it_cannot_run_raises_the_reason(card, extension, mon
     forget()
     with pytest.raises(NotImplementedError, match="not built"):
         backends.choose(CUDA, torch.bfloat16)
-
-
-def test_an_extension_that_does_not_load_is_named(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.delattr(fused_lora, "_C", raising=False)  # where one is built
-    backends.extension_obstacle.cache_clear()
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "fused_lora._C", None)
-    with pytest.warns(UserWarning, match="does not load, build it again: .*; layers run without it"):
-        assert "does not load" in backends.extension_obstacle()
-    assert "does not load" in backends.extension_obstacle(), "and warns no more"
-    backends.extension_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [70, 75])

@@ -9,10 +9,8 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from . import flops
-from .library import LIBRARY
+from .library import LIBRARY, ops
 from .parts import Part, columns, flatten, trains, unflatten
-
-ops = torch.ops.fused_lora
 
 
 def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:

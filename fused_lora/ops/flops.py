@@ -3,10 +3,10 @@
 import math
 from functools import cache
 
-import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import backends
+from .library import ops
 from .parts import columns, unflatten
 
 
@@ -36,7 +36,6 @@ def register() -> dict:
     """The formulas by op, those of every counter that begins after this."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    ops = torch.ops.fused_lora
     pairs = {ops.lora_parts_forward: _forward, ops.lora_parts_backward: _backward}
     if backends.has_extension():
         pairs |= {ops.cuda_lora_parts_forward: _forward, ops.cuda_lora_parts_backward: _backward}

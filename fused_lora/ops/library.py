@@ -1,10 +1,13 @@
-"""The torch.library namespace `fused_lora`. Its ops are private: they have no autograd of their own."""
+"""The torch.library namespace of this package. Its ops are private: they have no autograd of their own."""
 
 import threading
 
 import torch
 
-LIBRARY = torch.library.Library("fused_lora", "DEF")
+# `fused_lora`, but where the package was loaded under another name.
+NAMESPACE = __name__.partition(".")[0]
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+ops = getattr(torch.ops, NAMESPACE)
 
 
 def define(schema: str, implementation, fake) -> None:
@@ -13,7 +16,7 @@ def define(schema: str, implementation, fake) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(f"fused_lora::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
 class _Thread(threading.local):

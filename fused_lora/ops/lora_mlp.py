@@ -8,7 +8,7 @@ from . import eager
 from . import parts as of_parts
 from .alone import like, rows_of
 from .autograd import by_formula, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
-from .lora_parts import ops
+from .library import ops
 from .parts import Part, flatten, unflatten
 
 SAVE = ("all", "less")

@@ -16,10 +16,9 @@ from torch import Tensor
 from .. import backends, choices, padding, reference
 from . import alone
 from .alone import rows_of
-from .library import define
+from .library import define, ops
 from .parts import Part, columns, flatten, unflatten
 
-ops = torch.ops.fused_lora
 MOST_PARTS = 4  # of one launch
 KEEP = ("none", "sides", "factors")  # what a gated forward keeps: gate and up, or act(gate) and act'(gate) up
 

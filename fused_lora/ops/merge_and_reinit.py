@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, reference
-from .library import define, launching
-
-ops = torch.ops.fused_lora
+from .library import define, launching, ops
 
 
 def _merge_and_reinit(weights, As, Bs, scales, seeds, lows, stochastic):

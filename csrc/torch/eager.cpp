@@ -1,5 +1,8 @@
 // Parts and gated MLPs as autograd functions in C++: a call from Python takes the host a third of what one by way of autograd.py
 // and lora_parts.py does.
+#include "eager.h"
+
+#include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -11,13 +14,13 @@
 #include <cstring>
 #include <utility>
 
-#include "architecture.h"
 #include "operands.h"
+
+#define NAME_OF(op) C10_STRINGIZE(FUSED_LORA_NAMESPACE) "::" op
 
 namespace fused_lora {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -29,7 +32,8 @@ bool is_factor_dtype(const Tensor& factor, const Tensor& x) {
 
 // No subclass (fake, distributed) either, whose memory is not here.
 bool is_plain(const Tensor& tensor, const Tensor& x) {
-  return tensor.layout() == at::kStrided && tensor.device() == x.device() && !tensor.key_set().has(c10::DispatchKey::Python);
+  return tensor.layout() == at::kStrided && tensor.device() == x.device() && !tensor.key_set().has(c10::DispatchKey::Python) &&
+         !tensor.is_neg();
 }
 
 // Whether the card and FUSED_LORA_BACKEND leave a call to these kernels: the rule is backends.py's, the question every call's.
@@ -93,46 +97,36 @@ std::optional<Tensor> drawn_seed(const Tensor& x, const std::optional<Tensor>& s
   return seed ? seed : at::randint(int64_t{1} << 62, {}, x.options().dtype(at::kLong));
 }
 
-FlatParts flatten(const Part* parts, size_t count) {
-  FlatParts flat;
-  flat.reserve(count * Part::kFields);
-  for (size_t i = 0; i < count; ++i) {
-    const Part& part = parts[i];
-    flat.push_back(part.weight);
-    flat.push_back(part.A);
-    flat.push_back(part.B);
-    flat.push_back(part.bias);
-    flat.push_back(part.scale);
-    flat.push_back(part.seed);
-  }
-  return flat;
+// The passes, under the names of their ops for a profiler.
+std::vector<Tensor> forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act = {},
+                            const std::string& keep = "none") {
+  RECORD_FUNCTION(NAME_OF("cuda_lora_parts_forward"), c10::ArrayRef<const c10::IValue>{});
+  return lora_parts_forward(x, parts, p, act, keep);
 }
 
-std::vector<Tensor> call_forward(const Tensor& x, const FlatParts& parts, double p, at::ArrayRef<double> act = {},
-                                 std::string_view keep = "none") {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fused_lora::cuda_lora_parts_forward", "")
-                             .typed<decltype(lora_parts_forward)>();
-  return op.call(x, parts, p, act, keep);
-}
-
-std::vector<Tensor> call_backward(at::TensorList dys, at::TensorList xs, const FlatParts& parts, at::TensorList xas,
-                                  const c10::List<std::optional<Tensor>>& dxas, double p, bool need_dx, const c10::List<bool>& needs,
-                                  at::ArrayRef<double> act = {}, at::TensorList gated = {}, bool factors = false) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fused_lora::cuda_lora_parts_backward", "")
-                             .typed<decltype(lora_parts_backward)>();
-  return op.call(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors);
+std::vector<Tensor> backward(BackwardPass pass) {
+  RECORD_FUNCTION(NAME_OF("cuda_lora_parts_backward"), c10::ArrayRef<const c10::IValue>{});
+  for (Tensor& dy : pass.dys) dy = dy.resolve_neg();
+  return lora_parts_backward(pass);
 }
 
 // A backward pass by the formula in plain torch (ops/autograd.py), so that it can be differentiated itself: dx, dAs, dBs, dbiases.
-std::vector<Tensor> call_again(at::TensorList dys, const Tensor& x, const FlatParts& parts, double p, at::ArrayRef<double> act,
-                               bool need_dx, const c10::List<bool>& needs) {
+std::vector<Tensor> again(at::TensorList dys, const Tensor& x, const std::vector<Part>& parts, double p, at::ArrayRef<double> act,
+                          bool need_dx, const std::vector<bool>& needs) {
+  using Flat = c10::List<std::optional<Tensor>>;
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fused_lora::lora_again", "")
-                             .typed<std::vector<Tensor>(at::TensorList, const Tensor&, const FlatParts&, double, at::ArrayRef<double>,
-                                                        bool, const c10::List<bool>&)>();
-  return op.call(dys, x, parts, p, act, need_dx, needs);
+                             .findSchemaOrThrow(NAME_OF("lora_again"), "")
+                             .typed<std::vector<Tensor>(at::TensorList, const Tensor&, const Flat&, double, at::ArrayRef<double>, bool,
+                                                        const c10::List<bool>&)>();
+  Flat flat;
+  for (const auto& [weight, A, B, bias, scale, seed] : parts) {
+    for (const std::optional<Tensor>& tensor : {std::optional(weight), std::optional(A), std::optional(B), bias, std::optional(scale), seed}) {
+      flat.push_back(tensor);
+    }
+  }
+  c10::List<bool> wanted;
+  for (const bool need : needs) wanted.push_back(need);
+  return op.call(dys, x, flat, p, act, need_dx, wanted);
 }
 
 // x such that the copy engine can address it: one copy serves both passes.
@@ -192,22 +186,18 @@ std::vector<Part> saved_parts(const variable_list& saved, size_t first) {
 // Which gradients autograd asks for.
 struct Needs {
   bool dx, any;
-  c10::List<bool> of_parts;  // of dAs, dBs and dbiases
+  std::vector<bool> of_parts;  // of dAs, dBs and dbiases
 
-  Needs(AutogradContext* context, size_t parts) : dx(context->needs_input_grad(0)), any(dx) {
+  Needs(AutogradContext* context, size_t parts) : dx(context->needs_input_grad(0)), any(dx), of_parts(3 * parts) {
     const auto found = context->saved_data.find("biased");
     const int64_t biased = found == context->saved_data.end() ? 0 : found->second.toInt();
-    std::vector<bool> needs(3 * parts);
     size_t edge = 1;
     for (size_t i = 0; i < parts; ++i) {
       for (size_t kind = 0; kind < 3; ++kind) {
-        if (kind < 2 || (biased >> i & 1)) needs[kind * parts + i] = context->needs_input_grad(edge++);
+        if (kind < 2 || (biased >> i & 1)) of_parts[kind * parts + i] = context->needs_input_grad(edge++);
       }
     }
-    for (const bool need : needs) {
-      of_parts.push_back(need);
-      any = any || need;
-    }
+    for (const bool need : of_parts) any = any || need;
   }
 };
 
@@ -230,21 +220,21 @@ struct Used {
     all.resize(places.size());
   }
 
-  c10::List<bool> of_parts(const Needs& needs, size_t parts) const {
-    c10::List<bool> found;
+  std::vector<bool> of_parts(const Needs& needs, size_t parts) const {
+    std::vector<bool> found;
     for (size_t kind = 0; kind < 3; ++kind) {
-      for (const size_t place : places) found.push_back(needs.of_parts.get(kind * parts + place));
+      for (const size_t place : places) found.push_back(needs.of_parts[kind * parts + place]);
     }
     return found;
   }
 
   // dx, dAs, dBs, dbiases as gradients of a function's arguments, of which `first` come between x and the tensors of its parts.
-  void fill(variable_list& result, const std::vector<Tensor>& grads, bool need_dx, const c10::List<bool>& needs, size_t first) const {
+  void fill(variable_list& result, const std::vector<Tensor>& grads, bool need_dx, const std::vector<bool>& needs, size_t first) const {
     const size_t count = places.size();
     if (need_dx) result[0] = grads[0];
     for (size_t i = 0; i < count; ++i) {
       for (size_t kind = 0; kind < 3; ++kind) {
-        if (needs.get(kind * count + i)) result[1 + first + 3 * places[i] + kind] = grads[1 + kind * count + i];
+        if (needs[kind * count + i]) result[1 + first + 3 * places[i] + kind] = grads[1 + kind * count + i];
       }
     }
   }
@@ -257,9 +247,9 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
   template <typename... Rest>
   static variable_list forward(AutogradContext* context, const Tensor& x, const std::vector<Part>& parts, double p, const Rest&...) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const c10::cuda::CUDAGuard guard(x.device());
+    const OnDevice here(x);
     const Tensor read = readable(x);
-    std::vector<Tensor> results = call_forward(read, flatten(parts.data(), parts.size()), p);
+    std::vector<Tensor> results = fused_lora::forward(read, parts, p);
     variable_list saved;
     saved.reserve(1 + (1 + Part::kFields) * parts.size());
     saved.push_back(read);
@@ -279,24 +269,29 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
     if (!needs.any || used.places.empty()) return result;
     std::vector<Part> parts = saved_parts(saved, 1 + all);
     variable_list xas(saved.begin() + 1, saved.begin() + 1 + all);
-    c10::List<bool> of_parts = needs.of_parts;
+    std::vector<bool> of_parts = needs.of_parts;
     if (used.places.size() < all) {
       used.keep(dys);
       used.keep(xas);
       used.keep(parts);
       of_parts = used.of_parts(needs, all);
     }
-    const FlatParts flat = flatten(parts.data(), parts.size());
     const double p = saved_p(context);
     if (needs_formula(dys)) {
-      used.fill(result, call_again(dys, saved[0], flat, p, {}, needs.dx, of_parts), needs.dx, of_parts, kOwn);
+      used.fill(result, again(dys, saved[0], parts, p, {}, needs.dx, of_parts), needs.dx, of_parts, kOwn);
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    c10::List<std::optional<Tensor>> none;
-    for (size_t i = 0; i < parts.size(); ++i) none.push_back(std::nullopt);
-    const std::vector<Tensor> xs(parts.size(), saved[0]);
-    used.fill(result, call_backward(dys, xs, flat, xas, none, p, needs.dx, of_parts), needs.dx, of_parts, kOwn);
+    const size_t count = parts.size();
+    const std::vector<Tensor> grads = fused_lora::backward({.dys = std::move(dys),
+                                                            .xs = std::vector<Tensor>(count, saved[0]),
+                                                            .parts = std::move(parts),
+                                                            .xas = std::move(xas),
+                                                            .dxas = std::vector<std::optional<Tensor>>(count),
+                                                            .p = p,
+                                                            .need_dx = needs.dx,
+                                                            .needs = of_parts});
+    used.fill(result, grads, needs.dx, of_parts, kOwn);
     return result;
   }
 };
@@ -317,10 +312,10 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const std::vector<Part>& parts, double p,
                         const std::vector<double>& act, bool saves_all, const Rest&...) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const c10::cuda::CUDAGuard guard(x.device());
+    const OnDevice here(x);
     const Tensor read = readable(x);
-    const auto sides = call_forward(read, flatten(parts.data(), 2), p, act, saves_all ? "factors" : "sides");
-    const auto down = call_forward(sides[0], flatten(parts.data() + 2, 1), p);
+    const auto sides = fused_lora::forward(read, {parts[0], parts[1]}, p, act, saves_all ? "factors" : "sides");
+    const auto down = fused_lora::forward(sides[0], {parts[2]}, p);
     variable_list saved{read, sides[1], sides[2], saves_all ? sides[0] : Tensor(), sides[3], sides[4], down[1]};
     save_parts(context, saved, parts, p, true);
     context->saved_data["act"] = act;
@@ -335,23 +330,35 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
     variable_list result(1 + kOwn + kTensors);
     if (!needs.any) return result;
     const Used all({x, x, x});
-    const FlatParts flat = flatten(parts.data(), kParts);
     const double p = saved_p(context);
     const auto act = context->saved_data["act"].toDoubleVector();
     if (needs_formula(grads)) {
-      all.fill(result, call_again(grads, x, flat, p, act, needs.dx, needs.of_parts), needs.dx, needs.of_parts, kOwn);
+      all.fill(result, again(grads, x, parts, p, act, needs.dx, needs.of_parts), needs.dx, needs.of_parts, kOwn);
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    const c10::List<std::optional<Tensor>> none({std::nullopt});
     const bool factors = hidden.defined();
-    const Tensor dy = rows_of(grads[0]), rows = fused_lora::flat(x);
-    const auto of_down = call_backward(dy, first, flatten(parts.data() + 2, 1), saved[6], none, p, true,
-                                       c10::List<bool>({false, false, false}), act, {first, second}, factors);
+    const Tensor dy = rows_of(grads[0].resolve_neg()), rows = flat(x);
+    const auto of_down = fused_lora::backward({.dys = {dy},
+                                               .xs = {first},
+                                               .parts = {parts[2]},
+                                               .xas = {saved[6]},
+                                               .dxas = {std::nullopt},
+                                               .p = p,
+                                               .need_dx = true,
+                                               .needs = {false, false, false},
+                                               .act = act,
+                                               .gated = {first, second},
+                                               .factors = factors});
     // What is summed over tokens belongs together, down's too.
-    const c10::List<std::optional<Tensor>> dxas({std::nullopt, std::nullopt, of_down[3]});
-    auto found = call_backward({of_down[0], of_down[1], dy}, {rows, rows, factors ? hidden : of_down[2]}, flat,
-                               {saved[4], saved[5], saved[6]}, dxas, p, needs.dx, needs.of_parts);
+    auto found = fused_lora::backward({.dys = {of_down[0], of_down[1], dy},
+                                       .xs = {rows, rows, factors ? hidden : of_down[2]},
+                                       .parts = parts,
+                                       .xas = {saved[4], saved[5], saved[6]},
+                                       .dxas = {std::nullopt, std::nullopt, of_down[3]},
+                                       .p = p,
+                                       .need_dx = needs.dx,
+                                       .needs = needs.of_parts});
     if (needs.dx) found[0] = found[0].view(x.sizes());
     all.fill(result, found, needs.dx, needs.of_parts, kOwn);
     return result;
@@ -386,7 +393,7 @@ std::optional<std::vector<Tensor>> lora_group(const Tensor& x, std::vector<Part>
   for (Part& part : parts) part.seed = drawn;
   if (trains(x, parts)) return apply_to<LoRAParts>(parts, x, p);
   const at::AutoDispatchBelowADInplaceOrView below;
-  auto results = call_forward(x, flatten(parts.data(), parts.size()), p);
+  auto results = forward(x, parts, p);
   results.resize(parts.size());
   return results;
 }
@@ -410,8 +417,8 @@ std::optional<Tensor> lora_mlp(const Tensor& x, std::vector<Part> parts, const s
   if (p > 0) parts[2].seed = parts[0].seed->add(down_seed);
   if (trains(x, parts)) return apply_to<LoRAMLP>(parts, x, p, act, saves_all);
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Tensor hidden = call_forward(x, flatten(parts.data(), 2), p, act)[0];
-  return as_rows_of(call_forward(hidden, flatten(parts.data() + 2, 1), p)[0], x);
+  const Tensor hidden = forward(x, {parts[0], parts[1]}, p, act)[0];
+  return as_rows_of(forward(hidden, {parts[2]}, p)[0], x);
 }
 
 }  // namespace fused_lora

@@ -1,32 +1,41 @@
 // The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
-#include "capture.h"
+#include "../launch.h"
 #include "few_rows.h"
-#include "flags.h"
-#include "nvtx_range.h"
 #include "operands.h"
-#include "plans.h"
 
 namespace fused_lora {
 namespace {
 
-using at::Tensor;
-
 void check_count(size_t parts) {
-  TORCH_CHECK(parts >= 1 && parts <= kMostParts, "a pass has 1 to ", kMostParts, " parts, got ", parts);
+  check(parts >= 1 && parts <= kMostParts, "a pass has 1 to ", kMostParts, " parts, got ", parts);
 }
 
 // Where the gradient of a factor or a bias goes.
-Tensor grad_of(const Tensor& like, at::IntArrayRef sizes, bool need) {
-  return at::empty(need ? sizes : at::IntArrayRef{0}, like.options());
+Tensor grad_of(const Tensor& like, Sizes sizes, bool need) {
+  const int64_t none[] = {0};
+  return empty(need ? sizes : Sizes(none), like);
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
 }
 
 // A saved tensor, which a hook may have kept as another one.
 Tensor with_stride_of(const Tensor& like, const Tensor& saved) {
-  return saved.strides() == like.strides() ? saved : padded_like(saved, like.size(0), like.size(1)).copy_(saved);
+  if (saved.stride(0) == like.stride(0) && saved.stride(1) == like.stride(1)) return saved;
+  Tensor copy = padded_like(saved, like.size(0), like.size(1));
+  copy_into(copy, saved);
+  return copy;
+}
+
+const float* scale_of(const Part& part) {
+  check(part.scale.scalar_type() == ScalarType::Float, "scale must be a float32 on the device");
+  return static_cast<const float*>(part.scale.data_ptr());
 }
 
 ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& read) {
-  TORCH_CHECK(!part.bias || part.bias->is_contiguous(), "bias must be contiguous, got strides ", part.bias->strides());
+  check(!part.bias || part.bias->is_contiguous(), "bias must be contiguous");
   return {
       .weight = read(part.weight),
       .A = read(part.A),
@@ -34,44 +43,26 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
       .bias = part.bias ? dense_operand(*part.bias, part.bias->numel()) : Operand{},
       .xa = operand_of(xa),
       .y = {},
-      .scale = part.scale.data_ptr<float>(),
+      .scale = scale_of(part),
       .dropout = dropout_of(part.seed, p),
   };
 }
 
-// A pass's list, a launch's flags, and memory for its sums.
-struct Own {
-  Own(const work::Pass& pass, const Tensor& x) : planned(fused_lora::planned(pass, captured)) {
-    const int64_t floats = planned->plan.floats();
-    if (floats > 0) partial = at::empty({floats}, x.options().dtype(at::kFloat));
-  }
-  Workspace workspace() const {
-    return {.plan = &planned->plan, .list = planned->list, .flags = flags, .partial = partial.defined() ? partial.data_ptr<float>() : nullptr};
-  }
-
-  const bool captured = capturing();
-  const std::shared_ptr<const Planned> planned;
-  int* const flags = launch_flags(kCounters + planned->plan.flags, captured);
-  Tensor partial;
-};
-
-void launch(const ForwardParams& params, const Tensor& x) {
-  const Own own(work::pass_of(params), x);
-  const NvtxRange range("forward");
-  C10_CUDA_CHECK(own.planned->kernels->launch_forward(params, own.workspace(), c10::cuda::getCurrentCUDAStream()));
-}
-
-void launch(const BackwardParams& params, const Tensor& x) {
-  const Own own(work::pass_of(params), x);
-  const NvtxRange range("backward");  // here: ranges are a thread's, and autograd's is another
-  C10_CUDA_CHECK(own.planned->kernels->launch_backward(params, own.workspace(), c10::cuda::getCurrentCUDAStream()));
+// A launch, and torch's memory for its sums, which is free for what comes behind it on its stream.
+template <typename Params>
+void launch(const Params& params, const Tensor& x) {
+  const Launch own(work::pass_of(params), stream_of(x));
+  if (own.floats() == 0) return own.run(params, nullptr);
+  const int64_t sizes[] = {own.floats()};
+  const Tensor sums = empty(sizes, x, ScalarType::Float);
+  own.run(params, static_cast<float*>(sums.data_ptr()));
 }
 
 // hidden = act(gate) up, and gate and up or their factors, or two empty matrices.
-std::vector<Tensor> gate(ForwardParams& params, const Tensor& x, const std::vector<Part>& parts, at::ArrayRef<double> act,
-                         std::string_view keep) {
+std::vector<Tensor> gate(ForwardParams& params, const Tensor& x, const std::vector<Part>& parts, const std::vector<double>& act,
+                         const std::string& keep) {
   const int64_t M = params.x.rows, F = parts[0].weight.size(0);
-  TORCH_CHECK(parts.size() == 2 && parts[1].weight.size(0) == F, "gate and up must be two parts of the same out_features");
+  check(parts.size() == 2 && parts[1].weight.size(0) == F, "gate and up must be two parts of the same out_features");
   const bool keeps = keep != "none";
   const std::vector<Tensor> results{padded_like(x, M, F), padded_like(x, keeps ? M : 0, F), padded_like(x, keeps ? M : 0, F)};
   params.gated = true;
@@ -83,7 +74,7 @@ std::vector<Tensor> gate(ForwardParams& params, const Tensor& x, const std::vect
 }
 
 // Instead of dx those of gate and up, from what was kept of them; and act(gate) up again where that was themselves.
-std::vector<Tensor> gate_backward(BackwardParams& params, const Tensor& x, at::ArrayRef<double> act, at::TensorList gated,
+std::vector<Tensor> gate_backward(BackwardParams& params, const Tensor& x, const std::vector<double>& act, const std::vector<Tensor>& gated,
                                   bool factors, Readable& read) {
   const int64_t M = gated[0].size(0), F = gated[0].size(1);
   const std::vector<Tensor> results{padded_like(x, M, F), padded_like(x, M, F), padded_like(x, factors ? 0 : M, F)};
@@ -100,22 +91,11 @@ std::vector<Tensor> gate_backward(BackwardParams& params, const Tensor& x, at::A
 
 }  // namespace
 
-std::string rank_obstacle(int64_t r) {
-  if (r > kMaxRank) return "r=" + std::to_string(r) + " is above " + std::to_string(kMaxRank);
-  return "";
-}
-
-std::string gated_obstacle(int64_t r) {
-  if (r > kMaxGatedRank) return "r=" + std::to_string(r) + " is above " + std::to_string(kMaxGatedRank);
-  return "";
-}
-
-std::vector<Tensor> lora_parts_forward(const Tensor& x, const FlatParts& flat_parts, double p, at::ArrayRef<double> act,
-                                       std::string_view keep) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const std::vector<Part> parts = unflatten(flat_parts);
+std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act,
+                                       const std::string& keep) {
+  const OnDevice here(x);
   check_count(parts.size());
-  TORCH_CHECK(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
+  check(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
   if (keep == "none" && are_few_rows(x.numel() / x.size(-1), parts, false)) return few_rows_forward(x, parts, act);
   Readable read(x.scalar_type());
   ForwardParams params{.x = read(flat(x)), .parts = static_cast<int>(parts.size())};
@@ -126,10 +106,10 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const FlatParts& flat_pa
   }
   std::vector<Tensor> results;
   if (act.empty()) {
-    auto shape = x.sizes().vec();
+    auto shape = sizes_of(x);
     for (size_t i = 0; i < parts.size(); ++i) {
       shape.back() = parts[i].weight.size(0);
-      results.push_back(at::empty(shape, x.options()));
+      results.push_back(empty(shape, x));
       params.part[i].y = dense_operand(results[i], shape.back());
     }
   } else {
@@ -140,33 +120,32 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const FlatParts& flat_pa
   return results;
 }
 
-std::vector<Tensor> lora_parts_backward(at::TensorList dys, at::TensorList xs, const FlatParts& flat_parts, at::TensorList xas,
-                                        const c10::List<std::optional<Tensor>>& dxas, double p, bool need_dx,
-                                        const c10::List<bool>& needs, at::ArrayRef<double> act, at::TensorList gated, bool factors) {
-  const c10::cuda::CUDAGuard guard(xs[0].device());
-  const std::vector<Part> parts = unflatten(flat_parts);
+std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
+  const auto& [dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors] = pass;
   const size_t count = parts.size();
   check_count(count);
-  TORCH_CHECK(dys.size() == count && xs.size() == count && xas.size() == count && dxas.size() == count && needs.size() == 3 * count,
+  check(dys.size() == count && xs.size() == count && xas.size() == count && dxas.size() == count && needs.size() == 3 * count,
               "dys, xs, xas and dxas must have an entry for each part, and needs three");
   const Tensor& x = xs[0];
-  if (act.empty() && !dxas.get(count - 1) && are_few_rows(x.numel() / x.size(-1), parts, true)) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
+  const OnDevice here(x);
+  if (act.empty() && !dxas[count - 1] && are_few_rows(x.numel() / x.size(-1), parts, true)) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
   Readable read(x.scalar_type());
   BackwardParams params{.parts = static_cast<int>(count)};
   std::vector<Tensor> grads(3 * count), made;  // dAs, dBs, dbiases; dxas of this pass
   Tensor rows;
   for (size_t i = 0; i < count; ++i) {
     const Part& part = parts[i];
-    const std::optional<Tensor> dxa = dxas.get(i);
+    const std::optional<Tensor> dxa = dxas[i];
     const bool summed = !dxa.has_value();
-    TORCH_CHECK(i == 0 || !summed || params.summed == static_cast<int>(i), "parts with a dxa must come last");
+    check(i == 0 || !summed || params.summed == static_cast<int>(i), "parts with a dxa must come last");
     const int64_t K = part.weight.size(1), N = part.weight.size(0), r = part.A.size(0);
-    if (i == 0 || !xs[i].is_same(xs[i - 1])) rows = act.empty() ? rows_of(xs[i]) : flat(xs[i]);  // a gated pass reads no x
+    const int64_t of_bias[] = {N};
+    if (i == 0 || !are_same(xs[i], xs[i - 1])) rows = act.empty() ? rows_of(xs[i]) : flat(xs[i]);  // a gated pass reads no x
     params.summed += summed;
     made.push_back(dxa ? *dxa : padded_like(x, rows.size(0), r));
-    const Tensor dA = grads[i] = grad_of(part.A, part.A.sizes(), needs.get(i));
-    const Tensor dB = grads[count + i] = grad_of(part.B, part.B.sizes(), needs.get(count + i));
-    const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), {N}, needs.get(2 * count + i));
+    const Tensor dA = grads[i] = grad_of(part.A, part.A.sizes(), needs[i]);
+    const Tensor dB = grads[count + i] = grad_of(part.B, part.B.sizes(), needs[count + i]);
+    const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), of_bias, needs[2 * count + i]);
     params.part[i] = {
         .dy = read(flat(dys[i])),
         .x = read.keep(rows),
@@ -178,7 +157,7 @@ std::vector<Tensor> lora_parts_backward(at::TensorList dys, at::TensorList xs, c
         .dA = dense_operand(dA, K),
         .dB = dense_operand(dB, r),
         .dbias = dense_operand(dbias, N),
-        .scale = part.scale.data_ptr<float>(),
+        .scale = scale_of(part),
         .dropout = dropout_of(part.seed, p),
     };
   }

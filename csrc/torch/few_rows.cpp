@@ -2,13 +2,11 @@
 
 #include <algorithm>
 
-#include "architecture.h"
+#include "../architecture.h"
 #include "operands.h"
 
 namespace fused_lora {
 namespace {
-
-using at::Tensor;
 
 // Microseconds on an H200, of which ratios matter; measured at 1 to 512 rows, weights of 2 to 134 MB.
 constexpr double kLaunch = 8, kProduct = 7, kSmall = 13, kGradients = 5;
@@ -23,7 +21,7 @@ Tensor times(Tensor product, const Part& part) { return product.mul_(part.scale.
 Tensor as(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()); }
 
 // act(t) = t sigmoid(t (linear + cubic t^2))
-Tensor activated(const Tensor& gate, at::ArrayRef<double> act) {
+Tensor activated(const Tensor& gate, const std::vector<double>& act) {
   if (act[0] == 1 && act[1] == 0) return at::silu(gate);
   const Tensor t = gate.to(at::kFloat);
   return t.mul(at::sigmoid(t.mul(t.square().mul(act[1]).add(act[0])))).to(gate.scalar_type());
@@ -79,7 +77,7 @@ bool are_few_rows(int64_t M, int64_t K, int64_t N, bool backward) {
   return are_few_rows(M, {part}, backward);
 }
 
-std::vector<Tensor> few_rows_forward(const Tensor& x, const std::vector<Part>& parts, at::ArrayRef<double> act) {
+std::vector<Tensor> few_rows_forward(const Tensor& x, const std::vector<Part>& parts, const std::vector<double>& act) {
   const NoAutocast no_autocast;
   const Tensor rows = flat(x);
   std::vector<Tensor> ys, xas;
@@ -99,8 +97,8 @@ std::vector<Tensor> few_rows_forward(const Tensor& x, const std::vector<Part>& p
   return ys;
 }
 
-std::vector<Tensor> few_rows_backward(at::TensorList dys, const Tensor& x, const std::vector<Part>& parts, at::TensorList xas,
-                                      bool need_dx, const c10::List<bool>& needs) {
+std::vector<Tensor> few_rows_backward(const std::vector<Tensor>& dys, const Tensor& x, const std::vector<Part>& parts, const std::vector<Tensor>& xas,
+                                      bool need_dx, const std::vector<bool>& needs) {
   const NoAutocast no_autocast;
   const size_t count = parts.size();
   const Tensor rows = flat(x), dx = at::empty(need_dx ? x.sizes() : at::IntArrayRef{0}, x.options());
@@ -114,9 +112,9 @@ std::vector<Tensor> few_rows_backward(at::TensorList dys, const Tensor& x, const
       i == 0 ? at::mm_out(sum, dy, part.weight) : sum.addmm_(dy, part.weight);
       sum.addmm_(dxa, as(part.A, x));
     }
-    grads[1 + i] = product_if(needs.get(i), dxa.t(), rows, part.A);
-    grads[1 + count + i] = product_if(needs.get(count + i), dy.t(), xas[i], part.B);
-    grads[1 + 2 * count + i] = sum_if(needs.get(2 * count + i), dy, part.bias.value_or(x));
+    grads[1 + i] = product_if(needs[i], dxa.t(), rows, part.A);
+    grads[1 + count + i] = product_if(needs[count + i], dy.t(), xas[i], part.B);
+    grads[1 + 2 * count + i] = sum_if(needs[2 * count + i], dy, part.bias.value_or(x));
   }
   return grads;
 }

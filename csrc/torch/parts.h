@@ -1,0 +1,52 @@
+// Parts of a pass as tensors, and the pair of passes over them.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace fused_lora {
+
+// Tensors of parts one part after another, in the order of ops/parts.py: weight, A, B, bias, scale, seed.
+using FlatParts = std::vector<std::optional<Tensor>>;
+
+struct Part {
+  static constexpr int kFields = 6;
+  Tensor weight, A, B;
+  std::optional<Tensor> bias;
+  Tensor scale;
+  std::optional<Tensor> seed;
+};
+
+inline std::vector<Part> unflatten(const FlatParts& flat) {
+  check(flat.size() % Part::kFields == 0, "parts must be flat, of ", Part::kFields, " tensors each, got ", flat.size());
+  std::vector<Part> parts;
+  parts.reserve(flat.size() / Part::kFields);
+  for (size_t i = 0; i < flat.size(); i += Part::kFields) {
+    parts.push_back({flat[i].value(), flat[i + 1].value(), flat[i + 2].value(), flat[i + 3], flat[i + 4].value(), flat[i + 5]});
+  }
+  return parts;
+}
+
+// The pair (lora_parts.cpp), as ops/lora_parts.py describes it. act is empty, or of a gated pass its two numbers; keep is "none",
+// "sides" or "factors".
+std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act,
+                                       const std::string& keep);
+
+struct BackwardPass {
+  std::vector<Tensor> dys, xs;
+  std::vector<Part> parts;
+  std::vector<Tensor> xas;
+  std::vector<std::optional<Tensor>> dxas;
+  double p;
+  bool need_dx;
+  std::vector<bool> needs;
+  std::vector<double> act;
+  std::vector<Tensor> gated;
+  bool factors;
+};
+std::vector<Tensor> lora_parts_backward(const BackwardPass& pass);
+
+}  // namespace fused_lora

@@ -1,0 +1,59 @@
+"""The CUDA extension, where it is built: the module of it that serves the torch that runs.
+
+`_C_torch2_13` and its like are each for one version of torch, with autograd in C++. `_C_stable` serves every torch from
+2.10 on by its stable ABI, which has no autograd: eager calls go by way of autograd in Python there.
+"""
+
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+OLDEST = (2, 10)
+STABLE = "_C_stable"
+
+
+class Extension(NamedTuple):
+    """What was found, in words; without a module, why there is none."""
+
+    module: ModuleType | None
+    words: str
+
+    @property
+    def has_autograd(self) -> bool:
+        return hasattr(self.module, "lora_linear")
+
+
+def load(stable: bool = False) -> Extension:
+    """The module for this torch, the one of the stable ABI where there is none or where it is asked for."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    own = "_C_torch{}_{}".format(*version)
+    built = [name for name in (own, STABLE) if importlib.util.find_spec(f"{__package__}.{name}")]
+    if not built:
+        return Extension(None, "the CUDA extension is not built (make build)")
+    if torch.version.cuda is None:
+        return Extension(None, f"the CUDA extension is of no use to torch {torch.__version__}, which is no CUDA build")
+    if version < OLDEST:
+        return Extension(None, f"the CUDA extension is for torch 2.10 and later, this is {torch.__version__}")
+    failures = []
+    for name in [STABLE] if stable else built:
+        try:
+            module = importlib.import_module(f".{name}", __package__)  # registers its ops
+        except (ImportError, OSError) as error:
+            failures.append(f"{name}: {error}")
+        else:
+            return Extension(module, _words(name, failures))
+    obstacle = f"the CUDA extension does not load, install or build it again: {'; '.join(failures)}"
+    warnings.warn(f"{obstacle}; layers run without it", stacklevel=2)
+    return Extension(None, obstacle)
+
+
+def _words(name: str, failures: list[str]) -> str:
+    if name != STABLE:
+        return "with autograd in C++"
+    why = f" ({'; '.join(failures)})" if failures else ""
+    own = f"a build for torch {torch.__version__}"
+    return f"by torch's stable ABI{why}: eager calls take the host longer than with {own}"

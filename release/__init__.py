@@ -1,0 +1,1 @@
+"""What is given to others: the wheel, and the folder for the Hugging Face kernels hub."""
