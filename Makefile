@@ -9,7 +9,10 @@
 #             attention modules of transformers and diffusers, where these are installed: attentions.md
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
 # make sanitize  csrc's kernels under compute-sanitizer's four tools; on a Hopper card FUSED_LORA_AS=sm80 has csrc/sm80's
-# make lint   ruff; make build: the optional CUDA extension, in place
+# make lint   ruff; make build: the CUDA extension, in place
+# make wheel  dist/: one wheel with the CUDA extension for every torch from 2.10 and every Python from 3.10; nvcc 13 is
+#             needed, no GPU. make try-wheel: it, in fresh environments of each torch (TORCH="2.11.0" TESTS="tests/ops")
+# make kernels-hub  dist/kernels-hub: the same as the Hugging Face kernels hub lays it out
 #
 # The first call sets up .venv. PYTHON=python3 uses an environment that you already have instead.
 
@@ -21,7 +24,7 @@ PACKAGES ?= $(if $(GPU),torch>=2.10,torch==2.13.0 triton==3.7.1)
 WORKERS ?= $(if $(GPU),8,auto)
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test test-long bench bench-step bench-blocks profile sanitize lint build
+.PHONY: demo test test-long bench bench-step bench-blocks profile sanitize lint build wheel try-wheel kernels-hub
 
 demo: $(READY)
 	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
@@ -68,6 +71,15 @@ lint: $(READY)
 
 build: $(READY)
 	$(PYTHON) setup.py build_ext --inplace
+
+wheel: $(READY)
+	$(PYTHON) -m release.wheel
+
+try-wheel: $(READY)
+	$(PYTHON) -m release.trial $(if $(TORCH),--torch $(TORCH)) $(if $(TESTS),--tests $(TESTS))
+
+kernels-hub: $(READY)
+	$(PYTHON) -m release.hub
 
 $(VENV)/ready: pyproject.toml
 	python3 -m venv $(VENV)

@@ -43,7 +43,7 @@ def time_launches(shape: Shape, kinds: dict[str, Kind], device: torch.device) ->
         graphs[f"{kernels} {backward}"] = timing.capture(back, stream)
         for pass_name, is_both in (("f", False), ("fb", True)):
             call = lambda variant=variant, is_both=is_both: run(variant, problem, is_both)  # noqa: E731
-            graphs[f"{kernels} {pass_name}"] = timing.capture(call)
+            graphs[f"{kernels} {pass_name}"] = timing.capture(call, stream)
     times = timing.time_graphs(graphs, timing.ROUNDS)
     return {name: round(median(each) * 1e6, 2) for name, each in times.items()}
 

@@ -1,12 +1,18 @@
 """Other programs, which must succeed."""
 
+import os
 import subprocess
+import sys
+from pathlib import Path
+
+# Those of this environment, which need not be activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
+def run(*command: str, cwd: Path | None = None) -> None:
+    subprocess.run(command, check=True, cwd=cwd)
 
 
-def output(*command: str) -> str:
+def output(*command: str, cwd: Path | None = None) -> str:
     """What one prints."""
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, check=True, cwd=cwd, stdout=subprocess.PIPE, text=True).stdout.strip()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setup import STABLE
 
-from .commands import output, run
+from .commands import run
 from .wheel import FOLDER, TORCHES
 
 COPIED = (
@@ -70,11 +70,11 @@ def without_sources(folder: Path) -> Path:
 
 
 def attempt(version: str, wheel: Path, tests: list[str]) -> None:
-    python, folder = fresh(version, wheel), without_sources(FOLDER / "tests")
-    for name in ([], [STABLE]):
-        print(output(str(python), "-c", IMPORT, *name))
-    print(output(str(python), "-m", "fused_lora.doctor"))
-    run("env", "-C", str(folder), str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", *tests)
+    python, folder = str(fresh(version, wheel)), without_sources(FOLDER / "tests")
+    for module in ([], [STABLE]):
+        run(python, "-c", IMPORT, *module, cwd=folder)
+    run(python, "-m", "fused_lora.doctor", cwd=folder)
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", *tests, cwd=folder)
 
 
 def main() -> None:

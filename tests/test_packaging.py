@@ -37,7 +37,7 @@ def test_the_version_can_be_read_without_importing_torch():
     assert re.search(r'^__version__ = "[^"]+"$', (PACKAGE / "__init__.py").read_text(), re.MULTILINE)
 
 
-PACKAGE = ROOT / "fused_lora"
+PACKAGE = Path(fused_lora.__file__).parent
 
 
 def test_the_licence_is_apache(project):

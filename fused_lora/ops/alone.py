@@ -1,9 +1,10 @@
-"""One part by itself, forward and backward, by a backend of Python: Triton's kernels, torch's products, the reference.
+"""One part by itself, forward and backward, by any backend.
 
 x (..., K), dy (..., N) and what is shaped like them in their own sizes, xa and dxa (M, r).
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import addmm, backends, reference
-from .library import launching
+from .library import launching, ops
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -42,7 +43,9 @@ def _triton():
 
 
 def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tuple | None = None):
-    """(y, xa). kind: all that decides how the call is computed, if that is known."""
+    """(y, xa), of csrc's xa in padded rows. kind: all that decides how the call is computed, if that is known."""
+    if backend == "cuda":
+        return ops.cuda_lora_parts_forward(x, [weight, A, B, kernel_bias(bias), scale, seed], p, [], "none")
     rows = rows_of(x)
     if backend == "triton":
         forward_pass, _, replayed = _triton()
@@ -57,6 +60,9 @@ def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tu
 
 def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, needs, keeps_dxa=True):
     """(dx, dA, dB, dxa), None where needs, of the first three, says so. A dxa that is given is not made."""
+    if backend == "cuda":  # whose own dxa stays there
+        dx, dA, dB, _ = csrc_backward(dy, x, weight, A, B, None, xa, scale, seed, p, [*needs, False])
+        return dx, dA, dB, dxa
     rows_dy, rows = rows_of(dy), rows_of(x)
     if backend == "triton":
         _, backward_pass, replayed = _triton()
@@ -68,6 +74,13 @@ def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, 
     with _no_autocast(x):
         dx, *grads = own(rows_dy, rows, weight, A, B, xa, scale, seed, p, needs, dxa)
     return None if dx is None else like(dx, x), *grads
+
+
+def csrc_backward(dy, x, weight, A, B, bias, xa, scale, seed, p: float, needs: Sequence[bool]):
+    """(dx, dA, dB, dbias), None where needs says so."""
+    flat, (need_dx, *others) = [weight, A, B, bias, scale, seed], needs
+    grads = ops.cuda_lora_parts_backward([dy], [x], flat, [xa], [None], p, need_dx, others, [], [], False)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def _triton_constants(x: Tensor) -> tuple:

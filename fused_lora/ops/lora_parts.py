@@ -90,11 +90,8 @@ def _padded(y: Tensor) -> Tensor:
 def _forward_alone(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
     """(y, xa)."""
     weight, A, B, bias, scale, seed = part
-    backend = _backend(x, part, p)
-    if backend == "cuda":
-        y, xa = ops.cuda_lora_parts_forward(x, _for_kernels(part), p, [], "none")
-        return y, xa.contiguous()
-    return alone.forward(backend, x, weight, A, B, bias, scale, seed, p)
+    y, xa = alone.forward(_backend(x, part, p), x, weight, A, B, bias, scale, seed, p)
+    return y, xa.contiguous()
 
 
 def _forward_fake(x, tensors, p, act, keep):
@@ -161,10 +158,10 @@ def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbi
     if not any(needs):
         grads = (None,) * 4
     elif backend == "cuda":
-        *grads, dbias = ops.cuda_lora_parts_backward(
-            [dy], [x], _for_kernels(part), [xa], [None], p, needs[0], [*needs[1:], need_dbias], [], [], False
+        *grads, dbias = alone.csrc_backward(
+            dy, x, weight, A, B, alone.kernel_bias(bias), xa, scale, seed, p, [*needs, need_dbias]
         )
-        grads = *(grad if need else None for grad, need in zip(grads, needs, strict=True)), dxa  # its own stays there
+        grads.append(dxa)  # its own stays there
     else:
         grads = alone.backward(backend, dy, x, weight, A, B, xa, scale, seed, dxa, p, needs)
     dx, dA, dB, dxa = grads

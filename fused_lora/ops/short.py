@@ -1,5 +1,6 @@
-"""The short way of single linears on a GPU to Triton's kernels and to torch's products: a call of tensors like those of
-a call that was looked at before is neither checked nor asked about again, and needs no dispatcher.
+"""The short way of single linears on a GPU to Triton's kernels, to torch's products, and to csrc's where it has no
+autograd in C++: a call of tensors like those of a call that was looked at before is neither checked nor asked about
+again, and needs no dispatcher.
 
 The long way takes the host ten times what torch takes for a linear. It is left to those who watch ops (torch.compile, a
 profiler, a mode, a transformation) and to what is rare.
@@ -15,6 +16,7 @@ from . import alone, autograd
 from .parts import Part, drawn_seed
 
 MOST_KINDS = 4096  # of calls
+SHORT = ("triton", "addmm")  # and csrc without an autograd of its own
 
 _looked_at = Recent(MOST_KINDS)
 
@@ -77,7 +79,7 @@ def _look_at(x, weight, A, B, bias, scale, seed, p) -> str:
     (N, K), M = weight.shape, x.numel() // x.shape[-1]
     readable = backends.csrc_reads(weight, A, B)
     name = choices.choose_lora_linear(x.device, x.dtype, A.shape[0], readable, M, N, K, p).name
-    return name if name in ("triton", "addmm") else ""
+    return name if name in SHORT or (name == "cuda" and backends.eager_extension() is None) else ""
 
 
 class LoRALinearFunction(torch.autograd.Function):
