@@ -71,7 +71,7 @@ def _is_watched() -> bool:
 def _look_at(x, weight, A, B, bias, scale, seed, p) -> str:
     """The backend of a call that is right; none for what goes the long way."""
     checks.check_lora_linear(x, weight, A, B, bias, scale, p, seed)
-    is_rare = x.numel() == 0 or weight.requires_grad or p == 1
+    is_rare = 0 in (x.numel(), weight.numel(), A.numel()) or weight.requires_grad or p == 1
     if bias is not None:
         is_rare |= bias.requires_grad or bias.dtype is torch.float64 or not bias.is_contiguous()
     if is_rare:
