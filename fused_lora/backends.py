@@ -1,7 +1,7 @@
 """Which backend runs a call, and why: the only place that reads the device's capability or FUSED_LORA_* variables.
 
-But for one question that every eager call asks, csrc's own (`chosen` in eager.cpp): asked here it took 2 us of a
-call's 37. Both hold the same rule.
+But for one question that every eager call asks, csrc's own (`chosen` in csrc/torch/eager.cpp): asked here it took 2 us
+of a call's 37. Both hold the same rule.
 """
 
 import importlib.util
@@ -121,7 +121,7 @@ def host_compiler() -> str | None:
 
 
 def _played_by(device: torch.device) -> int | None:
-    """Which capability a CUDA device plays. As in csrc/architecture.cpp, only one of 9.0 does."""
+    """Which capability a CUDA device plays. As in csrc/host/architecture.cpp, only one of 9.0 does."""
     played = played_capability()
     if played is None:
         return None

@@ -3,7 +3,7 @@
 #include <ATen/DeviceAccelerator.h>
 #include <torch/csrc/Export.h>
 
-#include "../capture.h"
+#include "../host/capture.h"
 #include "eager.h"
 
 // Of torch's Python library, whose own headers want more of Python than the limited API has.

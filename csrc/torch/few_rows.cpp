@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../architecture.h"
+#include "../host/architecture.h"
 #include "operands.h"
 
 namespace fused_lora {

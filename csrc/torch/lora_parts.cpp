@@ -1,5 +1,5 @@
 // The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
-#include "../launch.h"
+#include "../host/launch.h"
 #include "few_rows.h"
 #include "operands.h"
 

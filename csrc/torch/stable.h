@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "../check.h"
+#include "../host/check.h"
 
 namespace fused_lora {
 

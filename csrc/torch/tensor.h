@@ -13,8 +13,8 @@
 #include "full.h"
 #endif
 
-#include "../architecture.h"
-#include "../check.h"
+#include "../host/architecture.h"
+#include "../host/check.h"
 #include "../dtype.h"
 
 namespace fused_lora {

@@ -1,7 +1,7 @@
 // Which kernels a device gets: csrc/sm90's are for compute capability 9.0, csrc/sm80's for 8.x.
 #pragma once
 
-#include "work/plan.h"
+#include "../work/plan.h"
 
 namespace fused_lora {
 
