@@ -14,11 +14,10 @@ import shutil
 from pathlib import Path
 
 import fused_lora
-from setup import STABLE, Toolchain, build_library, build_module, module_name
 
 from . import toolkit
 from .commands import output
-from .wheel import FOLDER, TORCHES, torch_folder
+from .wheel import FOLDER, build
 
 LAYERS = Path(__file__).with_name("hub_layers.py")
 CUDA_VARIANTS = ("torch-stable-abi210-cu120-x86_64-linux", "torch-stable-abi210-cu130-x86_64-linux")
@@ -55,14 +54,6 @@ def copy_package(folder: Path, name: str, backend: dict) -> None:
     (folder / "metadata.json").write_text(metadata(name, backend))
 
 
-def build_extension(tools: Toolchain, out: Path, name: str) -> None:
-    folder = FOLDER / "objects"
-    build_library(tools, folder, out, name)
-    for version in TORCHES:
-        build_module(tools, torch_folder(version), module_name(version), folder, out, name)
-    build_module(tools, torch_folder(TORCHES[0]), STABLE, folder, out, name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m release.hub", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("dist/kernels-hub/build"))
@@ -74,7 +65,7 @@ def main() -> None:
         first, *others = (options.out / variant for variant in CUDA_VARIANTS)
         name = unique_name("cuda")
         copy_package(first, name, {"type": "cuda", "archs": CARDS})
-        build_extension(toolkit.prepare(FOLDER / "toolkit"), first, name)
+        build(toolkit.prepare(FOLDER / "toolkit"), FOLDER / "objects", first, name)
         for other in others:  # the same, for the drivers of another CUDA
             shutil.copytree(first, other, copy_function=os.link)
     print("\n".join(f"wrote {path}" for path in sorted(options.out.iterdir())))

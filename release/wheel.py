@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from setuptools import setup
 
-from setup import STABLE, Toolchain, arguments, build_library, build_module, module_name
+from setup import NAME, STABLE, Toolchain, arguments, build_library, build_module, module_name
 
 from . import toolkit
 from .commands import output, run
@@ -33,12 +33,12 @@ def torch_folder(version: str) -> Path:
     return toolkit.unpacked(toolkit.download(f"torch=={version}", folder), *NEEDED) / "torch"
 
 
-def build(tools: Toolchain, folder: Path, out: Path) -> None:
+def build(tools: Toolchain, folder: Path, out: Path, name: str = NAME) -> None:
     """The extension for all of them."""
-    build_library(tools, folder, out)
+    build_library(tools, folder, out, name)
     for version in TORCHES:
-        build_module(tools, torch_folder(version), module_name(version), folder, out)
-    build_module(tools, torch_folder(TORCHES[0]), STABLE, folder, out)
+        build_module(tools, torch_folder(version), module_name(version), folder, out, name)
+    build_module(tools, torch_folder(TORCHES[0]), STABLE, folder, out, name)
 
 
 def audit(wheel: Path) -> None:
