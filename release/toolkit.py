@@ -40,11 +40,12 @@ def download(requirement: str, folder: Path) -> Path:
 
 def unpacked(wheel: Path, *prefixes: str) -> Path:
     """Those files of a wheel whose paths begin so, in a folder beside it."""
-    folder = wheel.with_suffix("")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name.startswith(prefixes) and not (folder / name).exists():
-                archive.extract(name, folder)
+    folder, unfinished = wheel.with_suffix(""), wheel.with_suffix(".part")
+    if not folder.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unfinished, [name for name in archive.namelist() if name.startswith(prefixes)])
+        unfinished.rename(folder)
     return folder
 
 

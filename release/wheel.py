@@ -27,10 +27,10 @@ NEEDED = ("torch/include/", "torch/version.py", *(f"torch/lib/lib{name}.so" for 
 
 
 def torch_folder(version: str) -> Path:
-    """The headers of a torch and what a linker needs of it."""
+    """The headers of a torch and what a linker needs of it; of PyPI's own build, which has no suffix."""
     folder = FOLDER / "torch" / version
     folder.mkdir(parents=True, exist_ok=True)
-    return toolkit.unpacked(toolkit.download(f"torch=={version}", folder), *NEEDED) / "torch"
+    return toolkit.unpacked(toolkit.download(f"torch==={version}", folder), *NEEDED) / "torch"
 
 
 def build(tools: Toolchain, folder: Path, out: Path, name: str = NAME) -> None:
