@@ -9,6 +9,7 @@ Everything else about the package is in pyproject.toml. pip builds in isolation,
 """
 
 import os
+import re
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable
@@ -31,7 +32,7 @@ NAME = "fused_lora"  # of the ops and of the library: copies that meet in one pr
 STABLE = "_C_stable"
 ONLY_FULL = {"eager.cpp", "eager_calls.cpp", "few_rows.cpp"}  # of csrc/torch
 OLDEST_TORCH, OLDEST_PYTHON = 0x020A << 48, 0x030A0000  # 2.10 and 3.10
-HOST_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall"]
+HOST = [os.environ.get("CXX") or "g++", "-std=c++20", "-O2", "-fPIC", "-Wall"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def here() -> Toolchain | str:
         return "torch cannot be imported in this build environment"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "a free-threaded Python has no limited API"
     nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
     folders = (nvcc.parent.parent / folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib"))
     runtime = next((path for folder in folders if (path := folder / "libcudart_static.a").exists()), None)
@@ -68,9 +71,10 @@ def here() -> Toolchain | str:
 
 
 def module_name(version: str) -> str:
-    """Of csrc/torch for a version of torch: 2.13.0+cu130 is _C_torch2_13."""
-    major, minor = version.split(".")[:2]
-    return f"_C_torch{major}_{minor}"
+    """Of csrc/torch for a version of torch, as fused_lora/extension.py has it: 2.13.0+cu130 is _C_torch2_13. What is no
+    release has a name of its own."""
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+.*)?", version)
+    return "_C_torch" + re.sub(r"\W", "_", release[1] if release else version)
 
 
 def kernel_flags(source: Path) -> list[str]:
@@ -85,16 +89,18 @@ def in_parallel(function: Callable, items: Iterable) -> list:
 
 
 def object_of(source: Path, folder: Path, command: list[str], *needs: Path) -> str:
-    """A source compiled, where that is not yet done since it, a header or another file that it needs has changed."""
+    """A source compiled, where that is not yet done by this command since it, a header or what it needs has changed."""
     made = folder / source.relative_to(CSRC).with_suffix(source.suffix + ".o")
+    by, words = made.with_suffix(".by"), " ".join(command)
     knows_torch = source.parent.name == "torch"
     headers = [path for path in CSRC.glob("**/*.*h") if knows_torch or path.parent.name != "torch"]
-    newest = max(path.stat().st_mtime for path in (Path("setup.py"), source, *headers, *needs))
-    if not made.exists() or made.stat().st_mtime < newest:
+    newest = max(path.stat().st_mtime for path in (source, *headers, *needs))
+    if not (made.exists() and made.stat().st_mtime >= newest and by.exists() and by.read_text() == words):
         made.parent.mkdir(parents=True, exist_ok=True)
         unfinished = made.with_suffix(".part")
         subprocess.run([*command, "-c", str(source), "-o", str(unfinished)], check=True)
         unfinished.rename(made)
+        by.write_text(words)
     return str(made)
 
 
@@ -103,7 +109,7 @@ def build_library(tools: Toolchain, folder: Path, out: Path, name: str = NAME) -
 
     def compile_one(source: Path) -> str:
         if source.suffix == ".cpp":
-            return object_of(source, folder / "library", ["g++", *HOST_FLAGS, tools.include])
+            return object_of(source, folder / "library", [*HOST, tools.include])
         flags = [*kernel_flags(source), "-Xcompiler", "-fPIC", "--frandom-seed", str(source), *tools.nvcc_flags]
         return object_of(source, folder / "library", [tools.nvcc, *flags])
 
@@ -123,7 +129,7 @@ def build_module(tools: Toolchain, torch: Path, module: str, folder: Path, out: 
     macros = {"FUSED_LORA_MODULE": module, "FUSED_LORA_NAMESPACE": name, "Py_LIMITED_API": hex(OLDEST_PYTHON)}
     if is_stable:
         macros |= {"FUSED_LORA_STABLE_ABI": "", "TORCH_TARGET_VERSION": hex(OLDEST_TORCH)}
-    flags = ["g++", *HOST_FLAGS, "-fvisibility=hidden", *(f"-D{macro}={value}" for macro, value in macros.items())]
+    flags = [*HOST, "-fvisibility=hidden", *(f"-D{macro}={value}" for macro, value in macros.items())]
     flags += [f"-isystem{headers}", f"-isystem{headers / 'torch/csrc/api/include'}", tools.include]
     flags.append(f"-I{sysconfig.get_paths()['include']}")
     sources = sorted(path for path in (CSRC / "torch").glob("*.cpp") if not (is_stable and path.name in ONLY_FULL))
@@ -135,7 +141,7 @@ def build_module(tools: Toolchain, torch: Path, module: str, folder: Path, out: 
 
 
 def link(made: Path, objects: list[str], flags: list[str]) -> None:
-    subprocess.run(["g++", "-shared", "-o", str(made), *objects, *flags], check=True)
+    subprocess.run([HOST[0], "-shared", "-o", str(made), *objects, *flags], check=True)
 
 
 def build_here(tools: Toolchain, folder: Path, out: Path) -> None:
@@ -156,6 +162,8 @@ def arguments(build: Callable[[Path, Path], None]) -> dict:
             folder = Path(self.build_temp)
             for path in (folder, out):
                 path.mkdir(parents=True, exist_ok=True)
+            for made in [*out.glob("_C*.so"), *out.glob("lib*.so")]:  # for another torch, which this library is not for
+                made.unlink()
             build(folder, out)
 
         def get_outputs(self):

@@ -6,6 +6,7 @@
 
 import importlib
 import importlib.util
+import re
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -27,16 +28,22 @@ class Extension(NamedTuple):
         return hasattr(self.module, "lora_linear")
 
 
+def module_name(version: str) -> str:
+    """Of the module for a version of torch: 2.13.0+cu130 has _C_torch2_13. What is no release, such as a nightly build,
+    may be laid out otherwise than the release of its number, and has a name of its own."""
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+.*)?", version)
+    return "_C_torch" + re.sub(r"\W", "_", release[1] if release else version)
+
+
 def load(stable: bool = False) -> Extension:
     """The module for this torch, the one of the stable ABI where there is none or where it is asked for."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    own = "_C_torch{}_{}".format(*version)
-    built = [name for name in (own, STABLE) if importlib.util.find_spec(f"{__package__}.{name}")]
+    names = module_name(torch.__version__), STABLE
+    built = [name for name in names if importlib.util.find_spec(f"{__package__}.{name}")]
     if not built:
         return Extension(None, "the CUDA extension is not built (make build)")
     if torch.version.cuda is None:
         return Extension(None, f"the CUDA extension is of no use to torch {torch.__version__}, which is no CUDA build")
-    if version < OLDEST:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
         return Extension(None, f"the CUDA extension is for torch 2.10 and later, this is {torch.__version__}")
     failures = []
     for name in [STABLE] if stable else built:

@@ -1,6 +1,6 @@
 """make kernels-hub: a folder as the Hugging Face kernels hub has it, for `kernels.get_local_kernel`.
 
-    torch-stable-abi210-cu120-..., -cu130-...    the package with its CUDA extension, for those drivers
+    torch-stable-abi210-cu120-..., -cu130-...    the package with its CUDA extension, for torch built for CUDA 12 and 13
     torch-universal                             the package without it: Triton, and plain torch where that cannot run
 
 Both are the package as it is, under a name of its own, so that its ops do not meet those of an installed one; and
@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dist/kernels-hub/build"))
     parser.add_argument("--universal", action="store_true", help="only torch-universal, which needs no compiler")
     options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
+    for variant in (*CUDA_VARIANTS, UNIVERSAL):
+        shutil.rmtree(options.out / variant, ignore_errors=True)
     copy_package(options.out / UNIVERSAL, unique_name("universal"), {"type": "cpu"})
     if not options.universal:
         first, *others = (options.out / variant for variant in CUDA_VARIANTS)

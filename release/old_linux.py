@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .commands import output, run
 
-# The last version of each series that manylinux_2_28 has, and of series without an entry all.
+# The last version that manylinux_2_28 has, of each series of versions that the wheel may need.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 LIBRARIES = ("libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2")
 # Where they were apart from the C library, as they are no more.

@@ -22,7 +22,7 @@ NVCC_FLAGS = ["--compress-mode=none"]
 
 CICC = """#!/bin/sh
 # The compiler, whose PTX then says that it is of an older language. Its result is the last argument.
-{cicc} "$@" || exit
+"{cicc}" "$@" || exit
 for made; do :; done
 exec sed -i 's/^\\.version .*/.version {ptx}/' "$made"
 """
@@ -30,11 +30,12 @@ exec sed -i 's/^\\.version .*/.version {ptx}/' "$made"
 
 def download(requirement: str, folder: Path) -> Path:
     """A wheel of PyPI."""
-    name = requirement.partition("==")[0].replace("-", "_")
+    name, _, version = requirement.replace("===", "==").partition("==")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    if not list(folder.glob(f"{name}-*.whl")):
+    if not list(folder.glob(pattern)):
         run(*pip, "--dest", str(folder), requirement)
-    (found,) = folder.glob(f"{name}-*.whl")
+    (found,) = folder.glob(pattern)
     return found
 
 
@@ -61,13 +62,13 @@ def nvcc_home() -> Path:
 
 def assemble(home: Path, assembler: Path, folder: Path) -> Path:
     """A toolkit of links to one whose ptxas is another one; its nvcc."""
+    shutil.rmtree(folder, ignore_errors=True)
     binaries, compiler = folder / "bin", folder / "nvvm" / "bin"
     for path in (binaries, compiler):
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
     for path in [*home.iterdir(), *(home / "bin").iterdir(), home / "nvvm" / "libdevice"]:
-        link = folder / path.relative_to(home)
-        if path.name not in ("bin", "nvvm", "nvcc", "ptxas") and not link.exists():
-            link.symlink_to(path)
+        if path.name not in ("bin", "nvvm", "nvcc", "ptxas"):
+            (folder / path.relative_to(home)).symlink_to(path)
     shutil.copy2(home / "bin" / "nvcc", binaries / "nvcc")  # which looks for the others beside itself
     shutil.copy2(assembler, binaries / "ptxas")
     (compiler / "cicc").write_text(CICC.format(cicc=home / "nvvm" / "bin" / "cicc", ptx=PTX))
@@ -81,8 +82,11 @@ def prepare(folder: Path) -> Toolchain:
     folder.mkdir(parents=True, exist_ok=True)
     assembler = unpacked(download(ASSEMBLER, folder), "nvidia/cuda_nvcc/bin/ptxas")
     runtime = unpacked(download(RUNTIME, folder), "nvidia/cuda_runtime/lib/libcudart_static.a")
+    home = nvcc_home()
+    # Its name tells what it is made of: objects by another one are made again.
+    named = folder / f"{home.name}-{ASSEMBLER.partition('==')[2]}-{PTX}"
     return Toolchain(
-        nvcc=str(assemble(nvcc_home(), assembler / "nvidia/cuda_nvcc/bin/ptxas", folder / "cuda")),
+        nvcc=str(assemble(home, assembler / "nvidia/cuda_nvcc/bin/ptxas", named)),
         runtime=runtime / "nvidia/cuda_runtime/lib/libcudart_static.a",
         nvcc_flags=NVCC_FLAGS,
         link_flags=old_linux.link_flags(folder / "linux"),

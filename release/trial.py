@@ -37,7 +37,8 @@ import fused_lora
 end = time.perf_counter()
 assert "site-packages" in fused_lora.__file__, fused_lora.__file__
 assert not torch.cuda.is_initialized()
-name = sys.argv[1] if len(sys.argv) > 1 else "_C_torch{}_{}".format(*torch.__version__.split(".")[:2])
+from fused_lora.extension import module_name
+name = sys.argv[1] if len(sys.argv) > 1 else module_name(torch.__version__)
 module = importlib.import_module("fused_lora." + name)
 assert module.rank_obstacle(16) == "" and "above" in module.rank_obstacle(1000)
 print(f"{name} loads; import torch {middle - start:.2f} s, fused_lora {end - middle:.2f} s more")

@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import ZipFile
 
 from setuptools import setup
 
@@ -46,26 +47,40 @@ def audit(wheel: Path) -> None:
     with TemporaryDirectory() as folder:
         excluded = [f"--exclude={name}" for name in ("libtorch*.so", "libc10.so")]
         run("auditwheel", "repair", "--plat", PLATFORM, *excluded, "--wheel-dir", folder, str(wheel))
+        (repaired,) = Path(folder).glob("*.whl")
+        added = set(ZipFile(repaired).namelist()) - set(ZipFile(wheel).namelist())
+    if added:
+        raise SystemExit(f"the wheel needs libraries that it has not: {', '.join(sorted(added))}")
     run("abi3audit", "--strict", "--summary", str(wheel))
+
+
+def make() -> Path:
+    """The wheel, in a folder where nothing of an earlier one is left."""
+    if "SOURCE_DATE_EPOCH" not in os.environ:  # every file says that it was made when the commit was
+        os.environ["SOURCE_DATE_EPOCH"] = output("git", "log", "-1", "--format=%ct")
+    tools = toolkit.prepare(FOLDER / "toolkit")
+    package, made = FOLDER / "package", FOLDER / "wheel"
+    for folder in (package, made):
+        shutil.rmtree(folder, ignore_errors=True)
+    command = ["build", "--build-lib", str(package), "--build-temp", str(FOLDER / "objects"), "bdist_wheel"]
+    command += ["--plat-name", PLATFORM, "--dist-dir", str(made)]
+    setup(**arguments(lambda folder, out: build(tools, folder, out)), script_args=command)
+    (wheel,) = made.glob("*.whl")
+    return wheel
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m release.wheel", description=__doc__)
-    parser.add_argument("--out", type=Path, default="dist", help="folder of the wheel")
+    parser.add_argument("--out", type=Path, default=Path("dist"), help="folder of the wheel")
     options = parser.parse_args()
     start = time.monotonic()
-    # Every file in the wheel says that it was made when the commit was.
-    os.environ.setdefault("SOURCE_DATE_EPOCH", output("git", "log", "-1", "--format=%ct"))
-    tools = toolkit.prepare(FOLDER / "toolkit")
-    package = FOLDER / "package"
-    for folder in (package, options.out):  # where files of an earlier build may lie
-        shutil.rmtree(folder, ignore_errors=True)
-    command = ["build", "--build-lib", str(package), "--build-temp", str(FOLDER / "objects"), "bdist_wheel"]
-    command += ["--plat-name", PLATFORM, "--dist-dir", str(options.out)]
-    setup(**arguments(lambda folder, out: build(tools, folder, out)), script_args=command)
-    (wheel,) = options.out.glob("*.whl")
+    wheel = make()
     audit(wheel)
-    print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, in {time.monotonic() - start:.0f} s")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for earlier in options.out.glob("fused_lora-*.whl"):
+        earlier.unlink()
+    found = shutil.copy(wheel, options.out)
+    print(f"{found}: {wheel.stat().st_size / 1e6:.1f} MB, in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,14 @@ def test_backends_ask_once(installed, monkeypatch):
         function.cache_clear()
 
 
+@pytest.mark.parametrize(("version", "name"), [
+    ("2.13.0+cu130", "_C_torch2_13"), ("2.10.1", "_C_torch2_10"), ("3.0.0", "_C_torch3_0"),
+    ("2.14.0.dev20260101+cu130", "_C_torch2_14_0_dev20260101_cu130"), ("2.10.0a0+b4e4ee8", "_C_torch2_10_0a0_b4e4ee8"),
+])  # fmt: skip
+def test_what_is_no_release_has_a_module_of_its_own(version, name):
+    assert extension.module_name(version) == name
+
+
 @pytest.mark.parametrize("value", ["", "full", "0"])
 def test_a_wrong_abi_is_refused(value, monkeypatch):
     monkeypatch.setenv("FUSED_LORA_ABI", value)

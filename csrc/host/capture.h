@@ -22,8 +22,8 @@ class RelaxedCapture {
 bool capturing(cudaStream_t stream);
 
 // Memory of the current device that torch's allocator knows nothing of: during a capture that would give memory of the graph's
-// pool. What torch keeps unused is given up for it, as for its own allocations; `captured`: not during a
-// capture, which would not survive it.
+// pool. What torch keeps unused is given up for it, as for its own allocations; not where `captured`, since a capture would not
+// survive it.
 void* allocate(int64_t bytes, bool captured);
 
 // How torch gives up what it keeps unused; where nobody said it, it keeps it.

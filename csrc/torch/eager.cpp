@@ -30,10 +30,13 @@ bool is_factor_dtype(const Tensor& factor, const Tensor& x) {
   return factor.scalar_type() == x.scalar_type() || factor.scalar_type() == at::kFloat;
 }
 
-// No subclass (fake, distributed) either, whose memory is not here.
+// Whether its memory holds its values: not of a subclass (fake, distributed), whose memory is elsewhere.
+bool is_memory(const Tensor& tensor) {
+  return !tensor.key_set().has(c10::DispatchKey::Python) && !tensor.is_neg() && !tensor._is_zerotensor();
+}
+
 bool is_plain(const Tensor& tensor, const Tensor& x) {
-  return tensor.layout() == at::kStrided && tensor.device() == x.device() && !tensor.key_set().has(c10::DispatchKey::Python) &&
-         !tensor.is_neg();
+  return tensor.layout() == at::kStrided && tensor.device() == x.device() && is_memory(tensor);
 }
 
 // Whether the card and FUSED_LORA_BACKEND leave a call to these kernels: the rule is backends.py's, the question every call's.
@@ -97,36 +100,65 @@ std::optional<Tensor> drawn_seed(const Tensor& x, const std::optional<Tensor>& s
   return seed ? seed : at::randint(int64_t{1} << 62, {}, x.options().dtype(at::kLong));
 }
 
-// The passes, under the names of their ops for a profiler.
+using FlatList = c10::List<std::optional<Tensor>>;
+
+FlatList flat_list(const std::vector<Part>& parts) {
+  FlatList flat;
+  flat.reserve(Part::kFields * parts.size());
+  for (const Part& part : parts) {
+    for (const Tensor* tensor : {&part.weight, &part.A, &part.B}) flat.push_back(*tensor);
+    flat.push_back(part.bias);
+    flat.push_back(part.scale);
+    flat.push_back(part.seed);
+  }
+  return flat;
+}
+
+c10::List<bool> bool_list(const std::vector<bool>& bools) {
+  c10::List<bool> list;
+  for (const bool each : bools) list.push_back(each);
+  return list;
+}
+
+// A backward pass as an op: for modes and tensors that watch ops, and for what torch has to make memory of.
+std::vector<Tensor> by_dispatcher(const BackwardPass& pass) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(NAME_OF("cuda_lora_parts_backward"), "");
+  FlatList dxas;
+  for (const std::optional<Tensor>& dxa : pass.dxas) dxas.push_back(dxa);
+  torch::jit::Stack stack;
+  torch::jit::push(stack, pass.dys, pass.xs, flat_list(pass.parts), pass.xas, dxas, pass.p, pass.need_dx, bool_list(pass.needs),
+                   pass.act, pass.gated, pass.factors);
+  op.callBoxed(&stack);
+  return stack[0].toTensorVector();
+}
+
+std::vector<c10::IValue> shown(const Tensor& x, const std::vector<Part>& parts) {
+  std::vector<c10::IValue> inputs{x};
+  for (const Part& part : parts) inputs.insert(inputs.end(), {part.weight, part.A, part.B});
+  return inputs;
+}
+
+// The passes by themselves, under the names of their ops, and with x and matrices for inputs, in a profile.
 std::vector<Tensor> forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act = {},
                             const std::string& keep = "none") {
-  RECORD_FUNCTION(NAME_OF("cuda_lora_parts_forward"), c10::ArrayRef<const c10::IValue>{});
+  RECORD_FUNCTION(NAME_OF("cuda_lora_parts_forward"), shown(x, parts));
   return lora_parts_forward(x, parts, p, act, keep);
 }
 
-std::vector<Tensor> backward(BackwardPass pass) {
-  RECORD_FUNCTION(NAME_OF("cuda_lora_parts_backward"), c10::ArrayRef<const c10::IValue>{});
-  for (Tensor& dy : pass.dys) dy = dy.resolve_neg();
+std::vector<Tensor> backward(const BackwardPass& pass) {
+  if (watched() || !std::all_of(pass.dys.begin(), pass.dys.end(), is_memory)) return by_dispatcher(pass);
+  RECORD_FUNCTION(NAME_OF("cuda_lora_parts_backward"), shown(pass.xs[0], pass.parts));
   return lora_parts_backward(pass);
 }
 
 // A backward pass by the formula in plain torch (ops/autograd.py), so that it can be differentiated itself: dx, dAs, dBs, dbiases.
 std::vector<Tensor> again(at::TensorList dys, const Tensor& x, const std::vector<Part>& parts, double p, at::ArrayRef<double> act,
                           bool need_dx, const std::vector<bool>& needs) {
-  using Flat = c10::List<std::optional<Tensor>>;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow(NAME_OF("lora_again"), "")
-                             .typed<std::vector<Tensor>(at::TensorList, const Tensor&, const Flat&, double, at::ArrayRef<double>, bool,
-                                                        const c10::List<bool>&)>();
-  Flat flat;
-  for (const auto& [weight, A, B, bias, scale, seed] : parts) {
-    for (const std::optional<Tensor>& tensor : {std::optional(weight), std::optional(A), std::optional(B), bias, std::optional(scale), seed}) {
-      flat.push_back(tensor);
-    }
-  }
-  c10::List<bool> wanted;
-  for (const bool need : needs) wanted.push_back(need);
-  return op.call(dys, x, flat, p, act, need_dx, wanted);
+                             .typed<std::vector<Tensor>(at::TensorList, const Tensor&, const FlatList&, double, at::ArrayRef<double>,
+                                                        bool, const c10::List<bool>&)>();
+  return op.call(dys, x, flat_list(parts), p, act, need_dx, bool_list(needs));
 }
 
 // x such that the copy engine can address it: one copy serves both passes.
@@ -338,7 +370,8 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     const bool factors = hidden.defined();
-    const Tensor dy = rows_of(grads[0].resolve_neg()), rows = flat(x);
+    const OnDevice here(x);
+    const Tensor dy = is_memory(grads[0]) ? rows_of(grads[0]) : flat(grads[0]), rows = flat(x);
     const auto of_down = fused_lora::backward({.dys = {dy},
                                                .xs = {first},
                                                .parts = {parts[2]},

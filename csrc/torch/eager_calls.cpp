@@ -1,6 +1,7 @@
 #include "eager_calls.h"
 
 #include <ATen/DeviceAccelerator.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Export.h>
 
 #include "../host/capture.h"
@@ -34,6 +35,18 @@ class Owned {
   PyObject* object_;
 };
 
+// Without torch functions of modes and subclasses, which would see how arguments are read.
+class WithoutTorchFunctions {
+ public:
+  WithoutTorchFunctions() : before_(at::impl::PythonTorchFunctionTLS::get_disabled_state()) {
+    at::impl::PythonTorchFunctionTLS::set_disabled_state(at::impl::TorchFunctionDisabledState::ALL_DISABLED);
+  }
+  ~WithoutTorchFunctions() { at::impl::PythonTorchFunctionTLS::set_disabled_state(before_); }
+
+ private:
+  at::impl::TorchFunctionDisabledState before_;
+};
+
 // Where a torch.Tensor keeps its memory differs between versions; its _cdata says it in all of them.
 Tensor tensor_of(PyObject* object) {
   static PyObject* const name = PyUnicode_InternFromString("_cdata");
@@ -59,7 +72,9 @@ double double_of(PyObject* object) {
 
 template <typename Of>
 auto list_of(PyObject* sequence, Of of) {
-  std::vector<decltype(of(sequence))> found(PySequence_Size(sequence));  // -1, of what is no sequence, is too long
+  const Py_ssize_t size = PySequence_Size(sequence);
+  if (size < 0) throw PythonError();
+  std::vector<decltype(of(sequence))> found(size);
   for (size_t i = 0; i < found.size(); ++i) found[i] = of(Owned(PySequence_GetItem(sequence, static_cast<Py_ssize_t>(i))).get());
   return found;
 }
@@ -67,9 +82,12 @@ auto list_of(PyObject* sequence, Of of) {
 PyObject* python_of(const Tensor& tensor) { return THPVariable_Wrap(tensor); }
 
 PyObject* python_of(const std::vector<Tensor>& tensors) {
-  PyObject* const list = PyList_New(static_cast<Py_ssize_t>(tensors.size()));
-  for (size_t i = 0; list != nullptr && i < tensors.size(); ++i) PyList_SetItem(list, static_cast<Py_ssize_t>(i), python_of(tensors[i]));
-  return list;
+  const Owned list(PyList_New(0));
+  for (const Tensor& tensor : tensors) {
+    if (PyList_Append(list.get(), Owned(python_of(tensor)).get()) != 0) throw PythonError();
+  }
+  Py_IncRef(list.get());
+  return list.get();
 }
 
 class WithoutTheLock {
@@ -82,17 +100,21 @@ class WithoutTheLock {
 };
 
 template <typename Function>
-auto unlocked(Function function) {
+auto unlocked(const Function& function) {
   const WithoutTheLock without_the_lock;
   return function();
 }
 
-// The result of call(arguments), None where it has none.
-template <typename Call>
-PyObject* answered(Py_ssize_t given, Py_ssize_t wanted, Call call) {
+// The result of read()(), None where it has none. read() reads the arguments and gives the call.
+template <typename Read>
+PyObject* answered(Py_ssize_t given, Py_ssize_t wanted, Read read) {
   if (given != wanted) return PyErr_Format(PyExc_TypeError, "%zd arguments were expected, got %zd", wanted, given);
   try {
-    const auto result = call();
+    auto call = [&] {
+      const WithoutTorchFunctions without;
+      return read();
+    }();
+    const auto result = unlocked(call);
     return result ? python_of(*result) : Py_BuildValue("");
   } catch (const PythonError&) {
     return nullptr;
@@ -109,7 +131,7 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const Tensor scale = tensor_of(given[5]);
     const auto seed = optional_tensor_of(given[6]);
     const double p = double_of(given[7]);
-    return unlocked([&] { return lora_linear(x, weight, A, B, bias, scale, seed, p); });
+    return [=] { return lora_linear(x, weight, A, B, bias, scale, seed, p); };
   });
 }
 
@@ -119,7 +141,7 @@ PyObject* group(PyObject*, PyObject* const* given, Py_ssize_t count) {
     auto parts = unflatten(list_of(given[1], optional_tensor_of));
     const auto seed = optional_tensor_of(given[2]);
     const double p = double_of(given[3]);
-    return unlocked([&] { return lora_group(x, std::move(parts), seed, p); });
+    return [=, parts = std::move(parts)] { return lora_group(x, parts, seed, p); };
   });
 }
 
@@ -133,7 +155,7 @@ PyObject* mlp(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const auto act = list_of(given[5], double_of);
     const int saves_all = PyObject_IsTrue(given[6]);
     if (PyErr_Occurred()) throw PythonError();
-    return unlocked([&] { return lora_mlp(x, std::move(parts), seed, down_seed, p, act, saves_all != 0); });
+    return [=, parts = std::move(parts)] { return lora_mlp(x, parts, seed, down_seed, p, act, saves_all != 0); };
   });
 }
 

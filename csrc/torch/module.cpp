@@ -8,6 +8,9 @@
 #include "eager_calls.h"
 #endif
 
+#define FUSED_LORA_QUOTE(name) #name
+#define FUSED_LORA_STRING(name) FUSED_LORA_QUOTE(name)
+
 namespace fused_lora {
 namespace {
 
@@ -56,7 +59,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "fused_lora._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, FUSED_LORA_STRING(FUSED_LORA_MODULE), nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyObject* make_module() {
   PyObject* const module = PyModule_Create(&definition);

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../host/check.h"
@@ -39,7 +40,12 @@ inline Tensor first_columns(const Tensor& matrix, int64_t cols) {
   return torch::stable::narrow(all, 1, 0, cols);
 }
 inline void copy_into(Tensor& to, const Tensor& from) { torch::stable::copy_(to, from); }
-inline bool are_same(const Tensor& one, const Tensor& other) { return one.get() == other.get(); }
+inline bool are_equal(Sizes one, Sizes other) { return std::equal(one.begin(), one.end(), other.begin(), other.end()); }
+// Of one memory, seen alike: each entry of a list has a handle of its own.
+inline bool are_same(const Tensor& one, const Tensor& other) {
+  return one.data_ptr() == other.data_ptr() && one.scalar_type() == other.scalar_type() && are_equal(one.sizes(), other.sizes()) &&
+         are_equal(one.strides(), other.strides());
+}
 inline int64_t bytes_of_element(const Tensor& tensor) { return static_cast<int64_t>(tensor.element_size()); }
 inline int64_t bytes_of_storage(const Tensor& tensor) {
   int64_t bytes = 0;

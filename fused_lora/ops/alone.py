@@ -43,7 +43,7 @@ def _triton():
 
 
 def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tuple | None = None):
-    """(y, xa), of csrc's xa in padded rows. kind: all that decides how the call is computed, if that is known."""
+    """(y, xa); csrc's xa has padded rows. kind: all that decides how the call is computed, if that is known."""
     if backend == "cuda":
         return ops.cuda_lora_parts_forward(x, [weight, A, B, kernel_bias(bias), scale, seed], p, [], "none")
     rows = rows_of(x)

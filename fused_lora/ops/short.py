@@ -1,6 +1,6 @@
 """The short way of single linears on a GPU to Triton's kernels, to torch's products, and to csrc's where it has no
 autograd in C++: a call of tensors like those of a call that was looked at before is neither checked nor asked about
-again, and needs no dispatcher.
+again, and needs no dispatcher but csrc's own ops.
 
 The long way takes the host ten times what torch takes for a linear. It is left to those who watch ops (torch.compile, a
 profiler, a mode, a transformation) and to what is rare.

@@ -12,6 +12,8 @@ import pytest
 import setuptools
 import torch
 
+from fused_lora import extension
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -84,11 +86,23 @@ def build(monkeypatch):
     return types.SimpleNamespace(**runpy.run_path("setup.py"))
 
 
-@pytest.mark.parametrize(("version", "name"), [
-    ("2.13.0+cu130", "_C_torch2_13"), ("2.10.0", "_C_torch2_10"), ("3.0.0a0+git12", "_C_torch3_0"),
-])  # fmt: skip
-def test_a_module_is_named_by_the_minor_version(version, name, build):
-    assert build.module_name(version) == name
+@pytest.mark.parametrize("version", ["2.13.0+cu130", "2.10.0", "3.0.0a0+git12", "2.14.0.dev20260101+cu130", "2.13.1"])
+def test_modules_are_named_as_the_package_looks_for_them(version, build):
+    assert build.module_name(version) == extension.module_name(version)
+
+
+def test_another_command_compiles_again(build, monkeypatch, tmp_path):
+    runs = []
+
+    def run(command, check):
+        runs.append(command)
+        Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for command in (["g++"], ["g++"], ["g++", "-O3"], ["clang++", "-O3"], ["clang++", "-O3"]):
+        made = Path(build.object_of(Path("csrc/host/flags.cpp"), tmp_path, command))
+        os.utime(made, (time.time() + 10,) * 2)
+    assert len(runs) == 3
 
 
 def test_every_source_is_compiled_once_and_for_its_cards(build, monkeypatch, tmp_path):
