@@ -22,7 +22,8 @@ using torch::stable::accelerator::DeviceGuard;
 
 inline DeviceGuard guard_of(const Tensor& tensor) { return DeviceGuard(tensor.get_device_index()); }
 
-// What torch says of an error does not come through this ABI: of an allocation it is nearly always this one.
+// What torch says of an error does not come through this ABI. Of an allocation it is nearly always this one, in the words by which
+// programs know it.
 inline Tensor empty(Sizes sizes, const Tensor& like, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
@@ -30,7 +31,7 @@ inline Tensor empty(Sizes sizes, const Tensor& like, ScalarType dtype) {
   AtenTensorHandle made = nullptr;
   const auto error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), number,
                                               aoti_torch_device_type_cuda(), like.get_device_index(), &made);
-  check(error == 0, "CUDA out of memory, or another failure of torch's allocator");
+  check(error == 0, "CUDA out of memory. (Or torch's allocator failed otherwise: its stable ABI does not say.)");
   return Tensor(made);
 }
 
