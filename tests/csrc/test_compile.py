@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 
 from tests.csrc.machine_code import assert_good, instructions, loops
 
@@ -140,6 +141,27 @@ def test_ampere_kernels(source, arch, kernels, build, tmp_path):
 @pytest.mark.parametrize("source", HOPPER_SOURCES, ids=lambda path: path.name)
 def test_hopper_sources_compile_empty_for_other_cards(source, tmp_path):
     compile_to("-arch=sm_80", source, tmp_path / "out.cubin")
+
+
+@needs_nvcc
+@COMPILES
+@pytest.mark.long
+@pytest.mark.parametrize("module", ["own", "stable"])
+def test_modules_compile_for_the_torch_that_is_here(module, build, monkeypatch, tmp_path):
+    """And by its stable ABI, without a warning. They are linked where there is a library (make build, make wheel)."""
+    built = build["build_module"].__globals__
+    monkeypatch.setitem(built, "HOST", [*build["HOST"], "-Werror"])
+    linked = []
+    monkeypatch.setitem(built, "link", lambda made, objects, flags: linked.append(made.name))
+    name = build["STABLE"] if module == "stable" else build["module_name"](torch.__version__)
+    nvcc = subprocess.run(["nvcc", "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", nvcc, re.MULTILINE)[1]
+    tools = build["Toolchain"](f"{top}/bin/nvcc", Path("none"))
+    build["build_module"](tools, Path(torch.__file__).parent, name, tmp_path, tmp_path)
+    assert linked == [f"{name}.abi3.so"]
+    assert len(list(tmp_path.glob("**/*.o"))) == len(list((CSRC / "torch").glob("*.cpp"))) - (
+        3 if module == "stable" else 0
+    )
 
 
 @pytest.mark.parametrize("source", [*CSRC.glob("**/*.*")], ids=lambda path: str(path.relative_to(CSRC)))
