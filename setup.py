@@ -118,7 +118,7 @@ def build_library(tools: Toolchain, folder: Path, out: Path, name: str = NAME) -
     exported = folder / "exported.map"
     exported.write_text('{ global: extern "C++" { fused_lora::*; }; local: *; };\n')
     made = out / f"lib{name}.so"
-    own = [f"-Wl,-soname,{made.name}", f"-Wl,--version-script={exported}", "-Wl,-z,defs", "-Wl,--gc-sections"]
+    own = [f"-Wl,-soname,{made.name}", f"-Wl,--version-script={exported}", "-Wl,-z,defs", "-Wl,--gc-sections", "-s"]
     link(made, objects, [*own, str(tools.runtime), "-ldl", "-lpthread", "-lrt", *tools.link_flags])
 
 

@@ -1,7 +1,8 @@
 #include "fill_up.h"
 
 namespace fused_lora {
-namespace {
+// Not without a name, which would be another one in each build.
+namespace filling_up {
 
 constexpr int kThreads = 256, kAtOnce = 8, kChunk = kThreads * kAtOnce;  // columns of a row
 
@@ -26,7 +27,9 @@ __global__ void __launch_bounds__(kThreads) fill_up_kernel(const uint16_t* __res
   }
 }
 
-}  // namespace
+}  // namespace filling_up
+
+using namespace filling_up;
 
 cudaError_t launch_fill_up(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows, int64_t cols,
                            cudaStream_t stream) {

@@ -9,7 +9,8 @@
 #include "merge.h"
 
 namespace fused_lora {
-namespace {
+// Not without a name, which would be another one in each build.
+namespace merging {
 
 constexpr int BLOCK_N = 64;
 constexpr int BLOCK_K = 128;
@@ -114,7 +115,9 @@ cudaError_t launch(const MergeParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-}  // namespace
+}  // namespace merging
+
+using namespace merging;
 
 cudaError_t launch_merge(const MergeParams& p, DType weight_dtype, DType factor_dtype, cudaStream_t stream) {
   const bool same = weight_dtype == factor_dtype;

@@ -138,6 +138,7 @@ def test_a_negated_gradient_is_read_as_what_it_is(problem):
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_a_profile_has_both_passes_and_their_shapes(problem):
     inputs, dy, scale = problem
     with torch.profiler.profile(record_shapes=True) as profile:
