@@ -91,20 +91,6 @@ def test_modules_are_named_as_the_package_looks_for_them(version, build):
     assert build.module_name(version) == extension.module_name(version)
 
 
-def test_another_command_compiles_again(build, monkeypatch, tmp_path):
-    runs = []
-
-    def run(command, check):
-        runs.append(command)
-        Path(command[command.index("-o") + 1]).touch()
-
-    monkeypatch.setattr(subprocess, "run", run)
-    for command in (["g++"], ["g++"], ["g++", "-O3"], ["clang++", "-O3"], ["clang++", "-O3"]):
-        made = Path(build.object_of(Path("csrc/host/flags.cpp"), tmp_path, command))
-        os.utime(made, (time.time() + 10,) * 2)
-    assert len(runs) == 3
-
-
 def test_every_source_is_compiled_once_and_for_its_cards(build, monkeypatch, tmp_path):
     compiled, linked = [], []
 
@@ -132,21 +118,36 @@ def test_every_source_is_compiled_once_and_for_its_cards(build, monkeypatch, tmp
             assert any("sm_80" in flag for flag in command) == (source.parent.name != "sm90")
 
 
-def test_what_was_compiled_is_compiled_again_when_it_is_older(build, monkeypatch, tmp_path):
+@pytest.fixture
+def compilers(monkeypatch):
+    """What ran in place of a compiler, whose objects are not as old as what was checked out just now."""
     runs = []
 
     def run(command, check):
         runs.append(command)
-        Path(command[command.index("-o") + 1]).touch()
+        made = Path(command[command.index("-o") + 1])
+        made.touch()
+        os.utime(made, (time.time() + 10,) * 2)
 
     monkeypatch.setattr(subprocess, "run", run)
-    source = Path("csrc/host/flags.cpp")
-    made = Path(build.object_of(source, tmp_path, ["g++"]))
-    os.utime(made, (time.time() + 10,) * 2)  # and not as old as what was checked out just now
-    build.object_of(source, tmp_path, ["g++"])
-    assert len(runs) == 1
+    return runs
+
+
+FLAGS = Path("csrc/host/flags.cpp")
+
+
+def test_another_command_compiles_again(build, compilers, tmp_path):
+    for command in (["g++"], ["g++"], ["g++", "-O3"], ["clang++", "-O3"], ["clang++", "-O3"]):
+        build.object_of(FLAGS, tmp_path, command)
+    assert [command[: command.index("-c")] for command in compilers] == [["g++"], ["g++", "-O3"], ["clang++", "-O3"]]
+
+
+def test_what_was_compiled_is_compiled_again_when_it_is_older(build, compilers, tmp_path):
+    made = Path(build.object_of(FLAGS, tmp_path, ["g++"]))
     newer = tmp_path / "version.py"
     newer.touch()
+    build.object_of(FLAGS, tmp_path, ["g++"], newer)
+    assert len(compilers) == 1
     os.utime(newer, (made.stat().st_mtime + 1,) * 2)
-    build.object_of(source, tmp_path, ["g++"], newer)
-    assert len(runs) == 2
+    build.object_of(FLAGS, tmp_path, ["g++"], newer)
+    assert len(compilers) == 2
