@@ -11,6 +11,7 @@ Everything else about the package is in pyproject.toml. pip builds in isolation,
 import os
 import re
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,8 @@ def arguments(build: Callable[[Path, Path], None]) -> dict:
 
 if __name__ == "__main__":
     found = here()
+    if isinstance(found, str) and "build_ext" in sys.argv:  # asked for by name
+        raise SystemExit(f"fused_lora: the CUDA extension cannot be built: {found}")
     if isinstance(found, str):
         print(f"fused_lora: leaving out the CUDA extension ({found}); the Triton kernels need none")
         setup()

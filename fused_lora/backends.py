@@ -215,14 +215,14 @@ def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not interpreting() and (device.type != "cuda" or torch.version.hip):
+        return f"no kernel for device {device.type}"
     if not has_triton():
         return "triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"no kernel for {dtype}"
     if interpreting():
         return None
-    if device.type != "cuda" or torch.version.hip:
-        return f"no kernel for device {device.type}"
     if gpu(device).capability < 80:
         return f"compute capability {gpu(device).capability / 10:.1f} is below 8.0"
     if host_compiler() is None:

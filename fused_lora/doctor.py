@@ -5,6 +5,7 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -20,12 +21,12 @@ def _installed(package: str) -> str:
 
 def _software() -> list[tuple[str, str]]:
     return [
-        ("fused_lora", __version__),
+        ("fused_lora", f"{__version__}, in {Path(__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none: a CPU build'}"),
         ("triton", _installed("triton")),
         ("C compiler", backends.host_compiler() or "none"),
-        ("extension", backends.extension_obstacle() or f"built, {backends.extension().words}"),
+        ("extension", _said(lambda: backends.extension_obstacle() or f"built, {backends.extension().words}")),
     ]
 
 

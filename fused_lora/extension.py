@@ -37,14 +37,14 @@ def module_name(version: str) -> str:
 
 def load(stable: bool = False) -> Extension:
     """The module for this torch, the one of the stable ABI where there is none or where it is asked for."""
+    if torch.version.cuda is None:
+        return Extension(None, f"torch {torch.__version__} is no CUDA build, to which the CUDA extension is of no use")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
+        return Extension(None, f"the CUDA extension is for torch 2.10 and later, this is {torch.__version__}")
     names = module_name(torch.__version__), STABLE
     built = [name for name in names if importlib.util.find_spec(f"{__package__}.{name}")]
     if not built:
         return Extension(None, "the CUDA extension is not built (make build)")
-    if torch.version.cuda is None:
-        return Extension(None, f"the CUDA extension is of no use to torch {torch.__version__}, which is no CUDA build")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
-        return Extension(None, f"the CUDA extension is for torch 2.10 and later, this is {torch.__version__}")
     failures = []
     for name in [STABLE] if stable else built:
         try:

@@ -16,3 +16,13 @@ def run(*command: str, cwd: Path | None = None) -> None:
 def output(*command: str, cwd: Path | None = None) -> str:
     """What one prints."""
     return subprocess.run(command, check=True, cwd=cwd, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def of_commit(what: str) -> str:
+    """Of the checkout's commit, in git log's words."""
+    try:
+        return output("git", "log", "-1", f"--format={what}")
+    except (OSError, subprocess.CalledProcessError):
+        raise SystemExit(
+            "a checkout by git is needed, whose commit says how old files are and how they are named"
+        ) from None

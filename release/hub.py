@@ -16,7 +16,7 @@ from pathlib import Path
 import fused_lora
 
 from . import toolkit
-from .commands import output
+from .commands import of_commit
 from .wheel import FOLDER, build
 
 LAYERS = Path(__file__).with_name("hub_layers.py")
@@ -27,7 +27,7 @@ CARDS = ["8.0", "8.6", "8.9", "9.0a"]
 
 def unique_name(backend: str) -> str:
     """Of a commit's kernels: of the module in Python, of its ops and of its library."""
-    return f"_fused_lora_{backend}_{output('git', 'rev-parse', '--short=12', 'HEAD')}"
+    return f"_fused_lora_{backend}_{of_commit('%H')[:12]}"
 
 
 def metadata(name: str, backend: dict) -> str:
@@ -55,7 +55,8 @@ def copy_package(folder: Path, name: str, backend: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m release.hub", description=__doc__)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m release.hub", description=__doc__, formatter_class=form)
     parser.add_argument("--out", type=Path, default=Path("dist/kernels-hub/build"))
     parser.add_argument("--universal", action="store_true", help="only torch-universal, which needs no compiler")
     options = parser.parse_args()

@@ -2,7 +2,8 @@
 
 They have no state of their own, as the hub wants it. What they read of the layer whose forward they become:
 
-    LoRALinear      weight (N, K), bias (N,) or None, lora_A (r, K), lora_B (N, r), scaling, lora_dropout
+    LoRALinear      weight (N, K), bias (N,) or None, lora_A (r, K) and lora_B (N, r), all tensors; scaling, a number;
+                    lora_dropout, a number or an nn.Dropout
     LoRAGatedMLP    gate_proj, up_proj and down_proj, each of them such a layer
 """
 
@@ -14,7 +15,9 @@ __all__ = ["LoRAGatedMLP", "LoRALinear"]
 
 
 def _dropout(layer: nn.Module) -> float:
-    return layer.lora_dropout if layer.training else 0.0
+    dropout = layer.lora_dropout
+    p = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+    return p if layer.training else 0.0
 
 
 def _part(layer: nn.Module) -> Part:

@@ -4,6 +4,8 @@ A driver runs what a toolkit of its own major version or an older one has made. 
 CUDA 12, which PyPI has, one library serves the drivers of CUDA 12 and of CUDA 13; the front ends may be newer.
 """
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 from setup import Toolchain
 
 from . import old_linux
-from .commands import run
+from .commands import output, run
 
 ASSEMBLER, RUNTIME = "nvidia-cuda-nvcc-cu12==12.9.86", "nvidia-cuda-runtime-cu12==12.9.79"
 PTX = "8.3"  # the oldest language that says all that the kernels say
@@ -52,12 +54,16 @@ def unpacked(wheel: Path, *prefixes: str) -> Path:
 
 def nvcc_home() -> Path:
     """The folder of this machine's CUDA toolkit; nvcc on the path may be a script that calls it."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise SystemExit("make wheel needs nvcc, of CUDA 13, on the path")
+    nvcc = shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+    if not os.path.exists(nvcc):
+        raise SystemExit("make wheel needs nvcc of CUDA 13, on the path or under CUDA_HOME")
+    version = re.search(r"release (\d+)\.", output(nvcc, "--version"))
+    if version is None or int(version[1]) < 13:
+        raise SystemExit(
+            f"make wheel needs nvcc of CUDA 13, {nvcc} is of {version[1] if version else 'no known version'}"
+        )
     said = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
-    (top,) = (line.partition("=")[2] for line in said.splitlines() if line.startswith("#$ TOP="))
-    return Path(top).resolve()
+    return Path(re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)[1]).resolve()
 
 
 def assemble(home: Path, assembler: Path, folder: Path) -> Path:
@@ -79,10 +85,10 @@ def assemble(home: Path, assembler: Path, folder: Path) -> Path:
 
 def prepare(folder: Path) -> Toolchain:
     """Everything in a folder, downloaded once."""
+    home = nvcc_home()
     folder.mkdir(parents=True, exist_ok=True)
     assembler = unpacked(download(ASSEMBLER, folder), "nvidia/cuda_nvcc/bin/ptxas")
     runtime = unpacked(download(RUNTIME, folder), "nvidia/cuda_runtime/lib/libcudart_static.a")
-    home = nvcc_home()
     # Its name tells what it is made of: objects by another one are made again.
     named = folder / f"{home.name}-{ASSEMBLER.partition('==')[2]}-{PTX}"
     return Toolchain(

@@ -64,7 +64,7 @@ def without_sources(folder: Path) -> Path:
     for name in COPIED:
         path = Path(name)
         if path.is_dir():
-            shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, folder / name)
     return folder
@@ -80,11 +80,13 @@ def attempt(version: str, wheel: Path, tests: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m release.trial", description=__doc__)
-    parser.add_argument("--torch", nargs="+", default=TORCHES)
-    parser.add_argument("--wheel", type=Path, default=None, help="the one in dist/")
-    parser.add_argument("--tests", nargs="+", default=["tests"])
+    parser.add_argument("--torch", nargs="+", default=TORCHES, help="versions, as 2.12.1")
+    parser.add_argument("--wheel", type=Path, help="the one in dist/")
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="what pytest is given")
     options = parser.parse_args()
-    (found,) = [options.wheel] if options.wheel else Path("dist").glob("*.whl")
+    found = options.wheel or next(Path("dist").glob("fused_lora-*.whl"), None)
+    if found is None or not found.exists():
+        parser.error("there is no wheel in dist/: make wheel first")
     for version in options.torch:
         print(f"\n== torch {version}", flush=True)
         attempt(version, found.absolute(), options.tests)

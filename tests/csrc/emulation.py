@@ -87,7 +87,9 @@ def build(folder: Path, headers: list[str]) -> None:
     ]
     assert [process.wait() for process in running] == [0] * len(sources)
     objects = [f"{i}.o" for i in range(len(sources))]
-    subprocess.run(["g++", "-shared", "-o", "launches.so", *objects], cwd=folder / "csrc", check=True)
+    # Its own names first: a CUDA torch has brought the runtime's into the process.
+    command = ["g++", "-shared", "-Wl,-Bsymbolic", "-o", "launches.so", *objects]
+    subprocess.run(command, cwd=folder / "csrc", check=True)
 
 
 def load(folder: Path):

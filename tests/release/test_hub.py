@@ -46,6 +46,7 @@ class GatedMLP(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = Layer(), Layer(), Layer()
+        self.gate_proj.lora_dropout = nn.Dropout(0.5)
         self.down_proj.weight = nn.Parameter(torch.randn(5, 7), requires_grad=False)
         self.down_proj.bias = None
         self.down_proj.lora_A, self.down_proj.lora_B = nn.Parameter(torch.randn(2, 7)), nn.Parameter(torch.randn(5, 2))

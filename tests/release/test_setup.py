@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 def run_setup(monkeypatch, capsys):
     """setup.py as pip runs it: (what it says, the arguments of its setup())."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
 
     def run():
         given = []
@@ -55,6 +56,13 @@ def assert_left_out(said, arguments, reason):
 def test_a_cpu_torch(run_setup, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert_left_out(*run_setup(), f"torch {torch.__version__} is not a CUDA build")
+
+
+def test_one_that_was_asked_for_by_name(run_setup, monkeypatch):
+    """As make build does."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext", "--inplace"])
+    with pytest.raises(SystemExit, match="the CUDA extension cannot be built: torch .* is not a CUDA build"):
+        run_setup()
 
 
 def test_no_torch(run_setup, monkeypatch):
