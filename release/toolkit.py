@@ -57,11 +57,9 @@ def nvcc_home() -> Path:
     nvcc = shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
     if not os.path.exists(nvcc):
         raise SystemExit("make wheel needs nvcc of CUDA 13, on the path or under CUDA_HOME")
-    version = re.search(r"release (\d+)\.", output(nvcc, "--version"))
-    if version is None or int(version[1]) < 13:
-        raise SystemExit(
-            f"make wheel needs nvcc of CUDA 13, {nvcc} is of {version[1] if version else 'no known version'}"
-        )
+    release = re.search(r"release (\d+)\.", output(nvcc, "--version"))
+    if release is None or int(release[1]) < 13:
+        raise SystemExit(f"make wheel needs nvcc of CUDA 13, got {nvcc} of {release[1] if release else 'no version'}")
     said = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
     return Path(re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)[1]).resolve()
 

@@ -48,7 +48,7 @@ def _own_obstacle(layers: Sequence[LoRALayer | None]) -> str | None:
     for layer in layers:
         reason = layer.why_alone() if is_lora(layer) else f"it is a {type(layer).__name__}"
         if reason is not None:
-            return f"one of its layers must be called: {reason}"
+            return f"one of its layers runs by its own forward: {reason}"
     if any(layer.dropping != layers[0].dropping for layer in layers):
         return "its layers drop by different rules"
     return None
