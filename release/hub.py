@@ -68,7 +68,7 @@ def main() -> None:
         name = unique_name("cuda")
         copy_package(first, name, {"type": "cuda", "archs": CARDS})
         build(toolkit.prepare(FOLDER / "toolkit"), FOLDER / "objects", first, name)
-        for other in others:  # the same, for the drivers of another CUDA
+        for other in others:  # the same, for torch built for another CUDA
             shutil.copytree(first, other, copy_function=os.link)
     print("\n".join(f"wrote {path}" for path in sorted(options.out.iterdir())))
 
