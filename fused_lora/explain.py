@@ -90,7 +90,7 @@ def _group_notes(module: LoRASiblings, tokens: int, gpu: str | None) -> dict[nn.
 
 def _like(layer: nn.Module) -> torch.Tensor:
     """Of the dtype and the place of what a layer reads."""
-    return layer.lora_part().weight if is_lora(layer) else torch.empty(0)
+    return layer.frozen_weight if is_lora(layer) else torch.empty(0)
 
 
 def _how(layers: list[LoRALayer], tokens: int) -> str:
@@ -163,9 +163,19 @@ def explain(
     return _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
 
 
+def _explain_own(layer: LoRALayer, tokens: int, reason: str) -> Explanation:
+    """Of a layer that no pass of this package computes."""
+    weight = layer.frozen_weight
+    N, K = weight.shape
+    return Explanation((tokens, K, N, 0), weight.dtype, str(weight.device), "its own forward", reason)
+
+
 def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu) -> Explanation:
     readable = True
     if layer is not None:
+        reason = layer.why_not()
+        if reason is not None:
+            return _explain_own(layer, tokens, reason)
         part, p = layer.lora_part(), layer.dropping
         (out_features, in_features), r = part.weight.shape, part.r
         dtype, lora_dtype, device = part.weight.dtype, part.A.dtype, part.weight.device

@@ -13,7 +13,7 @@ _PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
 
 @dataclass(frozen=True)
 class Explanation:
-    """backend and reason; for kernels the launches of forward and backward, each (kernel, programs, parameters); for a
+    """shape (M, K, N, r), r = 0 where no update is computed; backend and reason; for kernels the launches of forward and backward, each (kernel, programs, parameters); for a
     card by name what they take, where that can be predicted."""
 
     shape: tuple[int, int, int, int]
@@ -30,7 +30,7 @@ class Explanation:
     def __str__(self) -> str:
         M, K, N, r = self.shape
         lines = [
-            f"M={M} tokens, K={K} -> N={N}, r={r}, {self.dtype} on {self.device}",
+            f"M={M} tokens, K={K} -> N={N}{f', r={r}' if r else ''}, {self.dtype} on {self.device}",
             f"backend: {self.backend} ({self.reason})",
         ]
         for title in ("forward", "backward"):

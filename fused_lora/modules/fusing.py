@@ -1,26 +1,33 @@
 """Which of a model's layers are computed together: read off the forwards of the modules that call them."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .lora_mlp import LoRAMLP, Structure, recognise
 from .mixins import Mixin
 from .reading import Reading, read
-from .report import ReplaceReport
+from .protocol import LoRALayer
 from .siblings import LoRASiblings
 
 
-def fuse(model: nn.Module, report: ReplaceReport) -> None:
-    """Makes LoRAMLPs of the gated MLPs of replaced layers, and LoRASiblings of modules that call some with one x."""
-    layers = {id(layer) for layer in report.layers(model)}
+def fuse(model: nn.Module, of: Iterable[LoRALayer]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Makes LoRAMLPs of the gated MLPs of some layers, and LoRASiblings of modules that call some with one x.
+
+    Returns the groups of layers and the MLPs, by name.
+    """
+    layers = {id(layer) for layer in of}
+    groups, mlps = [], []
     parents = {name: module for name, module in model.named_modules() if len(_own(module, layers)) > 1}
     structures = {name: recognise(module) for name, module in parents.items() if _may_be_mlp(module, layers)}
     readings: dict[tuple, Reading | None] = {}
     for name, module in parents.items():
-        groups = _join(module, layers, readings)
+        joined = _join(module, layers, readings)
         if _fuse_mlp(module, structures.get(name)):
-            report.mlps.append(name)  # it calls them as a group where it cannot be one itself
+            mlps.append(name)  # it calls them as a group where it cannot be one itself
         else:
-            report.groups += [tuple(f"{name}.{child}".lstrip(".") for child in group) for group in groups]
+            groups += [tuple(f"{name}.{child}".lstrip(".") for child in group) for group in joined]
+    return groups, mlps
 
 
 def _own(module: nn.Module, layers: set[int]) -> dict[str, nn.Module]:
@@ -50,7 +57,7 @@ def _join(module: nn.Module, layers: set[int], readings: dict[tuple, Reading | N
 
 def _alike(children: dict[str, nn.Module]) -> set[str]:
     """Those of the first one's dtype and device."""
-    weights = {name: child.lora_part().weight for name, child in children.items()}
+    weights = {name: child.frozen_weight for name, child in children.items()}
     kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
     first = next(iter(kinds.values()))
     return {name for name, kind in kinds.items() if kind == first}
@@ -68,5 +75,5 @@ def _may_be_mlp(module: nn.Module, layers: set[int]) -> bool:
     children = _own(module, layers).values()
     if len(children) != 3 or isinstance(module, Mixin):
         return False
-    sizes = sorted(tuple(child.lora_part().weight.shape[::-1]) for child in children)
+    sizes = sorted(tuple(child.frozen_weight.shape[::-1]) for child in children)
     return any(sizes.count((size, wide)) >= 2 and any(wide == K for K, _ in sizes) for size, wide in sizes)

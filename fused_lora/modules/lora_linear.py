@@ -193,20 +193,31 @@ class LoRALinear(Scaled):
 
     # What protocol.py asks of any layer.
 
+    @property
+    def frozen_weight(self) -> Tensor:
+        """weight."""
+        return self.weight
+
     def lora_part(self) -> ops.Part:
         """What the layer adds to a pass that it shares with others."""
         weight = self.weight
         return ops.Part(weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight))
+
+    lora_sources = lora_part
 
     @property
     def dropping(self) -> float:
         """The probability by which it drops now."""
         return self.lora_dropout if self.training else 0.0
 
+    def why_not(self) -> str | None:
+        """Why it is a plain linear now, or None."""
+        return "it is merged" if self.merged else None
+
     def why_alone(self) -> str | None:
         """Why nobody may compute it but by calling it, or None."""
         if self.merged:
-            return "it is merged"
+            return self.why_not()
         if self.weight.requires_grad and torch.is_grad_enabled():
             return "its weight requires gradients"
         return hooks.why_alone(self, LoRALinear.forward)

@@ -72,7 +72,7 @@ class LoRAMLP(Mixin):
         """Why gate, up and down cannot be computed as one, or None."""
         if not all(map(is_lora, layers)):
             return "gate, up and down must be LoRALinear"
-        gate, up, down = weights = [layer.lora_part().weight for layer in layers]
+        gate, up, down = weights = [layer.frozen_weight for layer in layers]
         if gate.shape != up.shape:
             return f"gate and up must have weights of one shape, got {tuple(gate.shape)} and {tuple(up.shape)}"
         if down.shape[1] != gate.shape[0]:

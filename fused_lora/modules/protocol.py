@@ -18,12 +18,22 @@ class LoRALayer(Protocol):
 
     merged: bool
 
+    @property
+    def frozen_weight(self) -> Tensor:
+        """(N, K), whatever the layer is computed by now."""
+
     def lora_part(self) -> Part:
-        """Its own tensors: what they are changed to, the layer is."""
+        """Its own tensors where it has one of each: what they are changed to, the layer is. Where why_not is None."""
+
+    def lora_sources(self) -> tuple:
+        """All that its part is made of, each the same object as long as the part is the same."""
 
     @property
     def dropping(self) -> float:
         """The probability by which it drops now."""
+
+    def why_not(self) -> str | None:
+        """Why it is not computed as a linear and its update now, or None."""
 
     def why_alone(self) -> str | None:
         """Why nobody may compute it but by calling it, or None."""

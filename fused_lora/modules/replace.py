@@ -72,7 +72,7 @@ def replace_linear(
         _freeze_all_but_updates(model)
     report.count(model)
     if fuse == "auto":
-        fuse_layers(model, report)
+        report.groups, report.mlps = fuse_layers(model, report.layers(model))
     return report
 
 

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from .. import checks
 
 
+@torch.inference_mode(False)  # a tensor of inference mode could not be saved for a later backward
+def scale_beside(scaling: float, weight: Tensor) -> Tensor:
+    """A scale as ops take it."""
+    return torch.full((), scaling, dtype=checks.scale_dtype(weight), device=weight.device)
+
+
 class Scaled(nn.Module):
     """scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora, as a number and as a tensor beside weight.
 
@@ -68,12 +74,8 @@ class Scaled(nn.Module):
         # weight moves by many ways, not all of which a module hears of: _apply, an assignment, DataParallel's replicas.
         scale, wide = self._scale, weight.dtype is torch.float64
         if scale is None or scale.device != weight.device or (scale.dtype is torch.float64) is not wide:
-            scale = self._scale = self._new_scale(weight)
+            scale = self._scale = scale_beside(self.scaling, weight)
         return scale
-
-    @torch.inference_mode(False)  # a tensor of inference mode could not be saved for a later backward
-    def _new_scale(self, weight: Tensor) -> Tensor:
-        return torch.full((), self.scaling, dtype=checks.scale_dtype(weight), device=weight.device)
 
     def _rescale(self, name: str, value: float) -> None:
         if self.merged:

@@ -4,6 +4,7 @@ A call of the parent's forward has an object of its own, known to its thread alo
 wait that were not called yet. It ends with the call, whatever happens: nothing is kept on modules or between calls.
 """
 
+import operator
 import threading
 
 import torch
@@ -40,14 +41,14 @@ class Call:
     def __init__(self, modules: dict[str, nn.Module], groups: Groups):
         self.modules, self.groups = modules, groups
         self.compiling = torch.compiler.is_compiling()
-        self.waiting: list[tuple[nn.Module, Tensor, tuple, tuple]] = []  # layers, outputs, and what these are of
+        self.waiting: list[tuple[nn.Module, Tensor, tuple, tuple]] = []  # layers, outputs, what these are of
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         for i, (waiting, y, tensors, state) in enumerate(self.waiting):
             if waiting is layer:
                 del self.waiting[i]
-                now = (x, *layer.lora_part())
-                same = all(each is before for each, before in zip(now, tensors, strict=True))
+                now = (x, *layer.lora_sources())
+                same = len(now) == len(tensors) and all(map(operator.is_, now, tensors))
                 return y if same and state == _state(layer, now) else None
         for names in self.groups:
             if self.modules.get(names[0]) is layer:
@@ -60,8 +61,8 @@ class Call:
             return None
         first, *others = layers
         y, *ys = ops.lora_group(x, parts, first.dropping)
-        for layer, own, part in zip(others, ys, parts[1:], strict=True):
-            tensors = (x, *part)
+        for layer, own in zip(others, ys, strict=True):
+            tensors = (x, *layer.lora_sources())
             self.waiting.append((layer, own, tensors, _state(layer, tensors)))
         return y
 

@@ -8,7 +8,6 @@ from torch.func import functional_call
 from fused_lora import LoRALinear, explain, replace_linear
 from fused_lora.modules import LoRAMLP, siblings
 from fused_lora.modules.fusing import fuse
-from fused_lora.modules.report import ReplaceReport
 from fused_lora.ops import Part, lora_group, lora_linear, lora_mlp
 from fused_lora.relora import ReLoRA
 
@@ -27,8 +26,17 @@ class Foreign(nn.Module):
         self.down = nn.Parameter(torch.randn(r, linear.in_features))
         self.up = nn.Parameter(torch.randn(linear.out_features, r))
 
+    @property
+    def frozen_weight(self):
+        return self.base.weight
+
     def lora_part(self):
         return Part(self.base.weight, self.down, self.up, self.base.bias, self.scale)
+
+    lora_sources = lora_part
+
+    def why_not(self):
+        return None
 
     def why_alone(self):
         return None
@@ -69,8 +77,7 @@ def both(make_model):
         torch.manual_seed(0)
         models.append(make_model())
         if fused:
-            names = [name for name, module in models[-1].named_modules() if isinstance(module, Foreign)]
-            fuse(models[-1], ReplaceReport(names))
+            fuse(models[-1], [module for module in models[-1].modules() if isinstance(module, Foreign)])
     return models
 
 

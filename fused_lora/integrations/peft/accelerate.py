@@ -1,0 +1,86 @@
+"""accelerate and restore: the LoRA linears of a PEFT model by this package's kernels, in place, and back."""
+
+from dataclasses import dataclass, field
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...modules.fusing import fuse as fuse_layers
+from ...modules.mixins import mix, unmix
+from ...modules.replace import FUSE
+from .linear import BASES, AcceleratedLinear, is_linear
+
+
+@dataclass
+class AccelerateReport:
+    """Names of PEFT's LoRA linears that the kernels compute as the model is now, of those that keep PEFT's forward with
+    the reason (for as long as it holds; other layers of PEFT for good), and of what is computed together: groups of
+    layers that read one x, and gated MLPs."""
+
+    served: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+    mlps: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.served)} LoRA linears by the kernels, {len(self.kept)} by PEFT's own forward"]
+        lines += [f"  + {name}" for name in self.served]
+        lines += [f"  - {name}: {reason}" for name, reason in self.kept.items()]
+        lines += [f"  = {', '.join(names)}: together where they get one x" for names in self.groups]
+        lines += [f"  = {name}: as one" for name in self.mlps]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
+    """Lets this package's kernels compute the LoRA linears of a PeftModel, or of any model with layers of PEFT in it,
+    in place, and returns what they do and what they leave to PEFT and why.
+
+    Nothing else changes: names, parameters, state dicts and files, adapters that are added, chosen, merged or deleted,
+    and what is an instance of what. Each call of a layer is computed by the kernels where they give the same, up to
+    rounding and to which entries dropout picks; else by PEFT's own forward (explain(model) says which, and why).
+
+    With fuse="auto", layers that a module calls with one x, as its source says, are computed together, and gated MLPs
+    as one; with "off" each layer stays alone. Layers that a later add_adapter wraps are PEFT's until the next call.
+
+    Raises ValueError for a model without a LoRA linear that could be computed so.
+    """
+    if fuse not in FUSE:
+        raise ValueError(f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
+    restore(model)
+    report, layers = AccelerateReport(), []
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        reason = _obstacle(module)
+        if reason is None:
+            layers.append(module)
+            module._scales = {}
+            mix(module, AcceleratedLinear)
+            reason = module.why_not()
+        if reason is None:
+            report.served.append(name)
+        else:
+            report.kept[name] = reason
+    if not layers:
+        raise ValueError(f"model has no LoRA linear of PEFT that the kernels could compute: {report}")
+    if fuse == "auto":
+        report.groups, report.mlps = fuse_layers(model, layers)
+    return report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes accelerate, in place: every layer is computed by PEFT again. Returns the model."""
+    ours = [module for module in model.modules() if isinstance(module, AcceleratedLinear)]
+    fused = {id(layer) for layer in ours}
+    parents = [module for module in model.modules() if any(id(child) in fused for child in module.children())]
+    for module in (*parents, *ours):
+        unmix(module)
+    return model
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why a layer of PEFT is never computed by the kernels, or None."""
+    if not is_linear(layer):
+        return f"it is a {type(layer).__module__}.{type(layer).__qualname__}"
+    base = layer.base_layer
+    return None if type(base) in BASES else f"its base is a {type(base).__module__}.{type(base).__qualname__}"
