@@ -13,8 +13,8 @@ _PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
 
 @dataclass(frozen=True)
 class Explanation:
-    """shape (M, K, N, r), r = 0 where no update is computed; backend and reason; for kernels the launches of forward and backward, each (kernel, programs, parameters); for a
-    card by name what they take, where that can be predicted."""
+    """shape (M, K, N, r), r = 0 where no update is computed; backend and reason; for kernels the launches of forward
+    and backward, each (kernel, programs, parameters); for a card by name what they take, if that can be predicted."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype

@@ -6,8 +6,8 @@ from torch import nn
 
 from .lora_mlp import LoRAMLP, Structure, recognise
 from .mixins import Mixin
-from .reading import Reading, read
 from .protocol import LoRALayer
+from .reading import Reading, read
 from .siblings import LoRASiblings
 
 

@@ -23,6 +23,6 @@ def why_alone(module: nn.Module, forward) -> str | None:
 
 
 def why_not_known(module: nn.Module, known: dict) -> str | None:
-    """Why a module cannot be computed for by what is known of its class, or None; known: classes with their forwards."""
+    """Why nobody may compute a module by what is known of its class, or None; known: classes with their forwards."""
     forward = known.get(type(module))
     return f"it is a {type(module).__name__}" if forward is None else why_alone(module, forward)

@@ -20,8 +20,20 @@ def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         flops.show()
     if trains(x, parts):
-        return LoRAPartsFunction.apply(x, p, *flatten(parts))
+        return LoRAPartsFunction.apply(x, p, *distinct(x, flatten(parts)))
     return tuple(ops.lora_parts_forward(x, flatten(parts), p, [], "none")[: len(parts)])
+
+
+def distinct(x: Tensor, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """As arguments of a Function, of which torch.compile wants none twice: what comes again becomes a view."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    seen, found = [x], []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is each for each in seen)
+        found.append(tensor.view_as(tensor) if again else tensor)
+        seen.append(tensor)
+    return found
 
 
 class LoRAPartsFunction(torch.autograd.Function):

@@ -7,7 +7,7 @@ from .. import checks, reference
 from . import eager
 from . import parts as of_parts
 from .alone import like, rows_of
-from .autograd import by_formula, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
+from .autograd import by_formula, distinct, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
 from .library import ops
 from .parts import Part, flatten, unflatten
 
@@ -105,7 +105,7 @@ def lora_mlp(
     if in_plain_torch(parts):
         return mlp(x, parts, p, act)
     if of_parts.trains(x, parts):
-        return LoRAMLPFunction.apply(x, p, act, save, *flatten(parts))
+        return LoRAMLPFunction.apply(x, p, act, save, *distinct(x, flatten(parts)))
     hidden, *_ = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, "none")
     y, _ = ops.lora_parts_forward(hidden, flatten(parts[2:]), p, [], "none")
     return like(y, x)

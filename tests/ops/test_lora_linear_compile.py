@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import LoRALinear, lora_linear
+from fused_lora.ops import Part, lora_group, lora_mlp
 from tests.ops.problem import DEVICES, SCALE, make_dy, make_inputs, run, seed_on
 
 # Dynamo makes an instance of every autograd.Function that it traces.
@@ -175,3 +176,24 @@ def test_compiled_merge(device):
     y = merged(x, weight, layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
     torch.testing.assert_close(weight, layer.merge_().weight.detach())
     torch.testing.assert_close(y, x @ weight.T)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_whole_with_tensors_that_come_twice(device):
+    """One seed, scale and weight for several parts: torch.compile wants each argument of a Function once."""
+    x, weight, A, B = (make_inputs(5, 10, 10, 3, device)[name] for name in ("x", "weight", "A", "B"))
+    scale, seed = torch.tensor(SCALE, device=device), seed_on(device)
+
+    def gradients(function):
+        return torch.autograd.grad(function(x, weight, A, B, scale).sin().sum(), [x, A, B])
+
+    def group(x, weight, A, B, scale):
+        return torch.cat(lora_group(x, [Part(weight, A, B, None, scale)] * 2, 0.3, seed))
+
+    def mlp(x, weight, A, B, scale):
+        return lora_mlp(x, *[Part(weight, A, B, None, scale)] * 3, p=0.3, seed=seed)
+
+    for function in (group, mlp):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for got, want in zip(gradients(compiled), gradients(function), strict=True):
+            torch.testing.assert_close(got, want)

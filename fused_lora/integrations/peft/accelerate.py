@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -81,6 +82,11 @@ def restore(model: nn.Module) -> nn.Module:
 def _obstacle(layer: nn.Module) -> str | None:
     """Why a layer of PEFT is never computed by the kernels, or None."""
     if not is_linear(layer):
-        return f"it is a {type(layer).__module__}.{type(layer).__qualname__}"
-    base = layer.base_layer
-    return None if type(base) in BASES else f"its base is a {type(base).__module__}.{type(base).__qualname__}"
+        return f"it is a {_class_of(layer)}"
+    if Linear.forward.__module__ != Linear.__module__:
+        return f"PEFT's own forward was replaced by one of {Linear.forward.__module__}"
+    return None if type(layer.base_layer) in BASES else f"its base is a {_class_of(layer.base_layer)}"
+
+
+def _class_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -21,9 +21,9 @@ class AcceleratedLinear(Mixin):
 
         y = x W^T + sum over active adapters of scaling dropout(x) A^T B^T + bias
 
-    Its children, parameters and attributes are PEFT's, and so are its other methods. In every call why_not decides: what
-    it has a word for is computed by the forward that PEFT gave the class. Where several adapters are active, their
-    factors are computed as one pair of the sum of their ranks.
+    Its children, parameters and attributes are PEFT's, and so are its other methods. In every call why_not decides:
+    what it has a word for is computed by the forward that PEFT gave the class. Where several adapters are active,
+    their factors are computed as one pair of the sum of their ranks.
     """
 
     _adds = ("_scales",)
@@ -71,9 +71,9 @@ class AcceleratedLinear(Mixin):
     def lora_sources(self) -> tuple:
         """The parameters and the scales."""
         names, base = self._names(), self._modules["base_layer"]
-        As, Bs = self._factors("lora_A", names), self._factors("lora_B", names)
-        scales = [self.scaling[name] for name in names]
-        return base.weight, base.bias, *(each.weight for each in As), *(t for B in Bs for t in (B.weight, B.bias)), *scales
+        factors = (*self._factors("lora_A", names), *self._factors("lora_B", names))
+        tensors = [tensor for each in (base, *factors) for tensor in (each.weight, each.bias)]
+        return *tensors, *(self.scaling[name] for name in names)
 
     def why_not(self) -> str | None:
         """Why PEFT's own forward computes it now, or None."""

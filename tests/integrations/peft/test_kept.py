@@ -1,0 +1,204 @@
+"""What is left to PEFT's own forward: the same bits, and a word that says why."""
+
+import peft
+import pytest
+import torch
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import Linear
+from torch import nn
+
+from fused_lora import explain
+from fused_lora.integrations.peft import accelerate, restore
+
+from .models import assert_same, config_of, net, randomised, results, twin_of
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+class OtherLinear(nn.Linear):
+    """As a quantised one would be."""
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def x_of():
+    return torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def hook(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+def own_forward(module):
+    module.forward = type(module).forward.__get__(module)
+
+
+def disable(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merge(model):
+    model.merge_adapter()
+
+
+def add_dora(model):
+    model.add_adapter("dora", config_of(use_dora=True))
+    randomised(model.double()).set_adapter("dora")
+
+
+def activate_two_that_drop(model):
+    model.add_adapter("second", config_of(lora_dropout=0.5))
+    randomised(model.double()).base_model.set_adapter(["default", "second"])
+
+
+def train_base(model):
+    model.base_model.model.up.base_layer.weight.requires_grad_(True)
+
+
+def not_cast(model):
+    for layer in (model.base_model.model.up, model.base_model.model.down):
+        layer.cast_input_dtype_enabled = False
+
+
+def many_ranks(model):
+    model.add_adapter("wide", config_of(r=510))
+    randomised(model.double()).base_model.set_adapter(["default", "wide"])
+
+
+def exchange_factor(model):
+    up = model.base_model.model.up
+    old = up.lora_B["default"]
+    up.lora_B["default"] = Doubled(old.in_features, old.out_features, bias=False, dtype=torch.float64)
+
+
+CHANGES = {
+    disable: "its adapters are disabled",
+    merge: "merged: default",
+    add_dora: "adapter dora is no plain LoRA but DoRA",
+    activate_two_that_drop: "each drops by a mask of its own",
+    train_base: "its base's weight requires gradients",
+    not_cast: "not to cast its input",
+    many_ranks: "513 ranks together",
+    exchange_factor: "its lora_B.default cannot be passed over: it is a Doubled",
+    lambda model: hook(model.base_model.model.up.base_layer): "its base cannot be passed over: it has hooks",
+    lambda model: own_forward(model.base_model.model.up.base_layer): "it has a forward of its own",
+    lambda model: hook(model.base_model.model.up.lora_A["default"]): "its lora_A.default cannot be passed over",
+    lambda model: own_forward(model.base_model.model.up.lora_B["default"]): "its lora_B.default cannot be passed over",
+    lambda model: hook(model.base_model.model.up.lora_dropout["default"]): "its lora_dropout.default cannot be",
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES.items(), ids=CHANGES.values())
+def test_each_call_decides(change, reason, alone):
+    """What is changed after accelerate counts as what was before; and explain says so."""
+    model = net()
+    accelerate(model)
+    change(model)
+    layer = model.base_model.model.up
+    assert reason in layer.why_not()
+    assert reason in str(explain(model))
+    torch.manual_seed(0)
+    got = results(layer, x_of())
+    assert not alone
+    restore(model)
+    torch.manual_seed(0)
+    assert_same(got, results(layer, x_of()), 0)
+    report = accelerate(model)
+    assert reason in report.kept["base_model.model.up"]
+
+
+def test_and_back(alone):
+    """What is undone is computed by the kernels again."""
+    model = net()
+    wanted = results(model, x_of())
+    accelerate(model)
+    with model.disable_adapter():
+        model(x_of())
+    model.merge_adapter()
+    model(x_of())
+    assert not alone
+    model.unmerge_adapter()
+    assert_same(results(model, x_of()), wanted, 1e-12)
+    assert len(alone) == 2
+
+
+def test_adapters_by_sample(alone):
+    model = net().eval()
+    model.add_adapter("second", config_of())
+    randomised(model.double(), seed=4)
+    plain = twin_of(model)
+    accelerate(model)
+    names = ["default", "second", "__base__"]
+    x = x_of()[:1].expand(3, 4, 9)
+    with torch.no_grad():
+        assert torch.equal(model(x, adapter_names=names), plain(x, adapter_names=names))
+    assert not alone
+
+
+def test_the_input_is_not_cast_for_a_while(alone):
+    model = net()
+    accelerate(model)
+    with disable_input_dtype_casting(model):
+        model(x_of())
+    assert not alone
+    model(x_of())
+    assert len(alone) == 2
+
+
+def test_a_class_that_gets_another_forward(alone, monkeypatch):
+    """As other libraries replace those of a whole class."""
+    model = net()
+    accelerate(model)
+    real = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x, *args, **kwargs: real(self, x, *args, **kwargs) + 1)
+    assert "another forward" in model.base_model.model.up.why_not()
+    got = model.base_model.model.up(x_of())
+    assert torch.equal(got, restore(model).base_model.model.up(x_of()))
+    assert not alone
+    with pytest.raises(ValueError, match="PEFT's own forward was replaced"):
+        accelerate(model)
+
+
+def test_a_hook_on_the_layer_itself_runs(alone):
+    model = net()
+    accelerate(model)
+    seen = []
+    model.base_model.model.up.register_forward_hook(lambda *_: seen.append(1))
+    model(x_of())
+    assert len(seen) == 1
+    assert len(alone) == 2
+
+
+def test_other_layers_of_pefts():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.conv = nn.Embedding(5, 9), nn.Conv1d(9, 9, 1)
+            self.linear, self.other = nn.Linear(9, 9), OtherLinear(9, 9)
+
+    model = peft.get_peft_model(Net(), config_of(target_modules=["embedding", "conv", "linear", "other"]))
+    report = accelerate(model)
+    assert report.served == ["base_model.model.linear"]
+    name = "base_model.model."
+    assert report.kept[name + "embedding"] == "it is a peft.tuners.lora.layer.Embedding"
+    assert report.kept[name + "conv"] == "it is a peft.tuners.lora.layer.Conv1d"
+    assert "OtherLinear" in report.kept[name + "other"]
+
+
+@pytest.mark.parametrize("what", ["no adapters", "no linear of LoRA", "another method"])
+def test_nothing_to_do_is_refused(what):
+    model = nn.Sequential(nn.Embedding(5, 9), nn.Linear(9, 9))
+    if what == "no linear of LoRA":
+        model = peft.get_peft_model(model, config_of(target_modules=["0"]))
+    if what == "another method":
+        model = peft.get_peft_model(model, peft.IA3Config(target_modules=["1"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="no LoRA linear of PEFT that the kernels could compute"):
+        accelerate(model)
+
+
+def test_a_bad_word_for_fuse():
+    with pytest.raises(ValueError, match="fuse must be one of auto, off, got 'on'"):
+        accelerate(net(), fuse="on")
