@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from .record import RESULTS, circumstances, slug, summary
 from .step_arms import ARMS, Arm
 from .step_cases import CASES, CPU_CASES, FULL, Case, flops
 from .step_report import entry, markdown, merged, write
-from .timing import interleave, no_garbage_collection
+from .step_timing import peak_bytes, time_steps
 from .variants import FLOOR
 
 with needs("bench"):
@@ -51,40 +50,6 @@ def check(arms: dict[str, Arm]) -> None:
         for what, expected in results[with_factors[0]].items():
             value = results[name][what]
             assert abs(value / expected - 1) < TOLERANCE, f"{name}: {what} is {value}, {with_factors[0]} has {expected}"
-
-
-def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds, the arms' steps in turn."""
-    if device.type != "cuda":
-
-        def time_once(arm):
-            start = time.perf_counter()
-            arm.step()
-            return time.perf_counter() - start
-
-        return interleave(arms, rounds, time_once)
-
-    def time_once(arm):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        arm.step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
-
-    return interleave(arms, rounds, time_once)
-
-
-def peak_bytes(arm: Arm) -> int:
-    """What the arm holds, and what a step takes beside it: as if it were alone."""
-    with no_garbage_collection():  # what other arms' steps left in cycles would be freed during this one
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        arm.step()
-        torch.cuda.synchronize()
-        return arm.bytes_held() + torch.cuda.max_memory_allocated() - before
 
 
 def available(names: list[str]) -> list[str]:

@@ -214,13 +214,14 @@ class LoRALinear(Scaled):
         """Why it is a plain linear now, or None."""
         return "it is merged" if self.merged else None
 
-    def why_alone(self) -> str | None:
-        """Why nobody may compute it but by calling it, or None."""
-        if self.merged:
-            return self.why_not()
-        if self.weight.requires_grad and torch.is_grad_enabled():
-            return "its weight requires gradients"
-        return hooks.why_alone(self, LoRALinear.forward)
+    def offered(self) -> ops.Part | str:
+        """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
+        reason = self.why_not() or hooks.why_alone(self, LoRALinear.forward)
+        if reason is not None:
+            return reason
+        part = self.lora_part()
+        trains = part.weight.requires_grad and torch.is_grad_enabled()
+        return "its weight requires gradients" if trains else part
 
     def merge_(self) -> "LoRALinear":
         """weight += scale B A in place; forward is then a plain linear.

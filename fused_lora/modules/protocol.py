@@ -35,8 +35,8 @@ class LoRALayer(Protocol):
     def why_not(self) -> str | None:
         """Why it is not computed as a linear and its update now, or None."""
 
-    def why_alone(self) -> str | None:
-        """Why nobody may compute it but by calling it, or None."""
+    def offered(self) -> Part | str:
+        """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
 
 
 def is_lora(module: nn.Module | None) -> bool:
@@ -46,19 +46,13 @@ def is_lora(module: nn.Module | None) -> bool:
 
 def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False) -> list[Part] | str:
     """The parts of layers that read x (gated: of an MLP), or why each must be computed by itself."""
-    reason = _own_obstacle(layers)
-    if reason is not None:
-        return reason
-    parts = [layer.lora_part() for layer in layers]
-    return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated) or parts
-
-
-def _own_obstacle(layers: Sequence[LoRALayer | None]) -> str | None:
-    """Why only calls of the layers themselves will do, whatever x is, or None."""
+    parts = []
     for layer in layers:
-        reason = layer.why_alone() if is_lora(layer) else f"it is a {type(layer).__name__}"
-        if reason is not None:
-            return f"one of its layers runs by its own forward: {reason}"
-    if any(layer.dropping != layers[0].dropping for layer in layers):
+        part = layer.offered() if is_lora(layer) else f"it is a {type(layer).__name__}"
+        if isinstance(part, str):
+            return f"one of its layers runs by its own forward: {part}"
+        parts.append(part)
+    p = layers[0].dropping
+    if any(layer.dropping != p for layer in layers[1:]):
         return "its layers drop by different rules"
-    return None
+    return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated) or parts

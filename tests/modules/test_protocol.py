@@ -38,8 +38,8 @@ class Foreign(nn.Module):
     def why_not(self):
         return None
 
-    def why_alone(self):
-        return None
+    def offered(self):
+        return self.lora_part()
 
     def forward(self, x):
         y = siblings.output(self, x)

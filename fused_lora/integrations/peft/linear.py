@@ -15,13 +15,15 @@ BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 FACTORS = {nn.Linear: nn.Linear.forward}
 DROPOUTS = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
 
+Adapter = tuple[nn.Module, nn.Module, str, float]  # lora_A, lora_B, its name, by which probability it drops now
+
 
 class AcceleratedLinear(Mixin):
     """A peft.tuners.lora.Linear whose forward is ops.lora_linear wherever that gives the same:
 
         y = x W^T + sum over active adapters of scaling dropout(x) A^T B^T + bias
 
-    Its children, parameters and attributes are PEFT's, and so are its other methods. In every call why_not decides:
+    Its children, parameters and attributes are PEFT's, and so are its other methods. In every call _active decides:
     what it has a word for is computed by the forward that PEFT gave the class. Where several adapters are active,
     their factors are computed as one pair of the sum of their ranks.
     """
@@ -30,14 +32,15 @@ class AcceleratedLinear(Mixin):
     _scales: dict[str, tuple[float, Tensor]]  # by adapter: the number that PEFT has, and the tensor that kernels read
 
     def forward(self, x: Tensor, *args, **kwargs):
-        if args or kwargs or not isinstance(x, Tensor) or self.why_not() is not None:
+        adapters = "" if args or kwargs or not isinstance(x, Tensor) else self._active()
+        if isinstance(adapters, str):
             return super().forward(x, *args, **kwargs)
         if siblings.thread.call is not None:
             y = siblings.output(self, x)
             if y is not None:
                 return y
-        weight, A, B, bias, scale, _ = self.lora_part()
-        return ops.lora_linear(x, weight, A, B, bias, scale, self.dropping)
+        weight, A, B, bias, scale, _ = self._part(adapters)
+        return ops.lora_linear(x, weight, A, B, bias, scale, adapters[0][-1])
 
     # What modules/protocol.py asks of any layer. `merged` is PEFT's.
 
@@ -45,7 +48,8 @@ class AcceleratedLinear(Mixin):
     def frozen_weight(self) -> Tensor:
         """The base's as nn.Linear has it: Conv1D's is its transpose."""
         base = self._modules["base_layer"]
-        return base.weight.t() if type(base) is Conv1D else base.weight
+        weight = parameter(base, "weight")
+        return weight.t() if type(base) is Conv1D else weight
 
     @property
     def dropping(self) -> float:
@@ -55,28 +59,44 @@ class AcceleratedLinear(Mixin):
 
     def lora_part(self) -> ops.Part:
         """Of one adapter its own tensors. Several are one of as many ranks, with their scales in B."""
-        names, weight, bias = self._names(), self.frozen_weight, self._modules["base_layer"].bias
-        As, Bs = self._factors("lora_A", names), self._factors("lora_B", names)
-        scales = [self._scale(name, weight) for name in names]
-        for B, scale in zip(Bs, scales, strict=True):
-            if B.bias is not None:
-                own = B.bias * scale
-                bias = own if bias is None else bias + own
-        if len(names) == 1:
-            return ops.Part(weight, As[0].weight, Bs[0].weight, bias, scales[0])
-        A = torch.cat([each.weight for each in As])
-        B = torch.cat([each.weight * scale for each, scale in zip(Bs, scales, strict=True)], 1)
-        return ops.Part(weight, A, B, bias, self._known_scale("", 1.0, weight))
+        return self._part(self._active())
 
     def lora_sources(self) -> tuple:
         """The parameters and the scales."""
-        names, base = self._names(), self._modules["base_layer"]
-        factors = (*self._factors("lora_A", names), *self._factors("lora_B", names))
-        tensors = [tensor for each in (base, *factors) for tensor in (each.weight, each.bias)]
-        return *tensors, *(self.scaling[name] for name in names)
+        base, modules = self._modules["base_layer"], self._modules
+        found = [parameter(base, "weight"), parameter(base, "bias")]
+        for name in self._names():
+            B = modules["lora_B"]._modules[name]
+            found += parameter(modules["lora_A"]._modules[name], "weight"), parameter(B, "weight")
+            found += parameter(B, "bias"), self.scaling[name]
+        return tuple(found)
 
     def why_not(self) -> str | None:
         """Why PEFT's own forward computes it now, or None."""
+        adapters = self._active()
+        return adapters if isinstance(adapters, str) else None
+
+    def offered(self) -> ops.Part | str:
+        """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
+        adapters = self._active()
+        if isinstance(adapters, str):
+            return adapters
+        return hooks.why_alone(self, type(self).forward) or self._part(adapters)
+
+    # Which adapters take part. All of it runs in every call, so attributes are read where nn.Module keeps them: its own
+    # way to them takes the host as long as the rest.
+
+    def _names(self) -> list[str]:
+        """The active adapters that it has."""
+        active, own = self._active_adapter, self._modules["lora_A"]._modules
+        return [name for name in ([active] if isinstance(active, str) else active) if name in own]
+
+    def _dropping(self, name: str) -> float:
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+
+    def _active(self) -> list[Adapter] | str:
+        """The adapters that a kernel computes, or why PEFT's own forward computes the layer."""
         if not self.is_as_known():
             return "its class has another forward now"
         if self._disable_adapters:
@@ -86,24 +106,49 @@ class AcceleratedLinear(Mixin):
         names = self._names()
         if not names:
             return "none of its adapters is active"
-        return self._adapter_obstacle(names) or self._base_obstacle() or self._factor_obstacle(names)
+        reason = self._variant(names) or _base_obstacle(self._modules["base_layer"])
+        if reason is not None:
+            return reason
+        adapters, ranks = [], 0
+        for name in names:
+            A, B = self._modules["lora_A"]._modules[name], self._modules["lora_B"]._modules[name]
+            dropout = hooks.why_not_known(self._modules["lora_dropout"]._modules[name], DROPOUTS)
+            reason = _factor_obstacle(A) or _factor_obstacle(B) or dropout
+            if reason is not None:
+                return f"a module of its adapter {name} cannot be passed over: {reason}"
+            adapters.append((A, B, name, self._dropping(name)))
+            ranks += parameter(A, "weight").shape[0]
+        if ranks > checks.MAX_RANK:
+            return f"its active adapters have {ranks} ranks, more than {checks.MAX_RANK}"
+        if len(adapters) > 1 and any(p for *_, p in adapters):
+            return "several adapters are active, and each drops by a mask of its own"
+        return adapters
 
-    def why_alone(self) -> str | None:
-        """Why nobody may compute it but by calling it, or None."""
-        return self.why_not() or hooks.why_alone(self, type(self).forward)
+    def _variant(self, names: list[str]) -> str | None:
+        """What else than LoRA an active adapter is, or that PEFT computes in dtypes of its own."""
+        variants = self.__dict__.get("lora_variant", ())  # PEFT before 0.16 has use_dora alone
+        for name in names:
+            if name in variants or self.use_dora.get(name):
+                kind = "DoRA" if self.use_dora.get(name) else type(variants[name]).__name__
+                return f"adapter {name} is no plain LoRA but {kind}"
+        return None if self.cast_input_dtype_enabled else "PEFT was told not to cast its input"
 
-    def _names(self) -> list[str]:
-        """The active adapters that it has."""
-        active, own = self._active_adapter, self._modules["lora_A"]._modules
-        return [name for name in ([active] if isinstance(active, str) else active) if name in own]
-
-    def _factors(self, which: str, names: list[str]) -> list[nn.Module]:
-        own = self._modules[which]._modules
-        return [own[name] for name in names]
-
-    def _dropping(self, name: str) -> float:
-        dropout = self._modules["lora_dropout"]._modules[name]
-        return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    def _part(self, adapters: list[Adapter]) -> ops.Part:
+        weight, bias = self.frozen_weight, parameter(self._modules["base_layer"], "bias")
+        A, B, name, _ = adapters[0]
+        if len(adapters) == 1 and parameter(B, "bias") is None:
+            return ops.Part(weight, parameter(A, "weight"), parameter(B, "weight"), bias, self._scale(name, weight))
+        scales = [self._scale(name, weight) for _, _, name, _ in adapters]
+        for (_, B, *_), scale in zip(adapters, scales, strict=True):
+            own = parameter(B, "bias")
+            if own is not None:
+                bias = own * scale if bias is None else bias + own * scale
+        As = [parameter(A, "weight") for A, *_ in adapters]
+        Bs = [parameter(B, "weight") for _, B, *_ in adapters]
+        if len(adapters) == 1:
+            return ops.Part(weight, As[0], Bs[0], bias, scales[0])
+        scaled = [B * scale for B, scale in zip(Bs, scales, strict=True)]
+        return ops.Part(weight, torch.cat(As), torch.cat(scaled, 1), bias, self._known_scale("", 1.0, weight))
 
     def _scale(self, name: str, weight: Tensor) -> Tensor:
         """What PEFT has as a number, or as a tensor where adapters are to be exchanged in compiled code."""
@@ -120,54 +165,36 @@ class AcceleratedLinear(Mixin):
             self._scales[name] = scaling, scale
         return scale
 
-    def _adapter_obstacle(self, names: list[str]) -> str | None:
-        variants = getattr(self, "lora_variant", {})  # PEFT before 0.16 has use_dora alone
-        for name in names:
-            if name in variants or self.use_dora.get(name):
-                kind = "DoRA" if self.use_dora.get(name) else type(variants[name]).__name__
-                return f"adapter {name} is no plain LoRA but {kind}"
-        if len(names) > 1 and any(self._dropping(name) for name in names):
-            return "several adapters are active, and each drops by a mask of its own"
-        return None
-
-    def _base_obstacle(self) -> str | None:
-        base = self._modules["base_layer"]
-        reason = hooks.why_not_known(base, BASES)
-        if reason is not None:
-            return f"its base cannot be passed over: {reason}"
-        reason = _weight_obstacle(base.weight)
-        if reason is None and base.weight.requires_grad and torch.is_grad_enabled():
-            reason = "requires gradients"
-        return reason and f"its base's weight {reason}"
-
-    def _factor_obstacle(self, names: list[str]) -> str | None:
-        ranks = 0
-        for name in names:
-            for which, known in (("lora_A", FACTORS), ("lora_B", FACTORS), ("lora_dropout", DROPOUTS)):
-                child = self._modules[which]._modules[name]
-                reason = hooks.why_not_known(child, known)
-                if reason is None and known is FACTORS:
-                    reason = _weight_obstacle(child.weight)
-                if reason is not None:
-                    return f"its {which}.{name} cannot be passed over: {reason}"
-            ranks += len(self._modules["lora_A"]._modules[name].weight)
-        if ranks > checks.MAX_RANK:
-            return f"its active adapters have {ranks} ranks together, more than {checks.MAX_RANK}"
-        if not getattr(self, "cast_input_dtype_enabled", True):
-            return "PEFT was told not to cast its input"
-        return None
-
 
 def is_linear(module: nn.Module) -> bool:
     """A LoRA linear of PEFT's own class, accelerated or not, and of no class made from it."""
     return getattr(type(module), "_plain", type(module)) is Linear
 
 
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """One of a linear's. FSDP's first version lends it as a plain attribute."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+def _base_obstacle(base: nn.Module) -> str | None:
+    reason = hooks.why_not_known(base, BASES)
+    if reason is not None:
+        return f"its base cannot be passed over: {reason}"
+    weight = parameter(base, "weight")
+    reason = _weight_obstacle(weight)
+    if reason is None and weight.requires_grad and torch.is_grad_enabled():
+        reason = "its weight requires gradients"
+    return reason and f"its base cannot be passed over: {reason}"
+
+
+def _factor_obstacle(factor: nn.Module) -> str | None:
+    return hooks.why_not_known(factor, FACTORS) or _weight_obstacle(parameter(factor, "weight"))
+
+
 def _weight_obstacle(weight: Tensor) -> str | None:
-    if type(weight) not in (Tensor, nn.Parameter):
-        return f"is a {type(weight).__name__}"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {type(weight).__name__}"
     if weight.is_meta:
-        return "is on meta"
-    if not checks.computes_in(weight.dtype):
-        return f"is {weight.dtype}"
-    return None
+        return "its weight is on meta"
+    return None if checks.computes_in(weight.dtype) else f"its weight is {weight.dtype}"

@@ -68,6 +68,11 @@ def many_ranks(model):
     randomised(model.double()).base_model.set_adapter(["default", "wide"])
 
 
+def wide_rank(model):
+    model.add_adapter("wide", config_of(r=513))
+    randomised(model.double()).set_adapter("wide")
+
+
 def exchange_factor(model):
     up = model.base_model.model.up
     old = up.lora_B["default"]
@@ -79,15 +84,22 @@ CHANGES = {
     merge: "merged: default",
     add_dora: "adapter dora is no plain LoRA but DoRA",
     activate_two_that_drop: "each drops by a mask of its own",
-    train_base: "its base's weight requires gradients",
+    train_base: "its base cannot be passed over: its weight requires gradients",
     not_cast: "not to cast its input",
-    many_ranks: "513 ranks together",
-    exchange_factor: "its lora_B.default cannot be passed over: it is a Doubled",
+    many_ranks: "513 ranks, more than 512",
+    wide_rank: "its active adapters have 513 ranks",
+    exchange_factor: "its adapter default cannot be passed over: it is a Doubled",
     lambda model: hook(model.base_model.model.up.base_layer): "its base cannot be passed over: it has hooks",
     lambda model: own_forward(model.base_model.model.up.base_layer): "it has a forward of its own",
-    lambda model: hook(model.base_model.model.up.lora_A["default"]): "its lora_A.default cannot be passed over",
-    lambda model: own_forward(model.base_model.model.up.lora_B["default"]): "its lora_B.default cannot be passed over",
-    lambda model: hook(model.base_model.model.up.lora_dropout["default"]): "its lora_dropout.default cannot be",
+    lambda model: hook(
+        model.base_model.model.up.lora_A["default"]
+    ): "its adapter default cannot be passed over: it has hooks",
+    lambda model: own_forward(
+        model.base_model.model.up.lora_B["default"]
+    ): "its adapter default cannot be passed over: it has a forward",
+    lambda model: hook(
+        model.base_model.model.up.lora_dropout["default"]
+    ): "its adapter default cannot be passed over: it has hooks",
 }
 
 
