@@ -36,6 +36,14 @@ def own_forward(module):
     module.forward = type(module).forward.__get__(module)
 
 
+def base_of(model):
+    return model.base_model.model.up.base_layer
+
+
+def part_of(model, which):
+    return getattr(model.base_model.model.up, which)["default"]
+
+
 def disable(model):
     model.base_model.disable_adapter_layers()
 
@@ -89,17 +97,11 @@ CHANGES = {
     many_ranks: "513 ranks, more than 512",
     wide_rank: "its active adapters have 513 ranks",
     exchange_factor: "its adapter default cannot be passed over: it is a Doubled",
-    lambda model: hook(model.base_model.model.up.base_layer): "its base cannot be passed over: it has hooks",
-    lambda model: own_forward(model.base_model.model.up.base_layer): "it has a forward of its own",
-    lambda model: hook(
-        model.base_model.model.up.lora_A["default"]
-    ): "its adapter default cannot be passed over: it has hooks",
-    lambda model: own_forward(
-        model.base_model.model.up.lora_B["default"]
-    ): "its adapter default cannot be passed over: it has a forward",
-    lambda model: hook(
-        model.base_model.model.up.lora_dropout["default"]
-    ): "its adapter default cannot be passed over: it has hooks",
+    lambda model: hook(base_of(model)): "its base cannot be passed over: it has hooks",
+    lambda model: own_forward(base_of(model)): "its base cannot be passed over: it has a forward of its own",
+    lambda model: hook(part_of(model, "lora_A")): "its adapter default cannot be passed over: it has hooks",
+    lambda model: own_forward(part_of(model, "lora_B")): "default cannot be passed over: it has a forward of its own",
+    lambda model: hook(part_of(model, "lora_dropout")): "its adapter default cannot be passed over: it has hooks",
 }
 
 
