@@ -1,6 +1,6 @@
 // Parameters and launchers of LoRA linears. Knows memory and streams, nothing of torch.
 //
-//   forward    xa  = scale x A^T      y  = x W^T + xa B^T + bias
+//   forward    xa  = scale x A^T      y  = gain (x W^T + xa B^T) + bias, gain and bias of each column
 //   backward   dxa = scale dy B       dx = dy W + dxa A       dA = dxa^T x       dB = dy^T xa       dbias = sum of dy
 //
 // In float16 the power of two above a scale above 1 stays out of xa and enters y and dB, so that xa is finite.
@@ -50,6 +50,7 @@ struct Activation {
 // One of them. A.rows = 0: it has no factors.
 struct ForwardPart {
   Operand weight, A, B, bias, xa, y;
+  const float* gain;   // (y.cols,), or null for 1
   const float* scale;  // on the device
   Dropout dropout;
 };

@@ -19,14 +19,15 @@ from . import reference
 MASKED_AT_ONCE = 1 << 22  # entries, of which there are several copies in int64
 
 
-def lora_linear_forward(x, weight, A, B, bias, scale, seed, p):
+def lora_linear_forward(x, weight, A, B, bias, scale, seed, p, gain=None):
     """(y, xa) of reference.lora_linear_forward_ref, for x (M, K)."""
     A, up, more = A.to(x.dtype), B.to(x.dtype), reference.room(scale, x.dtype)
     if more is not None:
         scale, up = scale / more, up * more
     xa = _shrink(x, A, seed, p).mul_(scale.reshape(1))  # of one dimension: see reference.times
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y.addmm_(xa, up.to(x.dtype).T), xa
+    y = F.linear(x, weight, None if bias is None or gain is not None else bias.to(x.dtype))
+    y.addmm_(xa, up.to(x.dtype).T)
+    return y if gain is None else reference.with_gain(y, gain, bias).to(x.dtype), xa
 
 
 def lora_linear_backward(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa=None):

@@ -190,7 +190,7 @@ def _choose(device: torch.device, dtype: torch.dtype, forced: str | None) -> Cho
     if forced in ("addmm", "reference"):
         return Choice(forced, f"FUSED_LORA_BACKEND={forced}")
     obstacles = {}
-    for name, find_obstacle in (("cuda", _cuda_obstacle), ("triton", _triton_obstacle)):
+    for name, find_obstacle in (("cuda", _cuda_obstacle), ("triton", triton_obstacle)):
         if forced not in (None, name):
             continue
         obstacles[name] = find_obstacle(device, dtype)
@@ -214,7 +214,7 @@ def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if not interpreting() and (device.type != "cuda" or torch.version.hip):
         return f"no kernel for device {device.type}"
     if not has_triton():
@@ -251,7 +251,7 @@ def lora_linear_obstacle(name: str, device: torch.device, dtype: torch.dtype, r:
     if name == "cuda":
         return _cuda_obstacle(device, dtype) or _csrc_obstacle(r, readable)
     if name == "triton":
-        return _triton_obstacle(device, dtype)
+        return triton_obstacle(device, dtype)
     return None if name in BACKENDS else f"there is no backend {name}"
 
 
@@ -265,7 +265,7 @@ def _choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readab
         return choice
     if forced:
         raise NotImplementedError(f"FUSED_LORA_BACKEND=cuda cannot run this call: {obstacle}")
-    for_triton = _triton_obstacle(device, dtype)
+    for_triton = triton_obstacle(device, dtype)
     if for_triton is None:
         return Choice("triton", f"csrc's kernels do not take it: {obstacle}")
     return Choice("reference", f"csrc's kernels do not take it: {obstacle}; nor does Triton: {for_triton}")
@@ -293,7 +293,7 @@ def choose_merge(device: torch.device, dtype: torch.dtype) -> Choice:
     can_extend = device.type == "cuda" and dtype in TRITON_DTYPES and has_extension()
     if forced == "cuda":
         return Choice("cuda", "FUSED_LORA_BACKEND=cuda") if can_extend else choose(device, dtype)
-    obstacle = _triton_obstacle(device, dtype)
+    obstacle = triton_obstacle(device, dtype)
     if obstacle is None:
         return Choice("triton", f"{device.type} tensor of {dtype}")
     return Choice("cuda" if can_extend else "reference", obstacle)

@@ -136,7 +136,17 @@ def check_frozen(weight: Tensor) -> None:
         raise ValueError("weight must be frozen, got requires_grad=True: it has no gradient here")
 
 
-def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
+def _check_gain(gain: Tensor, weight: Tensor) -> None:
+    _check_dense("gain", gain)
+    if gain.dtype is not scale_dtype(weight):
+        raise TypeError(f"gain must be {scale_dtype(weight)} beside {weight.dtype}, got {gain.dtype}")
+    if gain.shape != weight.shape[:1]:
+        raise ValueError(f"gain must have shape ({weight.shape[0]},), got {_shape(gain)}")
+    if gain.device != weight.device:
+        raise ValueError(f"gain must be on {weight.device} like weight, got {gain.device}")
+
+
+def check_lora_linear(x, weight, A, B, bias, scale, p, seed, gain=None) -> None:
     """All of lora_linear's arguments."""
     if torch.jit.is_tracing():  # whose sizes are tensors
         return
@@ -151,6 +161,8 @@ def check_lora_linear(x, weight, A, B, bias, scale, p, seed) -> None:
         raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype} (torch.autocast casts both)")
     if bias is not None:
         _check_bias(bias, weight)
+    if gain is not None:
+        _check_gain(gain, weight)
     check_frozen(weight)
     check_scale_on("scale", scale, weight)
     check_probability("p", p)

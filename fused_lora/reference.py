@@ -72,8 +72,9 @@ def times(product: Tensor, scale: float | Tensor) -> Tensor:
     return (product * scale.reshape(1)).to(product.dtype)
 
 
-def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
-    """(y, xa) with y = x W^T + xa B^T + bias and xa = scale * dropout(x) A^T, rounded to x's dtype before its use.
+def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p, gain=None):
+    """(y, xa) with y = gain (x W^T + xa B^T) + bias and xa = scale * dropout(x) A^T, rounded to x's dtype before its
+    use.
 
     In float16 xa is scale / room of it, and room enters y and dB.
     """
@@ -82,9 +83,36 @@ def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p):
     if more is not None:
         scale, up = scale / more, up * more
     xa = (dropout(xc, p, seed) @ A.to(compute).T).mul_(scale).to(x.dtype)
-    y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
-    y.addmm_(xa.to(compute), up.T)
-    return y.to(x.dtype), xa
+    if gain is None:
+        y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
+        return y.addmm_(xa.to(compute), up.T).to(x.dtype), xa
+    y = F.linear(xc, weight.to(compute)).addmm_(xa.to(compute), up.T)
+    return with_gain(y, gain, bias).to(x.dtype), xa
+
+
+def with_gain(sums, gain, bias):
+    """gain sums + bias, by columns."""
+    y = sums * gain
+    return y if bias is None else y + bias
+
+
+def gain_backward_ref(dy, y, bias, gain):
+    """(gain dy rounded to dy's dtype, dgain, dbias) of y = gain sums + bias: dgain = sum over rows of dy sums.
+
+    The sums are taken from y: a gain of 0 leaves nothing of them, and its own gradient is 0.
+    """
+    compute = _compute_dtype(dy.dtype)
+    dyc, sums = dy.to(compute), y.to(compute) if bias is None else y.to(compute) - bias.to(compute)
+    dgain = torch.where(gain == 0, 0, (dyc * sums).sum(0) / gain)
+    return (dyc * gain).to(dy.dtype), dgain.to(gain.dtype), dyc.sum(0)
+
+
+def row_norms_ref(weight, A, B, scale):
+    """The Euclidean norms of the rows of W + scale B A, (N,) in at least float32; factors as kernels read them, in W's
+    dtype."""
+    compute = _compute_dtype(weight.dtype)
+    low, up = A.to(weight.dtype).to(compute), B.to(weight.dtype).to(compute)
+    return torch.linalg.vector_norm(weight.to(compute) + scale.to(compute) * (up @ low), dim=1)
 
 
 def dxa_ref(dy, B, scale):
@@ -122,10 +150,12 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
     return dx, dA, dB, dxa
 
 
-def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None):
-    """y = x W^T + scale dropout(x) A^T B^T + bias by torch's own autograd: what the tests hold the kernels to."""
+def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None, gain=None):
+    """y = gain (x W^T + scale dropout(x) A^T B^T) + bias by torch's autograd: what the tests hold the kernels to."""
     flat = x.reshape(-1, x.shape[-1])
     y = flat @ weight.T + times(dropout(flat, p, seed) @ A.T, scale) @ B.T
+    if gain is not None:
+        y = (y * gain).to(y.dtype)
     if bias is not None:
         y = y + bias
     return y.reshape(*x.shape[:-1], weight.shape[0])

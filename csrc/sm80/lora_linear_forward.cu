@@ -1,4 +1,4 @@
-// xa = scale x A^T, y = x W^T + xa B^T + bias, of each linear that reads x.
+// xa = scale x A^T, y = gain (x W^T + xa B^T) + bias, of each linear that reads x.
 #include "launch.cuh"
 
 namespace fused_lora::sm80 {
@@ -13,6 +13,7 @@ void set_part(Part& part, const ForwardPart& f, const Operand& x) {
   part.out = matrix_of(f.y);
   part.scale = f.scale;
   part.dropout = f.dropout;
+  part.gain = f.gain;
   part.bias = f.bias.data;
   part.bias_dtype = f.bias.format;
 }

@@ -28,6 +28,7 @@ struct Part {
   int cols, depth, r;
   const float* scale;
   Dropout dropout;
+  const float* gain;  // of out's columns, or null for 1
   const void* bias;
   DType bias_dtype;
   Gradient dA, dB;

@@ -117,20 +117,20 @@ __device__ __forceinline__ void scale_by(Sums& of, float scale) {
 
 // A product's columns from `col` on.
 template <typename P>
-__device__ __forceinline__ void add_bias(Sums& of, const Part& part, int col) {
-  if (part.bias == nullptr) return;
+__device__ __forceinline__ void finish_columns(Sums& of, const Part& part, int col) {
+  if (part.gain == nullptr && part.bias == nullptr) return;
 #pragma unroll
   for (int j = 0; j < 2 * P::kCols; ++j) {
     const int c = col + j * 8 + threadIdx.x % 4 * 2;
-    const float a = c < part.cols ? load_as_float(part.bias, part.bias_dtype, c) : 0;
-    const float b = c + 1 < part.cols ? load_as_float(part.bias, part.bias_dtype, c + 1) : 0;
+    if (c >= part.cols) continue;
+    const Column a(part, c), b(part, min(c + 1, part.cols - 1));
 #pragma unroll
     for (int i = 0; i < P::kRows; ++i) {
       float(&sums)[4] = P::of(of, i, j);
-      sums[0] += a;
-      sums[1] += b;
-      sums[2] += a;
-      sums[3] += b;
+      sums[0] = a.of(sums[0]);
+      sums[1] = b.of(sums[1]);
+      sums[2] = a.of(sums[2]);
+      sums[3] = b.of(sums[3]);
     }
   }
 }

@@ -160,7 +160,7 @@ struct Consumer {
     return *part.scale;
   }
 
-  // ---- out = lhs weight + low up + bias ------------------------------------------------------------------------------------
+  // ---- out = gain (lhs weight + low up) + bias ------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void tile(const Item& item) {
     constexpr bool kMasked = kBackward && kDrops;
@@ -196,10 +196,10 @@ struct Consumer {
       }
     }
     if constexpr (C::kGates) {
-      add_bias(half<0>(acc), p.part[0], col);
-      add_bias(half<1>(acc), p.part[1], col);
+      finish_columns(half<0>(acc), p.part[0], col);
+      finish_columns(half<1>(acc), p.part[1], col);
     } else if constexpr (!kBackward) {
-      add_bias(acc, p.part[item.part], col);
+      finish_columns(acc, p.part[item.part], col);
     }
     outbox.keep_out(acc, kBackward ? 0 : item.part, row, col);
   }
@@ -404,18 +404,17 @@ struct Consumer {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add_bias(float (&acc)[kCount], const Part& part, int first_col) {
-    if (part.bias == nullptr) return;
+  __device__ __forceinline__ void finish_columns(float (&acc)[kCount], const Part& part, int first_col) {
+    if (part.gain == nullptr && part.bias == nullptr) return;
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
       const int c = first_col + 8 * j + self.col();
       if (c >= part.cols) continue;
-      const float a = load_as_float(part.bias, part.bias_dtype, c);
-      const float b = c + 1 < part.cols ? load_as_float(part.bias, part.bias_dtype, c + 1) : 0;
-      acc[4 * j] += a;
-      acc[4 * j + 1] += b;
-      acc[4 * j + 2] += a;
-      acc[4 * j + 3] += b;
+      const Column a(part, c), b(part, min(c + 1, part.cols - 1));
+      acc[4 * j] = a.of(acc[4 * j]);
+      acc[4 * j + 1] = b.of(acc[4 * j + 1]);
+      acc[4 * j + 2] = a.of(acc[4 * j + 2]);
+      acc[4 * j + 3] = b.of(acc[4 * j + 3]);
     }
   }
 

@@ -1,4 +1,4 @@
-// xa = scale x A^T, y = x W^T + xa B^T + bias, of each linear that reads x.
+// xa = scale x A^T, y = gain (x W^T + xa B^T) + bias, of each linear that reads x.
 #include "launch.cuh"
 
 namespace fused_lora::sm90 {
@@ -19,6 +19,7 @@ void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, 
   part.low_data = f.xa.data;
   part.low_stride = f.xa.stride;
   part.scale = f.scale;
+  part.gain = f.gain;
   part.bias = f.bias.data;
   part.bias_dtype = f.bias.format;
   part.dropout = f.dropout;

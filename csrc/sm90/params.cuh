@@ -1,7 +1,7 @@
 // What a launch passes to its kernel.
 //
 //                  lhs   weight   down   low   up   out
-//   forward        x     W        A      xa    B    y       out = lhs W^T + low up^T + bias     the right operands K-major
+//   forward        x     W        A      xa    B    y       out = gain (lhs W^T + low up^T) + bias  the right operands K-major
 //   backward       dy    W        B      dxa   A    dx      out = lhs W + low up                the right operands MN-major
 //                                                           low = scale lhs down^T | down
 // With dropout: forward, low is of the masked x; backward, low up and dA's x are masked. In both passes low counts 1 / (1 - p)
@@ -38,6 +38,7 @@ struct Part {
   int64_t low_stride;
   const float* scale;
   Dropout dropout;
+  const float* gain;  // of out's columns, or null for 1
   const void* bias;
   DType bias_dtype;  // of bias or its gradient
   CUtensorMap lhs, weight, down, low, up, out;

@@ -55,7 +55,8 @@ bool watched() {
 
 // Whether a part is right beyond doubt.
 bool is_right(const Tensor& x, const Part& part) {
-  const auto& [weight, A, B, bias, scale, seed] = part;
+  const auto& [weight, A, B, bias, scale, seed, gain] = part;
+  if (gain) return false;  // which has an autograd in Python alone
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
   if (N == 0 || r == 0 || std::max(N, K) > kMostStride || x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;
@@ -110,6 +111,7 @@ FlatList flat_list(const std::vector<Part>& parts) {
     flat.push_back(part.bias);
     flat.push_back(part.scale);
     flat.push_back(part.seed);
+    flat.push_back(part.gain);
   }
   return flat;
 }
@@ -187,6 +189,8 @@ Tensor like_trained(const std::optional<Tensor>& bias) {
   return bias && bias->requires_grad() ? at::empty({0}, bias->options()) : Tensor();
 }
 
+constexpr size_t kSaved = Part::kFields - 1;  // of a part: there is no gain
+
 void save_parts(AutogradContext* context, variable_list& saved, const std::vector<Part>& parts, double p, bool biases) {
   int64_t biased = 0;
   for (size_t i = 0; i < parts.size(); ++i) {
@@ -209,8 +213,8 @@ double saved_p(AutogradContext* context) {
 std::vector<Part> saved_parts(const variable_list& saved, size_t first) {
   const auto optional = [](const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
   std::vector<Part> parts;
-  for (size_t i = first; i < saved.size(); i += Part::kFields) {
-    parts.push_back({saved[i], saved[i + 1], saved[i + 2], optional(saved[i + 3]), saved[i + 4], optional(saved[i + 5])});
+  for (size_t i = first; i < saved.size(); i += kSaved) {
+    parts.push_back({saved[i], saved[i + 1], saved[i + 2], optional(saved[i + 3]), saved[i + 4], optional(saved[i + 5]), std::nullopt});
   }
   return parts;
 }
@@ -283,7 +287,7 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
     const Tensor read = readable(x);
     std::vector<Tensor> results = fused_lora::forward(read, parts, p);
     variable_list saved;
-    saved.reserve(1 + (1 + Part::kFields) * parts.size());
+    saved.reserve(1 + (1 + kSaved) * parts.size());
     saved.push_back(read);
     saved.insert(saved.end(), results.begin() + parts.size(), results.end());
     save_parts(context, saved, parts, p, false);
@@ -435,7 +439,7 @@ std::optional<Tensor> lora_linear(const Tensor& x, const Tensor& weight, const T
                                   const std::optional<Tensor>& bias, const Tensor& scale, const std::optional<Tensor>& seed,
                                   double p) {
   std::vector<Part> parts;
-  parts.push_back({weight, A, B, bias, scale, std::nullopt});
+  parts.push_back({weight, A, B, bias, scale, std::nullopt, std::nullopt});
   auto ys = lora_group(x, std::move(parts), seed, p);
   return ys ? std::optional((*ys)[0]) : std::nullopt;
 }

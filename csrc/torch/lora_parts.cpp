@@ -34,6 +34,12 @@ const float* scale_of(const Part& part) {
   return static_cast<const float*>(part.scale.data_ptr());
 }
 
+const float* gain_of(const Part& part) {
+  if (!part.gain) return nullptr;
+  check(part.gain->scalar_type() == ScalarType::Float && part.gain->is_contiguous(), "gain must be contiguous float32");
+  return static_cast<const float*>(part.gain->data_ptr());
+}
+
 ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& read) {
   check(!part.bias || part.bias->is_contiguous(), "bias must be contiguous");
   return {
@@ -43,6 +49,7 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
       .bias = part.bias ? dense_operand(*part.bias, part.bias->numel()) : Operand{},
       .xa = operand_of(xa),
       .y = {},
+      .gain = gain_of(part),
       .scale = scale_of(part),
       .dropout = dropout_of(part.seed, p),
   };

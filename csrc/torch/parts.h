@@ -9,15 +9,15 @@
 
 namespace fused_lora {
 
-// Tensors of parts one part after another, in the order of ops/parts.py: weight, A, B, bias, scale, seed.
+// Tensors of parts one part after another, in the order of ops/parts.py: weight, A, B, bias, scale, seed, gain.
 using FlatParts = std::vector<std::optional<Tensor>>;
 
 struct Part {
-  static constexpr int kFields = 6;
+  static constexpr int kFields = 7;
   Tensor weight, A, B;
   std::optional<Tensor> bias;
   Tensor scale;
-  std::optional<Tensor> seed;
+  std::optional<Tensor> seed, gain;
 };
 
 inline std::vector<Part> unflatten(const FlatParts& flat) {
@@ -25,7 +25,8 @@ inline std::vector<Part> unflatten(const FlatParts& flat) {
   std::vector<Part> parts;
   parts.reserve(flat.size() / Part::kFields);
   for (size_t i = 0; i < flat.size(); i += Part::kFields) {
-    parts.push_back({flat[i].value(), flat[i + 1].value(), flat[i + 2].value(), flat[i + 3], flat[i + 4].value(), flat[i + 5]});
+    parts.push_back({flat[i].value(), flat[i + 1].value(), flat[i + 2].value(), flat[i + 3], flat[i + 4].value(), flat[i + 5],
+                     flat[i + 6]});
   }
   return parts;
 }

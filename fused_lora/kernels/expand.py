@@ -1,4 +1,4 @@
-"""Base and expand in one GEMM: out = lhs @ weight + dropout(low @ factor) + bias, one fp32 accumulator.
+"""Base and expand in one GEMM: out = gain * (lhs @ weight + dropout(low @ factor)) + bias, one fp32 accumulator.
 
 Forward: lhs x, weight W^T, low xa, factor B^T. Backward: lhs dy, weight W, low dxa, factor A, out dx.
 """
@@ -22,11 +22,13 @@ GROUP_M = 8
 
 @triton.jit
 def _finish_tile(
-    out, acc, bias_ptr, row, col, M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    out, acc, gain_ptr, bias_ptr, row, col, M, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    offs_n = col + tl.arange(0, BLOCK_N)
+    if HAS_GAIN:
+        acc *= tl.load(gain_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        offs_n = col + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if TMA:
         # Two halves through one staging buffer of half a tile: the shared memory saved pays for a fourth stage.
@@ -39,9 +41,10 @@ def _finish_tile(
 
 @triton.jit
 def one_loop_tiles(
-    lhs, weight, low, factor, bias_ptr, out, first, last, M, N, K, R,
+    lhs, weight, low, factor, gain_ptr, bias_ptr, out, first, last, M, N, K, R,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TMA only. The steps over r follow those over K in one loop, by choosing the descriptor, and the loop is
     flattened with the one over tiles: the next tile's loads are in flight during this one's epilogue.
@@ -64,16 +67,16 @@ def one_loop_tiles(
             a = step_lhs.load([row, k])
             b = step_rhs.load([col, k]).T if RHS_T else step_rhs.load([k, col])
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        _finish_tile(out, acc, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, True)
+        _finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, True)
 
 
 @triton.jit
 def _two_loop_tiles(
-    lhs, weight, low, factor, bias_ptr, out, seed, threshold, first, last, M, N, K, R,
+    lhs, weight, low, factor, gain_ptr, bias_ptr, out, seed, threshold, first, last, M, N, K, R,
     stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, LOW_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TMA with dropout, or with a low-rank product by pointers, which comes first: one accumulator can be masked."""
     for tile in tl.range(first, last, tl.num_programs(0)):
@@ -90,16 +93,16 @@ def _two_loop_tiles(
             acc, lhs, weight, row, col, M, N, K, 0, K, 0, 1, 0, 1, 0, 0,
             BLOCK_M, BLOCK_N, BLOCK_K, RHS_T, False, True, True, PRECISION,
         )  # fmt: skip
-        _finish_tile(out, acc, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, True)
+        _finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, True)
 
 
 @triton.jit
 def _strided_tile(
-    lhs, weight, low, factor, bias_ptr, out, seed, threshold, tile, M, N, K, R,
+    lhs, weight, low, factor, gain_ptr, bias_ptr, out, seed, threshold, tile, M, N, K, R,
     stride_lhs_row, stride_lhs_k, stride_weight_k, stride_weight_col,
     stride_low_row, stride_low_rank, stride_factor_rank, stride_factor_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    GROUP_M: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pointers of any stride. The low-rank product comes first, so that one accumulator can be masked."""
@@ -117,65 +120,69 @@ def _strided_tile(
         stride_lhs_row, stride_lhs_k, stride_weight_k, stride_weight_col, 0, 0,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE, "", PRECISION,
     )  # fmt: skip
-    _finish_tile(out, acc, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, False)
+    _finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, False)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def expand_kernel(
-    lhs, weight, low, factor, out, bias_ptr, seed_ptr, threshold,
+    lhs, weight, low, factor, out, gain_ptr, bias_ptr, seed_ptr, threshold,
     M, N, K, R,
     stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col,
     stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, LOW_TMA: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, EIGHTS: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, RHS_T: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, TMA: tl.constexpr, LOW_TMA: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    EIGHTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Persistent where TMA reads lhs and weight; without, one program a tile."""
     first = tl.program_id(0)
     last = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     if TMA and LOW_TMA and not DROPOUT:
         one_loop_tiles(
-            lhs, weight, low, factor, bias_ptr, out, first, last, M, N, K, R,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, RHS_T, HAS_BIAS, PRECISION,
+            lhs, weight, low, factor, gain_ptr, bias_ptr, out, first, last, M, N, K, R,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, RHS_T, HAS_GAIN, HAS_BIAS, PRECISION,
         )  # fmt: skip
     elif TMA:
         _two_loop_tiles(
-            lhs, weight, low, factor, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first, last,
-            M, N, K, R, stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RHS_T, HAS_BIAS, DROPOUT, LOW_TMA, PRECISION,
+            lhs, weight, low, factor, gain_ptr, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first,
+            last, M, N, K, R, stride_low_row, stride_low_col, stride_factor_row, stride_factor_col,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RHS_T, HAS_GAIN, HAS_BIAS, DROPOUT, LOW_TMA, PRECISION,
         )  # fmt: skip
     else:
         N, K, R = in_eights(N, EIGHTS and not RHS_T), in_eights(K, EIGHTS), in_eights(R, EIGHTS)
         stride_lhs_row, stride_weight_row = in_eights(stride_lhs_row, EIGHTS), in_eights(stride_weight_row, EIGHTS)
         stride_low_row, stride_factor_row = in_eights(stride_low_row, EIGHTS), in_eights(stride_factor_row, EIGHTS)
         _strided_tile(
-            lhs, weight, low, factor, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first,
+            lhs, weight, low, factor, gain_ptr, bias_ptr, out, tl.load(seed_ptr) if DROPOUT else 0, threshold, first,
             M, N, K, R, stride_lhs_row, stride_lhs_col,
             stride_weight_col if RHS_T else stride_weight_row, stride_weight_row if RHS_T else stride_weight_col,
             stride_low_row, stride_low_col,
             stride_factor_col if RHS_T else stride_factor_row, stride_factor_row if RHS_T else stride_factor_col,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, HAS_BIAS, DROPOUT, EVEN_K, EVEN_R, WIDE, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, HAS_GAIN, HAS_BIAS, DROPOUT, EVEN_K, EVEN_R, WIDE,
+            PRECISION,
         )  # fmt: skip
 
 
 def expand(
-    lhs, weight, low, factor, bias, dropout: Dropout, gpu: Gpu, precision: str, *, rhs_t: bool, tile: Tile | None = None
-):
-    """lhs @ weight + dropout(low @ factor) + bias, weight and factor transposed with rhs_t."""
+    lhs, weight, low, factor, bias, dropout: Dropout, gpu: Gpu, precision: str, *, rhs_t: bool, gain=None,
+    tile: Tile | None = None,
+):  # fmt: skip
+    """gain * (lhs @ weight + dropout(low @ factor)) + bias, weight and factor transposed with rhs_t."""
     layouts = [Layout.of(matrix) for matrix in (lhs, weight, low, factor)]
-    key = (*layouts, None if bias is None else bias.dtype, dropout.active, gpu, precision, rhs_t, tile)
+    bias_dtype = None if bias is None else bias.dtype
+    key = (*layouts, gain is not None, bias_dtype, dropout.active, gpu, precision, rhs_t, tile)
 
     def measured(default: Tile, candidates: list[Tile], tma: bool, *flags: bool) -> Tile:
         bucket_key = bucket("expand", *lhs.shape, out.shape[1], low.shape[1], lhs.dtype, rhs_t, tma, *flags)
         return tuned(
             gpu, bucket_key, default, candidates,
-            lambda t: expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, tile=t), lhs, tma,
+            lambda t: expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, gain=gain, tile=t),
+            lhs, tma,
         )  # fmt: skip
 
     out = torch.empty(lhs.shape[0], weight.shape[0 if rhs_t else 1], dtype=lhs.dtype, device=lhs.device)
-    plan = planned((expand, *key, *pointers_aligned(bias, dropout.seed)), lambda: _plan(*key, measured))
-    plan.run((lhs, weight, low, factor, out), (bias, dropout.seed, dropout.threshold))
+    plan = planned((expand, *key, *pointers_aligned(gain, bias, dropout.seed)), lambda: _plan(*key, measured))
+    plan.run((lhs, weight, low, factor, out), (gain, bias, dropout.seed, dropout.threshold))
     return out
 
 
@@ -185,8 +192,8 @@ def _most_ranks(tile: Tile, gpu: Gpu, dropout: bool) -> int:
 
 
 def _plan(
-    lhs: Layout, weight: Layout, low: Layout, factor: Layout, bias_dtype, dropout: bool, gpu: Gpu, precision: str,
-    rhs_t: bool, tile: Tile | None, measured,
+    lhs: Layout, weight: Layout, low: Layout, factor: Layout, gain: bool, bias_dtype, dropout: bool, gpu: Gpu,
+    precision: str, rhs_t: bool, tile: Tile | None, measured,
 ) -> Plan:  # fmt: skip
     M, K, N, r = lhs.rows, lhs.cols, weight.rows if rhs_t else weight.cols, low.cols
     out = dense(M, N, lhs)
@@ -207,7 +214,7 @@ def _plan(
         (min(tile_count, gpu.sm_count) if tma else tile_count, 1, 1),
         dict(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=step, GROUP_M=GROUP_M,
-            RHS_T=rhs_t, HAS_BIAS=bias_dtype is not None, DROPOUT=dropout, TMA=tma, LOW_TMA=low_tma,
+            RHS_T=rhs_t, HAS_GAIN=gain, HAS_BIAS=bias_dtype is not None, DROPOUT=dropout, TMA=tma, LOW_TMA=low_tma,
             EVEN_K=not tma and K % tile.block_k == 0, EVEN_R=not tma and r % step == 0,
             EIGHTS=not tma and launch.only_in_eights(lhs, weight, low, factor),
             WIDE=not tma and launch.is_wide(lhs, weight, low, factor), PRECISION=precision,

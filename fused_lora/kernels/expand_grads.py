@@ -33,8 +33,8 @@ def expand_grads_kernel(
     rounds = tl.cdiv(tiles, programs)
     turn = pid + (pid * rounds // programs) * programs  # the tile of dx that waits for this program's gradients
     one_loop_tiles(
-        dy, weight, dxa, factor, None, dx, pid, tl.minimum(turn, tiles), M, K, N, R,
-        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, False, False, PRECISION,
+        dy, weight, dxa, factor, None, None, dx, pid, tl.minimum(turn, tiles), M, K, N, R,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, False, False, False, PRECISION,
     )  # fmt: skip
 
     # Programs without a tile of dx in the last wave are the first to be dealt a second gradient tile.
@@ -48,8 +48,8 @@ def expand_grads_kernel(
         )  # fmt: skip
 
     one_loop_tiles(
-        dy, weight, dxa, factor, None, dx, turn, tiles, M, K, N, R,
-        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, False, False, PRECISION,
+        dy, weight, dxa, factor, None, None, dx, turn, tiles, M, K, N, R,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, False, False, False, PRECISION,
     )  # fmt: skip
 
 

@@ -13,13 +13,13 @@ from .tiles import Gpu
 NO_DROPOUT = Dropout()
 
 
-def lora_linear_forward(x, weight, A, B, bias, scale, dropout: Dropout, gpu: Gpu, precision: str):
+def lora_linear_forward(x, weight, A, B, bias, scale, dropout: Dropout, gpu: Gpu, precision: str, gain=None):
     """(y, xa): two launches, shrink and expand."""
     more = room(scale, x.dtype)
     if more is not None:
         scale, B = scale / more, B * more
     xa = shrink(x, A.to(x.dtype), scale, dropout.keep_scale, dropout, gpu, precision, rhs_t=True)
-    y = expand(x, weight, xa, B.to(x.dtype), bias, NO_DROPOUT, gpu, precision, rhs_t=True)
+    y = expand(x, weight, xa, B.to(x.dtype), bias, NO_DROPOUT, gpu, precision, rhs_t=True, gain=gain)
     return y, xa
 
 
@@ -41,9 +41,9 @@ def lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout: Dropout, gpu: 
     return dx, dA, dB if more is None else dB.mul_(more), dxa
 
 
-def forward_pass(x, weight, A, B, bias, scale, seed, p: float, gpu: Gpu, precision: str, sizes: tuple[int, ...]):
+def forward_pass(x, weight, A, B, bias, scale, seed, gain, p: float, gpu: Gpu, precision: str, sizes: tuple[int, ...]):
     """lora_linear_forward, as it is replayed; y in x's leading sizes."""
-    y, xa = lora_linear_forward(x, weight, A, B, bias, scale, Dropout(p, seed), gpu, precision)
+    y, xa = lora_linear_forward(x, weight, A, B, bias, scale, Dropout(p, seed), gpu, precision, gain)
     return in_sizes(y, sizes), xa
 
 

@@ -34,6 +34,15 @@ def kernel_bias(bias: Tensor | None) -> Tensor | None:
     return bias.to(torch.float32 if bias.dtype is torch.float64 else bias.dtype).contiguous()
 
 
+def in_triton(tensor: Tensor) -> bool:
+    """Whether a pass that Triton alone has a kernel for runs by it."""
+    return (
+        tensor.numel() > 0
+        and backends.forced_backend() != "reference"
+        and backends.triton_obstacle(tensor.device, tensor.dtype) is None
+    )
+
+
 @cache
 def _triton():
     """Imported where it is used: not everybody has Triton. A call's own import statement would take it 3 us."""
@@ -42,19 +51,20 @@ def _triton():
     return lora_linear.forward_pass, lora_linear.backward_pass, replay.replayed
 
 
-def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tuple | None = None):
+def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tuple | None = None, gain=None):
     """(y, xa); csrc's xa has padded rows. kind: all that decides how the call is computed, if that is known."""
     if backend == "cuda":
-        return ops.cuda_lora_parts_forward(x, [weight, A, B, kernel_bias(bias), scale, seed], p, [], "none")
+        flat = [weight, A, B, kernel_bias(bias), scale, seed, gain]
+        return ops.cuda_lora_parts_forward(x, flat, p, [], "none")
     rows = rows_of(x)
     if backend == "triton":
         forward_pass, _, replayed = _triton()
         with launching("forward", x):
-            inputs = rows, weight, A, B, kernel_bias(bias), scale, seed
+            inputs = rows, weight, A, B, kernel_bias(bias), scale, seed, gain
             return replayed(forward_pass, inputs, lambda: (p, *_triton_constants(x)), kind)
     own = addmm.lora_linear_forward if backend == "addmm" else reference.lora_linear_forward_ref
     with _no_autocast(x):
-        y, xa = own(rows, weight, A, B, bias, scale, seed, p)
+        y, xa = own(rows, weight, A, B, bias, scale, seed, p, gain)
     return like(y, x), xa
 
 
@@ -78,7 +88,7 @@ def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, 
 
 def csrc_backward(dy, x, weight, A, B, bias, xa, scale, seed, p: float, needs: Sequence[bool]):
     """(dx, dA, dB, dbias), None where needs says so."""
-    flat, (need_dx, *others) = [weight, A, B, bias, scale, seed], needs
+    flat, (need_dx, *others) = [weight, A, B, bias, scale, seed, None], needs
     grads = ops.cuda_lora_parts_backward([dy], [x], flat, [xa], [None], p, need_dx, others, [], [], False)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 

@@ -9,8 +9,11 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from . import flops
+from .gain import gradients_of_sums
 from .library import LIBRARY, ops
 from .parts import Part, columns, flatten, trains, unflatten
+
+NOTHING = Part(*(None,) * len(Part._fields))
 
 
 def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
@@ -43,56 +46,65 @@ class LoRAPartsFunction(torch.autograd.Function):
     def forward(ctx, x, p, *flat):
         parts = unflatten(flat)
         results = ops.lora_parts_forward(x, flat, p, [], "none")
+        ys, xas = results[: len(parts)], results[len(parts) :]
+        of_gains = (None if part.gain is None else y for y, part in zip(ys, parts, strict=True))
         ctx.p = p
-        ctx.save_for_backward(x, *results[len(parts) :], *flatten(map(saved, parts)))
+        ctx.save_for_backward(x, *xas, *of_gains, *flatten(map(saved, parts)))
         ctx.set_materialize_grads(False)
-        return tuple(results[: len(parts)])
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx, *all_dys):
         count = len(all_dys)
         x, *rest = ctx.saved_tensors
         need_dx, _, *needs = ctx.needs_input_grad
-        each = zip(all_dys, rest[:count], unflatten(rest[count:]), unflatten(needs), strict=True)
+        xas, ys, parts = rest[:count], rest[count : 2 * count], unflatten(rest[2 * count :])
+        each = zip(all_dys, xas, ys, parts, unflatten(needs), strict=True)
         # A part that nobody used has no share in dx, and its factors get no gradients, as if it had stood alone.
         used = [of_part for of_part in each if of_part[0] is not None]
         if not used or not any(ctx.needs_input_grad):
             return (None,) * len(ctx.needs_input_grad)
-        dys, xas, parts, needs = zip(*used, strict=True)
-        dx, grads = _gradients(dys, x, xas, parts, ctx.p, need_dx, flatten(needs))
-        found = iter(unflatten(grads))
-        return dx, None, *flatten([Part(*(None,) * 6) if dy is None else next(found) for dy in all_dys])
+        dys, xas, ys, parts, needs = zip(*used, strict=True)
+        dx, grads = _gradients(dys, x, xas, ys, parts, ctx.p, need_dx, needs)
+        found = iter(grads)
+        return dx, None, *flatten([NOTHING if dy is None else next(found) for dy in all_dys])
 
 
-def _gradients(dys, x, xas, parts, p, need_dx, needs) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and the gradients of flat parts."""
+def _gradients(dys, x, xas, ys, parts, p, need_dx, needs) -> tuple[Tensor | None, list[Part]]:
+    """dx, and the gradients of parts."""
     if needs_formula(dys):
-        dx, _, *grads = by_formula(lambda x, parts: linears(x, parts, p), dys, x, parts, need_dx, needs)
-        return dx, grads
+        formula = lambda x, parts: linears(x, parts, p)  # noqa: E731
+        dx, _, *grads = by_formula(formula, dys, x, parts, need_dx, flatten(needs))
+        return dx, unflatten(grads)
+    dys, parts, needs, of_gains = gradients_of_sums(dys, ys, parts, needs)
     wanted, count = wanted_of(needs), len(parts)
     dx, *grads = ops.lora_parts_backward(
-        list(dys), [x] * count, flatten(parts), list(xas), [None] * count, p, need_dx, wanted, [], [], False
+        dys, [x] * count, flatten(parts), list(xas), [None] * count, p, need_dx, wanted, [], [], False
     )
-    return dx if need_dx else None, of_inputs(grads, wanted)
+    return dx if need_dx else None, of_inputs(grads, wanted, of_gains)
 
 
 def saved(part: Part) -> Part:
-    """As a backward pass reads it: of the bias the dtype of its gradient."""
+    """As a backward pass reads it: of the bias the dtype of its gradient; all of it where there is a gain."""
+    if part.gain is not None:
+        return part
     trained = part.bias is not None and part.bias.requires_grad
     return part._replace(bias=part.bias.new_empty(0) if trained else None)
 
 
-def wanted_of(needs: Sequence[bool]) -> list[bool]:
-    """Of flat parts' needs those of As, then of Bs, then of biases."""
-    parts = unflatten(needs)
+def wanted_of(parts: Sequence[Part]) -> list[bool]:
+    """Of parts' needs those of As, then of Bs, then of biases."""
     return [part.A for part in parts] + [part.B for part in parts] + [part.bias for part in parts]
 
 
-def of_inputs(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """dAs, dBs and dbiases as gradients of flat parts."""
+def of_inputs(grads: Sequence[Tensor], wanted: Sequence[bool], of_gains: Sequence[tuple | None]) -> list[Part]:
+    """dAs, dBs and dbiases as gradients of parts, and those that gain.py has made before."""
     grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    each = zip(*columns(grads, len(grads) // 3), strict=True)
-    return flatten([Part(None, dA, dB, dbias, None, None) for dA, dB, dbias in each])
+    found = []
+    for dA, dB, dbias, of_gain in zip(*columns(grads, len(of_gains)), of_gains, strict=True):
+        dgain, dbias = (None, dbias) if of_gain is None else of_gain
+        found.append(NOTHING._replace(A=dA, B=dB, bias=dbias, gain=dgain))
+    return found
 
 
 def _with_bias(part: Part) -> Part:
@@ -134,7 +146,7 @@ def _again(dys, x, tensors, p, act, need_dx, needs):
     """by_formula for csrc's autograd: dx, dAs, dBs and dbiases, empty where not wanted; with act, of an MLP."""
     parts = unflatten(tensors)
     each = zip(*columns(needs, len(parts)), strict=True)
-    all_needs = flatten([Part(False, *need, False, False) for need in each])
+    all_needs = flatten([Part(False, *need, False, False, False) for need in each])
     formula = (lambda x, parts: [mlp(x, parts, p, act)]) if act else (lambda x, parts: linears(x, parts, p))
     dx, _, *grads = by_formula(formula, dys, x, parts, need_dx, all_needs)
     found = unflatten(grads)
@@ -176,9 +188,9 @@ def linears(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
     return tuple(_linear(x, *part, p) for part in parts)
 
 
-def _linear(x, weight, A, B, bias, scale, seed, p) -> Tensor:
+def _linear(x, weight, A, B, bias, scale, seed, gain, p) -> Tensor:
     bias = bias if bias is None else bias.to(x.dtype)
-    return reference.lora_linear_ref(x, weight, A.to(x.dtype), B.to(x.dtype), bias, scale, p, seed)
+    return reference.lora_linear_ref(x, weight, A.to(x.dtype), B.to(x.dtype), bias, scale, p, seed, gain)
 
 
 def mlp(x: Tensor, parts: Sequence[Part], p: float, act: Sequence[float]) -> Tensor:

@@ -56,7 +56,9 @@ def are_plain(x, parts: Sequence[Part], seed: Tensor | None, p: float) -> bool:
     """Whether csrc can be handed the arguments at all, to look at them itself."""
     if not isinstance(x, Tensor) or not x.is_cuda or not is_probability(p):
         return False
-    for weight, A, B, bias, scale, of_part in parts:
+    for weight, A, B, bias, scale, of_part, gain in parts:
+        if gain is not None:  # of which csrc has the forward pass, and no autograd
+            return False
         for tensor in (weight, A, B, scale):
             if not isinstance(tensor, Tensor):
                 return False

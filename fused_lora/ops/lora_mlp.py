@@ -8,6 +8,7 @@ from . import eager
 from . import parts as of_parts
 from .alone import like, rows_of
 from .autograd import by_formula, distinct, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
+from .gain import gradients_of_sums
 from .library import ops
 from .parts import Part, flatten, unflatten
 
@@ -16,51 +17,50 @@ PARTS = ("gate", "up", "down")
 
 
 class LoRAMLPFunction(torch.autograd.Function):
-    """Both passes are two: of gate and up, which end in act(gate) up, and of down; backward down's comes first."""
+    """Both passes are two: of gate and up, which end in act(gate) up, and of down; backward down's comes first.
+
+    Of gains the backward pass needs what they made: gate and up themselves, and y.
+    """
 
     @staticmethod
     def forward(ctx, x, p, act, save, *flat):
         parts = unflatten(flat)
-        keep = "factors" if save == "all" else "sides"
+        has_gains = any(part.gain is not None for part in parts[:2])
+        keep = "factors" if save == "all" and not has_gains else "sides"
         hidden, first, second, *xas = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, keep)
         y, xa = ops.lora_parts_forward(hidden, flatten(parts[2:]), p, [], "none")
-        kept = hidden if save == "all" else None
-        ctx.save_for_backward(x, first, second, kept, *xas, xa, *flat)
+        kept = hidden if keep == "factors" else None
+        own_y = None if parts[2].gain is None else y
+        ctx.save_for_backward(x, first, second, kept, own_y, *xas, xa, *flat)
         ctx.p, ctx.act = p, act
         return like(y, x)
 
     @staticmethod
     def backward(ctx, dy):
-        x, first, second, hidden, *rest = ctx.saved_tensors
+        x, first, second, hidden, y, *rest = ctx.saved_tensors
         xas, parts = rest[: len(PARTS)], unflatten(rest[len(PARTS) :])
-        need_dx, _, _, _, *needs = ctx.needs_input_grad
+        need_dx, _, _, _, *flat_needs = ctx.needs_input_grad
         if not any(ctx.needs_input_grad):
             return (None,) * len(ctx.needs_input_grad)
         if needs_formula([dy]):
-            dx, _, *grads = by_formula(lambda x, parts: [mlp(x, parts, ctx.p, ctx.act)], [dy], x, parts, need_dx, needs)
+            formula = lambda x, parts: [mlp(x, parts, ctx.p, ctx.act)]  # noqa: E731
+            dx, _, *grads = by_formula(formula, [dy], x, parts, need_dx, flat_needs)
             return dx, None, None, None, *grads
-        dy, rows, wanted = rows_of(dy), rows_of(x), wanted_of(needs)
-        factors = hidden is not None
+        needs, factors = unflatten(flat_needs), hidden is not None
+        (dy,), down, need_down, of_down = gradients_of_sums([rows_of(dy)], [y], parts[2:], needs[2:])
         dgate, dup, again, dxa = ops.lora_parts_backward(
-            [dy],
-            [first],
-            flatten(parts[2:]),
-            xas[2:],
-            [None],
-            ctx.p,
-            True,
-            [False] * 3,
-            ctx.act,
-            [first, second],
-            factors,
+            [dy], [first], flatten(down), xas[2:], [None], ctx.p, True, [False] * 3, ctx.act, [first, second], factors
         )
+        dsides, sides, need_sides, of_sides = gradients_of_sums([dgate, dup], [first, second], parts[:2], needs[:2])
         # What is summed over tokens belongs together, down's too.
-        down_x = hidden if factors else again
+        parts, wanted = [*sides, *down], wanted_of([*need_sides, *need_down])
+        rows, down_x = rows_of(x), hidden if factors else again
         dx, *grads = ops.lora_parts_backward(
-            [dgate, dup, dy], [rows, rows, down_x], flatten(parts), xas, [None, None, dxa], ctx.p, need_dx, wanted,
-            [], [], False,
+            [*dsides, dy], [rows, rows, down_x], flatten(parts), xas, [None, None, dxa], ctx.p, need_dx, wanted, [],
+            [], False,
         )  # fmt: skip
-        return dx.view(x.shape) if need_dx else None, None, None, None, *of_inputs(grads, wanted)
+        grads = flatten(of_inputs(grads, wanted, [*of_sides, *of_down]))
+        return dx.view(x.shape) if need_dx else None, None, None, None, *grads
 
 
 def lora_mlp(
@@ -82,7 +82,7 @@ def lora_mlp(
     that computes gate and up, and its gradient becomes theirs in the launch that computes it, without being stored.
 
     Saves x, the product, and what its gradient is to be multiplied by: act(gate(x)) and act'(gate(x)) up(x). With
-    save="less" it saves x, gate(x) and up(x), and the backward pass computes the others again.
+    save="less", or gains, it saves x, gate(x) and up(x), and the backward pass computes the others again.
 
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. Gated MLPs: Shazeer 2020, arXiv:2002.05202.

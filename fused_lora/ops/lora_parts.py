@@ -1,6 +1,6 @@
 """The one pair of ops behind linears, groups and MLPs: parts that read one x, forward and backward.
 
-    plain    ys = x W^T + scale dropout(x) A^T B^T + bias of each part
+    plain    ys = gain (x W^T + scale dropout(x) A^T B^T) + bias of each part
     gated    hidden = act(y of the first) y of the second, made where they are computed, and differentiated where the
              gradient of hidden is
 
@@ -89,8 +89,8 @@ def _padded(y: Tensor) -> Tensor:
 
 def _forward_alone(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
     """(y, xa)."""
-    weight, A, B, bias, scale, seed = part
-    y, xa = alone.forward(_backend(x, part, p), x, weight, A, B, bias, scale, seed, p)
+    weight, A, B, bias, scale, seed, gain = part
+    y, xa = alone.forward(_backend(x, part, p), x, weight, A, B, bias, scale, seed, p, gain=gain)
     return y, xa.contiguous()
 
 
@@ -151,7 +151,7 @@ def _backward_gated(dy, part, xa, p, act, gated, factors):
 def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbias):
     """(dx, dA, dB, dbias, dxa) of one part; what is not wanted is empty, dxa None where nothing wanted it."""
     backend = _backend(x, part, p)
-    weight, A, B, bias, scale, seed = part
+    weight, A, B, bias, scale, seed, _ = part
     needs = (need_dx and dxa is None, need_dA, need_dB)
     dxa = dxa * (1 - p) if p and dxa is not None else dxa
     dbias = None
@@ -201,9 +201,9 @@ define(
     _forward,
     _forward_fake,
 )
-# A part with a dxa, made by a pass before, has no share in dx. Of a bias only the dtype is read. needs is of dAs, dBs
-# and dbiases. With act there is one part, which reads act(gate) up: of it come dgate, dup, act(gate) up and dxa, from
-# `gated`: gate and up, or their factors, where the third is empty.
+# Of parts without a gain (gain.py). A part with a dxa, made by a pass before, has no share in dx. Of a bias only the
+# dtype is read. needs is of dAs, dBs and dbiases. With act there is one part, which reads act(gate) up: of it come
+# dgate, dup, act(gate) up and dxa, from `gated`: gate and up, or their factors, where the third is empty.
 define(
     "lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p,"
     " bool need_dx, bool[] needs, float[] act, Tensor[] gated, bool factors) -> Tensor[]",

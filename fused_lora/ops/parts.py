@@ -10,9 +10,10 @@ from .. import checks
 
 
 class Part(NamedTuple):
-    """y = x W^T + scale dropout(x) A^T B^T + bias, as one of the linears of a pass.
+    """y = gain (x W^T + scale dropout(x) A^T B^T) + bias, as one of the linears of a pass.
 
         weight (N, K), frozen   A (r, K), B (N, r) in any floating dtype, r = 0 for none   bias (N,) or None
+        gain (N,) in float32 (float64 beside such a weight), or None for 1
 
     scale is a float, or a 0-dim tensor in float32 (float64 beside such a weight) on weight's device. seed is that of
     the part's dropout, an int64 on the device, which the functions of this package fill in.
@@ -24,6 +25,7 @@ class Part(NamedTuple):
     bias: Tensor | None = None
     scale: float | Tensor = 1.0
     seed: Tensor | None = None
+    gain: Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -48,7 +50,7 @@ def trains(x: Tensor, parts: Sequence[Part]) -> bool:
     """Whether autograd wants gradients of a pass."""
     if not torch.is_grad_enabled():
         return False
-    read = (x, *(tensor for part in parts for tensor in (part.A, part.B, part.bias)))
+    read = (x, *(tensor for part in parts for tensor in (part.A, part.B, part.bias, part.gain)))
     return any(tensor is not None and tensor.requires_grad for tensor in read)
 
 
@@ -78,7 +80,7 @@ def check(x: Tensor, parts: Iterable[Part], p: float, seed: Tensor | None, names
     """All tensors of parts that read x; errors begin with the part's name."""
     for name, part in zip(names, parts, strict=True):
         try:
-            checks.check_lora_linear(x, *part[:-1], p, seed)
+            checks.check_lora_linear(x, *part[:5], p, seed, part.gain)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
 

@@ -28,6 +28,7 @@ class Activation(C.Structure):
 
 class ForwardPart(C.Structure):
     _fields_ = [(name, Operand) for name in ("weight", "A", "B", "bias", "xa", "y")] + [
+        ("gain", C.c_void_p),
         ("scale", C.c_void_p),
         ("dropout", Dropout),
     ]

@@ -90,6 +90,7 @@ class Linear:
         (M, K), dtype = x.shape, x.dtype
         self.weight, self.A, self.B = random(N, K, dtype), random(r, K, dtype), random(N, r, dtype)
         self.bias, self.scale = torch.randn(1, N).to(dtype), torch.tensor([SCALE])
+        self.gain = torch.rand(N) + 0.5 if r % 2 == 0 else None
         self.xa, self.y = padded(M, r, dtype), empty(M, N, dtype)
         self.dy, self.dxa = random(M, N, dtype), padded(M, r, dtype)
         self.p, self.seed, self.kept = p, seed, reference.keep_mask(M, K, p, seed) / (1 - p)
@@ -102,9 +103,15 @@ class Linear:
 
     def forward(self):
         matrices = [operand(tensor) for tensor in (self.weight, self.A, self.B)]
+        gain = None if self.gain is None else self.gain.data_ptr()
         return ForwardPart(
-            *matrices, result(self.bias), operand(self.xa), result(self.y), self.scale.data_ptr(), self.dropout()
+            *matrices, result(self.bias), operand(self.xa), result(self.y), gain, self.scale.data_ptr(), self.dropout()
         )
+
+    def output(self, x, low):
+        """y of x and of xa before its scale."""
+        sums = x.double() @ self.weight.double().T + SCALE * low @ self.B.double().T
+        return (sums if self.gain is None else sums * self.gain.double()) + self.bias.double()
 
     def backward(self, x):
         matrices = (self.dy, x, self.weight, self.A, self.B, self.xa, self.dxa)
@@ -114,8 +121,7 @@ class Linear:
     def check_forward(self, x):
         low = (x.double() * self.kept) @ self.A.double().T
         assert_close(self.xa, self.rounded * low)
-        update = SCALE * low @ self.B.double().T
-        assert_close(self.y, x.double() @ self.weight.double().T + update + self.bias.double())
+        assert_close(self.y, self.output(x, low))
 
     def check_backward(self, x):
         """What it adds to dx."""
@@ -193,10 +199,7 @@ def test_a_gated_pass(launches, card, p, act, factors, halves):
     forward.hidden = operand(hidden)
     assert launches.forward(ctypes.byref(forward)) == 0
     low = [(x.double() * part.kept) @ part.A.double().T for part in sides]
-    ys = [
-        x.double() @ part.weight.double().T + SCALE * xa @ part.B.double().T + part.bias.double()
-        for part, xa in zip(sides, low, strict=True)
-    ]
+    ys = [part.output(x, xa) for part, xa in zip(sides, low, strict=True)]
     for part, xa in zip(sides, low, strict=True):
         assert_close(part.xa, part.rounded * xa)
     kept = reference.gated_factors(*ys, *numbers) if factors else ys
