@@ -43,8 +43,8 @@ def gain_backward_kernel(
         store_tile(dsums, own * gain[None, :], row, col, M, N, N, 1, BLOCK_M, BLOCK_N, False)
     at = split.to(tl.int64) * N + offs
     # A gain of 0 has left nothing of the sums.
-    inverse = tl.where(gain == 0, 0.0, 1 / gain)
-    tl.store(dgain + at, tl.sum(products, 0) * inverse, mask=offs < N)
+    safe = tl.where(gain == 0, 1.0, gain)
+    tl.store(dgain + at, tl.where(gain == 0, 0.0, tl.sum(products, 0) / safe), mask=offs < N)
     tl.store(dbias + at, tl.sum(ones, 0), mask=offs < N)
 
 

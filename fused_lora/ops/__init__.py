@@ -6,5 +6,6 @@ from .lora_mlp import lora_mlp
 from .merge import merge_
 from .merge_and_reinit import merge_and_reinit_
 from .parts import Part
+from .row_norms import row_norms
 
-__all__ = ["Part", "lora_group", "lora_linear", "lora_mlp", "merge_", "merge_and_reinit_"]
+__all__ = ["Part", "lora_group", "lora_linear", "lora_mlp", "merge_", "merge_and_reinit_", "row_norms"]

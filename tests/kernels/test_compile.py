@@ -8,10 +8,12 @@ import torch
 
 from fused_lora.kernels import tiles
 from fused_lora.kernels.dropout import Dropout
+from fused_lora.kernels.gain_backward import gain_backward
 from fused_lora.kernels.launch import record_launches
 from fused_lora.kernels.lora_linear import lora_linear_backward, lora_linear_forward
 from fused_lora.kernels.merge import merge_
 from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
+from fused_lora.kernels.row_norms import row_norms
 from fused_lora.kernels.tiles import KNOWN_GPUS, Gpu
 from tests.conftest import INTERPRETING
 from tests.kernels.compiling import compile_launch, compiling_for
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces t
 GPUS = {"sm_80": KNOWN_GPUS["A100"], "sm_86": KNOWN_GPUS["RTX 3090"], "sm_89": KNOWN_GPUS["RTX 4090"]}
 GPUS["sm_90"] = KNOWN_GPUS["H100"]
 RANKS = [16, 32, 64, 128, 512]
-WITHOUT_PRODUCTS = {"reduce_splits_kernel", "reinit_kernel", "fill_up_kernel"}
+WITHOUT_PRODUCTS = {"reduce_splits_kernel", "reinit_kernel", "fill_up_kernel", "gain_backward_kernel"}
 
 
 def _empty(*shape, dtype):
@@ -70,6 +72,20 @@ def record_restarts(gpu: Gpu):
     return launches
 
 
+def record_dora(gpu: Gpu):
+    """What a gain adds: the norms, the forward pass, the pass before the backward one."""
+    gain, scale = _empty(4096, dtype=torch.float32), _empty(1, dtype=torch.float32)
+    with record_launches() as launches:
+        for dtype, r in ((torch.bfloat16, 16), (torch.bfloat16, 128), (torch.bfloat16, 512), (torch.float32, 64)):
+            x, weight, A, B, bias = (
+                _empty(*shape, dtype=dtype) for shape in ((8192, 4096), (4096, 4096), (r, 4096), (4096, r), (4096,))
+            )
+            row_norms(weight, A, B, scale, gpu)
+            lora_linear_forward(x, weight, A, B, bias, scale, Dropout(), gpu, "ieee", gain)
+            gain_backward(x, x, bias, gain, gpu)
+    return launches
+
+
 def _rows_for_each_expand_tile(gpu: Gpu, tma: bool, precision: str, itemsize: int):
     """One M for each tile that the table can choose at N = K = 512."""
     chosen = {
@@ -82,7 +98,7 @@ def _rows_for_each_expand_tile(gpu: Gpu, tma: bool, precision: str, itemsize: in
 def default_launches(name: str):
     """Every default launch of an architecture, each distinct one once."""
     gpu = GPUS[name]
-    launches = record_merges(gpu) + record_restarts(gpu)
+    launches = record_merges(gpu) + record_restarts(gpu) + record_dora(gpu)
     for M in _rows_for_each_expand_tile(gpu, gpu.has_tma, "ieee", 2):
         for r in (16, 128):
             launches += record(M, 512, 512, r, torch.bfloat16, gpu)

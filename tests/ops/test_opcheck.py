@@ -32,6 +32,16 @@ def again(device):
     yield [x.new_ones(12, 7)], x.requires_grad_(), flatten([part]), 0.0, [], True, [True, True, True]
 
 
+def gain_backward(device):
+    dy, y, bias, gain = (torch.randn(*shape, device=device) for shape in ((3, 4, 7), (3, 4, 7), (7,), (7,)))
+    yield dy, y, bias, gain, True
+    yield dy, y, None, gain, False
+
+
+def row_norms(device):
+    yield from merge(device)
+
+
 def merge(device, dtype=torch.float32):
     inputs = make_inputs(1, 10, 7, 3, device, dtype)
     yield *(inputs[name].detach() for name in ("weight", "A", "B")), torch.tensor(SCALE, device=device)
@@ -60,6 +70,8 @@ ARGUMENTS = {
     "lora_parts_forward": forward,
     "lora_parts_backward": backward,
     "lora_again": again,
+    "lora_gain_backward": gain_backward,
+    "lora_row_norms": row_norms,
     "merge_": merge,
     "merge_and_reinit_": restart,
 }
