@@ -56,7 +56,7 @@ def x_of(dtype=torch.float32):
 
 @torch.no_grad()
 def outputs(model, x=None):
-    return copy.deepcopy(model).eval().double()(x_of() .double() if x is None else x)
+    return copy.deepcopy(model).eval().double()(x_of().double() if x is None else x)
 
 
 def adapted(model):
