@@ -26,7 +26,8 @@ def bias_key_of(name: str, is_adapted: bool) -> str:
 def write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     """Both files, the weights first; a kill leaves those that were there, or these."""
     library = _safetensors()
-    text = json.dumps(config, indent=2, sort_keys=True)
+    # Not sort_keys: of the entries of a pattern the first that matches counts.
+    text = json.dumps(dict(sorted(config.items())), indent=2)
     whole_files.write_together(folder, {
         WEIGHTS: lambda path: library.save_file(tensors, path, metadata={"format": "pt"}),
         CONFIG: lambda path: path.write_text(text),

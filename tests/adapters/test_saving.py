@@ -91,6 +91,16 @@ def test_targets_that_no_list_of_names_describes(tmp_path):
     assert_same_layers(base, peft.PeftModel.from_pretrained(other, tmp_path))
 
 
+def test_the_order_of_a_pattern_is_kept(tmp_path):
+    """The first entry that matches counts."""
+    model = net()
+    config = {"target_modules": ["up"], "rank_pattern": {"up": 2, "0.up": 4}, "alpha_pattern": {"up": 7, "0.up": 1}}
+    replace_linear(model, config=config, freeze=True)
+    save_adapter(randomised(model), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] == config["rank_pattern"]
+    assert_same_layers(model, peft.PeftModel.from_pretrained(net(), tmp_path))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("factors", [None, torch.float32])
 def test_factors_keep_their_dtype(dtype, factors, tmp_path):
