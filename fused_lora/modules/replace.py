@@ -75,7 +75,7 @@ def replace_linear(
     if config is None:
         if lora_alpha is None:
             asked["lora_alpha"] = 1.0
-            warnings.warn("lora_alpha was left out: scale is 1 / r by 1.0; PEFT's default is 8", stacklevel=2)
+            warnings.warn("lora_alpha was left out, and is 1.0: scale is 1 / r (PEFT's default is 8)", stacklevel=2)
         return convert(model, LoRAConfig(**asked), lora_dtype, fuse, pad_rows, freeze)
     unset = {"lora_dropout": 0.0, "use_rslora": False, "bias": "none"}
     beside = [name for name, value in asked.items() if value != unset.get(name)]

@@ -1,7 +1,9 @@
 """save_adapter: files that PEFT loads, value for value."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+import fused_lora
 from fused_lora import LoRALinear, load_adapter, replace_linear, save_adapter
 
 from .models import adapted, assert_same_layers, by_peft, net, outputs, randomised, x_of
@@ -186,6 +189,13 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.up\.lora_A is on meta"):
         save_adapter(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_neither_library_is_imported_with_the_package():
+    code = "import fused_lora, sys; print({'safetensors', 'peft', 'transformers'} & sys.modules.keys())"
+    root = Path(fused_lora.__file__).parent.parent
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=root).stdout
+    assert printed.strip() == "set()"
 
 
 def test_without_safetensors(tmp_path, monkeypatch):
