@@ -20,6 +20,7 @@ ROOMS = {
     "reference": {"hashing"},
     "padding": set(),
     "extras": set(),
+    "whole_files": set(),
     "measured_file": set(),
     "recent": set(),
     "layout": set(),
@@ -32,14 +33,15 @@ ROOMS = {
     "choices": {"backends", "measured_file"},
     "addmm": {"reference"},
     "ops": {"addmm", "backends", "choices", "kernels", "checks", "reference", "padding", "recent", "layout"},
-    "modules": {"ops", "checks", "reference", "padding"},
+    "modules": {"ops", "checks", "reference", "padding", "whole_files"},
     "relora": {"modules", "ops", "checks", "reference"},
-    "pretrain": {"extras", "relora", "modules", "ops", "checks", "reference"},
+    "adapters": {"modules", "checks", "whole_files"},
+    "pretrain": {"extras", "whole_files", "relora", "modules", "ops", "checks", "reference"},
     "integrations": {"relora", "modules", "ops", "checks", "reference"},
     "explain": {"explanations", "modules", "ops", "backends", "choices", "kernels", "predict", "cards", "checks"},
     "doctor": {"__init__", "backends", "choices"},
     "tune": {"integrations", "ops", "backends", "choices", "checks", "extras"},
-    "__init__": {"integrations", "relora", "modules", "ops", "explain"},
+    "__init__": {"adapters", "integrations", "relora", "modules", "ops", "explain"},
 }
 LAZY = {"kernels"}
 TRITON_ROOMS = {"kernels", "backends"}

@@ -226,7 +226,7 @@ def fused_block():
     model = nn.ModuleDict(
         {"mlp": MLP(LlamaConfig(16, 24, 1, 2, 40)), "attention": Attention(LlamaConfig(16, 24, 1, 2, 40))}
     )
-    replace_linear(model, r=4)
+    replace_linear(model, r=4, lora_alpha=1.0)
     return model
 
 
@@ -271,7 +271,7 @@ def test_a_group_and_an_mlp_say_whether_they_are_computed_as_one():
 def test_a_model_is_explained_layer_by_layer_and_alike_layers_once():
     blocks = [nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(3)]
     model = nn.ModuleDict({"layers": nn.ModuleList(blocks), "last": nn.Linear(16, 8), "plain": nn.Linear(8, 8)})
-    report = replace_linear(model, r=4, exclude_modules=["plain"])
+    report = replace_linear(model, r=4, lora_alpha=1.0, exclude_modules=["plain"])
     told = explain(model, tokens=100)
     assert list(told.layers) == report.replaced
     assert all(told.layers[name] == explain(model.get_submodule(name), tokens=100) for name in report.replaced)

@@ -43,7 +43,7 @@ def test_a_converted_weight_moves_and_is_the_same():
     model = net()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     objects = dict(model.named_parameters())
-    replace_linear(model, r=4)
+    replace_linear(model, r=4, lora_alpha=1.0)
     assert [layer.weight.stride(0) for layer in model] == [64, 144, 24]
     for name, parameter in model.named_parameters():
         if name in before:
@@ -54,13 +54,13 @@ def test_a_converted_weight_moves_and_is_the_same():
 @gpu
 def test_it_stays_so_through_what_happens_to_modules():
     model = net()
-    replace_linear(model, r=4)
+    replace_linear(model, r=4, lora_alpha=1.0)
     moved = copy.deepcopy(model).cpu().cuda()
     loaded = net()
-    replace_linear(loaded, r=4)
+    replace_linear(loaded, r=4, lora_alpha=1.0)
     loaded.load_state_dict(model.cpu().state_dict())
     assigned = net()
-    replace_linear(assigned, r=4)
+    replace_linear(assigned, r=4, lora_alpha=1.0)
     dense = {name: value.contiguous() for name, value in model.cuda().state_dict().items()}
     assigned.load_state_dict(dense, assign=True)
     assert assigned[1].weight.data_ptr() == dense["1.weight"].data_ptr(), "it is the dict's memory too"
@@ -80,7 +80,7 @@ def test_it_stays_so_through_what_happens_to_modules():
 @gpu
 def test_dense_where_asked_for():
     model = net()
-    replace_linear(model, r=4, pad_rows=False)
+    replace_linear(model, r=4, lora_alpha=1.0, pad_rows=False)
     assert all(layer.weight.is_contiguous() for layer in copy.deepcopy(model).cpu().cuda())
     assert LoRALinear(141, 24, 4, device="cuda", dtype=torch.float16, pad_rows=False).weight.is_contiguous()
     assert LoRALinear.from_linear(net()[1], 4, pad_rows=False).weight.is_contiguous()
@@ -143,7 +143,7 @@ def test_memory_that_another_library_reads_is_not_alone():
 WHEN_IT_MOVES = {
     "new": lambda layer: LoRALinear(13, 4, 2),
     "from_linear": lambda layer: LoRALinear.from_linear(nn.Linear(13, 4), 2),
-    "replace_linear": lambda layer: replace_linear(nn.Sequential(nn.Linear(13, 4)), 2),
+    "replace_linear": lambda layer: replace_linear(nn.Sequential(nn.Linear(13, 4)), 2, lora_alpha=1.0),
     "deepcopy": lambda layer: copy.deepcopy(nn.Sequential(layer)),
     "cast": lambda layer: nn.Sequential(layer).to(torch.bfloat16),
     "to_empty": lambda layer: layer.to("meta").to_empty(device="cpu"),
@@ -184,7 +184,7 @@ def test_not_by_default_where_a_process_group_is(monkeypatch):
 @gpu
 def test_merged_in_place_with_nothing_written_beyond_the_rows():
     model = net()
-    replace_linear(model, r=4)
+    replace_linear(model, r=4, lora_alpha=1.0)
     layer = model[1]
     nn.init.normal_(layer.lora_B)
     whole = layer.weight.data.as_strided((24, 144), (144, 1))

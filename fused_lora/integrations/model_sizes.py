@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModel
 
+from ..modules.selection import Selection
 from ..modules.targets import find_linears
 
 
@@ -15,5 +16,5 @@ def linear_sizes(model: str) -> list[tuple[int, int]]:
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         built = AutoModel.from_config(config)
-    _, linears = find_linears(built, None, None)
+    _, linears = find_linears(built, Selection())
     return list(dict.fromkeys((linear.in_features, linear.out_features) for linear in linears))

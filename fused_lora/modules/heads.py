@@ -21,6 +21,18 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
+def output_heads(model: nn.Module, task_type: str | None) -> set[nn.Module]:
+    """What PEFT's "all-linear" leaves out: the output embedding of one of Hugging Face's models, or where it has none
+    and is to classify sequences, its classifier."""
+    if not callable(getattr(model, "get_output_embeddings", None)):
+        return set()
+    output = model.get_output_embeddings()
+    if output is None and task_type == "SEQ_CLS":
+        heads = (getattr(model, name, None) for name in ("score", "classifier"))
+        output = next((head for head in heads if head is not None), None)
+    return {output} - {None}
+
+
 def _beside_the_base(model: nn.Module) -> set[nn.Module]:
     base = getattr(model, model.base_model_prefix, None)
     if not isinstance(base, nn.Module):

@@ -231,7 +231,7 @@ class LoRALinear(Scaled):
         """
         if self.merged:
             raise RuntimeError("the update is already merged")
-        self._check_mergeable()
+        self.check_mergeable()
         ops.merge_(self.weight, self.lora_A, self.lora_B, self.scale)
         self.merged = True
         return self
@@ -241,12 +241,13 @@ class LoRALinear(Scaled):
         back to within one unit in the last place of the larger of its two values. Raises as merge_ does."""
         if not self.merged:
             raise RuntimeError("the update is not merged")
-        self._check_mergeable()
+        self.check_mergeable()
         ops.merge_(self.weight, self.lora_A, self.lora_B, -self.scale)
         self.merged = False
         return self
 
-    def _check_mergeable(self) -> None:
+    def check_mergeable(self) -> None:
+        """Raises what merge_ does of the tensors as they are."""
         self._check_at_hand()
         checks.check_own("weight", self.weight)
         self._check_finite()

@@ -55,6 +55,17 @@ class ReplaceReport:
         return f"{line}, {others:,} of them outside the updates: freeze=True leaves those out" if others else line
 
 
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints how many of a model's parameters train, in PEFT's words:
+
+    trainable params: 1,024 || all params: 9,216 || trainable%: 11.1111
+    """
+    parameters = list(model.parameters())
+    trainable, everything = _elements(filter(_trains, parameters)), _elements(parameters)
+    share = 100 * trainable / max(everything, 1)
+    print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+
 def _elements(parameters: Iterable[nn.Parameter]) -> int:
     """A lazy module's have no size yet."""
     return sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))

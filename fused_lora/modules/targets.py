@@ -1,95 +1,57 @@
 """find_linears: which nn.Linear modules of a model can be replaced, and why the others cannot."""
 
-import re
 import warnings
-from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .heads import head_modules
 from .lora_linear import LoRALinear
 from .obstacles import Sharing, obstacle
 from .report import ReplaceReport
+from .selection import NOT_TARGETED, Selection
 from .weight_readers import weight_readers
 
 # Modules that are known to hold matrices which no LoRA of a linear is about.
 NO_LINEARS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._ConvNd)
-NOT_TARGETED = "not in target_modules"
-Modules = str | Iterable[str] | None  # a regular expression, names, or no choice
 
 
-def find_linears(
-    model: nn.Module, target_modules: Modules, exclude_modules: Modules
-) -> tuple[ReplaceReport, list[nn.Linear]]:
+def find_linears(model: nn.Module, selection: Selection) -> tuple[ReplaceReport, list[nn.Linear]]:
     """What replace_linear would replace, by name and the modules themselves; ValueError if that is nothing."""
     _refuse_peft(model)
-    targets, excluded = listed(target_modules), listed(exclude_modules)
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    reasons = _Reasons(model, by_default=targets is None)
+    reasons = _Reasons(model, selection.heads(model))
     report, linears, candidates = ReplaceReport(), [], []
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _unlike(module)):
             continue
         candidates += names[id(module)]
-        reason = _choice(names[id(module)], targets, excluded) or reasons.of(module)
+        reason = selection.reason(names[id(module)]) or reasons.of(module)
         if reason is None:
             report.replaced.append(name)
             linears.append(module)
         elif isinstance(module, nn.Linear) or reason != NOT_TARGETED:
             report.skipped[name] = reason
-    for argument, modules in (("target_modules", targets), ("exclude_modules", excluded)):
-        report.unmatched += _unmatched(argument, modules, candidates)
+    report.unmatched += selection.unmatched(candidates)
     if not linears:
-        what = "model has" if targets is None else "target_modules matches"
-        how = " (a string is a regular expression for the whole name)" if isinstance(targets, str) else ""
+        what = "target_modules matches" if selection.by_name else "model has"
+        is_one = selection.by_name and isinstance(selection.target_modules, str)
+        how = " (a string is a regular expression for the whole name)" if is_one else ""
         raise ValueError(f"{what} no nn.Linear that can be replaced{how}: {report}")
     for entry in report.unmatched:
-        warnings.warn(f"{entry} matches no linear layer", stacklevel=3)
+        warnings.warn(f"{entry} matches no linear layer", stacklevel=4)
     return report, linears
-
-
-def listed(modules: Modules) -> str | list[str] | None:
-    """An iterator would be used up by the first layer."""
-    return modules if modules is None or isinstance(modules, str) else list(modules)
-
-
-def _matches(name: str, modules: str | Iterable[str]) -> bool:
-    """A string is a regular expression for the whole name; otherwise each entry is a name or its last parts."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in modules)
-
-
-def _matches_any(names: list[str], modules: str | Iterable[str]) -> bool:
-    return any(_matches(name, modules) for name in names)
-
-
-def _unmatched(argument: str, modules: str | list[str] | None, names: list[str]) -> list[str]:
-    """The entries that name none of the layers."""
-    patterns = {modules: modules} if isinstance(modules, str) else {entry: [entry] for entry in modules or ()}
-    return [f"{argument} entry {entry!r}" for entry, each in patterns.items() if not _matches_any(names, each)]
-
-
-def _choice(names: list[str], targets: str | list[str] | None, excluded: str | list[str] | None) -> str | None:
-    """Why the arguments leave a layer out, or None."""
-    if targets is not None and not _matches_any(names, targets):
-        return NOT_TARGETED
-    if excluded is not None and _matches_any(names, excluded):
-        return "in exclude_modules"
-    return None
 
 
 class _Reasons:
     """Why modules of a model cannot be replaced."""
 
-    def __init__(self, model: nn.Module, by_default: bool):
+    def __init__(self, model: nn.Module, heads: set[nn.Module]):
         self.model = model
         self.sharing = Sharing(model)
         self.readers = weight_readers(model)
-        self.heads = head_modules(model) if by_default else set()
+        self.heads = heads
 
     def of(self, module: nn.Module) -> str | None:
         if module is self.model and isinstance(module, nn.Linear):

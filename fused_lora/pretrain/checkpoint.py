@@ -9,11 +9,10 @@ that others know what they may clear away.
 import fcntl
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ..whole_files import flush, write
 
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
 NAME = re.compile(r"step-(\d+)")
@@ -35,18 +36,18 @@ def save(folder: Path, step: int, model: dict[str, Tensor], training: dict, keep
     place = folder / f"step-{step:07d}"
     with _writing(folder) as (new, manifest):
         tensors = {name: tensor.detach().contiguous() for name, tensor in model.items()}
-        _write(new / MODEL, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _write(new / TRAINING, lambda path: torch.save(training, path))
+        write(new / MODEL, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write(new / TRAINING, lambda path: torch.save(training, path))
         files = [new / MODEL, new / TRAINING]
         sizes = {path.name: path.stat().st_size for path in files}
         checksums = {path.name: _checksum(path) for path in files}
         json.dump({"step": step, "bytes": sizes, "sha256": checksums}, manifest)
         manifest.flush()
-        _flush(new / MANIFEST)
-        _flush(new)
+        flush(new / MANIFEST)
+        flush(new)
         _remove(place)
         new.rename(place)
-        _flush(folder)
+        flush(folder)
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
     return place
@@ -127,26 +128,9 @@ def _remove(place: Path) -> None:
         shutil.rmtree(place)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    path.touch()
-    allowed = path.stat().st_mode
-    write(path)
-    path.chmod(allowed)  # safetensors makes files that only their owner reads
-    _flush(path)
-
-
 def _checksum(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """To the disk; of a folder, the names in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

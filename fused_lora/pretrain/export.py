@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from .checkpoint import _flush, _write
+from ..whole_files import flush, write
 from .llama import LlamaConfig
 from .merged import merged_weights, newest
 from .run import CHECKPOINTS, TOKENIZER
@@ -111,11 +111,11 @@ def _write_folder(output: Path, files: dict[str, Callable[[Path], object]]) -> P
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=output.parent) as beside:
         new = Path(beside, output.name)
         new.mkdir()
-        for name, write in files.items():
-            _write(new / name, write)
-        _flush(new)
+        for name, writer in files.items():
+            write(new / name, writer)
+        flush(new)
         new.rename(output)
-    _flush(output.parent)
+    flush(output.parent)
     return output
 
 

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .. import reference
 from ..modules import ReplaceReport
 from ..modules.protocol import LoRALayer
-from ..modules.targets import listed
+from ..modules.selection import listed
 from ..ops import Part
 from .loading import check_shapes, refuse_other_phases
 from .merging import merge_parts

@@ -6,9 +6,10 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 
 from .. import checks
 from ..modules import ReplaceReport, replace_linear
-from ..modules.mixins import unmix
 from ..modules.protocol import LoRALayer, is_lora
+from ..modules.selection import Selection
 from ..modules.targets import find_linears
+from ..modules.unload import unloaded
 from ..ops import Part
 from .merging import tensors_of
 from .schedule import jagged_cosines
@@ -29,7 +30,7 @@ def weights_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
     parts = parts_of(lora_layers(model))
     if parts:
         return {name: part.weight for name, part in parts.items()}
-    report, linears = find_linears(model, lora["target_modules"], lora["exclude_modules"])
+    report, linears = find_linears(model, Selection(lora["target_modules"], lora["exclude_modules"]))
     return {name: linear.weight for name, linear in zip(report.replaced, linears, strict=True)}
 
 
@@ -122,27 +123,12 @@ def unwrap(model: nn.Module, optimizer: Optimizer) -> nn.Module:
 
     The optimizer loses the factors and their states. Returns the model, or what takes its place if it is a layer."""
     layers = lora_layers(model)
-    linears = {id(layer): _linear_of(layer) for layer in layers.values()}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in linears:
-                parent._modules[name] = linears[id(child)]
-        unmix(parent)
+    plain = unloaded(model, layers.values())
     factors = [factor for part in parts_of(layers).values() for factor in (part.A, part.B)]
     _exchange(optimizer, {id(factor): {} for factor in factors})
     for factor in factors:
         optimizer.state.pop(factor, None)
-    return linears.get(id(model), model)
-
-
-def _linear_of(layer: LoRALayer) -> nn.Linear:
-    """On the layer's own tensors, in dense rows."""
-    weight, bias = layer.lora_part().weight, layer.lora_part().bias
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().contiguous())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach())
-    return linear.train(layer.training)
+    return plain
 
 
 def _exchange(optimizer: Optimizer, successors: dict[int, dict[str, Tensor]]) -> None:

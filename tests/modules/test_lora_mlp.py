@@ -94,7 +94,7 @@ def test_the_module_stays_what_it_is(as_one):
     mlp.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({prefix + "more": torch.ones(1)}))
     alone, fused = Holder(copy.deepcopy(mlp)), Holder(mlp)
     kept = {name: value for name, value in vars(mlp).items() if not name.startswith("_")}
-    assert replace_linear(fused, r=2).mlps == ["mlp"]
+    assert replace_linear(fused, r=2, lora_alpha=1.0).mlps == ["mlp"]
     assert fused.mlp is mlp
     assert isinstance(mlp, GatedMLP)
     assert type(mlp).__name__ == "GatedMLP", "libraries find modules by it"
@@ -319,7 +319,7 @@ OTHERS = [
 def test_anything_else_is_left_as_it_is(mlp, training):
     model = Holder(copy.deepcopy(mlp)).train(training)
     before = {name: copy.copy(value) for name, value in vars(model.mlp).items() if name[0] != "_"}
-    report = replace_linear(model, r=2)
+    report = replace_linear(model, r=2, lora_alpha=1.0)
     assert report.mlps == []
     assert not isinstance(model.mlp, LoRAMLP)
     assert type(unmix(model.mlp)) is type(mlp)
@@ -328,7 +328,7 @@ def test_anything_else_is_left_as_it_is(mlp, training):
 
 def test_an_activation_that_is_changed(as_one):
     model = Holder(GatedMLP(nn.GELU("tanh")))
-    replace_linear(model, r=2)
+    replace_linear(model, r=2, lora_alpha=1.0)
     x = torch.randn(3, 16)
     before = model(x)
     model.mlp.act.approximate = "none"
@@ -339,7 +339,7 @@ def test_an_activation_that_is_changed(as_one):
 
 def test_an_argument_of_another_name(as_one):
     model = Holder(GatedMLP())
-    replace_linear(model, r=2)
+    replace_linear(model, r=2, lora_alpha=1.0)
     x = torch.randn(3, 16)
     torch.testing.assert_close(model.mlp(hidden_states=x), model.mlp(x))
     with pytest.raises(TypeError, match="bogus"):
@@ -349,11 +349,11 @@ def test_an_argument_of_another_name(as_one):
 
 def test_partial_replacements_and_later_calls_fuse_nothing_else():
     partial = Holder(GatedMLP())
-    assert replace_linear(partial, r=2, target_modules=["w1", "w3"]).mlps == []
-    assert replace_linear(partial, r=2, target_modules=["w2"]).mlps == []
+    assert replace_linear(partial, r=2, lora_alpha=1.0, target_modules=["w1", "w3"]).mlps == []
+    assert replace_linear(partial, r=2, lora_alpha=1.0, target_modules=["w2"]).mlps == []
     apart = nn.ModuleList([GatedMLP(), GatedMLP()])
-    replace_linear(apart, r=2, target_modules=r"0\..*", fuse="off")
-    assert replace_linear(apart, r=2, target_modules=r"1\..*").mlps == ["1"]
+    replace_linear(apart, r=2, lora_alpha=1.0, target_modules=r"0\..*", fuse="off")
+    assert replace_linear(apart, r=2, lora_alpha=1.0, target_modules=r"1\..*").mlps == ["1"]
 
 
 def test_attention_is_not_traced():
@@ -366,7 +366,7 @@ def test_attention_is_not_traced():
             raise AssertionError("it was called")
 
     model = Holder(Attention())
-    assert replace_linear(model, r=2).mlps == []
+    assert replace_linear(model, r=2, lora_alpha=1.0).mlps == []
 
 
 def test_errors_name_what_does_not_fit():

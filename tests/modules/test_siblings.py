@@ -329,7 +329,7 @@ def test_copies_in_a_way_of_the_class_itself(groups):
         close(twin(x), wanted)
     assert groups == [3] * 3
     rebuilt = Rebuilt()
-    assert replace_linear(nn.Sequential(rebuilt), r=2).groups
+    assert replace_linear(nn.Sequential(rebuilt), r=2, lora_alpha=1.0).groups
     assert type(copy.deepcopy(rebuilt)) is Attention
 
 
@@ -435,8 +435,8 @@ def test_replace_linear_finds_them():
     tokens = torch.randint(40, (2, 7))
     twin = copy.deepcopy(model)
     targets = r".*\.(self_attn|mlp)\..*"
-    report = replace_linear(model, 2, target_modules=targets)
-    apart = replace_linear(twin, 2, target_modules=targets, fuse="off")
+    report = replace_linear(model, 2, lora_alpha=1.0, target_modules=targets)
+    apart = replace_linear(twin, 2, lora_alpha=1.0, target_modules=targets, fuse="off")
     assert (apart.groups, apart.mlps) == ([], [])
     names = [tuple(f"layers.{i}.self_attn.{name}_proj" for name in "qkv") for i in range(2)]
     assert report.groups == names
@@ -457,7 +457,7 @@ def test_only_what_was_replaced_is_together():
     from fused_lora.pretrain.llama import Llama, LlamaConfig
 
     model = Llama(LlamaConfig(16, 24, 1, 2, 40))
-    report = replace_linear(model, 2, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])
+    report = replace_linear(model, 2, lora_alpha=1.0, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])
     assert report.groups == [
         ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"),
         ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"),
@@ -465,7 +465,7 @@ def test_only_what_was_replaced_is_together():
     assert report.mlps == []
     assert isinstance(model.layers[0].self_attn, LoRASiblings)
     with pytest.raises(ValueError, match="fuse must be one of auto, off, got 'on'"):
-        replace_linear(model, 2, target_modules=["k_proj"], fuse="on")
+        replace_linear(model, 2, lora_alpha=1.0, target_modules=["k_proj"], fuse="on")
 
 
 class Told(Attention):

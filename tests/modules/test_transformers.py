@@ -135,7 +135,7 @@ def test_cross_attention_is_two_groups(name, groups):
     targets = ["q_proj", "k_proj", "v_proj"]
     for model, fuse in ((fused, "auto"), (alone, "off")):
         torch.manual_seed(1)
-        for layer in replace_linear(model, r=4, target_modules=targets, fuse=fuse).layers(model):
+        for layer in replace_linear(model, r=4, lora_alpha=1.0, target_modules=targets, fuse=fuse).layers(model):
             torch.nn.init.normal_(layer.lora_B, std=0.1)
     ours, theirs = (model(**inputs, use_cache=False).logits for model in (fused, alone))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -154,7 +154,7 @@ def test_a_block_of_a_diffusers_transformer(groups):
     alone = copy.deepcopy(fused)
     for model, fuse in ((fused, "auto"), (alone, "off")):
         torch.manual_seed(1)
-        report = replace_linear(model, r=4, target_modules=["to_q", "to_k", "to_v"], fuse=fuse)
+        report = replace_linear(model, r=4, lora_alpha=1.0, target_modules=["to_q", "to_k", "to_v"], fuse=fuse)
         for layer in report.layers(model):
             torch.nn.init.normal_(layer.lora_B, std=0.1)
     x, text = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 5, 24)

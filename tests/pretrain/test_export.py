@@ -126,7 +126,7 @@ def test_what_it_refuses(parts, tmp_path, capsys):
 def test_a_folder_that_is_whole_or_not_there(parts, tmp_path, monkeypatch):
     trained(parts, tmp_path / "run", 2)
     seen = []
-    real = export._write
+    real = export.write
 
     def dying(path, write):
         seen.append((tmp_path / "out").exists())
@@ -134,7 +134,7 @@ def test_a_folder_that_is_whole_or_not_there(parts, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(path, write)
 
-    monkeypatch.setattr(export, "_write", dying)
+    monkeypatch.setattr(export, "write", dying)
     with pytest.raises(KeyboardInterrupt):
         export.export(tmp_path / "run", tmp_path / "out")
     assert seen == [False, False, False]

@@ -593,7 +593,7 @@ def test_factors_that_are_not_finite_are_not_merged(ends, value, factor):
 
 def test_an_offloaded_model_is_refused():
     net = Net()
-    replace_linear(net, 3, exclude_modules=["head"])
+    replace_linear(net, 3, lora_alpha=1.0, exclude_modules=["head"])
     accelerate.cpu_offload(net, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"attn\.lora_A is on meta, where nothing trains"):
         ReLoRA(net, torch.optim.AdamW(net.parameters()), **OPTIONS | {"warm_start_steps": 0})

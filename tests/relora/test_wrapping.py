@@ -32,7 +32,7 @@ def test_a_frozen_weight_is_not_trained_unasked(warm_start_steps, held):
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_a_frozen_factor_is_not_begun_anew(part):
     net = Net()
-    replace_linear(net, 3, exclude_modules=["head"])
+    replace_linear(net, 3, lora_alpha=1.0, exclude_modules=["head"])
     getattr(net.mlp, part).requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match=rf"mlp\.{part} is frozen"):

@@ -1,0 +1,63 @@
+"""A folder with adapter_config.json and adapter_model.safetensors, read and written; and the names of the tensors."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import whole_files
+from ..modules.config import CONFIG, parse
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTORS = ("lora_A", "lora_B")
+
+
+def key_of(name: str, which: str) -> str:
+    """Of lora_A's or lora_B's weight, of the layer with a name."""
+    return f"{PREFIX}{name}.{which}.weight"
+
+
+def bias_key_of(name: str, is_adapted: bool) -> str:
+    """Of the bias of a module, the model itself too. PEFT has the linears that it adapts inside layers of its own."""
+    return PREFIX + ".".join(part for part in (name, "base_layer" if is_adapted else "", "bias") if part)
+
+
+def write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Both files, the weights first; a kill leaves those that were there, or these."""
+    library = _safetensors()
+    # Not sort_keys: of the entries of a pattern the first that matches counts.
+    text = json.dumps(dict(sorted(config.items())), indent=2)
+    whole_files.write_together(folder, {
+        WEIGHTS: lambda path: library.save_file(tensors, path, metadata={"format": "pt"}),
+        CONFIG: lambda path: path.write_text(text),
+    })  # fmt: skip
+
+
+def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(all fields of the config, the tensors by keys with PREFIX); ValueError for a folder without both, or damaged."""
+    library = _safetensors()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder with an adapter")
+    with whole_files.files_of(folder) as place:
+        config, weights = parse(place(CONFIG)), place(WEIGHTS)
+        if not weights.exists():
+            raise ValueError(f"{folder} has no {WEIGHTS}, which alone is read here")
+        try:
+            tensors = library.load_file(weights)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ValueError(f"{weights} is damaged: {error}") from None
+    # Where PEFT's layers were put into a model without its PeftModel, names begin with the model's own.
+    is_prefixed = all(key.startswith(PREFIX) for key in tensors)
+    return config, tensors if is_prefixed else {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def _safetensors():
+    """The library, which nothing else here needs."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}: adapters' files need it, pip install 'fused_lora[adapters]'") from None
+    return safetensors.torch

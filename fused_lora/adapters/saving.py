@@ -1,0 +1,64 @@
+"""save_adapter: the LoRALinear layers of a model as an adapter that PEFT loads."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import LoRALinear
+from . import files
+from .config import config_of
+from .layers import bare, layers_of, modules_of
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors of a model's LoRALinear layers into a folder:
+
+        base_model.model.<path>.lora_A.weight (r, K), .lora_B.weight (N, r)    in the factors' own dtype
+
+    and the biases, where those of layers train (bias="lora_only") or a loaded config says so. load_adapter reads it,
+    and so does peft.PeftModel.from_pretrained(base, folder). Ranks and alphas that differ are rank_pattern and
+    alpha_pattern. What a config said that the model was made or loaded by is kept; dropout is the commonest of the
+    layers'. Merged layers are written as well: their factors are what they were.
+
+    Both files are written whole before either is in its place, so that load_adapter finds the adapter that was there or
+    this one whenever the process is killed; another reader, in the moment of the two renames, may find one of each. All
+    ranks of a data parallel run may call this. Other files of the folder stay.
+
+    Warns of parameters that train and are no part of an adapter. Raises ValueError for a model without LoRALinear
+    layers or with both kinds of use_rslora, ValueError or TypeError for factors that are offloaded or sharded, and
+    ImportError without safetensors.
+    """
+    model = bare(model)
+    layers = layers_of(model)
+    if not layers:
+        raise ValueError("model has no LoRALinear layers: replace_linear makes them, and a PeftModel saves its own")
+    modules = modules_of(model)
+    config = config_of(model, layers, modules.keys() - {""})
+    tensors = {
+        files.key_of(name, which): getattr(layer, which) for name, layer in layers.items() for which in files.FACTORS
+    }
+    tensors |= _biases({"none": {}, "lora_only": layers, "all": modules}[config["bias"]], layers)
+    _warn_of_others(model, tensors)
+    # Clones share no memory, which safetensors would refuse.
+    dense = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    files.write(Path(folder), config, dense)
+
+
+def _biases(modules: dict[str, nn.Module], layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
+    """Those of modules, as PEFT writes them."""
+    biases = {name: module._parameters.get("bias") for name, module in modules.items()}
+    return {files.bias_key_of(name, name in layers): bias for name, bias in biases.items() if bias is not None}
+
+
+def _warn_of_others(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    written = {id(tensor) for tensor in tensors.values()}
+    others = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in written]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        warnings.warn(
+            f"an adapter does not hold {', '.join(others[:3])}{more}, which train: save them too, or freeze them",
+            stacklevel=3,
+        )

@@ -1,0 +1,85 @@
+"""Files that are there whole or not at all, whenever the process is killed; and several in one folder, all together.
+
+A rename replaces one file at once; there is none for several. So the new files are first made whole in a folder of
+their own, and one rename of that folder decides: from then on they are what is read, wherever they still lie. After it
+they move to their places, and what a killed process left to move, the next one moves.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+BEGUN, DECIDED = ".being-written", ".written"
+
+
+def write(path: Path, write: Callable[[Path], object]) -> None:
+    """A new file by `write`, which gets its path, on the disk when this returns, and as readable as other new files."""
+    path.touch()
+    allowed = path.stat().st_mode
+    write(path)
+    path.chmod(allowed)  # safetensors makes files that only their owner reads
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """To the disk; of a folder, the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_together(folder: Path, files: dict[str, Callable[[Path], object]]) -> None:
+    """Puts files into a folder, which is made where it is missing; others in it stay. If writing fails, nothing is
+    changed. Who reads without files_of sees the files move, one after another, in the last moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _settle(folder)
+        begun = folder / BEGUN
+        shutil.rmtree(begun, ignore_errors=True)  # a killed process's: others would hold the lock
+        try:
+            begun.mkdir()
+            for name, writer in files.items():
+                write(begun / name, writer)
+            flush(begun)
+        except BaseException:
+            shutil.rmtree(begun, ignore_errors=True)
+            raise
+        begun.rename(folder / DECIDED)
+        flush(folder)
+        _settle(folder)
+
+
+@contextmanager
+def files_of(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Where the file of a name lies, for as long as the block lasts. The folder is only read."""
+    with _locked(folder, shared=True):
+        yield lambda name: path if (path := folder / DECIDED / name).exists() else folder / name
+
+
+def _settle(folder: Path) -> None:
+    """Moves what has been decided to its place."""
+    decided = folder / DECIDED
+    if not decided.exists():
+        return
+    for path in sorted(decided.iterdir()):
+        path.replace(folder / path.name)
+    flush(folder)
+    decided.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Alone in a folder, or with others that read too; the lock ends with the process."""
+    import fcntl  # not everywhere where the package can be imported
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks, where two that write at once disturb each other
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
