@@ -108,11 +108,16 @@ def gain_backward_ref(dy, y, bias, gain):
 
 
 def row_norms_ref(weight, A, B, scale):
-    """The Euclidean norms of the rows of W + scale B A, (N,) in at least float32; factors as kernels read them, in W's
-    dtype."""
+    """The Euclidean norms of the rows of W + scale B A, (N,) in at least float32, and as large as can be divided by;
+    factors as kernels read them, in W's dtype."""
     compute = _compute_dtype(weight.dtype)
     low, up = A.to(weight.dtype).to(compute), B.to(weight.dtype).to(compute)
-    return torch.linalg.vector_norm(weight.to(compute) + scale.to(compute) * (up @ low), dim=1)
+    norms = torch.linalg.vector_norm(weight.to(compute) + scale.to(compute) * (up @ low), dim=1)
+    return norms.clamp(min=SMALLEST_NORM)
+
+
+# The smallest normal number of float32.
+SMALLEST_NORM = 2.0**-126
 
 
 def dxa_ref(dy, B, scale):

@@ -38,10 +38,12 @@ def config_of(model: nn.Module, layers: dict[str, LoRALinear], names: Iterable[s
 
 def _scales(given: dict, layers: dict[str, LoRALinear]) -> dict:
     """The fields that give each layer its rank and its scale."""
-    stabilised = {layer.use_rslora for layer in layers.values()}
-    if len(stabilised) > 1:
-        raise ValueError("use_rslora must be the same for all layers of an adapter, got both")
-    fields = {"use_rslora": stabilised.pop()}
+    fields = {}
+    for name in ("use_rslora", "use_dora"):
+        found = {getattr(layer, name) for layer in layers.values()}
+        if len(found) > 1:
+            raise ValueError(f"{name} must be the same for all layers of an adapter, got both")
+        fields[name] = found.pop()
     asked = served(given)
     if all(asked.of(name) == (layer.r, layer.lora_alpha) for name, layer in layers.items()):
         return fields | {"r": asked.r, "lora_alpha": asked.lora_alpha}

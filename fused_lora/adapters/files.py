@@ -10,12 +10,17 @@ from ..modules.config import CONFIG, parse
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-FACTORS = ("lora_A", "lora_B")
+FACTORS, MAGNITUDES = ("lora_A", "lora_B"), "lora_magnitude_vector"
 
 
 def key_of(name: str, which: str) -> str:
-    """Of lora_A's or lora_B's weight, of the layer with a name."""
-    return f"{PREFIX}{name}.{which}.weight"
+    """Of a factor or the magnitudes, of the layer with a name."""
+    return f"{PREFIX}{name}.{which}" + ("" if which == MAGNITUDES else ".weight")
+
+
+def tensors_of(use_dora: bool) -> tuple[str, ...]:
+    """Those that a layer has in a file, as it calls them too."""
+    return (*FACTORS, MAGNITUDES) if use_dora else FACTORS
 
 
 def bias_key_of(name: str, is_adapted: bool) -> str:

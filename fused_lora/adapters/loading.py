@@ -18,15 +18,15 @@ from ..modules.targets import find_linears
 from . import files
 from .layers import bare, layers_of, modules_of
 
-FACTOR = re.compile(re.escape(files.PREFIX) + r"(.+)\.(lora_A|lora_B)\.weight")
+FACTOR = re.compile(re.escape(files.PREFIX) + r"(.+)\.(?:(lora_A|lora_B)\.weight|(lora_magnitude_vector))")
 BIAS = re.compile(re.escape(files.PREFIX) + r"(?:(.+?)(?:\.base_layer)?\.)?bias")
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport | None:
     """Reads adapter_config.json and adapter_model.safetensors, of save_adapter or of PEFT, into a model.
 
-        base_model.model.<path>.lora_A.weight (r, K), .lora_B.weight (N, r), and biases where the file has them; from an
-        injected model also without base_model.model.
+        base_model.model.<path>.lora_A.weight (r, K), .lora_B.weight (N, r), of DoRA .lora_magnitude_vector (N,), and
+        biases where the file has them; from an injected model also without base_model.model.
 
     A model without LoRALinear layers gets them where the file has factors, with the config's dropout, all but the
     update frozen, and factors in a dtype that holds the file's and the weights'; the report of that is returned. A
@@ -35,13 +35,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
     save_adapter.
 
     Raises ValueError, with nothing changed, for a folder without both files, a config with fields that are not served
-    (use_dora, lora_bias, modules_to_save, and so on), merged layers, and, in one error that lists them all, for keys
+    (lora_bias, modules_to_save, and so on), merged layers, and, in one error that lists them all, for keys
     that are missing or unexpected and tensors of other shapes than the model's; ImportError without safetensors.
     """
     model = bare(model)
     given, tensors = files.read(Path(folder))
     config = served(given)
-    factors, biases, errors = _sorted(tensors)
+    factors, biases, errors = _sorted(tensors, config.use_dora)
     layers, report = layers_of(model), None
     if not layers:
         errors += _replacing_errors(model, config, factors)
@@ -60,21 +60,25 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
     return report
 
 
-def _sorted(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """(factors by layer and by lora_A and lora_B, biases by module, what is neither, in words)."""
+def _sorted(
+    tensors: dict[str, Tensor], use_dora: bool
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """(factors and magnitudes by layer and by their names there, biases by module, what is neither, in words)."""
     factors, biases, errors = {}, {}, []
     for key, tensor in tensors.items():
         factor, bias = FACTOR.fullmatch(key), BIAS.fullmatch(key)
         if not checks.computes_in(tensor.dtype):
             errors.append(f"{key} is {tensor.dtype}")
         elif factor:
-            factors.setdefault(factor[1], {})[factor[2]] = tensor
+            factors.setdefault(factor[1], {})[factor[2] or factor[3]] = tensor
         elif bias:
             biases[bias[1] or ""] = tensor
         else:
             errors.append(f"unexpected {key}")
     for name, pair in factors.items():
-        errors += [f"missing {files.key_of(name, which)}" for which in files.FACTORS if which not in pair]
+        wanted = files.tensors_of(use_dora)
+        errors += [f"missing {files.key_of(name, which)}" for which in wanted if which not in pair]
+        errors += [f"unexpected {files.key_of(name, which)}" for which in pair if which not in wanted]
     return factors, biases, errors
 
 
@@ -82,13 +86,15 @@ def _layer_errors(layers: dict[str, LoRALinear], config: LoRAConfig, factors: di
     """What of a file does not fit layers."""
     errors = [f"{name} is merged: unmerge_() it first" for name, layer in layers.items() if layer.merged]
     for name in sorted(layers.keys() - factors.keys()):
-        errors += [f"missing {files.key_of(name, which)}" for which in files.FACTORS]
+        errors += [f"missing {files.key_of(name, which)}" for which in files.tensors_of(config.use_dora)]
     for name, pair in factors.items():
         if name not in layers:
             errors.append(f"unexpected {', '.join(files.key_of(name, which) for which in pair)}: no LoRALinear there")
             continue
         layer = layers[name]
         errors += _shape_errors(name, pair, layer.r, layer.weight.shape)
+        if config.use_dora != layer.use_dora:
+            errors.append(f"{name} has use_dora={layer.use_dora}, the config says use_dora={config.use_dora}")
         if config.of(name)[0] != layer.r:
             errors.append(f"{name} has r={layer.r}, the config says r={config.of(name)[0]}")
     return errors
@@ -113,7 +119,7 @@ def _replacing_errors(model: nn.Module, config: LoRAConfig, factors: dict) -> li
 
 
 def _shape_errors(name: str, pair: dict[str, Tensor], r: int, weight: torch.Size) -> list[str]:
-    wanted = {"lora_A": (r, weight[1]), "lora_B": (weight[0], r)}
+    wanted = {"lora_A": (r, weight[1]), "lora_B": (weight[0], r), files.MAGNITUDES: (weight[0],)}
     return [
         f"{files.key_of(name, which)} has the shape {tuple(tensor.shape)}, the model {wanted[which]}"
         for which, tensor in pair.items()
@@ -159,7 +165,7 @@ def _of_any(names, pattern: dict) -> dict:
 @torch.no_grad()
 def _copy(layers: dict[str, LoRALinear], factors: dict[str, dict[str, Tensor]], biases: dict[Tensor, Tensor]) -> None:
     for name, layer in layers.items():
-        layer.lora_A.copy_(factors[name]["lora_A"])
-        layer.lora_B.copy_(factors[name]["lora_B"])
+        for which, tensor in factors[name].items():
+            getattr(layer, which).copy_(tensor)
     for parameter, tensor in biases.items():
         parameter.copy_(tensor)

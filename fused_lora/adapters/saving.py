@@ -17,6 +17,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Writes adapter_config.json and adapter_model.safetensors of a model's LoRALinear layers into a folder:
 
         base_model.model.<path>.lora_A.weight (r, K), .lora_B.weight (N, r)    in the factors' own dtype
+                               .lora_magnitude_vector (N,)                     of DoRA
 
     and the biases, where those of layers train (bias="lora_only") or a loaded config says so. load_adapter reads it,
     and so does peft.PeftModel.from_pretrained(base, folder). Ranks and alphas that differ are rank_pattern and
@@ -38,7 +39,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     modules = modules_of(model)
     config = config_of(model, layers, modules.keys() - {""})
     tensors = {
-        files.key_of(name, which): getattr(layer, which) for name, layer in layers.items() for which in files.FACTORS
+        files.key_of(name, which): getattr(layer, which)
+        for name, layer in layers.items()
+        for which in files.tensors_of(layer.use_dora)
     }
     tensors |= _biases({"none": {}, "lora_only": layers, "all": modules}[config["bias"]], layers)
     _warn_of_others(model, tensors)

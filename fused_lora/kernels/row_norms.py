@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference import SMALLEST_NORM
 from .launch import Layout, Plan, planned, pointers_aligned
 from .primitives import accumulate, load_tile
 from .tiles import Gpu, rank_block
@@ -22,7 +23,7 @@ def row_norms_kernel(
     N, K, R,
     stride_weight_row, stride_weight_col, stride_A_row, stride_A_col, stride_B_row, stride_B_col,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE_STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SMALLEST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Where one step holds all of r there is one loop, whose loads Triton issues ahead."""
     row = tl.program_id(0) * BLOCK_N
@@ -43,7 +44,7 @@ def row_norms_kernel(
         entries = own.to(tl.float32) + scale * update  # beyond K both are zero
         squares += entries * entries
     offs = row + tl.arange(0, BLOCK_N)
-    tl.store(norms + offs, tl.sqrt(tl.sum(squares, 1)), mask=offs < N)
+    tl.store(norms + offs, tl.maximum(tl.sqrt(tl.sum(squares, 1)), SMALLEST), mask=offs < N)
 
 
 def row_norms(weight, A, B, scale, gpu: Gpu):
@@ -62,8 +63,8 @@ def _plan(weight: Layout, A: Layout, B: Layout, gpu: Gpu) -> Plan:
         row_norms_kernel,
         (ceil(weight.rows / BLOCK_N), 1, 1),
         dict(
-            BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=block_r, ONE_STEP=A.rows <= block_r, PRECISION="ieee",
-            num_warps=4, num_stages=3,
+            BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=block_r, ONE_STEP=A.rows <= block_r, SMALLEST=SMALLEST_NORM,
+            PRECISION="ieee", num_warps=4, num_stages=3,
         ),
         sizes=(weight.rows, weight.cols, A.rows, *weight.strides, *A.strides, *B.strides),
     )  # fmt: skip

@@ -17,7 +17,7 @@ CONFIG = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
 # What these ask for changes the mathematics, or adapts more than linears: nothing here computes it.
 UNSERVED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
+    "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
     "monteclora_config", "megatron_config", "ensure_weight_tying",
 )  # fmt: skip
@@ -39,6 +39,7 @@ class LoRAConfig:
     exclude_modules: str | list[str] | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     bias: str = "none"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)

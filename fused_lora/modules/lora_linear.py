@@ -10,11 +10,11 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .. import checks, ops, padding
 from . import hooks, siblings
-from .loading import MATRICES, loading_errors
-from .scaled import Scaled
+from .loading import loading_errors
+from .merging import Merging
 
 
-class LoRALinear(Scaled):
+class LoRALinear(Merging):
     """y = x W^T + scale dropout(x) A^T B^T + bias with W and bias frozen: nn.Linear plus a trainable update of rank r.
 
         weight (N, K), bias (N,)    as nn.Linear's, under its names, requires_grad False
@@ -24,8 +24,12 @@ class LoRALinear(Scaled):
     scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. lora_A starts kaiming-uniform (a = sqrt 5) and
     lora_B zero, so a new layer computes what the linear did. lora_dropout acts on the update's input in training.
     While merged, forward is the plain linear on the merged weight, and state_dict holds that weight and says so: its
-    `_extra_state` is merged, as a bool tensor. Where it is absent, from an nn.Linear or an earlier version, a loaded
-    weight counts as not merged.
+    `_extra_state` is merged, as a bool tensor (of DoRA the gain that the weight was merged with). Where it is absent,
+    from an nn.Linear or an earlier version, a loaded weight counts as not merged.
+
+    use_dora: y = gain (x W^T + scale dropout(x) A^T B^T) + bias, gain = lora_magnitude_vector / |W + scale B A| of each
+    row, whose gradient passes to lora_magnitude_vector (N,) alone; it starts as the norms. PEFT, with dropout in
+    training, applies W to the dropped x as well; here the frozen part is never dropped.
 
     On a GPU, a 16-bit weight with in_features that are no multiple of 8 lies in padded rows: a view of the same shape,
     which safetensors wants .contiguous(). pad_rows=False leaves it dense, as FSDP needs it; the default pads it where
@@ -33,7 +37,8 @@ class LoRALinear(Scaled):
     load_state_dict(assign=True), until the dict is gone and the layer is moved.
 
     Raises ValueError or TypeError naming the argument.
-    LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024,
+    arXiv:2402.09353.
     """
 
     pads_rows = True  # of layers that were pickled before there was the choice
@@ -51,6 +56,7 @@ class LoRALinear(Scaled):
         dtype=None,
         lora_dtype=None,
         pad_rows: bool | None = None,
+        use_dora: bool = False,
     ):
         checks.check_probability("lora_dropout", lora_dropout)
         if lora_dtype is not None:
@@ -59,7 +65,6 @@ class LoRALinear(Scaled):
         self.in_features = in_features
         self.out_features = out_features
         self.lora_dropout = lora_dropout
-        self.merged = False
         self.pads_rows = padding.by_default() if pad_rows is None else pad_rows
         like = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight = like.weight.requires_grad_(False)
@@ -67,6 +72,7 @@ class LoRALinear(Scaled):
         factor = dict(device=self.weight.device, dtype=lora_dtype or self.weight.dtype)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, **factor))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, **factor))
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, **factor)) if use_dora else None
         self.reset_lora_parameters()
         self._settle()
 
@@ -86,14 +92,6 @@ class LoRALinear(Scaled):
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
         new._settle()
         return new
-
-    def get_extra_state(self) -> Tensor:
-        """merged, for state dicts: a weight means nothing without it."""
-        return torch.tensor(self.merged, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """As get_extra_state gave it."""
-        self.merged = bool(state)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -122,6 +120,8 @@ class LoRALinear(Scaled):
             raise RuntimeError("lora_A and lora_B cannot begin anew while they are merged: call unmerge_() first")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.use_dora:
+            self.lora_magnitude_vector.copy_(ops.row_norms(self.weight, self.lora_A, self.lora_B, self.scale))
 
     @classmethod
     def from_linear(
@@ -134,30 +134,34 @@ class LoRALinear(Scaled):
         lora_dtype=None,
         train_bias: bool = False,
         pad_rows: bool | None = None,
+        use_dora: bool = False,
     ) -> "LoRALinear":
         """A LoRALinear on the linear's own parameters, which it freezes, the bias unless train_bias.
 
         Nothing is copied, but where a weight moves to padded rows.
         """
         checks.check_base(linear)
-        layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows)
+        layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora)
         layer.take_base(train_bias)
         return layer
 
     @classmethod
-    def beside(cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows) -> "LoRALinear":
+    def beside(
+        cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora
+    ) -> "LoRALinear":
         """from_linear without take_base: what can fail, before anything of the linear is changed."""
         checks.check_matrix("linear.weight", linear.weight)
         with torch.device("meta"):
             layer = cls(
                 linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, linear.bias is not None,
-                use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype, pad_rows=pad_rows,
+                use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype, pad_rows=pad_rows, use_dora=use_dora,
             )  # fmt: skip
         # Only the factors are allocated: a to_empty() would hold a second weight for a moment.
         device = linear.weight.device
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=device))
-        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=device))
+        for name, factor in list(layer.named_parameters()):
+            if factor.is_meta and name.startswith("lora_"):
+                setattr(layer, name, nn.Parameter(torch.empty_like(factor, device=device)))
         layer.reset_lora_parameters()
         return layer.train(linear.training)
 
@@ -182,7 +186,8 @@ class LoRALinear(Scaled):
                 return y
         weight, p = self.weight, self.lora_dropout if self.training else 0.0
         scale = self._scale_beside(weight)
-        return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, scale, p)
+        gain = self._gain(scale) if self.use_dora else None
+        return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, scale, p, None, gain)
 
     def _traced(self, input: fx.Proxy) -> fx.Proxy:
         """A call of the whole layer, as fx.symbolic_trace makes of nn.Linear."""
@@ -200,10 +205,16 @@ class LoRALinear(Scaled):
 
     def lora_part(self) -> ops.Part:
         """What the layer adds to a pass that it shares with others."""
+        part = self._part()
+        return part._replace(gain=self._gain(part.scale)) if self.use_dora else part
+
+    def lora_sources(self) -> tuple:
+        """All that its part is made of."""
+        return (*self._part(), self.lora_magnitude_vector)
+
+    def _part(self) -> ops.Part:
         weight = self.weight
         return ops.Part(weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight))
-
-    lora_sources = lora_part
 
     @property
     def dropping(self) -> float:
@@ -223,69 +234,11 @@ class LoRALinear(Scaled):
         trains = part.weight.requires_grad and torch.is_grad_enabled()
         return "its weight requires gradients" if trains else part
 
-    def merge_(self) -> "LoRALinear":
-        """weight += scale B A in place; forward is then a plain linear.
-
-        The factors have no gradients meanwhile. Raises RuntimeError if merged already, ValueError for a factor that is
-        not finite (it could not be taken out) and for tensors that are offloaded, TypeError for sharded ones.
-        """
-        if self.merged:
-            raise RuntimeError("the update is already merged")
-        self.check_mergeable()
-        ops.merge_(self.weight, self.lora_A, self.lora_B, self.scale)
-        self.merged = True
-        return self
-
-    def unmerge_(self) -> "LoRALinear":
-        """weight -= scale B A in place. Exact in float64 and float32 up to their rounding; in 16 bits each entry comes
-        back to within one unit in the last place of the larger of its two values. Raises as merge_ does."""
-        if not self.merged:
-            raise RuntimeError("the update is not merged")
-        self.check_mergeable()
-        ops.merge_(self.weight, self.lora_A, self.lora_B, -self.scale)
-        self.merged = False
-        return self
-
-    def check_mergeable(self) -> None:
-        """Raises what merge_ does of the tensors as they are."""
-        self._check_at_hand()
-        checks.check_own("weight", self.weight)
-        self._check_finite()
-
-    def _check_at_hand(self) -> None:
-        for name in MATRICES:
-            checks.check_at_hand(name, getattr(self, name))
-
-    def _check_finite(self) -> None:
-        """Waits for the device once, but in a CUDA graph, which cannot."""
-        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        finite = torch.stack([self.lora_A.isfinite().all(), self.lora_B.isfinite().all()]).tolist()
-        for name, is_finite in zip(("lora_A", "lora_B"), finite, strict=True):
-            if not is_finite:
-                raise ValueError(f"{name} must be finite to be merged, got an infinity or a NaN")
-
-    def to_linear(self) -> nn.Linear:
-        """A new nn.Linear with the merged weight and a copy of the bias, which train; this layer stays as it is.
-
-        Raises ValueError or TypeError as merge_ does.
-        """
-        self._check_at_hand()
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
-        )
-        linear.weight = nn.Parameter(self.weight.detach().clone())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        if not self.merged:
-            self._check_finite()
-            ops.merge_(linear.weight, self.lora_A, self.lora_B, self.scale)
-        return linear.train(self.training)
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
             + (", use_rslora=True" if self.use_rslora else "")
+            + (", use_dora=True" if self.use_dora else "")
             + (", merged" if self.merged else "")
         )

@@ -31,6 +31,7 @@ def replace_linear(
     freeze: bool = False,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
+    use_dora: bool = False,
     config=None,
 ) -> ReplaceReport:
     """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
@@ -45,6 +46,8 @@ def replace_linear(
     rank_pattern and alpha_pattern give r and lora_alpha of layers by a regular expression for their name or the last
     parts of it, as PEFT has them: {"down_proj": 4, "^model.layers.0.mlp.up_proj": 2}. lora_alpha left out is 1.0, with
     a warning: scale is then 1 / r, where PEFT's lora_alpha is 8.
+
+    use_dora gives each row a length of its own, as LoRALinear says.
 
     config says all that in the place of these arguments: a LoraConfig of PEFT, a folder with an adapter_config.json, or
     such a dict, taken as PEFT takes it (bias="all" lets every bias of the model require gradients). What else it holds
@@ -69,7 +72,7 @@ def replace_linear(
     """
     asked = {
         "r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, "exclude_modules": exclude_modules,
-        "lora_dropout": lora_dropout, "use_rslora": use_rslora, "rank_pattern": rank_pattern,
+        "lora_dropout": lora_dropout, "use_rslora": use_rslora, "use_dora": use_dora, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern, "bias": "lora_only" if train_bias else "none",
     }  # fmt: skip
     if config is None:
@@ -77,7 +80,7 @@ def replace_linear(
             asked["lora_alpha"] = 1.0
             warnings.warn("lora_alpha was left out, and is 1.0: scale is 1 / r (PEFT's default is 8)", stacklevel=2)
         return convert(model, LoRAConfig(**asked), lora_dtype, fuse, pad_rows, freeze)
-    unset = {"lora_dropout": 0.0, "use_rslora": False, "bias": "none"}
+    unset = {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "bias": "none"}
     beside = [name for name, value in asked.items() if value != unset.get(name)]
     if beside:
         names = ", ".join("train_bias" if name == "bias" else name for name in beside)
@@ -106,7 +109,7 @@ def convert(
     # Everything that can fail comes before the first change.
     layers = {
         id(linear): LoRALinear.beside(
-            linear, *config.of(name), config.lora_dropout, config.use_rslora, lora_dtype, pad_rows
+            linear, *config.of(name), config.lora_dropout, config.use_rslora, lora_dtype, pad_rows, config.use_dora
         )
         for name, linear in zip(report.replaced, targets, strict=True)
     }

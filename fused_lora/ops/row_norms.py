@@ -24,7 +24,8 @@ define(
 
 
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """|W + scale B A| of each row, (N,) in float32 (float64 beside float64); W is read once, and no sum is stored.
+    """|W + scale B A| of each row, (N,) in float32 (float64 beside float64), 2^-126 where it is less: one can divide by
+    them. W is read once, and no sum is stored.
 
         weight (N, K)   A (r, K), B (N, r) in any floating dtype, read in weight's   scale as Part's, a tensor
 

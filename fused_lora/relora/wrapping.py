@@ -54,6 +54,8 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged: unmerge_() it first")
+        if layer.lora_part().gain is not None:
+            raise ValueError(f"{name} is DoRA, whose gain a restart would leave behind: ReLoRA merges plain updates")
         for what, tensor in tensors_of(name, layer.lora_part()).items():
             checks.check_own(what, tensor)
             check_rows(what, tensor)

@@ -216,7 +216,7 @@ def test_another_base(base, words, tmp_path):
 
 
 FIELDS = {
-    "use_dora": True, "lora_bias": True, "layer_replication": [[0, 1]], "modules_to_save": ["out"],
+    "lora_bias": True, "layer_replication": [[0, 1]], "modules_to_save": ["out"],
     "alora_invocation_tokens": [1], "trainable_token_indices": [3], "target_parameters": ["x"], "use_qalora": True,
     "init_lora_weights": "pissa_niter_4", "peft_type": "IA3",
 }  # fmt: skip
@@ -233,8 +233,8 @@ def test_fields_that_are_not_served(name, tmp_path):
 
 
 def test_the_error_lists_all_such_fields(tmp_path):
-    damaged(tmp_path, use_dora=True, modules_to_save=["out"])
-    with pytest.raises(ValueError, match=r"use_dora=True, modules_to_save=\['out'\]"):
+    damaged(tmp_path, lora_bias=True, modules_to_save=["out"])
+    with pytest.raises(ValueError, match=r"lora_bias=True, modules_to_save=\['out'\]"):
         load_adapter(net(), tmp_path)
 
 

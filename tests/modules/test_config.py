@@ -143,7 +143,7 @@ def test_all_linear_of_hugging_faces_models(name, task):
 
 
 UNSERVED = {
-    "use_dora": True, "lora_bias": True, "modules_to_save": ["score"], "layer_replication": [(0, 2)],
+    "lora_bias": True, "modules_to_save": ["score"], "layer_replication": [(0, 2)],
     "trainable_token_indices": [1], "target_parameters": ["embed.weight"], "alora_invocation_tokens": [1],
     "init_lora_weights": "gaussian", "ensure_weight_tying": True,
 }  # fmt: skip

@@ -2,17 +2,20 @@
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ... import checks, ops
 from ...modules import hooks, siblings
+from ...modules.magnitudes import gain
 from ...modules.mixins import Mixin
 from ...modules.scaled import scale_beside
 
 # Modules that a layer holds and a kernel computes for, by the forwards that they are known for.
 BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 FACTORS = {nn.Linear: nn.Linear.forward}
+DORA = {DoraLinearLayer: DoraLinearLayer.forward}
 DROPOUTS = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
 
 Adapter = tuple[nn.Module, nn.Module, str, float]  # lora_A, lora_B, its name, by which probability it drops now
@@ -21,7 +24,7 @@ Adapter = tuple[nn.Module, nn.Module, str, float]  # lora_A, lora_B, its name, b
 class AcceleratedLinear(Mixin):
     """A peft.tuners.lora.Linear whose forward is ops.lora_linear wherever that gives the same:
 
-        y = x W^T + sum over active adapters of scaling dropout(x) A^T B^T + bias
+        y = gain (x W^T + sum over active adapters of scaling dropout(x) A^T B^T) + bias, gain 1 but for DoRA
 
     Its children, parameters and attributes are PEFT's, and so are its other methods. In every call _active decides:
     what it has a word for is computed by the forward that PEFT gave the class. Where several adapters are active,
@@ -39,8 +42,8 @@ class AcceleratedLinear(Mixin):
             y = siblings.output(self, x)
             if y is not None:
                 return y
-        weight, A, B, bias, scale, _ = self._part(adapters)
-        return ops.lora_linear(x, weight, A, B, bias, scale, adapters[0][-1])
+        weight, A, B, bias, scale, _, gain = self._part(adapters)
+        return ops.lora_linear(x, weight, A, B, bias, scale, adapters[0][-1], None, gain)
 
     # What modules/protocol.py asks of any layer. `merged` is PEFT's.
 
@@ -68,7 +71,7 @@ class AcceleratedLinear(Mixin):
         for name in self._names():
             B = modules["lora_B"]._modules[name]
             found += parameter(modules["lora_A"]._modules[name], "weight"), parameter(B, "weight")
-            found += parameter(B, "bias"), self.scaling[name]
+            found += parameter(B, "bias"), self.scaling[name], self._magnitudes(name)
         return tuple(found)
 
     def why_not(self) -> str | None:
@@ -128,16 +131,41 @@ class AcceleratedLinear(Mixin):
         """What else than LoRA an active adapter is, or that PEFT computes in dtypes of its own."""
         variants = self.__dict__.get("lora_variant", ())  # PEFT before 0.16 has use_dora alone
         for name in names:
-            if name in variants or self.use_dora.get(name):
-                kind = "DoRA" if self.use_dora.get(name) else type(variants[name]).__name__
-                return f"adapter {name} is no plain LoRA but {kind}"
+            if self.use_dora.get(name):
+                reason = self._dora_obstacle(name, len(names))
+                if reason is not None:
+                    return f"adapter {name} is DoRA, and {reason}"
+            elif name in variants:
+                return f"adapter {name} is no plain LoRA but {type(variants[name]).__name__}"
         return None if self.cast_input_dtype_enabled else "PEFT was told not to cast its input"
+
+    def _dora_obstacle(self, name: str, active: int) -> str | None:
+        """Why DoRA's gain of a sum is not what PEFT computes."""
+        if active > 1:
+            return "others are active beside it"
+        if self._dropping(name):
+            return "PEFT drops what its base reads too"
+        dora = self._modules["lora_magnitude_vector"]._modules[name]
+        return hooks.why_not_known(dora, DORA) or _weight_obstacle(parameter(dora, "weight"))
+
+    def _magnitudes(self, name: str) -> Tensor | None:
+        """Of an adapter that is DoRA."""
+        if not self.use_dora.get(name):
+            return None
+        return parameter(self._modules["lora_magnitude_vector"]._modules[name], "weight")
 
     def _part(self, adapters: list[Adapter]) -> ops.Part:
         weight, bias = self.frozen_weight, parameter(self._modules["base_layer"], "bias")
         A, B, name, _ = adapters[0]
         if len(adapters) == 1 and parameter(B, "bias") is None:
-            return ops.Part(weight, parameter(A, "weight"), parameter(B, "weight"), bias, self._scale(name, weight))
+            A, B, scale, magnitudes = (
+                parameter(A, "weight"),
+                parameter(B, "weight"),
+                self._scale(name, weight),
+                self._magnitudes(name),
+            )
+            gains = None if magnitudes is None else gain(magnitudes, weight, A, B, scale)
+            return ops.Part(weight, A, B, bias, scale, None, gains)
         scales = [self._scale(name, weight) for _, _, name, _ in adapters]
         for (_, B, *_), scale in zip(adapters, scales, strict=True):
             own = parameter(B, "bias")

@@ -33,11 +33,13 @@ def config_of(**options) -> peft.LoraConfig:
 
 
 def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
-    """B and its bias away from zero."""
+    """B and its bias away from zero, and DoRA's magnitudes from the norms."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3
+        if "magnitude" in name:
+            parameter.data *= 0.5 + torch.rand(parameter.shape, generator=generator).to(parameter)
     return model
 
 

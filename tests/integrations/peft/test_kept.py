@@ -53,8 +53,20 @@ def merge(model):
 
 
 def add_dora(model):
-    model.add_adapter("dora", config_of(use_dora=True))
+    """With dropout PEFT applies the base to the dropped input as well."""
+    model.add_adapter("dora", config_of(use_dora=True, lora_dropout=0.5))
     randomised(model.double()).set_adapter("dora")
+
+
+def add_dora_beside(model):
+    model.add_adapter("dora", config_of(use_dora=True))
+    randomised(model.double()).base_model.set_adapter(["default", "dora"])
+
+
+def add_another_variant(model):
+    config = config_of(velora_config=peft.VeloraConfig())
+    model.add_adapter("velora", config)
+    randomised(model.double()).set_adapter("velora")
 
 
 def activate_two_that_drop(model):
@@ -90,7 +102,9 @@ def exchange_factor(model):
 CHANGES = {
     disable: "its adapters are disabled",
     merge: "merged: default",
-    add_dora: "adapter dora is no plain LoRA but DoRA",
+    add_dora: "adapter dora is DoRA, and PEFT drops what its base reads too",
+    add_dora_beside: "adapter dora is DoRA, and others are active beside it",
+    add_another_variant: "adapter velora is no plain LoRA but VeloraLinearVariant",
     activate_two_that_drop: "each drops by a mask of its own",
     train_base: "its base cannot be passed over: its weight requires gradients",
     not_cast: "not to cast its input",

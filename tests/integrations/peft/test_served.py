@@ -26,6 +26,8 @@ CONFIGURATIONS = {
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
     "orthogonal": {"init_lora_weights": "orthogonal", "r": 2},
+    "DoRA": {"use_dora": True},
+    "DoRA, rank-stabilised": {"use_dora": True, "use_rslora": True, "bias": "all"},
 }
 
 
@@ -46,6 +48,33 @@ def check(model, alone, x=None, served=2, tolerance=1e-12):
 def test_a_configuration(options, alone):
     model = net(torch.float32, **options).double()  # some beginnings are not made in float64
     check(model, alone, served=len(options.get("target_modules", "12")))
+
+
+def test_dora_with_dropout_in_evaluation(alone):
+    check(net(use_dora=True, lora_dropout=0.5).eval(), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_in_dtypes(dtype, alone):
+    check(net(dtype, torch.float32, use_dora=True), alone, x_of(dtype), tolerance=TOLERANCE[dtype])
+
+
+def test_dora_of_a_base_stored_the_other_way(alone):
+    model = language_model(GPT2, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
+    ids = torch.randint(0, 32, (2, 5))
+    wanted = results(model, ids)
+    assert len(accelerate(model).served) == 2
+    assert_same(results(model, ids), wanted, 1e-10)
+    assert len(alone) == 2
+
+
+def test_dora_in_groups_and_mlps(groups, as_one):
+    model = language_model(LLAMA, use_dora=True)
+    ids = torch.randint(0, 32, (2, 5))
+    wanted = results(model, ids)
+    accelerate(model)
+    assert_same(results(model, ids), wanted, 1e-10)
+    assert (groups, len(as_one)) == ([3, 3], 2)
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32 factors", "factors of the base's dtype"])

@@ -1,0 +1,126 @@
+"""Merging: the update in the weight, and out of it again."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, ops
+from . import magnitudes
+from .loading import MAGNITUDES, MATRICES, says_merged
+from .scaled import Scaled
+
+
+class Merging(Scaled):
+    """What LoRALinear has of it: weight, bias, lora_A, lora_B, and lora_magnitude_vector where it is DoRA."""
+
+    _merged_gain: Tensor | None = None  # of DoRA, while merged: what the weight was multiplied by
+
+    def __init__(self, r: int, lora_alpha: float, use_rslora: bool):
+        super().__init__(r, lora_alpha, use_rslora)
+        self.merged = False
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether it has magnitudes."""
+        return self._parameters.get(MAGNITUDES) is not None
+
+    def _gain(self, scale: Tensor) -> Tensor:
+        return magnitudes.gain(self.lora_magnitude_vector, self.weight, self.lora_A, self.lora_B, scale)
+
+    def get_extra_state(self) -> Tensor:
+        """merged, for state dicts: a weight means nothing without it. Of DoRA the gain in it instead of True."""
+        return self._merged_gain if self.merged and self.use_dora else torch.tensor(self.merged, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """As get_extra_state gave it."""
+        self.merged = says_merged(state)
+        self._merged_gain = state.to(self.weight.device, copy=True) if state.dim() else None
+
+    @torch.no_grad()
+    def merge_(self) -> "Merging":
+        """weight += scale B A in place, of DoRA times its gain; forward is then a plain linear.
+
+        The factors have no gradients meanwhile. Raises RuntimeError if merged already, ValueError for a factor that is
+        not finite and a magnitude of 0 (they could not be taken out) and for tensors that are offloaded, TypeError for
+        sharded ones.
+        """
+        if self.merged:
+            raise RuntimeError("the update is already merged")
+        self.check_mergeable()
+        self._merged_gain = self._merge_into(self.weight)
+        self.merged = True
+        return self
+
+    @torch.no_grad()
+    def unmerge_(self) -> "Merging":
+        """Takes it out of weight in place. Exact in float64 and float32 up to their rounding; in 16 bits each entry
+        comes back to within one unit in the last place of the larger of its two values. Raises as merge_ does."""
+        if not self.merged:
+            raise RuntimeError("the update is not merged")
+        self.check_mergeable()
+        if self.use_dora:
+            gain = self._merged_gain.to(self.weight.device)
+            magnitudes.unmerge_(self.weight, self.lora_A, self.lora_B, self.scale, gain)
+        else:
+            ops.merge_(self.weight, self.lora_A, self.lora_B, -self.scale)
+        self.merged, self._merged_gain = False, None
+        return self
+
+    def check_mergeable(self) -> None:
+        """Raises what merge_ does of the tensors as they are."""
+        self._check_at_hand()
+        checks.check_own("weight", self.weight)
+        self._check_finite()
+        if self.use_dora and not self.merged and not _is_captured(self.weight) and not self._lasting_gain().all():
+            raise ValueError(f"{MAGNITUDES} must not be 0 to be merged, since its row could not be taken out")
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A new nn.Linear with the merged weight and a copy of the bias, which train; this layer stays as it is.
+
+        Raises ValueError or TypeError as merge_ does.
+        """
+        self._check_at_hand()
+        N, K = self.weight.shape
+        linear = nn.Linear(K, N, self.bias is not None, device="meta", dtype=self.weight.dtype)
+        linear.weight = nn.Parameter(self.weight.detach().clone())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        if not self.merged:
+            self._check_finite()
+            self._merge_into(linear.weight)
+        return linear.train(self.training)
+
+    def _merge_into(self, weight: Tensor) -> Tensor | None:
+        """The gain, of DoRA."""
+        if not self.use_dora:
+            ops.merge_(weight, self.lora_A, self.lora_B, self.scale)
+            return None
+        gain = self._lasting_gain()
+        magnitudes.merge_(weight, self.lora_A, self.lora_B, self.scale, gain)
+        return gain
+
+    def _lasting_gain(self) -> Tensor:
+        return magnitudes.lasting_gain(
+            self.lora_magnitude_vector.detach(), self.weight, self.lora_A, self.lora_B, self.scale
+        )
+
+    def _check_at_hand(self) -> None:
+        for name in (*MATRICES, *self._magnitudes()):
+            checks.check_at_hand(name, getattr(self, name))
+
+    def _magnitudes(self) -> tuple[str, ...]:
+        return (MAGNITUDES,) if self.use_dora else ()
+
+    def _check_finite(self) -> None:
+        """Waits for the device once, but in a CUDA graph, which cannot."""
+        if _is_captured(self.weight):
+            return
+        names = (*MATRICES[1:], *self._magnitudes())
+        finite = torch.stack([getattr(self, name).isfinite().all() for name in names]).tolist()
+        for name, is_finite in zip(names, finite, strict=True):
+            if not is_finite:
+                raise ValueError(f"{name} must be finite to be merged, got an infinity or a NaN")
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
