@@ -229,7 +229,8 @@ class ReLoRA:
             raise ValueError("the checkpoint is of the warm start, which this run has behind it: make a new one")
         if state["shapes"]:
             weights = weights_to_train(self.model, self._lora)
-            check_shapes(state, weights, {name: local(w) for name, w in weights.items() if needs_low(w, self.precision)})
+            some = {name: local(weight) for name, weight in weights.items() if needs_low(weight, self.precision)}
+            check_shapes(state, weights, some)
         steps, cycle = state["steps"], state["cycle"]
         if state["shapes"] and not self.layers:
             self._check_new()

@@ -41,7 +41,7 @@ def parameters_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
 
 
 def check_model(model: nn.Module, optimizer: Optimizer | None, lora: dict, warm_start_steps: int) -> None:
-    """Raises ValueError or TypeError for what wrap() could not make sense of; optimizer None if it is yet to be made."""
+    """Raises ValueError or TypeError for what wrap() could not make sense of. The optimizer may be yet to be made."""
     checks.check_rank(lora["r"])
     checks.check_scale("lora_alpha", lora["lora_alpha"])
     checks.check_probability("lora_dropout", lora["lora_dropout"])
