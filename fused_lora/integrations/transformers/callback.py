@@ -66,8 +66,12 @@ class ReLoRACallback(TrainerCallback):
         check_options(**{name: self._options[name] for name in inspect.signature(check_options).parameters})
         self.restart_warmup_steps, self.min_ratio = restart_warmup_steps, min_ratio
         self.relora: ReLoRA | None = None
-        self.report: ReplaceReport | None = None
-        self._model = self._optimizer = None
+        self._model = self._optimizer = self._report = None
+
+    @property
+    def report(self) -> ReplaceReport | None:
+        """What was replaced; None as long as nothing was, and for layers that the model came with."""
+        return self._report or (self.relora.report if self.relora else None)
 
     def finish(self) -> nn.Module:
         """Merges what is left of a cycle, and returns the plain model; of a PeftModel, the one below it.
@@ -97,7 +101,6 @@ class ReLoRACallback(TrainerCallback):
         if self.restart_warmup_steps is not None:
             make_jagged(lr_scheduler, self._jagged_cosine(args, state.max_steps))
         self.relora = ReLoRA(model, optimizer, lr_scheduler, **self._options, steps_scheduler=False, state=saved)
-        self.report = self.report or self.relora.report
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if not getattr(optimizer, "step_was_skipped", False) and self.relora.step() is not None:
@@ -123,7 +126,7 @@ class ReLoRACallback(TrainerCallback):
             return
         lora = {name: self._options[name] for name in LORA}
         check_model(self._model, self._optimizer, lora, 0)
-        self.report = wrap(self._model, self._optimizer, lora)
+        self._report = wrap(self._model, self._optimizer, lora)
 
     def _wrap_as_saved(self, model, state_dict, *args) -> None:
         if any(name.endswith(".lora_A") for name in state_dict):
