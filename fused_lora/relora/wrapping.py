@@ -130,12 +130,12 @@ def unwrap(model: nn.Module, optimizer: Optimizer) -> nn.Module:
     The optimizer loses the factors and their states. Returns the model, or what takes its place if it is a layer."""
     layers = lora_layers(model)
     linears = {id(layer): _linear_of(layer) for layer in layers.values()}
+    factors = [factor for part in parts_of(layers).values() for factor in (part.A, part.B)]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if id(child) in linears:
                 parent._modules[name] = linears[id(child)]
         unmix(parent)
-    factors = [factor for part in parts_of(layers).values() for factor in (part.A, part.B)]
     _exchange(optimizer, {id(factor): {} for factor in factors})
     for factor in factors:
         optimizer.state.pop(factor, None)

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import AcceleratorState
+from accelerate.state import PartialState
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainingArguments
@@ -166,7 +166,7 @@ def _refuse(args: TrainingArguments) -> None:
         raise ValueError("load_best_model_at_end must be False: it brings back the weights of another cycle")
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size must be False: it begins anew with the weights of a run that failed")
-    kind = AcceleratorState().distributed_type.name
+    kind = PartialState().distributed_type.name
     if kind in SHARDED:
         raise ValueError(f"Trainer must run on one device or by DDP, not by {kind} (docs/relora.md has FSDP2's way)")
 

@@ -103,7 +103,9 @@ def test_an_optimizer_and_a_schedule_that_are_given(warm_start, tmp_path):
 @pytest.mark.parametrize("warm_start", [0, WARM_START])
 def test_with_what_else_a_trainer_does(warm_start, options, tmp_path):
     trainer, _ = in_trainer(tmp_path, warm_start, None, trainer={"max_steps": 8, **options})
-    assert_equal(trainer.model, by_hand(warm_start, None, 8)[0])
+    wanted = by_hand(warm_start, None, 8)[0].state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-5)  # compiled code may round elsewhere
 
 
 def test_lora_linears_of_the_users(tmp_path):
