@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from fused_lora.integrations.transformers import ReLoRACallback, checkpoint
 from fused_lora.relora import jagged_cosine_schedule
 
-from .runs import CONFIG, OPTIONS, RESET_EVERY, STEPS, WARM_START, assert_equal, model_of, trainer_of
+from .runs import OPTIONS, RESET_EVERY, STEPS, WARM_START, assert_equal, model_of, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -32,10 +32,10 @@ class Last(TrainerCallback):
         self.tensors += [*self.relora.relora.lows.values(), torch.get_rng_state()]
 
 
-def run(folder, resume=None, dtype=torch.float32, given=False, options=(), model=None, **trainer):
+def run(folder, resume=None, dtype=torch.float32, given=False, options=(), **trainer):
     """(the trainer, its last tensors) of a run, from a checkpoint if given."""
     callback = ReLoRACallback(**OPTIONS | {"lr_factor": 1.5} | dict(options), restart_warmup_steps=2)
-    model = model_of(dtype) if model is None else model
+    model = model_of(dtype)
     optimizers = None, None
     if given:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -89,7 +89,7 @@ def test_after_skipped_steps(tmp_path, monkeypatch):
             step(self, closure)
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", scaled)
-    whole = run(tmp_path)
+    whole = run(tmp_path, save_steps=7)
     again = run(tmp_path, str(tmp_path / "checkpoint-7"), save_strategy="no")
     assert_same_runs(again, whole)
 
@@ -121,14 +121,21 @@ def test_a_file_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypat
 
 def test_a_checkpoint_that_was_moved(tmp_path):
     """Trainer tells callbacks no path: where it is not output_dir's, the arguments name it; another's is not taken."""
-    whole = run(tmp_path / "first")
+    whole = run(tmp_path / "first", save_steps=5)
     place = tmp_path / "moved"
     shutil.move(tmp_path / "first" / "checkpoint-5", place)
-    run(tmp_path / "second", model=model_of(config=CONFIG), options={"seed": 3, "reset_every": 3})
+    run(tmp_path / "second", options={"seed": 3, "reset_every": 3}, save_steps=5)
     with pytest.raises(ValueError, match=r"say TrainingArguments\(resume_from_checkpoint=...\) too"):
         run(tmp_path / "second", str(place))
     again = run(tmp_path / "second", str(place), save_strategy="no", resume_from_checkpoint=str(place))
     assert_same_runs(again, whole)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    run(folder, save_steps=5)
+    return folder / "checkpoint-5"
 
 
 @pytest.mark.parametrize(("remove", "options", "error"), [
@@ -139,9 +146,9 @@ def test_a_checkpoint_that_was_moved(tmp_path):
     (None, {"reset_every": 7, "warm_start_steps": 0}, "the checkpoint has reset_every=4, this run 7"),
     (None, {"precision": "stochastic"}, "the checkpoint has precision='auto', this run 'stochastic'"),
 ])  # fmt: skip
-def test_what_cannot_be_resumed(remove, options, error, tmp_path):
-    run(tmp_path)
+def test_what_cannot_be_resumed(remove, options, error, saved, tmp_path):
     place = tmp_path / "checkpoint-5"
+    shutil.copytree(saved, place)
     if remove:
         (place / remove).unlink()
     with pytest.raises(ValueError, match=error):
