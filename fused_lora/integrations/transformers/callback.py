@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...modules import ReplaceReport
+from ...modules.targets import listed
 from ...relora import JaggedCosine, ReLoRA
 from ...relora.options import LORA, check_options
 from ...relora.schedule import make_jagged
@@ -63,6 +64,8 @@ class ReLoRACallback(TrainerCallback):
         bound = inspect.signature(ReLoRA).bind(None, None, reset_every=reset_every, **options)
         bound.apply_defaults()
         self._options = {name: value for name, value in bound.arguments.items() if name not in TRAINERS}
+        for name in ("target_modules", "exclude_modules"):
+            self._options[name] = listed(self._options[name])
         check_options(**{name: self._options[name] for name in inspect.signature(check_options).parameters})
         self.restart_warmup_steps, self.min_ratio = restart_warmup_steps, min_ratio
         self.relora: ReLoRA | None = None
@@ -96,7 +99,7 @@ class ReLoRACallback(TrainerCallback):
         self._check_begin(args, model, lr_scheduler)
         saved = None
         if state.global_step > 0:
-            named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
+            named = [Path(str(args.resume_from_checkpoint))] if args.resume_from_checkpoint else []
             saved = checkpoint.load([*named, _folder(args, state)], model)
         if self.restart_warmup_steps is not None:
             make_jagged(lr_scheduler, self._jagged_cosine(args, state.max_steps))

@@ -58,6 +58,13 @@ def test_sharding(kind, tmp_path, monkeypatch):
     assert is_plain(model)
 
 
+def test_names_from_any_iterable(tmp_path):
+    """They are read several times."""
+    callback = ReLoRACallback(reset_every=4, target_modules=(name for name in ["q_proj", "up_proj"]))
+    trainer_of(tmp_path, callback, max_steps=1).train()
+    assert [name.rpartition(".")[2] for name in callback.report.replaced] == ["q_proj", "up_proj"] * 2
+
+
 def test_frozen_weights(tmp_path):
     model = model_of()
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
