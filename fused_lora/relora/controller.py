@@ -16,6 +16,7 @@ from .loading import check_shapes, refuse_other_phases
 from .merging import merge_parts
 from .optimizer_reset import check_kind, optimizer_reset, states_of
 from .options import check_options
+from .residuals import needs_low, new_low
 from .schedule import climbs
 from .seeds import mix
 from .shards import is_sharded, keep, local, reshard, whole
@@ -60,6 +61,9 @@ class ReLoRA:
     * lr_factor: the learning rates of all groups after the warm start, in units of those before.
     * precision: how 16-bit weights take an update, "residual" (exact; an int16 for each weight), "stochastic" or
       "nearest"; "auto" is residual for 16-bit weights, and wider ones need none.
+    * steps_scheduler: False where another steps the scheduler after each optimizer step, as Trainer does.
+    * state: what state_dict() gave for a model, optimizer and scheduler that are as they were then, the model's layers
+      included. The run goes on from there. load_state_dict is for those that are still new.
     * residual_device: "weight" keeps those int16 beside the weights, "cpu" in the host's pinned memory, from which they
       are streamed at each restart.
     * base: "trained" keeps the weights. For the rows of the paper's first table, without a warm start: "zero" starts
@@ -95,6 +99,8 @@ class ReLoRA:
         reset_ratio: float = 0.99,
         reset_step: bool | None = None,
         seed: int = 0,
+        steps_scheduler: bool = True,
+        state: dict | None = None,
     ):
         lora = {
             "r": r, "lora_alpha": lora_alpha, "target_modules": listed(target_modules),
@@ -105,13 +111,13 @@ class ReLoRA:
             reset_every, warm_start_steps, lr_factor, precision, residual_device, base, reset_mode, reset_ratio, seed
         )
         check_scheduler(scheduler, reset_every, warm_start_steps, lr_factor)
-        check_model(model, optimizer, lora, warm_start_steps)
+        check_model(model, optimizer, lora, warm_start_steps if state is None else 0)
         if reset_every is not None:
             check_kind(optimizer)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.reset_every, self.warm_start_steps, self.seed = reset_every, warm_start_steps, seed
         self.precision, self.residual_device, self.base, self.lr_factor = precision, residual_device, base, lr_factor
-        self._lora = lora
+        self._lora, self.steps_scheduler = lora, steps_scheduler
         reset_step = not climbs(scheduler) if reset_step is None else reset_step
         self._reset = {"mode": reset_mode, "ratio": reset_ratio, "reset_step": reset_step}
         self.steps = self.cycle = 0
@@ -120,7 +126,10 @@ class ReLoRA:
         self.layers: dict[str, LoRALayer] = {}
         self.lows: dict[str, Tensor] = {}
         self._knows_states = self._check_states()
-        if warm_start_steps == 0:
+        if state is not None:
+            self._know_layers()
+            self.load_state_dict(state)
+        elif warm_start_steps == 0:
             self._check_new()
             self._wrap()
         refuse_other_phases(optimizer)
@@ -139,7 +148,7 @@ class ReLoRA:
         restarts = self.reset_every and since > 0 and since % self.reset_every == 0
         shares = self.restart() if restarts else None  # what is refused was not counted, and is tried again
         self.steps += 1
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.steps_scheduler:
             self.scheduler.step()
         return shares
 
@@ -220,7 +229,8 @@ class ReLoRA:
             raise ValueError("the checkpoint is of the warm start, which this run has behind it: make a new one")
         if state["shapes"]:
             weights = weights_to_train(self.model, self._lora)
-            check_shapes(state, weights, {name: local(w) for name, w in weights.items() if self._needs_low(w)})
+            some = {name: local(weight) for name, weight in weights.items() if needs_low(weight, self.precision)}
+            check_shapes(state, weights, some)
         steps, cycle = state["steps"], state["cycle"]
         if state["shapes"] and not self.layers:
             self._check_new()
@@ -263,16 +273,20 @@ class ReLoRA:
     def _seed_of(self, name: str, cycle: int) -> int:
         return mix(self.seed, cycle, list(self.layers).index(name))
 
-    def _needs_low(self, weight: Tensor) -> bool:
-        return self.precision in ("auto", "residual") and weight.dtype.itemsize == 2
-
     @torch.no_grad()
     def _wrap(self) -> None:
         self.report = wrap(self.model, self.optimizer, self._lora)
-        self.layers = lora_layers(self.model)
+        self._know_layers()
         scale_learning_rates(self.optimizer, self.scheduler, self.lr_factor)
         for name, part in parts_of(self.layers).items():
             self._begin(name, part)
+
+    def _know_layers(self) -> None:
+        """Those that the model has, with residuals of zero."""
+        self.layers = lora_layers(self.model)
+        weights = {name: local(part.weight) for name, part in parts_of(self.layers).items()}
+        some = {name: weight for name, weight in weights.items() if needs_low(weight, self.precision)}
+        self.lows = {name: new_low(weight, self.residual_device) for name, weight in some.items()}
 
     def _begin(self, name: str, part: Part) -> None:
         """The first cycle's factors, by the counter too: torch's own generator differs between ranks."""
@@ -283,8 +297,3 @@ class ReLoRA:
         if self.base != "trained":
             weight.zero_()
             keep(part.B, reference.uniform(out_features, part.r, part.r**-0.5, seed + 1))
-        if self._needs_low(weight):
-            place = {"device": weight.device}
-            if self.residual_device == "cpu":
-                place = {"device": "cpu", "pin_memory": weight.is_cuda}
-            self.lows[name] = torch.zeros(weight.shape, dtype=torch.int16, **place)

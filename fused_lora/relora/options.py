@@ -6,6 +6,8 @@ from .optimizer_reset import MODES
 BASES = ("trained", "zero", "absent")
 PRECISIONS = ("auto", "residual", "stochastic", "nearest")
 RESIDUAL_DEVICES = ("weight", "cpu")
+# The options of the layers, which replace_linear takes too.
+LORA = ("r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "lora_dtype", "train_bias")
 
 
 def check_options(

@@ -104,6 +104,18 @@ def jagged_cosines(scheduler: LRScheduler | None) -> list[JaggedCosine]:
     return [factor for factor in getattr(inner, "lr_lambdas", ()) if isinstance(factor, JaggedCosine)]
 
 
+def make_jagged(scheduler: LRScheduler, factor: JaggedCosine) -> None:
+    """Lets a LambdaLR go by another factor from the step on at which it is; TypeError for any other scheduler."""
+    if not isinstance(scheduler, LambdaLR):
+        raise TypeError(f"scheduler must be a LambdaLR to become a jagged one, got {type(scheduler).__name__}")
+    scheduler.lr_lambdas = [factor for _ in scheduler.lr_lambdas]
+    if scheduler.last_epoch > 0:
+        return  # the rates of the next step are those that were loaded
+    scheduler._last_lr = [rate * factor(0) for rate in scheduler.base_lrs]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
+
+
 def jagged_cosine_schedule(
     optimizer: Optimizer,
     total_steps: int,

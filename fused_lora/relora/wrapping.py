@@ -41,8 +41,8 @@ def parameters_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
     return factors or {f"{name}.weight": weight for name, weight in weights_to_train(model, lora).items()}
 
 
-def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_steps: int) -> None:
-    """Raises ValueError or TypeError for what wrap() could not make sense of."""
+def check_model(model: nn.Module, optimizer: Optimizer | None, lora: dict, warm_start_steps: int) -> None:
+    """Raises ValueError or TypeError for what wrap() could not make sense of. The optimizer may be yet to be made."""
     checks.check_rank(lora["r"])
     checks.check_scale("lora_alpha", lora["lora_alpha"])
     checks.check_probability("lora_dropout", lora["lora_dropout"])
@@ -54,6 +54,9 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged: unmerge_() it first")
+        reason = layer.why_not()
+        if reason is not None:
+            raise ValueError(f"{name} has no update that could be merged: {reason}")
         if layer.lora_part().gain is not None:
             raise ValueError(f"{name} is DoRA, whose gain a restart would leave behind: ReLoRA merges plain updates")
         for what, tensor in tensors_of(name, layer.lora_part()).items():
@@ -70,6 +73,8 @@ def check_model(model: nn.Module, optimizer: Optimizer, lora: dict, warm_start_s
                 f"{name} is frozen, and ReLoRA would train it: let it require gradients, or leave its layer out by "
                 "exclude_modules"
             )
+    if optimizer is None:
+        return
     needed = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in needed.items() if id(parameter) not in held]
@@ -100,10 +105,10 @@ def check_scheduler(
             )
 
 
-def wrap(model: nn.Module, optimizer: Optimizer, lora: dict) -> ReplaceReport | None:
-    """LoRALinear in the place of the model's linears, their factors in that of the weights in the optimizer's groups,
-    and no states: those of a new optimizer. A model that has such layers stays as it is, and so does whatever its user
-    froze."""
+def wrap(model: nn.Module, optimizer: Optimizer | None, lora: dict) -> ReplaceReport | None:
+    """LoRALinear in the place of the model's linears, their factors in that of the weights in the optimizer's groups if
+    there is one, and no states: those of a new optimizer. A model that has such layers stays as it is, and so does
+    whatever its user froze."""
     if lora_layers(model):
         return None
     frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
@@ -112,6 +117,8 @@ def wrap(model: nn.Module, optimizer: Optimizer, lora: dict) -> ReplaceReport | 
     for layer in layers:
         if id(layer.bias) in frozen:
             layer.bias.requires_grad_(False)  # which train_bias is not meant for
+    if optimizer is None:
+        return report
     successors = {id(layer.weight): {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for layer in layers}
     stopped = [layer.bias for layer in layers if layer.bias is not None and not layer.bias.requires_grad]
     successors |= {id(bias): {} for bias in stopped if id(bias) not in frozen}
@@ -125,8 +132,8 @@ def unwrap(model: nn.Module, optimizer: Optimizer) -> nn.Module:
 
     The optimizer loses the factors and their states. Returns the model, or what takes its place if it is a layer."""
     layers = lora_layers(model)
-    plain = unloaded(model, layers.values())
     factors = [factor for part in parts_of(layers).values() for factor in (part.A, part.B)]
+    plain = unloaded(model, layers.values())
     _exchange(optimizer, {id(factor): {} for factor in factors})
     for factor in factors:
         optimizer.state.pop(factor, None)

@@ -1,5 +1,7 @@
 """States that are loaded in another order than they need: an error that says so, and nothing lost without a word."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -105,3 +107,34 @@ def test_only_moments_are_compared():
     optimizer.step()
     refuse_other_phases(optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [2, 4, 8, 10])
+def test_a_state_for_a_run_of_which_all_else_is_there(steps, dtype):
+    """In the warm start, at its end, in a cycle and at a restart: nothing begins anew."""
+    run = Run(dtype=dtype, lr_factor=1.5)
+    run.train(steps)
+    state = copy.deepcopy(run.relora.state_dict())
+    again = copy.deepcopy(run)  # its controller knows more than a state does
+    options = OPTIONS | {"lr_factor": 1.5}
+    again.relora = ReLoRA(again.net, again.optimizer, again.scheduler, **options, state=state)
+    for each in (run, again):
+        each.train(28 - steps)
+    assert all(torch.equal(value, again.weights()[name]) for name, value in run.weights().items())
+    assert all(torch.equal(low, again.relora.lows[name]) for name, low in run.relora.lows.items())
+    assert again.relora.lows.keys() == run.relora.lows.keys()
+
+
+def test_a_state_of_other_options():
+    run = Run()
+    run.train(8)
+    with pytest.raises(ValueError, match="the checkpoint has seed=0, this run 1"):
+        ReLoRA(run.net, run.optimizer, run.scheduler, **OPTIONS, seed=1, state=run.relora.state_dict())
+
+
+def test_a_scheduler_that_another_steps():
+    run = Run()
+    run.relora.steps_scheduler = False
+    run.train(5)
+    assert run.scheduler.last_epoch == 0

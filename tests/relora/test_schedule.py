@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_lora.relora import JaggedCosine, jagged_cosine_schedule
+from fused_lora.relora.schedule import make_jagged
 
 PAPER = {"total_steps": 20_000, "warmup_steps": 500, "restart_warmup_steps": 100, "reset_every": 5000}
 
@@ -112,3 +113,22 @@ def test_the_scheduler_follows_it_and_resumes():
 def test_what_it_refuses(changes, error, words):
     with pytest.raises(error, match=words):
         JaggedCosine(**PAPER | changes)
+
+
+def test_a_schedule_that_becomes_jagged():
+    """From its first step, or in the middle, where the next step's rate is what it was."""
+    factor = JaggedCosine(60, 4, 5, 20)
+    for begun in (0, 30):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.25)
+        for _ in range(begun):
+            optimizer.step()
+            scheduler.step()
+        make_jagged(scheduler, factor)
+        for step in range(begun, 60):
+            rate = 0.5 * (0.25 if begun and step == begun else factor(step))
+            assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] == [rate]
+            optimizer.step()
+            scheduler.step()
+    with pytest.raises(TypeError, match="scheduler must be a LambdaLR to become a jagged one, got StepLR"):
+        make_jagged(torch.optim.lr_scheduler.StepLR(optimizer, 3), factor)
