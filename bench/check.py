@@ -19,11 +19,18 @@ class WrongResultError(AssertionError):
 def reference_results(problem: Problem, work: str) -> dict[str, Tensor]:
     """y, x's gradient and the trained parameters' by name, by torch's autograd through lora_linear_ref."""
     compute = torch.float32 if problem.x.dtype.itemsize == 2 else torch.float64
-    trained = {"full_rank": ("weight",), "frozen": ()} | dict.fromkeys(ADAPTED, ("A", "B"))
-    dropout = {"p": DROPOUT, "seed": torch.tensor(SEED, device=problem.x.device)} if work == "dropout" else {}
+    trained = {"full_rank": ("weight",), "frozen": (), "dora": ("A", "B", "magnitudes")}
+    trained = dict.fromkeys(ADAPTED, ("A", "B")) | trained
     tensors = {name: getattr(problem, name).detach().to(compute) for name in ("x", "weight", "A", "B")}
-    inputs = [tensors[name].requires_grad_() for name in ("x", *trained[work])]
-    y = lora_linear_ref(**tensors, scale=problem.scale if work in ADAPTED else 0.0, **dropout)
+    options, magnitudes = {}, problem.magnitudes.to(compute)
+    if work == "dropout":
+        options = {"p": DROPOUT, "seed": torch.tensor(SEED, device=problem.x.device)}
+    elif work == "dora":
+        sums = tensors["weight"] + problem.scale * tensors["B"] @ tensors["A"]
+        options = {"gain": magnitudes.requires_grad_() / sums.norm(dim=1)}
+    by_name = tensors | {"magnitudes": magnitudes}
+    inputs = [by_name[name].requires_grad_() for name in ("x", *trained[work])]
+    y = lora_linear_ref(**tensors, scale=problem.scale if work in ADAPTED else 0.0, **options)
     grads = torch.autograd.grad(y, inputs, problem.dy.to(compute))
     return dict(zip(("y", "x", *trained[work]), (y.detach(), *grads), strict=True))
 

@@ -11,6 +11,7 @@ CEILING = 3.0
 COLORS = {
     PACKAGE: "#d9480f",
     "fused_lora_dropout": "#ec8453",
+    "fused_lora_dora": "#b8860b",
     "fused_lora_triton": "#f4bf9c",
     "addmm": "#8fb8de",
     "merged_weight": "#4f8fc9",
@@ -18,6 +19,7 @@ COLORS = {
     "unfused": "#a9c9a4",
     "peft": "#6fa368",
     "peft_fp32": "#3f7040",
+    "peft_dora": "#8a9a3c",
     "full_rank": "#b0aca6",
 }
 INK, FAINT = "#2b2b2b", "#d8d8d8"

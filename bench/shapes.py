@@ -5,13 +5,14 @@ M tokens, K in_features, N out_features, r rank. Four kinds of work:
     full_rank   y, dx and dW: training the whole weight
     lora        y = x W^T + scale (x A^T) B^T, dx, dA and dB
     dropout     the same with a mask on x on its way to A: no other products, and no bytes
+    dora        the same with a gain for each column of y, of which the norms are to be made: no other products
 """
 
 from dataclasses import dataclass
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
-ADAPTED = ("lora", "dropout")  # work with factors
+ADAPTED = ("lora", "dropout", "dora")  # work with factors
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Problem:
     def lora_alpha(self) -> float:
         return self.scale * self.shape.r
 
+    @property
+    def magnitudes(self) -> Tensor:
+        """DoRA's, around the norms of the rows, which are about 1.5."""
+        return torch.linspace(1, 2, self.shape.N, device=self.x.device, dtype=self.x.dtype)
+
 
 def make_problem(shape: Shape, device, dtype: torch.dtype, seed: int = 0) -> Problem:
     """Normal data, scaled so that the update is as large as the base product: an error in either shows in every result.
@@ -172,10 +177,12 @@ def merged_weight(problem: Problem) -> Variant:
     return Variant(lambda x: MergedWeightLoRA.apply(x, weight, A, B, scale), {"A": A, "B": B})
 
 
-def _peft(problem: Problem, autocast_adapter_dtype: bool) -> Variant:
+def _peft(problem: Problem, autocast_adapter_dtype: bool, use_dora: bool = False) -> Variant:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=problem.shape.r, lora_alpha=problem.lora_alpha, lora_dropout=0.0, target_modules=["linear"])
+    config = LoraConfig(
+        r=problem.shape.r, lora_alpha=problem.lora_alpha, lora_dropout=0.0, use_dora=use_dora, target_modules=["linear"]
+    )
     model = nn.Sequential()
     model.add_module("linear", _frozen_linear(problem))
     model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -184,7 +191,11 @@ def _peft(problem: Problem, autocast_adapter_dtype: bool) -> Variant:
     with torch.no_grad():
         A.copy_(problem.A)
         B.copy_(problem.B)
-    return Variant(layer, {"A": A, "B": B})
+    trained = {"A": A, "B": B}
+    if use_dora:
+        trained["magnitudes"] = layer.lora_magnitude_vector["default"].weight
+        trained["magnitudes"].data = problem.magnitudes
+    return Variant(layer, trained)
 
 
 def peft(problem: Problem) -> Variant:
@@ -197,13 +208,30 @@ def peft_fp32(problem: Problem) -> Variant:
     return _peft(problem, autocast_adapter_dtype=True)
 
 
-def fused_lora(problem: Problem) -> Variant:
-    """This package's module."""
-    layer = LoRALinear.from_linear(_frozen_linear(problem), problem.shape.r, problem.lora_alpha)
+def peft_dora(problem: Problem) -> Variant:
+    """PEFT's layer with use_dora, A and B in x's dtype."""
+    return _peft(problem, autocast_adapter_dtype=False, use_dora=True)
+
+
+def _layer(problem: Problem, **options) -> LoRALinear:
+    layer = LoRALinear.from_linear(_frozen_linear(problem), problem.shape.r, problem.lora_alpha, **options)
     with torch.no_grad():
         layer.lora_A.copy_(problem.A)
         layer.lora_B.copy_(problem.B)
+    return layer
+
+
+def fused_lora(problem: Problem) -> Variant:
+    """This package's module."""
+    layer = _layer(problem)
     return Variant(layer, {"A": layer.lora_A, "B": layer.lora_B})
+
+
+def fused_lora_dora(problem: Problem) -> Variant:
+    """The module with use_dora."""
+    layer = _layer(problem, use_dora=True)
+    layer.lora_magnitude_vector.data = problem.magnitudes
+    return Variant(layer, {"A": layer.lora_A, "B": layer.lora_B, "magnitudes": layer.lora_magnitude_vector})
 
 
 def fused_lora_triton(problem: Problem) -> Variant:
@@ -235,6 +263,7 @@ VARIANTS = {
     FLOOR: Kind(frozen, "frozen linear, no adapter (the floor)", "frozen"),
     PACKAGE: Kind(fused_lora, "**fused_lora**"),
     "fused_lora_dropout": Kind(fused_lora_dropout, f"fused_lora, dropout of {DROPOUT}", "dropout"),
+    "fused_lora_dora": Kind(fused_lora_dora, "fused_lora, DoRA", "dora"),
     "fused_lora_triton": Kind(fused_lora_triton, "fused_lora, Triton backend"),
     "addmm": Kind(addmm, "unfused, addmm_"),
     "merged_weight": Kind(merged_weight, "W' = W + sBA, one GEMM"),
@@ -242,6 +271,7 @@ VARIANTS = {
     "unfused": Kind(unfused, "unfused, eager"),
     "peft": Kind(peft, "PEFT, adapters in x's dtype"),
     "peft_fp32": Kind(peft_fp32, "PEFT default (fp32 adapters)"),
+    "peft_dora": Kind(peft_dora, "PEFT, DoRA", "dora"),
     "full_rank": Kind(full_rank, "full-rank (dX and dW)", "full_rank"),
 }
 

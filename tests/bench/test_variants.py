@@ -10,7 +10,7 @@ from bench.shapes import Shape
 from bench.variants import VARIANTS, Variant, make_problem, run, unfused
 
 ODD = Shape(M=37, K=29, N=43, r=5)
-EAGER = [name for name in VARIANTS if name not in ("fused_lora_triton", "compiled", "peft", "peft_fp32")]
+EAGER = [name for name in VARIANTS if name not in ("fused_lora_triton", "compiled", "peft", "peft_fp32", "peft_dora")]
 
 
 def check(name: str, dtype: torch.dtype, shape: Shape = ODD) -> dict[str, float]:
@@ -22,8 +22,8 @@ def check(name: str, dtype: torch.dtype, shape: Shape = ODD) -> dict[str, float]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EAGER)
 def test_variant_is_the_reference(name, dtype):
-    trained = {"lora": {"A", "B"}, "dropout": {"A", "B"}, "full_rank": {"weight"}, "frozen": set()}[VARIANTS[name].work]
-    assert set(check(name, dtype)) == {"y", "x"} | trained
+    trained = {"full_rank": {"weight"}, "frozen": set(), "dora": {"A", "B", "magnitudes"}}
+    assert set(check(name, dtype)) == {"y", "x"} | trained.get(VARIANTS[name].work, {"A", "B"})
 
 
 # torch.compile imports parts of torch that torch itself deprecates.
@@ -34,7 +34,9 @@ def test_compiled_variant_is_the_reference():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "factors"), [("peft", torch.bfloat16), ("peft_fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "factors"), [("peft", torch.bfloat16), ("peft_fp32", torch.float32), ("peft_dora", torch.bfloat16)]
+)
 def test_peft_is_the_reference(name, factors):
     pytest.importorskip("peft", exc_type=ImportError)
     check(name, torch.bfloat16)
