@@ -14,16 +14,16 @@ from .primitives import load_tile, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu
 
-BLOCK_M, BLOCK_N = 16, 256
-PROGRAMS_PER_SM = 4
-LEAST_ROWS = 64  # of a slice
+BLOCK_M, BLOCK_N = 8, 256
+PROGRAMS_PER_SM = 8
+LEAST_ROWS = 32  # of a slice
 
 
 @triton.jit
 def gain_backward_kernel(
     dy, y, bias_ptr, gain_ptr, dsums, dgain, dbias,
     M, N, m_per_split, stride_dy_row, stride_dy_col, stride_y_row, stride_y_col,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, WANTS_DBIAS: tl.constexpr,
 ):  # fmt: skip
     """A program has some columns of one slice of rows; dgain and dbias are (slices, N)."""
     blocks = tl.cdiv(N, BLOCK_N)
@@ -39,31 +39,31 @@ def gain_backward_kernel(
         own = load_tile(dy, row, col, M, N, stride_dy_row, stride_dy_col, BLOCK_M, BLOCK_N, False).to(tl.float32)
         sums = load_tile(y, row, col, M, N, stride_y_row, stride_y_col, BLOCK_M, BLOCK_N, False).to(tl.float32)
         products += own * (sums - bias[None, :])
-        ones += own
+        if WANTS_DBIAS:
+            ones += own
         store_tile(dsums, own * gain[None, :], row, col, M, N, N, 1, BLOCK_M, BLOCK_N, False)
     at = split.to(tl.int64) * N + offs
     # A gain of 0 has left nothing of the sums.
     safe = tl.where(gain == 0, 1.0, gain)
     tl.store(dgain + at, tl.where(gain == 0, 0.0, tl.sum(products, 0) / safe), mask=offs < N)
-    tl.store(dbias + at, tl.sum(ones, 0), mask=offs < N)
+    if WANTS_DBIAS:
+        tl.store(dbias + at, tl.sum(ones, 0), mask=offs < N)
 
 
-def gain_backward(dy, y, bias, gain, gpu: Gpu):
-    """(gain dy in dy's dtype, dgain, dbias) for matrices of any strides; the sums in float32."""
-    M, N = dy.shape
-    key = (Layout.of(dy), Layout.of(y), None if bias is None else bias.dtype, gpu)
+def gain_backward(dy, y, bias, gain, gpu: Gpu, need_dbias: bool):
+    """(gain dy in dy's dtype, dgain, dbias or None) for matrices of any strides; the sums in float32."""
+    N = dy.shape[1]
+    key = (Layout.of(dy), Layout.of(y), None if bias is None else bias.dtype, gpu, need_dbias)
     splits, plan = planned((gain_backward, *key, *pointers_aligned(bias, gain)), lambda: _plan(*key))
-    dsums = torch.empty(M, N, dtype=dy.dtype, device=dy.device)
-    slices = torch.empty(2, splits, N, dtype=torch.float32, device=dy.device)
-    plan.run((), (dy, y, bias, gain, dsums, slices[0], slices[1]))
-    if splits == 1:
-        return dsums, slices[0, 0], slices[1, 0]
-    dgain, dbias = torch.empty(2, N, dtype=torch.float32, device=dy.device)
-    reduce_splits((slices[0], dgain), (slices[1], dbias))
-    return dsums, dgain, dbias
+    dsums = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    slices = torch.empty(1 + need_dbias, splits, N, dtype=torch.float32, device=dy.device)
+    plan.run((), (dy, y, bias, gain, dsums, slices[0], slices[-1]))
+    sums = [torch.empty(N, dtype=torch.float32, device=dy.device) for _ in slices]
+    reduce_splits(*zip(slices, sums, strict=True))
+    return dsums, sums[0], sums[1] if need_dbias else None
 
 
-def _plan(dy: Layout, y: Layout, bias_dtype, gpu: Gpu) -> tuple[int, Plan]:
+def _plan(dy: Layout, y: Layout, bias_dtype, gpu: Gpu, need_dbias: bool) -> tuple[int, Plan]:
     """(slices of rows, launch)."""
     M, N = dy.rows, dy.cols
     blocks = ceil(N / BLOCK_N)
@@ -73,7 +73,10 @@ def _plan(dy: Layout, y: Layout, bias_dtype, gpu: Gpu) -> tuple[int, Plan]:
     plan = Plan(
         gain_backward_kernel,
         (blocks * splits, 1, 1),
-        dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HAS_BIAS=bias_dtype is not None, num_warps=4, num_stages=3),
+        dict(
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HAS_BIAS=bias_dtype is not None, WANTS_DBIAS=need_dbias, num_warps=4,
+            num_stages=3,
+        ),
         sizes=(M, N, m_per_split, *dy.strides, *y.strides),
-    )
+    )  # fmt: skip
     return splits, plan

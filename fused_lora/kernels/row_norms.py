@@ -1,4 +1,8 @@
-"""The norms of the rows of W + scale B A, which is made in registers and never stored: W is read once."""
+"""The norms of the rows of W + scale B A, which is made in registers and never stored: W is read once.
+
+Programs are many and short, since what counts are the bytes under way: each sums the squares of some rows in a slice of
+the columns, and a second launch adds the slices in a fixed order.
+"""
 
 from math import ceil
 
@@ -11,60 +15,68 @@ from .launch import Layout, Plan, planned, pointers_aligned
 from .primitives import accumulate, load_tile
 from .tiles import Gpu, rank_block
 
-# Rows of a program: two programs for each of an H200's SMs where W has 4096 rows.
-BLOCK_N = 16
-# Ranks and columns of a step, by the bytes of an element; for more ranks than FEW half as many columns.
-MOST_RANKS, COLUMNS, FEW = {2: 64, 4: 16}, {2: 256, 4: 64}, 32
+BLOCK_N, STEPS = 32, 4  # rows of a program, and its steps over columns
+BLOCK_K, BLOCK_R = {2: 128, 4: 64}, {2: 64, 4: 16}  # of a step, by the bytes of an element: columns, and at most ranks
+BLOCK = 128  # rows of a program of the second launch
 
 
 @triton.jit
 def row_norms_kernel(
-    weight, A, B, norms, scale_ptr,
-    N, K, R,
+    weight, A, B, squares, scale_ptr,
+    N, K, R, k_per_split,
     stride_weight_row, stride_weight_col, stride_A_row, stride_A_col, stride_B_row, stride_B_col,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE_STEP: tl.constexpr,
-    SMALLEST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Where one step holds all of r there is one loop, whose loads Triton issues ahead."""
-    row = tl.program_id(0) * BLOCK_N
+    """Slice by slice of the columns; squares is (slices, N)."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    split, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
     scale = tl.load(scale_ptr).to(tl.float32)
-    squares = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for col in tl.range(0, K, BLOCK_K):
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for col in tl.range(split * k_per_split, tl.minimum((split + 1) * k_per_split, K), BLOCK_K):
         own = load_tile(weight, row, col, N, K, stride_weight_row, stride_weight_col, BLOCK_N, BLOCK_K, False)
         update = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        if ONE_STEP:
-            b = load_tile(B, row, 0, N, R, stride_B_row, stride_B_col, BLOCK_N, BLOCK_R, False)
-            a = load_tile(A, 0, col, R, K, stride_A_row, stride_A_col, BLOCK_R, BLOCK_K, False)
-            update = tl.dot(b, a, update, input_precision=PRECISION)
-        else:
-            update = accumulate(
-                update, B, A, row, col, N, K, R, 0, R, stride_B_row, stride_B_col, stride_A_row, stride_A_col, 0, 0,
-                BLOCK_N, BLOCK_K, BLOCK_R, False, False, False, False, PRECISION,
-            )  # fmt: skip
+        update = accumulate(
+            update, B, A, row, col, N, K, R, 0, R, stride_B_row, stride_B_col, stride_A_row, stride_A_col, 0, 0,
+            BLOCK_N, BLOCK_K, BLOCK_R, False, False, False, False, PRECISION,
+        )  # fmt: skip
         entries = own.to(tl.float32) + scale * update  # beyond K both are zero
-        squares += entries * entries
+        total += entries * entries
     offs = row + tl.arange(0, BLOCK_N)
-    tl.store(norms + offs, tl.maximum(tl.sqrt(tl.sum(squares, 1)), SMALLEST), mask=offs < N)
+    tl.store(squares + split.to(tl.int64) * N + offs, tl.sum(total, 1), mask=offs < N)
+
+
+@triton.jit
+def norms_kernel(squares, norms, N, splits, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
+    """norms = sqrt of the sums over slices."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(squares + offs, mask=offs < N, other=0.0)
+        squares += N
+    tl.store(norms + offs, tl.maximum(tl.sqrt(total), SMALLEST), mask=offs < N)
 
 
 def row_norms(weight, A, B, scale, gpu: Gpu):
     """(N,) float32; factors in weight's dtype, all strides."""
     key = (Layout.of(weight), Layout.of(A), Layout.of(B), gpu)
+    splits, first, second = planned((row_norms, *key, *pointers_aligned(scale)), lambda: _plans(*key))
+    squares = torch.empty(splits, len(weight), dtype=torch.float32, device=weight.device)
     norms = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    planned((row_norms, *key, *pointers_aligned(scale)), lambda: _plan(*key)).run((), (weight, A, B, norms, scale))
+    first.run((), (weight, A, B, squares, scale))
+    second.run((), (squares, norms))
     return norms
 
 
-def _plan(weight: Layout, A: Layout, B: Layout, gpu: Gpu) -> Plan:
-    itemsize = weight.dtype.itemsize
-    block_r = rank_block(A.rows, MOST_RANKS[itemsize])
-    block_k = COLUMNS[itemsize] // (2 if block_r > FEW else 1)
-    return Plan(
+def _plans(weight: Layout, A: Layout, B: Layout, gpu: Gpu) -> tuple[int, Plan, Plan]:
+    """(slices of the columns, both launches)."""
+    N, K, r = weight.rows, weight.cols, A.rows
+    block_k, block_r = BLOCK_K[weight.dtype.itemsize], rank_block(r, BLOCK_R[weight.dtype.itemsize])
+    splits = ceil(K / (STEPS * block_k))
+    first = Plan(
         row_norms_kernel,
-        (ceil(weight.rows / BLOCK_N), 1, 1),
-        dict(
-            BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=block_r, ONE_STEP=A.rows <= block_r, SMALLEST=SMALLEST_NORM,
-            PRECISION="ieee", num_warps=4, num_stages=3,
-        ),
-        sizes=(weight.rows, weight.cols, A.rows, *weight.strides, *A.strides, *B.strides),
-    )  # fmt: skip
+        (ceil(N / BLOCK_N) * splits, 1, 1),
+        dict(BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=block_r, PRECISION="ieee", num_warps=4, num_stages=2),
+        sizes=(N, K, r, STEPS * block_k, *weight.strides, *A.strides, *B.strides),
+    )
+    second = Plan(norms_kernel, (ceil(N / BLOCK), 1, 1), dict(SMALLEST=SMALLEST_NORM, BLOCK=BLOCK), sizes=(N, splits))
+    return splits, first, second

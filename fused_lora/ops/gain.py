@@ -16,7 +16,7 @@ def _backward(dy, y, bias, gain, need_dbias):
 
         with launching("gain_backward", dy):
             gpu = backends.gpu(dy.device)
-            dsums, dgain, dbias = gain_backward(rows_of(dy), rows_of(y), kernel_bias(bias), gain, gpu)
+            dsums, dgain, dbias = gain_backward(rows_of(dy), rows_of(y), kernel_bias(bias), gain, gpu, need_dbias)
     else:
         dsums, dgain, dbias = reference.gain_backward_ref(rows_of(dy), rows_of(y), bias, gain)
     return [dsums, dgain, dbias.to(bias.dtype) if need_dbias else dgain.new_empty(0)]

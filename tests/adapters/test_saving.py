@@ -160,6 +160,7 @@ def test_fields_of_a_config_travel_to_the_file(tmp_path):
 def test_wrappers_leave_no_trace_in_names(wrap, tmp_path):
     model = ours()
     wrapped = model if wrap is torch.nn.Sequential else wrap(model)
+    model.cpu()  # DataParallel takes it to a GPU
     wrapped_inside = ours()
     wrapped_inside.layers[1] = torch.compile(wrapped_inside.layers[1])
     for each in (wrapped, wrapped_inside):

@@ -53,7 +53,8 @@ def test_gradients(shape, layout, bias, dtype):
     bias = randn(N, dtype=dtype) if bias else None
     if layout is not None:
         dy, y = layout(dy), layout(y)
-    got = gain_backward(dy, y, bias, gain, GPU)
+    got = gain_backward(dy, y, bias, gain, GPU, True)
+    assert gain_backward(dy, y, bias, gain, GPU, False)[2] is None
     sums = y.double() - (0 if bias is None else bias.double())
     exact = dy.double() * gain.double(), (dy.double() * sums).sum(0) / gain.double(), dy.double().sum(0)
     by_torch = reference.gain_backward_ref(dy, y, bias, gain)
@@ -66,7 +67,7 @@ def test_a_gain_of_zero():
     dy, y = randn(5, 2, dtype=torch.float32), randn(5, 2, dtype=torch.float32)
     y[:, 0] = 0
     for got in (
-        gain_backward(dy, y, None, gain, GPU),
+        gain_backward(dy, y, None, gain, GPU, False),
         reference.gain_backward_ref(dy, y, None, gain),
     ):
         assert not got[0][:, 0].any()

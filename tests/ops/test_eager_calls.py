@@ -80,7 +80,7 @@ def test_what_are_no_parts(module, problem):
     x, weight, A, B, bias, *_ = in_order(inputs, scale)
     with pytest.raises(TypeError):
         module.lora_group(x, 5, None, 0.0)
-    with pytest.raises(RuntimeError, match="parts must be flat, of 6 tensors each, got 2"):
+    with pytest.raises(RuntimeError, match="parts must be flat, of 7 tensors each, got 2"):
         module.lora_group(x, [weight, A], None, 0.0)
     with pytest.raises(TypeError):
         module.lora_group(x, [weight, A, B, bias, scale, "seed"], None, 0.0)
@@ -94,7 +94,7 @@ def test_nothing_is_kept(module, problem):
     before = torch.cuda.memory_allocated()
     for _ in range(20):
         module.lora_linear(*in_order(inputs, scale))
-        module.lora_group(*in_order(inputs, scale)[:1], [*in_order(inputs, scale)[1:6], None] * 2, None, 0.0)
+        module.lora_group(*in_order(inputs, scale)[:1], [*in_order(inputs, scale)[1:6], None, None] * 2, None, 0.0)
     gc.collect()
     assert torch.cuda.memory_allocated() == before
 
