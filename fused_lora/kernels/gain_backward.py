@@ -14,9 +14,9 @@ from .primitives import load_tile, store_tile
 from .reduce_splits import reduce_splits
 from .tiles import Gpu
 
-BLOCK_M, BLOCK_N = 8, 256
-PROGRAMS_PER_SM = 8
-LEAST_ROWS = 32  # of a slice
+BLOCK_M, BLOCK_N = 32, 128
+PROGRAMS_PER_SM = 4
+LEAST_ROWS = 64  # of a slice
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from .launch import Layout, Plan, planned, pointers_aligned
 from .primitives import accumulate, load_tile
 from .tiles import Gpu, rank_block
 
-BLOCK_N, STEPS = 32, 4  # rows of a program, and its steps over columns
-BLOCK_K, BLOCK_R = {2: 128, 4: 64}, {2: 64, 4: 16}  # of a step, by the bytes of an element: columns, and at most ranks
+BLOCK_N, STEPS = 64, 4  # rows of a program, and its steps over columns
+BLOCK_K, BLOCK_R = {2: 64, 4: 32}, {2: 64, 4: 16}  # of a step, by the bytes of an element: columns, and at most ranks
 BLOCK = 128  # rows of a program of the second launch
 
 
