@@ -59,6 +59,7 @@ def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
             mix(module, AcceleratedLinear)
             reason = module.why_not()
         if reason is None:
+            module.ready()
             report.served.append(name)
         else:
             report.kept[name] = reason
@@ -83,6 +84,8 @@ def _obstacle(layer: nn.Module) -> str | None:
     """Why a layer of PEFT is never computed by the kernels, or None."""
     if not is_linear(layer):
         return f"it is a {_class_of(layer)}"
+    if "forward" in vars(layer):
+        return "it has a forward of its own"
     if Linear.forward.__module__ != Linear.__module__:
         return f"PEFT's own forward was replaced by one of {Linear.forward.__module__}"
     return None if type(layer.base_layer) in BASES else f"its base is a {_class_of(layer.base_layer)}"

@@ -14,6 +14,7 @@ from ...modules.scaled import scale_beside
 BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 FACTORS = {nn.Linear: nn.Linear.forward}
 DROPOUTS = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
+PLAIN = (Tensor, nn.Parameter)  # subclasses, as nested, sharded and fake ones, know linears of their own
 
 Adapter = tuple[nn.Module, nn.Module, str, float]  # lora_A, lora_B, its name, by which probability it drops now
 
@@ -32,7 +33,7 @@ class AcceleratedLinear(Mixin):
     _scales: dict[str, tuple[float, Tensor]]  # by adapter: the number that PEFT has, and the tensor that kernels read
 
     def forward(self, x: Tensor, *args, **kwargs):
-        adapters = "" if args or kwargs or not isinstance(x, Tensor) else self._active()
+        adapters = "" if args or kwargs or type(x) not in PLAIN else self._active()
         if isinstance(adapters, str):
             return super().forward(x, *args, **kwargs)
         if siblings.thread.call is not None:
@@ -162,8 +163,17 @@ class AcceleratedLinear(Mixin):
         known, scale = self._scales.get(name, (None, None))
         if known != scaling or scale.device != weight.device or scale.dtype != checks.scale_dtype(weight):
             scale = scale_beside(scaling, weight)
-            self._scales[name] = scaling, scale
+            if not torch.compiler.is_compiling():  # a compiled call's is of its graph, and perhaps of inference mode
+                self._scales[name] = scaling, scale
         return scale
+
+    def ready(self) -> None:
+        """Makes the scales, so that compiled calls find them."""
+        weight = self.frozen_weight
+        self._known_scale("", 1.0, weight)
+        for name, scaling in self.scaling.items():
+            if not isinstance(scaling, Tensor):
+                self._known_scale(name, scaling, weight)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -193,7 +203,7 @@ def _factor_obstacle(factor: nn.Module) -> str | None:
 
 
 def _weight_obstacle(weight: Tensor) -> str | None:
-    if type(weight) not in (nn.Parameter, Tensor):
+    if type(weight) not in PLAIN:
         return f"its weight is a {type(weight).__name__}"
     if weight.is_meta:
         return "its weight is on meta"

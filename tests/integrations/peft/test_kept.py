@@ -176,6 +176,44 @@ def test_a_class_that_gets_another_forward(alone, monkeypatch):
         accelerate(model)
 
 
+class OtherTensor(torch.Tensor):
+    """As a sharded one would be."""
+
+
+def nested():
+    x = x_of()[0]
+    return torch.nested.nested_tensor([x[:3], x[:2]], layout=torch.jagged)
+
+
+def of_another_class():
+    return x_of().as_subclass(OtherTensor)
+
+
+@pytest.mark.parametrize("x", [nested, of_another_class])
+def test_an_input_that_is_no_plain_tensor(x, alone):
+    """It knows linears of its own, and no ops of this package."""
+    model = net()
+    wanted = model(x())
+    accelerate(model)
+    got = model(x())
+    assert type(got) is type(wanted)
+    assert all(map(torch.equal, got.unbind(), wanted.unbind()))
+    assert not alone
+
+
+def test_a_layer_that_has_a_forward_of_its_own(alone):
+    """Of which nobody knows whether it calls its class's."""
+    model = net()
+    layer = model.base_model.model.up
+    own = layer.forward
+    layer.forward = lambda x: own(x) + 1
+    wanted = results(model, x_of())
+    report = accelerate(model)
+    assert report.kept == {"base_model.model.up": "it has a forward of its own"}
+    assert_same(results(model, x_of()), wanted, 1e-12)
+    assert len(alone) == 1
+
+
 def test_a_hook_on_the_layer_itself_runs(alone):
     model = net()
     accelerate(model)

@@ -7,6 +7,7 @@ import pickle
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from fused_lora.integrations.peft import accelerate, restore
@@ -158,6 +159,22 @@ def test_restored(groups, as_one, alone):
     }
     assert_same(results(model, ids), results(plain, ids), 0)
     assert not groups + as_one + alone
+
+
+def test_restored_under_hooks_of_another_library():
+    """As accelerate puts them around a forward that it found: what it found goes with the class."""
+    model = language_model(LLAMA)
+    plain, ids = twin_of(model), torch.randint(0, 32, (2, 5))
+    accelerate(model)
+    block = model.base_model.model.model.layers[0]
+    for module in (block.self_attn, block.mlp, block.mlp.up_proj):
+        add_hook_to_module(module, ModelHook())
+    assert_same(results(model, ids), results(plain, ids), 1e-10)
+    report = accelerate(model)
+    assert report.kept == {"base_model.model.model.layers.0.mlp.up_proj": "it has a forward of its own"}
+    assert_same(results(model, ids), results(plain, ids), 1e-10)
+    restore(model)
+    assert_same(results(model, ids), results(plain, ids), 0)
 
 
 def test_accelerated_twice(groups, as_one):

@@ -232,6 +232,32 @@ def test_compiled(p, groups, as_one):
     assert_same(found[1], found[0], 1e-10)
 
 
+def test_compiled_before_it_ran(alone):
+    """In inference mode first: what a compiled call makes is of no use to others. And the adapter is changed."""
+    model = add_second(net())
+    plain = twin_of(model)
+    accelerate(model)
+    model.base_model.model.up._scales.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x_of()), plain(x_of()))
+    for name in ("default", "second"):
+        for each in (model, plain):
+            each.set_adapter(name)
+        wanted = results(plain, x_of())
+        assert_same(results(model, x_of()), wanted, 1e-12)
+        got = {name.removeprefix("_orig_mod."): value for name, value in results(compiled, x_of()).items()}
+        assert_same(got, wanted, 1e-12)
+
+
+def test_scales_are_made_before_a_call():
+    """So compiled calls find them."""
+    model = add_second(net())
+    accelerate(model)
+    assert set(model.base_model.model.up._scales) == {"", "default", "second"}
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_with_dropout(reentrant, groups, as_one):
     """A recomputed pass drops what the first one dropped."""
