@@ -47,10 +47,12 @@ class AcceleratedLinear(Mixin):
 
     @property
     def frozen_weight(self) -> Tensor:
-        """The base's as nn.Linear has it: Conv1D's is its transpose."""
-        base = self._modules["base_layer"]
-        weight = parameter(base, "weight")
-        return weight.t() if type(base) is Conv1D else weight
+        """The base's as nn.Linear has it; where it has no matrix now (sharded, packed), one that has its size alone."""
+        weight = getattr(self._modules["base_layer"], "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            return self._weight()
+        like = weight if isinstance(weight, Tensor) else torch.empty(0)
+        return like.new_empty(1, 1).expand(self.out_features, self.in_features)
 
     @property
     def dropping(self) -> float:
@@ -134,8 +136,14 @@ class AcceleratedLinear(Mixin):
                 return f"adapter {name} is no plain LoRA but {kind}"
         return None if self.cast_input_dtype_enabled else "PEFT was told not to cast its input"
 
+    def _weight(self) -> Tensor:
+        """Conv1D's is the transpose of what it has."""
+        base = self._modules["base_layer"]
+        weight = parameter(base, "weight")
+        return weight.t() if type(base) is Conv1D else weight
+
     def _part(self, adapters: list[Adapter]) -> ops.Part:
-        weight, bias = self.frozen_weight, parameter(self._modules["base_layer"], "bias")
+        weight, bias = self._weight(), parameter(self._modules["base_layer"], "bias")
         A, B, name, _ = adapters[0]
         if len(adapters) == 1 and parameter(B, "bias") is None:
             return ops.Part(weight, parameter(A, "weight"), parameter(B, "weight"), bias, self._scale(name, weight))
@@ -169,7 +177,7 @@ class AcceleratedLinear(Mixin):
 
     def ready(self) -> None:
         """Makes the scales, so that compiled calls find them."""
-        weight = self.frozen_weight
+        weight = self._weight()
         self._known_scale("", 1.0, weight)
         for name, scaling in self.scaling.items():
             if not isinstance(scaling, Tensor):
