@@ -38,10 +38,19 @@ def mix(module: nn.Module, mixin: type[Mixin]) -> None:
 def unmix(module: nn.Module) -> nn.Module:
     """Makes a module what it was before all mix(), in place, and returns it."""
     while (mixin := vars(type(module)).get("_mixin")) is not None:
+        forward = type(module).forward
         module.__class__ = type(module).__bases__[1]
         for name in mixin._adds:
             vars(module).pop(name, None)
+        _rebind(module, forward)
     return module
+
+
+def _rebind(module: nn.Module, forward: FunctionType) -> None:
+    """Its class's forward in the place of one that it has no more: who hooks into modules keeps what he found there."""
+    for name, value in vars(module).items():
+        if getattr(value, "__func__", None) is forward and value.__self__ is module:
+            vars(module)[name] = type(module).forward.__get__(module)
 
 
 def _mixed(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:

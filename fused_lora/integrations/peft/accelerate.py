@@ -7,7 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...modules.fusing import fuse as fuse_layers
-from ...modules.mixins import mix, unmix
+from ...modules.lora_linear import LoRALinear
+from ...modules.mixins import Mixin, mix, unmix
 from ...modules.replace import FUSE
 from .linear import BASES, AcceleratedLinear, is_linear
 
@@ -55,10 +56,12 @@ def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
         reason = _obstacle(module)
         if reason is None:
             layers.append(module)
-            module._scales = {}
-            mix(module, AcceleratedLinear)
+            if not isinstance(module, AcceleratedLinear):  # as one that was sharded since is
+                module._scales = {}
+                mix(module, AcceleratedLinear)
             reason = module.why_not()
         if reason is None:
+            module.ready()
             report.served.append(name)
         else:
             report.kept[name] = reason
@@ -70,12 +73,15 @@ def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes accelerate, in place: every layer is computed by PEFT again. Returns the model."""
-    ours = [module for module in model.modules() if isinstance(module, AcceleratedLinear)]
-    fused = {id(layer) for layer in ours}
-    parents = [module for module in model.modules() if any(id(child) in fused for child in module.children())]
-    for module in (*parents, *ours):
-        unmix(module)
+    """Undoes accelerate, in place: every layer is computed by PEFT again. Returns the model.
+
+    Also of a model that PEFT has unloaded, whose layers are gone and the modules around them are not. What got a
+    subclass of its class since, as FSDP's fully_shard gives, stays as it is.
+    """
+    for module in model.modules():
+        # What replace_linear made of a module stays.
+        if isinstance(module, Mixin) and not any(isinstance(child, LoRALinear) for child in module.children()):
+            unmix(module)
     return model
 
 
@@ -83,6 +89,8 @@ def _obstacle(layer: nn.Module) -> str | None:
     """Why a layer of PEFT is never computed by the kernels, or None."""
     if not is_linear(layer):
         return f"it is a {_class_of(layer)}"
+    if "forward" in vars(layer):
+        return "it has a forward of its own"
     if Linear.forward.__module__ != Linear.__module__:
         return f"PEFT's own forward was replaced by one of {Linear.forward.__module__}"
     return None if type(layer.base_layer) in BASES else f"its base is a {_class_of(layer.base_layer)}"

@@ -17,6 +17,7 @@ BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 FACTORS = {nn.Linear: nn.Linear.forward}
 DORA = {DoraLinearLayer: DoraLinearLayer.forward}
 DROPOUTS = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
+PLAIN = (Tensor, nn.Parameter)  # subclasses, as nested, sharded and fake ones, know linears of their own
 
 Adapter = tuple[nn.Module, nn.Module, str, float]  # lora_A, lora_B, its name, by which probability it drops now
 
@@ -35,7 +36,7 @@ class AcceleratedLinear(Mixin):
     _scales: dict[str, tuple[float, Tensor]]  # by adapter: the number that PEFT has, and the tensor that kernels read
 
     def forward(self, x: Tensor, *args, **kwargs):
-        adapters = "" if args or kwargs or not isinstance(x, Tensor) else self._active()
+        adapters = "" if args or kwargs or type(x) not in PLAIN else self._active()
         if isinstance(adapters, str):
             return super().forward(x, *args, **kwargs)
         if siblings.thread.call is not None:
@@ -49,10 +50,12 @@ class AcceleratedLinear(Mixin):
 
     @property
     def frozen_weight(self) -> Tensor:
-        """The base's as nn.Linear has it: Conv1D's is its transpose."""
-        base = self._modules["base_layer"]
-        weight = parameter(base, "weight")
-        return weight.t() if type(base) is Conv1D else weight
+        """The base's as nn.Linear has it; where it has no matrix now (sharded, packed), one that has its size alone."""
+        weight = getattr(self._modules["base_layer"], "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            return self._weight()
+        like = weight if isinstance(weight, Tensor) else torch.empty(0)
+        return like.new_empty(1, 1).expand(self.out_features, self.in_features)
 
     @property
     def dropping(self) -> float:
@@ -154,16 +157,18 @@ class AcceleratedLinear(Mixin):
             return None
         return parameter(self._modules["lora_magnitude_vector"]._modules[name], "weight")
 
+    def _weight(self) -> Tensor:
+        """Conv1D's is the transpose of what it has."""
+        base = self._modules["base_layer"]
+        weight = parameter(base, "weight")
+        return weight.t() if type(base) is Conv1D else weight
+
     def _part(self, adapters: list[Adapter]) -> ops.Part:
-        weight, bias = self.frozen_weight, parameter(self._modules["base_layer"], "bias")
+        weight, bias = self._weight(), parameter(self._modules["base_layer"], "bias")
         A, B, name, _ = adapters[0]
         if len(adapters) == 1 and parameter(B, "bias") is None:
-            A, B, scale, magnitudes = (
-                parameter(A, "weight"),
-                parameter(B, "weight"),
-                self._scale(name, weight),
-                self._magnitudes(name),
-            )
+            A, B, scale = parameter(A, "weight"), parameter(B, "weight"), self._scale(name, weight)
+            magnitudes = self._magnitudes(name)
             gains = None if magnitudes is None else gain(magnitudes, weight, A, B, scale)
             return ops.Part(weight, A, B, bias, scale, None, gains)
         scales = [self._scale(name, weight) for _, _, name, _ in adapters]
@@ -190,8 +195,17 @@ class AcceleratedLinear(Mixin):
         known, scale = self._scales.get(name, (None, None))
         if known != scaling or scale.device != weight.device or scale.dtype != checks.scale_dtype(weight):
             scale = scale_beside(scaling, weight)
-            self._scales[name] = scaling, scale
+            if not torch.compiler.is_compiling():  # a compiled call's is of its graph, and perhaps of inference mode
+                self._scales[name] = scaling, scale
         return scale
+
+    def ready(self) -> None:
+        """Makes the scales, so that compiled calls find them."""
+        weight = self._weight()
+        self._known_scale("", 1.0, weight)
+        for name, scaling in self.scaling.items():
+            if not isinstance(scaling, Tensor):
+                self._known_scale(name, scaling, weight)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -221,7 +235,7 @@ def _factor_obstacle(factor: nn.Module) -> str | None:
 
 
 def _weight_obstacle(weight: Tensor) -> str | None:
-    if type(weight) not in (nn.Parameter, Tensor):
+    if type(weight) not in PLAIN:
         return f"its weight is a {type(weight).__name__}"
     if weight.is_meta:
         return "its weight is on meta"

@@ -10,13 +10,20 @@ from torch import nn
 from fused_lora import explain
 from fused_lora.integrations.peft import accelerate, restore
 
-from .models import assert_same, config_of, net, randomised, results, twin_of
+from .models import LLAMA, assert_same, config_of, language_model, net, randomised, results, twin_of
 
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 class OtherLinear(nn.Linear):
     """As a quantised one would be."""
+
+
+class Packed(nn.Module):
+    """As a base that was quantised has its weight, under names of its own."""
+
+    def forward(self, x):
+        return x[..., :1].expand(*x.shape[:-1], 13)
 
 
 class Doubled(nn.Linear):
@@ -93,6 +100,10 @@ def wide_rank(model):
     randomised(model.double()).set_adapter("wide")
 
 
+def pack_base(model):
+    model.base_model.model.up.base_layer = Packed()
+
+
 def exchange_factor(model):
     up = model.base_model.model.up
     old = up.lora_B["default"]
@@ -110,6 +121,7 @@ CHANGES = {
     not_cast: "not to cast its input",
     many_ranks: "513 ranks, more than 512",
     wide_rank: "its active adapters have 513 ranks",
+    pack_base: "its base cannot be passed over: it is a Packed",
     exchange_factor: "its adapter default cannot be passed over: it is a Doubled",
     lambda model: hook(base_of(model)): "its base cannot be passed over: it has hooks",
     lambda model: own_forward(base_of(model)): "its base cannot be passed over: it has a forward of its own",
@@ -135,7 +147,7 @@ def test_each_call_decides(change, reason, alone):
     torch.manual_seed(0)
     assert_same(got, results(layer, x_of()), 0)
     report = accelerate(model)
-    assert reason in report.kept["base_model.model.up"]
+    assert reason.replace("cannot be passed over: it is a Packed", "is a ") in report.kept["base_model.model.up"]
 
 
 def test_and_back(alone):
@@ -190,6 +202,44 @@ def test_a_class_that_gets_another_forward(alone, monkeypatch):
         accelerate(model)
 
 
+class OtherTensor(torch.Tensor):
+    """As a sharded one would be."""
+
+
+def nested():
+    x = x_of()[0]
+    return torch.nested.nested_tensor([x[:3], x[:2]], layout=torch.jagged)
+
+
+def of_another_class():
+    return x_of().as_subclass(OtherTensor)
+
+
+@pytest.mark.parametrize("x", [nested, of_another_class])
+def test_an_input_that_is_no_plain_tensor(x, alone):
+    """It knows linears of its own, and no ops of this package."""
+    model = net()
+    wanted = model(x())
+    accelerate(model)
+    got = model(x())
+    assert type(got) is type(wanted)
+    assert all(map(torch.equal, got.unbind(), wanted.unbind()))
+    assert not alone
+
+
+def test_a_layer_that_has_a_forward_of_its_own(alone):
+    """Of which nobody knows whether it calls its class's."""
+    model = net()
+    layer = model.base_model.model.up
+    own = layer.forward
+    layer.forward = lambda x: own(x) + 1
+    wanted = results(model, x_of())
+    report = accelerate(model)
+    assert report.kept == {"base_model.model.up": "it has a forward of its own"}
+    assert_same(results(model, x_of()), wanted, 1e-12)
+    assert len(alone) == 1
+
+
 def test_a_hook_on_the_layer_itself_runs(alone):
     model = net()
     accelerate(model)
@@ -198,6 +248,20 @@ def test_a_hook_on_the_layer_itself_runs(alone):
     model(x_of())
     assert len(seen) == 1
     assert len(alone) == 2
+
+
+def test_weights_that_are_elsewhere_between_calls():
+    """As DeepSpeed's, which its hooks gather."""
+    model = language_model(LLAMA)
+    for module in model.modules():
+        hook(module)
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name or "lora_" in name:
+            parameter.data = parameter.data.new_empty(0)
+    report = accelerate(model)
+    assert not report.served
+    assert len(report.kept) == 14
+    assert "it has hooks" in str(explain(model))
 
 
 def test_other_layers_of_pefts():

@@ -7,8 +7,10 @@ import pickle
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
+from fused_lora import replace_linear
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.integrations.peft.linear import AcceleratedLinear
 from fused_lora.modules import LoRAMLP
@@ -122,6 +124,20 @@ def test_a_language_model_merged_and_unloaded(groups, as_one):
     assert torch.equal(ours(ids).logits, merged(ids).logits)
     assert not groups
     assert not as_one
+    restore(ours)
+    assert [type(module) for module in ours.modules()] == [type(module) for module in merged.modules()]
+
+
+def test_restored_beside_layers_of_this_package(groups):
+    """Which stay as replace_linear made them."""
+    model = nn.ModuleList([language_model(LLAMA), language_model(LLAMA).unload()])
+    replace_linear(model[1], r=2, lora_alpha=3, target_modules=["q_proj", "k_proj", "v_proj"])
+    accelerate(model)
+    restore(model)
+    ids = torch.randint(0, 32, (2, 5))
+    for each in model:
+        each(ids)
+    assert groups == [3, 3]
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -158,6 +174,35 @@ def test_restored(groups, as_one, alone):
     }
     assert_same(results(model, ids), results(plain, ids), 0)
     assert not groups + as_one + alone
+
+
+def test_layers_that_got_another_class_since(alone):
+    """As fully_shard gives them."""
+    plain, model = both()
+    layer = model.base_model.model.up
+    layer.__class__ = type("ShardedLinear", (type(layer),), {})
+    restore(model)
+    check(plain, model)
+    assert len(alone) == 1
+    assert accelerate(model).served == ["base_model.model.up", "base_model.model.down"]
+    check(plain, model)
+    assert len(alone) == 3
+
+
+def test_restored_under_hooks_of_another_library():
+    """As accelerate puts them around a forward that it found: what it found goes with the class."""
+    model = language_model(LLAMA)
+    plain, ids = twin_of(model), torch.randint(0, 32, (2, 5))
+    accelerate(model)
+    block = model.base_model.model.model.layers[0]
+    for module in (block.self_attn, block.mlp, block.mlp.up_proj):
+        add_hook_to_module(module, ModelHook())
+    assert_same(results(model, ids), results(plain, ids), 1e-10)
+    report = accelerate(model)
+    assert report.kept == {"base_model.model.model.layers.0.mlp.up_proj": "it has a forward of its own"}
+    assert_same(results(model, ids), results(plain, ids), 1e-10)
+    restore(model)
+    assert_same(results(model, ids), results(plain, ids), 0)
 
 
 def test_accelerated_twice(groups, as_one):
