@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_RANK = 512
+COMPUTE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -21,7 +22,7 @@ def _check_dense(name: str, tensor: Tensor) -> None:
 
 def computes_in(dtype: torch.dtype) -> bool:
     """Whether it is a real floating-point type of 16 bits or more."""
-    return dtype.is_floating_point and dtype.itemsize >= 2
+    return dtype in COMPUTE_DTYPES
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:

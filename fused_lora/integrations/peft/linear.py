@@ -33,7 +33,8 @@ class AcceleratedLinear(Mixin):
     """
 
     _adds = ("_scales",)
-    _scales: dict[str, tuple[float, Tensor]]  # by adapter: the number that PEFT has, and the tensor that kernels read
+    # By adapter: the number that PEFT has, for a weight of which dtype and where, and the tensor that kernels read.
+    _scales: dict[str, tuple[float, torch.dtype, torch.device, Tensor]]
 
     def forward(self, x: Tensor, *args, **kwargs):
         adapters = "" if args or kwargs or type(x) not in PLAIN else self._active()
@@ -95,7 +96,9 @@ class AcceleratedLinear(Mixin):
     def _names(self) -> list[str]:
         """The active adapters that it has."""
         active, own = self._active_adapter, self._modules["lora_A"]._modules
-        return [name for name in ([active] if isinstance(active, str) else active) if name in own]
+        if isinstance(active, str):
+            return [active] if active in own else []
+        return [name for name in active if name in own]
 
     def _dropping(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]
@@ -115,14 +118,14 @@ class AcceleratedLinear(Mixin):
         reason = self._variant(names) or _base_obstacle(self._modules["base_layer"])
         if reason is not None:
             return reason
-        adapters, ranks = [], 0
+        modules, adapters, ranks = self._modules, [], 0
         for name in names:
-            A, B = self._modules["lora_A"]._modules[name], self._modules["lora_B"]._modules[name]
-            dropout = hooks.why_not_known(self._modules["lora_dropout"]._modules[name], DROPOUTS)
-            reason = _factor_obstacle(A) or _factor_obstacle(B) or dropout
+            A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+            dropout = modules["lora_dropout"]._modules[name]
+            reason = _factor_obstacle(A) or _factor_obstacle(B) or hooks.why_not_known(dropout, DROPOUTS)
             if reason is not None:
                 return f"a module of its adapter {name} cannot be passed over: {reason}"
-            adapters.append((A, B, name, self._dropping(name)))
+            adapters.append((A, B, name, dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0))
             ranks += parameter(A, "weight").shape[0]
         if ranks > checks.MAX_RANK:
             return f"its active adapters have {ranks} ranks, more than {checks.MAX_RANK}"
@@ -192,11 +195,12 @@ class AcceleratedLinear(Mixin):
 
     def _known_scale(self, name: str, scaling: float, weight: Tensor) -> Tensor:
         """The same tensor as long as the number is the same and the weight stays where it is."""
-        known, scale = self._scales.get(name, (None, None))
-        if known != scaling or scale.device != weight.device or scale.dtype != checks.scale_dtype(weight):
-            scale = scale_beside(scaling, weight)
-            if not torch.compiler.is_compiling():  # a compiled call's is of its graph, and perhaps of inference mode
-                self._scales[name] = scaling, scale
+        known = self._scales.get(name)
+        if known is not None and known[0] == scaling and known[1] is weight.dtype and known[2] == weight.device:
+            return known[3]
+        scale = scale_beside(scaling, weight)
+        if not torch.compiler.is_compiling():  # a compiled call's is of its graph, and perhaps of inference mode
+            self._scales[name] = scaling, weight.dtype, weight.device, scale
         return scale
 
     def ready(self) -> None:
