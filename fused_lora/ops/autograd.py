@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from . import flops
+from . import flops, recomputed
 from .gain import gradients_of_sums
 from .library import LIBRARY, ops
 from .parts import Part, columns, flatten, trains, unflatten
@@ -23,6 +23,9 @@ def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         flops.show()
     if trains(x, parts):
+        if len(parts) == 1 and recomputed.is_running(parts):
+            (stand_in,) = _SavedFirst.apply(x, p, *flatten(parts))
+            return (recomputed.result(stand_in, lambda: ops.lora_parts_forward(x, flatten(parts), p, [], "none")[0]),)
         return LoRAPartsFunction.apply(x, p, *distinct(x, flatten(parts)))
     return tuple(ops.lora_parts_forward(x, flatten(parts), p, [], "none")[: len(parts)])
 
@@ -68,6 +71,19 @@ class LoRAPartsFunction(torch.autograd.Function):
         dx, grads = _gradients(dys, x, xas, ys, parts, ctx.p, need_dx, needs)
         found = iter(grads)
         return dx, None, *flatten([NOTHING if dy is None else next(found) for dy in all_dys])
+
+
+class _SavedFirst(LoRAPartsFunction):
+    """The same of one part in a checkpoint's second pass, which may stop before the result."""
+
+    @staticmethod
+    def forward(ctx, x, p, *part):
+        part = Part(*part)
+        stand_in, xa = recomputed.stand_in_and_low(x, part, p)
+        ctx.p = p
+        ctx.save_for_backward(x, xa, None, *saved(part))
+        ctx.set_materialize_grads(False)
+        return (stand_in,)
 
 
 def _gradients(dys, x, xas, ys, parts, p, need_dx, needs) -> tuple[Tensor | None, list[Part]]:

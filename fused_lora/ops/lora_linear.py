@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import checks
-from . import eager, short
+from . import eager, recomputed, short
 from . import parts as of_parts
 from .autograd import apply
 from .parts import Part
@@ -62,7 +62,8 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and of_parts.autocast_dtype(x) is not None:
         x, ((weight, A, B, bias, scale, *_),) = of_parts.autocast(x, [Part(weight, A, B, bias, scale)])
-    y = None if gain is not None else _directly(x, weight, A, B, bias, scale, seed, p)
+    again = recomputed.is_running([])  # which the short ways know nothing of
+    y = None if again or gain is not None else _directly(x, weight, A, B, bias, scale, seed, p)
     if y is not None:
         return y
     part = Part(weight, A, B, bias, scale, gain=gain)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from . import eager
+from . import eager, recomputed
 from . import parts as of_parts
 from .alone import like, rows_of
 from .autograd import by_formula, distinct, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
@@ -24,16 +24,8 @@ class LoRAMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, p, act, save, *flat):
-        parts = unflatten(flat)
-        has_gains = any(part.gain is not None for part in parts[:2])
-        keep = "factors" if save == "all" and not has_gains else "sides"
-        hidden, first, second, *xas = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, keep)
-        y, xa = ops.lora_parts_forward(hidden, flatten(parts[2:]), p, [], "none")
-        kept = hidden if keep == "factors" else None
-        own_y = None if parts[2].gain is None else y
-        ctx.save_for_backward(x, first, second, kept, own_y, *xas, xa, *flat)
-        ctx.p, ctx.act = p, act
-        return like(y, x)
+        y, _ = _forward(ctx, x, p, act, save, flat, _down)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
@@ -61,6 +53,42 @@ class LoRAMLPFunction(torch.autograd.Function):
         )  # fmt: skip
         grads = flatten(of_inputs(grads, wanted, [*of_sides, *of_down]))
         return dx.view(x.shape) if need_dx else None, None, None, None, *grads
+
+
+class _SavedFirst(LoRAMLPFunction):
+    """The same in a checkpoint's second pass, which may stop before the result."""
+
+    @staticmethod
+    def forward(ctx, x, p, act, save, *flat):
+        stand_in, ctx.hidden = _forward(ctx, x, p, act, save, flat, recomputed.stand_in_and_low)
+        return stand_in
+
+
+def _forward(ctx, x, p, act, save, flat, of_down) -> tuple[Tensor, Tensor]:
+    """(y, act(gate) up); of_down(hidden, part, p) gives y and its xa."""
+    parts = unflatten(flat)
+    has_gains = any(part.gain is not None for part in parts[:2])
+    keep = "factors" if save == "all" and not has_gains else "sides"
+    hidden, first, second, *xas = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, keep)
+    y, xa = of_down(hidden, parts[2], p)
+    kept = hidden if keep == "factors" else None
+    own_y = None if parts[2].gain is None else y
+    ctx.save_for_backward(x, first, second, kept, own_y, *xas, xa, *flat)
+    ctx.p, ctx.act = p, act
+    return like(y, x), hidden
+
+
+def _down(hidden: Tensor, part: Part, p: float) -> list[Tensor]:
+    """y and xa."""
+    return ops.lora_parts_forward(hidden, flatten([part]), p, [], "none")
+
+
+def _again(x: Tensor, parts: list[Part], p: float, act, save: str) -> Tensor:
+    """By _SavedFirst."""
+    stand_in = _SavedFirst.apply(x, p, act, save, *flatten(parts))
+    hidden = stand_in.grad_fn.hidden
+    del stand_in.grad_fn.hidden
+    return recomputed.result(stand_in, lambda: like(_down(hidden, parts[2], p)[0], x))
 
 
 def lora_mlp(
@@ -93,7 +121,8 @@ def lora_mlp(
         raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
     x, parts = of_parts.autocast(x, [gate, up, down])
     act = reference.ACTIVATIONS[activation]
-    y = eager.mlp(x, parts, p, seed, act, save)
+    again = recomputed.is_running(parts)
+    y = None if again else eager.mlp(x, parts, p, seed, act, save)
     if y is not None:  # else something is wrong, or for another backend
         return y
     of_parts.check(x, parts[:2], p, seed, PARTS[:2])
@@ -105,7 +134,8 @@ def lora_mlp(
     if in_plain_torch(parts):
         return mlp(x, parts, p, act)
     if of_parts.trains(x, parts):
+        if again:
+            return _again(x, parts, p, act, save)
         return LoRAMLPFunction.apply(x, p, act, save, *distinct(x, flatten(parts)))
     hidden, *_ = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, "none")
-    y, _ = ops.lora_parts_forward(hidden, flatten(parts[2:]), p, [], "none")
-    return like(y, x)
+    return like(_down(hidden, parts[2], p)[0], x)
