@@ -23,7 +23,8 @@ class LoRALayer(Protocol):
         """(N, K), whatever the layer is computed by now."""
 
     def lora_part(self) -> Part:
-        """Its own tensors where it has one of each: what they are changed to, the layer is. Where why_not is None."""
+        """Its own tensors where it has one of each: what they are changed to, the layer is. Where why_not is None. They
+        may be in shards or elsewhere (is_whole); a gain that no rank knows then is NaN."""
 
     def lora_sources(self) -> tuple:
         """All that its part is made of, each the same object as long as the part is the same."""
@@ -37,6 +38,14 @@ class LoRALayer(Protocol):
 
     def offered(self) -> Part | str:
         """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
+
+
+PLAIN = (nn.Parameter, Tensor)
+
+
+def is_whole(part: Part) -> bool:
+    """Whether its tensors are plain ones, and not in shards of any kind."""
+    return type(part.weight) in PLAIN and type(part.A) in PLAIN and type(part.B) in PLAIN
 
 
 def is_lora(module: nn.Module | None) -> bool:
