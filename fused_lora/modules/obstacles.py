@@ -11,9 +11,7 @@ def obstacle(linear: nn.Linear) -> str | None:
     if type(linear) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(linear).__name__})"
     if "_hf_hook" in vars(linear):
-        return (
-            "accelerate brings its weight in at each call: replace_linear comes before cpu_offload and dispatch_model"
-        )
+        return "accelerate brings its weight in at each call: replace_linear comes before cpu_offload or dispatch_model"
     lost = _lost(linear)
     if lost:
         return f"{lost}, which a replacement would lose"
