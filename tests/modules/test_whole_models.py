@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fused_lora import LoRALinear, replace_linear
 
 pytest.importorskip("transformers")
-from tests.modules.language_model import adapted, base, grads, tokens  # noqa: E402
+from tests.modules.language_model import adapted, base, grads, tokens
 
 # transformers warns of its own affairs.
 pytestmark = pytest.mark.filterwarnings("default")
