@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
@@ -38,6 +40,7 @@ CASES = {
     "DoRA, biases that train": (WHOLE, {"use_dora": True, "train_bias": True}),
     "not all replaced": (WHOLE, {"exclude_modules": ["up"]}),
     "merged": (WHOLE, {}),
+    "fully_shard": (WHOLE, {"use_dora": True, "train_bias": True}),
 }
 
 
@@ -92,11 +95,13 @@ def prepared(case):
 
 def in_parts(rank, _):
     protocol.obstacle = lambda *args: None  # what could be computed together would be
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("data", "tensor"))
     found = {}
     for case in CASES:
         plan, model = prepared(case)
-        parallelize_module(model[0], mesh, plan)
+        parallelize_module(model[0], mesh["tensor"], plan)
+        if case == "fully_shard":
+            fully_shard(model[0], mesh=mesh["data"])
         by_rows = plan is BY_ROWS
         x = inputs().chunk(RANKS)[rank] if by_rows else inputs()
         found[case] = results(model, x)
@@ -164,7 +169,9 @@ def as_a_module(rank, _):
         model(inputs()).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: whole(value) for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="replace_linear comes before fully_shard and parallelize_module"):
+        replace_linear(parallelize_module(MLP(), mesh, WHOLE), 3, 5.0)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
 def test_trained_and_saved(tmp_path):
@@ -176,4 +183,5 @@ def test_trained_and_saved(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     for state in ranks.values():
-        torch.testing.assert_close(state, dict(model.state_dict()))
+        torch.testing.assert_close(dict(state), dict(model.state_dict()))
+        make(use_dora=True).load_state_dict(state)

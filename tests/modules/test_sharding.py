@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_lora import LoRALinear, explain
+from fused_lora import LoRALinear, explain, replace_linear
 from fused_lora.relora import ReLoRA
 from tests.ranks import RANKS, on_all_ranks
 
 pytest.importorskip("transformers")
-from tests.modules.language_model import FUSED, adapted, grads, watched
+from tests.modules.language_model import FUSED, adapted, base, grads, watched
 
 # transformers warns of its own affairs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -21,7 +22,7 @@ NOW = "it is in shards now"
 
 
 def by_layer(block):
-    return [layer for layer in block.modules() if isinstance(layer, LoRALinear)]
+    return [layer for layer in block.modules() if isinstance(layer, (LoRALinear, nn.Linear))]
 
 
 def q_k_v(block):
@@ -58,13 +59,22 @@ def sharded(rank, _):
             found[name, how] = grads(model)
             assert seen == together, f"{name}, {how}: {seen}"
             assert grad_free.isfinite().all()
-    with pytest.raises(ValueError, match="is DoRA"):
-        ReLoRA(dora := adapted_in_shards(mesh), torch.optim.AdamW(dora.parameters()), reset_every=3)
+    refused(mesh)
     return found
 
 
-def adapted_in_shards(mesh):
-    return fully_shard(adapted(use_dora=True), mesh=mesh)
+def refused(mesh):
+    dora = fully_shard(adapted(use_dora=True), mesh=mesh)
+    with pytest.raises(ValueError, match="is DoRA"):
+        ReLoRA(dora, torch.optim.AdamW(dora.parameters()), reset_every=3)
+    for modules, _, _ in SHARDED.values():
+        model = base()
+        for block in model.model.layers:
+            for module in modules(block):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match="replace_linear comes before fully_shard and parallelize_module"):
+            replace_linear(model, 3, 5.0)
 
 
 def test_fsdp2(tmp_path):
