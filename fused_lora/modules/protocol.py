@@ -55,7 +55,7 @@ def is_lora(module: nn.Module | None) -> bool:
 
 def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False) -> list[Part] | str:
     """The parts of layers that read x (gated: of an MLP), or why each must be computed by itself."""
-    if type(x) not in (Tensor, nn.Parameter):
+    if type(x) not in PLAIN:
         return f"x is a {type(x).__name__}"
     parts = []
     for layer in layers:
