@@ -8,13 +8,14 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 
 from fused_lora import LoRALinear, explain, replace_linear
 from fused_lora.integrations.tensor_parallel import ColwiseLoRA, RowwiseLoRA
 from fused_lora.modules import protocol
+from fused_lora.relora import ReLoRA
 from tests.ranks import RANKS, on_all_ranks
 
 K, N, ROWS = 13, 11, 6  # columns are cut into 7 and 6, and into 6 and 5
@@ -152,7 +153,7 @@ def test_dropout(tmp_path):
 def as_a_module(rank, _):
     """What else is done with a model that is cut."""
     mesh = init_device_mesh("cpu", (RANKS,))
-    model = make(use_dora=True)
+    model = make()
     parallelize_module(model[0], mesh, WHOLE)
     layer = model[0].gate
     assert isinstance(layer, LoRALinear)
@@ -169,14 +170,24 @@ def as_a_module(rank, _):
         model(inputs()).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    refused(mesh, model, optimizer)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def refused(mesh, model, optimizer):
+    with pytest.raises(ValueError, match="must be sharded by rows"):
+        ReLoRA(model, optimizer, reset_every=3)
+    by_hand = make()
+    distribute_module(by_hand, mesh)
+    with pytest.raises(TypeError, match="weight must be a plain tensor, got a DTensor: ColwiseLoRA and RowwiseLoRA"):
+        by_hand(inputs())
     with pytest.raises(ValueError, match="replace_linear comes before fully_shard and parallelize_module"):
         replace_linear(parallelize_module(MLP(), mesh, WHOLE), 3, 5.0)
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
 def test_trained_and_saved(tmp_path):
     ranks = on_all_ranks(as_a_module, None, tmp_path)
-    model = make(use_dora=True)
+    model = make()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         model(inputs()).square().sum().backward()
@@ -184,4 +195,4 @@ def test_trained_and_saved(tmp_path):
         optimizer.zero_grad()
     for state in ranks.values():
         torch.testing.assert_close(dict(state), dict(model.state_dict()))
-        make(use_dora=True).load_state_dict(state)
+        make().load_state_dict(state)
