@@ -102,9 +102,9 @@ class ShardedLinear(Mixin):
         norms = ops.row_norms(weight, A, B, scale)
         if not self._is_rowwise:
             return norms
-        squares = norms.square()
+        squares = norms.double().square()  # the least norm's is too small for float32
         dist.all_reduce(squares, group=mesh.get_group())
-        return squares.sqrt()
+        return squares.sqrt().to(norms.dtype)
 
     def _seed(self, x: Tensor, p: float, mesh: DeviceMesh) -> Tensor | None:
         """Where all ranks have the same x that of the first, since their generators may differ; else each its own,
