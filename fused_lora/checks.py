@@ -18,6 +18,8 @@ def _check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor: ColwiseLoRA and RowwiseLoRA compute in shards")
 
 
 def computes_in(dtype: torch.dtype) -> bool:

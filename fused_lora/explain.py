@@ -89,8 +89,9 @@ def _group_notes(module: LoRASiblings, tokens: int, gpu: str | None) -> dict[nn.
 
 
 def _like(layer: nn.Module) -> torch.Tensor:
-    """Of the dtype and the place of what a layer reads."""
-    return layer.frozen_weight if is_lora(layer) else torch.empty(0)
+    """Of the dtype and the place of what a layer reads: a plain tensor, whatever its weight is."""
+    weight = layer.frozen_weight if is_lora(layer) else torch.empty(0)
+    return torch.empty(0, dtype=weight.dtype, device=weight.device)
 
 
 def _how(layers: list[LoRALayer], tokens: int) -> str:

@@ -12,6 +12,7 @@ from .. import checks, ops, padding
 from . import hooks, siblings
 from .loading import loading_errors
 from .merging import Merging
+from .protocol import is_whole
 
 
 class LoRALinear(Merging):
@@ -206,7 +207,11 @@ class LoRALinear(Merging):
     def lora_part(self) -> ops.Part:
         """What the layer adds to a pass that it shares with others."""
         part = self._part()
-        return part._replace(gain=self._gain(part.scale)) if self.use_dora else part
+        if not self.use_dora:
+            return part
+        magnitudes = self.lora_magnitude_vector
+        gain = self._gain(part.scale) if is_whole(part) else torch.full_like(magnitudes, math.nan, requires_grad=False)
+        return part._replace(gain=gain)
 
     def lora_sources(self) -> tuple:
         """All that its part is made of."""
@@ -231,6 +236,8 @@ class LoRALinear(Merging):
         if reason is not None:
             return reason
         part = self.lora_part()
+        if not is_whole(part):
+            return "it is in shards now, which fully_shard makes whole while the module runs that it was called on"
         trains = part.weight.requires_grad and torch.is_grad_enabled()
         return "its weight requires gradients" if trains else part
 

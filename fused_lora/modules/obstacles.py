@@ -8,8 +8,12 @@ from .. import checks
 
 def obstacle(linear: nn.Linear) -> str | None:
     """Why LoRALinear cannot stand for a linear, or None."""
+    if hasattr(getattr(linear, "weight", None), "placements"):
+        return "its weight is in shards: replace_linear comes before fully_shard and parallelize_module"
     if type(linear) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(linear).__name__})"
+    if "_hf_hook" in vars(linear):
+        return "accelerate brings its weight in at each call: replace_linear comes before cpu_offload or dispatch_model"
     lost = _lost(linear)
     if lost:
         return f"{lost}, which a replacement would lose"

@@ -23,7 +23,8 @@ class LoRALayer(Protocol):
         """(N, K), whatever the layer is computed by now."""
 
     def lora_part(self) -> Part:
-        """Its own tensors where it has one of each: what they are changed to, the layer is. Where why_not is None."""
+        """Its own tensors where it has one of each: what they are changed to, the layer is. Where why_not is None. They
+        may be in shards or elsewhere (is_whole); a gain that no rank knows then is NaN."""
 
     def lora_sources(self) -> tuple:
         """All that its part is made of, each the same object as long as the part is the same."""
@@ -39,6 +40,14 @@ class LoRALayer(Protocol):
         """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
 
 
+PLAIN = (nn.Parameter, Tensor)
+
+
+def is_whole(part: Part) -> bool:
+    """Whether its tensors are plain ones, and not in shards of any kind."""
+    return type(part.weight) in PLAIN and type(part.A) in PLAIN and type(part.B) in PLAIN
+
+
 def is_lora(module: nn.Module | None) -> bool:
     """By its class: a child of any name is no method."""
     return hasattr(type(module), "lora_part")
@@ -46,7 +55,7 @@ def is_lora(module: nn.Module | None) -> bool:
 
 def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False) -> list[Part] | str:
     """The parts of layers that read x (gated: of an MLP), or why each must be computed by itself."""
-    if type(x) not in (Tensor, nn.Parameter):
+    if type(x) not in PLAIN:
         return f"x is a {type(x).__name__}"
     parts = []
     for layer in layers:

@@ -38,10 +38,18 @@ def find_linears(model: nn.Module, selection: Selection) -> tuple[ReplaceReport,
         what = "target_modules matches" if selection.by_name else "model has"
         is_one = selection.by_name and isinstance(selection.target_modules, str)
         how = " (a string is a regular expression for the whole name)" if is_one else ""
-        raise ValueError(f"{what} no nn.Linear that can be replaced{how}: {report}")
+        raise ValueError(f"{what} no nn.Linear that can be replaced{how}: {_why_none(report)}")
     for entry in report.unmatched:
         warnings.warn(f"{entry} matches no linear layer", stacklevel=4)
     return report, linears
+
+
+def _why_none(report: ReplaceReport) -> str:
+    """One line where there is one reason."""
+    if len(set(report.skipped.values())) != 1:
+        return str(report)
+    first, *others = report.skipped
+    return f"{first}{f' and {len(others)} others' if others else ''}: {report.skipped[first]}"
 
 
 class _Reasons:

@@ -123,6 +123,17 @@ def test_merged_and_unmerged(dtype):
     assert (layer(x) - y).norm() < 2 * tolerance * y.norm()
 
 
+def test_cycles_do_not_drift():
+    """In 16 bits the first few add to what the first one lost; then the weight comes back to the same bits."""
+    layer = layer_of(torch.bfloat16)
+    before, lost = layer.weight.double(), []
+    for _ in range(100):
+        layer.merge_().unmerge_()
+        lost.append((layer.weight.double() - before).norm() / before.norm())
+    assert 0 < lost[0] < lost[-1] < 2**-7
+    assert lost[-1] == lost[20]
+
+
 @pytest.mark.parametrize("how", ["state dict", "deepcopy"])
 def test_a_merged_state_can_be_unmerged_elsewhere(how):
     layer, x = layer_of(), x_of()

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 
 from fused_lora import LoRALinear, replace_linear
-from tests.relora.test_distributed import on_all_ranks
+from tests.ranks import on_all_ranks
 
 FLAG = "_extra_state"
 

@@ -157,7 +157,7 @@ def test_a_second_call_replaces_nothing():
     before = everything(model)
     with pytest.raises(ValueError, match=r"^model has no nn\.Linear that can be replaced") as error:
         replace_linear(model, **OPTIONS)
-    assert "1.q_proj: a LoRALinear already" in str(error.value)
+    assert "1.q_proj and 4 others: a LoRALinear already" in str(error.value)
     assert everything(model) == before
 
 

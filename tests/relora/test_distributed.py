@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -11,10 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_lora import padding, replace_linear
 from fused_lora.relora import ReLoRA
 from fused_lora.relora.shards import whole
+from tests.ranks import RANKS, on_all_ranks
 from tests.relora.test_controller import Net
-
-RANKS = 2
-
 
 OPTIONS = {"reset_mode": "random", "reset_ratio": 0.5, "precision": "stochastic"}
 LORA = {"r": 3, "exclude_modules": ["head"]}
@@ -95,34 +92,6 @@ def sharded(rank, shards):
     if shards:
         with pytest.raises(RuntimeError, match="model is sharded, and its layers cannot be exchanged"):
             relora.finish()
-    return states
-
-
-def train(rank, address, how, argument, results):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
-    torch.manual_seed(0)
-    results.put((rank, how(rank, argument)))
-    results.join()
-    dist.destroy_process_group()
-
-
-def on_all_ranks(how, argument, folder):
-    """What how(rank, argument) gives on each rank."""
-    folder.mkdir(exist_ok=True)
-    context = mp.get_context("spawn")
-    results = context.JoinableQueue()
-    address = f"file://{folder}/rendezvous"
-    processes = [context.Process(target=train, args=(rank, address, how, argument, results)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    states = {}
-    for _ in processes:
-        rank, states[rank] = results.get(timeout=120)
-    for _ in processes:
-        results.task_done()
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
     return states
 
 

@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...modules import ReplaceReport
-from ...modules.targets import listed
+from ...modules.selection import listed
 from ...relora import JaggedCosine, ReLoRA
 from ...relora.options import LORA, check_options
 from ...relora.schedule import make_jagged

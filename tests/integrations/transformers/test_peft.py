@@ -59,5 +59,5 @@ def test_a_layer_that_has_no_plain_update(tmp_path):
     model = peft.get_peft_model(model_of(), peft.LoraConfig(target_modules="all-linear", use_dora=True))
     accelerate(model)
     trainer = trainer_of(tmp_path, ReLoRACallback(reset_every=4), model)
-    with pytest.raises(ValueError, match="q_proj has no update that could be merged: adapter default is no plain LoRA"):
+    with pytest.raises(ValueError, match="q_proj is DoRA, whose gain a restart would leave behind"):
         trainer.train()
