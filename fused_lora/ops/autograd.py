@@ -23,7 +23,7 @@ def apply(x: Tensor, parts: Sequence[Part], p: float) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         flops.show()
     if trains(x, parts):
-        if len(parts) == 1 and recomputed.is_running(parts):
+        if len(parts) == 1 and parts[0].gain is None and recomputed.is_worth(x, parts[0].weight):
             (stand_in,) = _SavedFirst.apply(x, p, *flatten(parts))
             return (recomputed.result(stand_in, lambda: ops.lora_parts_forward(x, flatten(parts), p, [], "none")[0]),)
         return LoRAPartsFunction.apply(x, p, *distinct(x, flatten(parts)))

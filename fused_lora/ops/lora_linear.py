@@ -62,8 +62,8 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and of_parts.autocast_dtype(x) is not None:
         x, ((weight, A, B, bias, scale, *_),) = of_parts.autocast(x, [Part(weight, A, B, bias, scale)])
-    again = recomputed.is_running([])  # which the short ways know nothing of
-    y = None if again or gain is not None else _directly(x, weight, A, B, bias, scale, seed, p)
+    is_long = gain is not None or recomputed.is_worth(x, weight)  # which the short ways know nothing of
+    y = None if is_long else _directly(x, weight, A, B, bias, scale, seed, p)
     if y is not None:
         return y
     part = Part(weight, A, B, bias, scale, gain=gain)

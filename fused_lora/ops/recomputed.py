@@ -7,7 +7,8 @@ memory; the result itself comes after it, if it comes to that. A LLaMA's down pr
 forward pass.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,16 +17,19 @@ from .library import ops
 from .parts import Part, flatten
 
 FEW = 8  # columns of y, in a pass that is about xa
+# Of a product that is worth it: by way of Python a pass takes the host a quarter of a millisecond longer. With the
+# smaller ones of Qwen3-0.6B, 8192 tokens on an H200, checkpointed steps took 1.24 times as long.
+LEAST_FLOPS = 2e11
 
 
-def is_running(parts: Sequence[Part]) -> bool:
-    """Whether a checkpoint computes again, and may stop before the results of these parts. Those of gains are saved."""
+def is_worth(x: Tensor, weight: Tensor) -> bool:
+    """Whether a checkpoint computes again, and may stop before a product of x's rows with a weight."""
     if torch.compiler.is_compiling():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None or "_recomputation_hook" not in getattr(hooks[0], "__qualname__", ""):
         return False
-    return all(part.gain is None for part in parts)
+    return 2 * math.prod(x.shape[:-1]) * weight.numel() >= LEAST_FLOPS
 
 
 def stand_in_and_low(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:

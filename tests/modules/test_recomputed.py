@@ -8,8 +8,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fused_lora import replace_linear
-from fused_lora.ops import library
+from fused_lora.ops import library, recomputed
 from tests.ops.problem import DEVICES
+
+
+@pytest.fixture(autouse=True)
+def _all_are_worth_it(monkeypatch):
+    monkeypatch.setattr(recomputed, "LEAST_FLOPS", 0)
 
 
 class Block(nn.Module):
@@ -111,6 +116,16 @@ def test_a_result_that_is_changed_in_place():
     got = gradients(model.first, x, lambda layer, x: checkpoint(run, layer, x, use_reentrant=False))
     for each, plain in zip(got, want, strict=True):
         torch.testing.assert_close(each, plain)
+
+
+def test_a_small_product_is_made_again(widths, as_one, monkeypatch):
+    """It costs less than to avoid it."""
+    monkeypatch.setattr(recomputed, "LEAST_FLOPS", 2 * 5 * 40 * 24 + 1)
+    x = torch.randn(5, 24, requires_grad=True)
+    y = checkpointed(model_of("cpu", 0.0, "auto"), x)
+    del widths[:]
+    y.sum().backward()
+    assert widths == [24, 40, 24]
 
 
 @pytest.mark.gpu
