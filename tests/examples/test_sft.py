@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("trl")
+
 from examples import sft
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL's own

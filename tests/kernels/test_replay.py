@@ -23,7 +23,7 @@ def _forget(monkeypatch):
 
 def inputs_of(problem, dxa=None):
     scale, seed = torch.tensor(problem.scale, device=DEVICE), problem._seed()
-    forward = [problem.x, problem.weight, problem.A, problem.B, problem.bias, scale, seed]
+    forward = [problem.x, problem.weight, problem.A, problem.B, problem.bias, scale, seed, None]
     _, xa = forward_pass(*forward, problem.p, KNOWN_GPUS["H100"], "ieee", problem.x.shape[:1])
     return forward, [problem.dy, problem.x, problem.weight, problem.A, problem.B, xa, scale, seed, dxa]
 

@@ -1,6 +1,9 @@
 """ReLoRA in TRL's SFTTrainer, on a model of its user's and on the PeftModel that it makes."""
 
 import pytest
+
+pytest.importorskip("trl")
+
 from trl import SFTConfig, SFTTrainer
 
 from examples import sft
