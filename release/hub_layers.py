@@ -30,7 +30,7 @@ class LoRALinear(nn.Module):
     can_torch_compile = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, *_part(self)[:-1], p=_dropout(self))
+        return lora_linear(x, *_part(self)[:5], p=_dropout(self))
 
 
 class LoRAGatedMLP(nn.Module):
