@@ -1,6 +1,7 @@
 """Every architecture of transformers that builds small: its forward stays, its gradients are the merged model's."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_an_architecture(name):
     before = results(model, inputs)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     report, said = replaced(model)
-    assert all(f"\n  + {path}\n" in said or f"\n  - {path}: " in said for path in linears)
+    assert all(f"\n  + {path}\n" in said or f"\n  - {path}: " in said for path in linears) or counts_all(said, linears)
     if report is None:
         return
     for got, wanted in zip(results(model, inputs), before, strict=True):
@@ -88,6 +89,12 @@ def test_an_architecture(name):
     for got, wanted in zip(results(model, inputs), results(merged, inputs), strict=True):
         assert_close(got, wanted, "forward")
     check_gradients(gradients(model, inputs), gradients(merged, inputs), layers)
+
+
+def counts_all(said, linears):
+    """Of a refusal for one reason, which names one layer."""
+    others = re.search(r": (\S+)(?: and (\d+) others)?: ", said)
+    return others is not None and others[1] in linears and int(others[2] or 0) >= len(linears) - 1
 
 
 def replaced(model):
