@@ -12,6 +12,23 @@ def described(about: dict) -> str:
     return f"{about['device']}, {about['dtype']}, {about['date']}; {versions}{commit}."
 
 
+def common(runs: list[dict]) -> dict:
+    """The first of several runs, with the commands of all, and no cases yet. Raises ValueError where they differ in
+    more than their cases and dates."""
+    about = {key: value for key, value in runs[0].items() if key not in ("cases", "date", "command")}
+    for run in runs:
+        for key, value in about.items():
+            if run[key] != value:
+                raise ValueError(f"runs must have one {key}, got {value} and {run[key]}")
+    return runs[0] | {"command": "; ".join(dict.fromkeys(run["command"] for run in runs)), "cases": []}
+
+
+def redraw(paths: list[Path], out: Path | None, merged: Callable, write: Callable) -> None:
+    """Writes the tables and pictures of runs' JSON files, as one, into a folder: by default the first one's."""
+    results = merged([json.loads(path.read_text()) for path in paths])
+    print("\n".join(f"wrote {path}" for path in write(results, out or paths[0].parent)))
+
+
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of Markdown."""
     lines = [header, ["---"] * len(header), *rows]

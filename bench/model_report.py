@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .document import as_json, described, table, write_files
+from .document import as_json, common, described, table, write_files
 from .model_arms import ARMS
 from .model_plot import draw
 from .variants import FLOOR
@@ -12,18 +12,14 @@ HEADER = ["", "setting", "tokens/s", "of the floor's", "spread", "peak GiB", "lo
 
 def merged(runs: list[dict]) -> dict:
     """Runs of different cases, settings or arms on one device, at one commit, as one."""
-    about = {key: value for key, value in runs[0].items() if key not in ("cases", "date", "command")}
+    about = common(runs)
     cases: dict[str, dict] = {}
     for run in runs:
-        for key, value in about.items():
-            if run[key] != value:
-                raise ValueError(f"runs must have one {key}, got {value} and {run[key]}")
         for case in run["cases"]:
             settings = cases.setdefault(case["name"], case | {"settings": {}})["settings"]
             for name, arms in case["settings"].items():
                 settings[name] = settings.get(name, {}) | arms
-    command = "; ".join(dict.fromkeys(run["command"] for run in runs))
-    return runs[0] | {"command": command, "cases": list(cases.values())}
+    return about | {"cases": list(cases.values())}
 
 
 def _row(setting: str, name: str, arms: dict[str, dict]) -> list[str]:

@@ -7,7 +7,6 @@ that only the ratios of one run are compared. The losses of their first and last
 
 import argparse
 import gc
-import json
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ with needs("test"):
     import transformers  # noqa: F401
     from tqdm import tqdm
 
+from .document import redraw
 from .model_arms import ARMS, ModelArm, base_of, make
 from .model_cases import CASES, CPU_CASES, SETTINGS, Case, Setting
 from .model_report import markdown, merged, write
@@ -104,8 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or an exception where an arm is wrong."""
     options = parse(arguments)
     if options.redraw:
-        results = merged([json.loads(path.read_text()) for path in options.redraw])
-        print("\n".join(f"wrote {path}" for path in write(results, options.out or options.redraw[0].parent)))
+        redraw(options.redraw, options.out, merged, write)
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = sys.argv[1:] if arguments is None else arguments

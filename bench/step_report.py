@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from .document import as_json, described, table, write_files
+from .document import as_json, common, described, table, write_files
 from .step_arms import ARMS
 from .step_cases import CASES, CPU_CASES, FULL, Case, flops
 from .step_plot import draw
@@ -26,18 +26,14 @@ def measured(results: dict) -> list[tuple[Case, dict[str, dict]]]:
 
 def merged(runs: list[dict]) -> dict:
     """Runs of different cases or modes on one device, at one commit, as one; in the order of CASES."""
-    about = {key: value for key, value in runs[0].items() if key not in ("cases", "date", "command")}
+    about = common(runs)
     by_case: dict[Case, dict] = {}
     for run in runs:
-        for key, value in about.items():
-            if run[key] != value:
-                raise ValueError(f"runs must have one {key}, got {value} and {run[key]}")
         for case, modes in measured(run):
             by_case[case] = by_case.get(case, {}) | modes
     presets = [case.preset for case in CASES + CPU_CASES]
     cases = sorted(by_case, key=lambda case: presets.index(case.preset))
-    command = "; ".join(dict.fromkeys(run["command"] for run in runs))
-    return runs[0] | {"command": command, "cases": [entry(case, by_case[case]) for case in cases]}
+    return about | {"cases": [entry(case, by_case[case]) for case in cases]}
 
 
 def _method(about: dict) -> str:

@@ -10,7 +10,6 @@ Under torchrun, each rank takes a step's micro-batches as DistributedDataParalle
 
 import argparse
 import gc
-import json
 import os
 import shlex
 import sys
@@ -22,7 +21,7 @@ import torch
 from fused_lora.extras import needs
 from fused_lora.pretrain.ranks import Ranks, joined
 
-from .document import write_samples
+from .document import redraw, write_samples
 from .record import RESULTS, circumstances, slug, summary
 from .step_arms import ARMS, Arm
 from .step_cases import CASES, CPU_CASES, FULL, Case, flops
@@ -180,8 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or an exception where an arm is wrong."""
     options = parse(arguments)
     if options.redraw:
-        results = merged([json.loads(path.read_text()) for path in options.redraw])
-        print("\n".join(f"wrote {path}" for path in write(results, options.out or options.redraw[0].parent)))
+        redraw(options.redraw, options.out, merged, write)
         return 0
     with joined("cuda" if torch.cuda.is_available() else "cpu") as ranks:
         method = {"ranks": ranks.world, "accumulate": options.accumulate, "command": _command(arguments)}

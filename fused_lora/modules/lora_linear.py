@@ -235,11 +235,12 @@ class LoRALinear(Merging):
         reason = self.why_not() or hooks.why_alone(self, LoRALinear.forward)
         if reason is not None:
             return reason
-        part = self.lora_part()
+        part = self._part()
         if not is_whole(part):
             return "it is in shards now, which fully_shard makes whole while the module runs that it was called on"
-        trains = part.weight.requires_grad and torch.is_grad_enabled()
-        return "its weight requires gradients" if trains else part
+        if part.weight.requires_grad and torch.is_grad_enabled():
+            return "its weight requires gradients"
+        return part._replace(gain=self._gain(part.scale)) if self.use_dora else part
 
     def extra_repr(self) -> str:
         return (

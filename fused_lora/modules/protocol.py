@@ -40,7 +40,7 @@ class LoRALayer(Protocol):
         """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
 
 
-PLAIN = (nn.Parameter, Tensor)
+PLAIN = (nn.Parameter, Tensor)  # subclasses, as nested, sharded and fake ones, know linears of their own
 
 
 def is_whole(part: Part) -> bool:

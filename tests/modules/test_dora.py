@@ -9,6 +9,7 @@ from torch import nn
 
 from fused_lora import LoRALinear, explain, load_adapter, merge_and_unload, replace_linear, save_adapter
 from fused_lora.relora import ReLoRA
+from tests.integrations.peft.models import Net
 from tests.ops.problem import DEVICES
 
 pytestmark = pytest.mark.filterwarnings("default")  # PEFT warns of its own affairs
@@ -185,15 +186,6 @@ def test_what_could_not_be_taken_out_is_not_merged():
 
 
 # models and files
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(9, 13), nn.Linear(13, 5, bias=False)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
 
 
 def net() -> Net:

@@ -10,6 +10,7 @@ from ... import checks, ops
 from ...modules import hooks, siblings
 from ...modules.magnitudes import gain
 from ...modules.mixins import Mixin
+from ...modules.protocol import PLAIN
 from ...modules.scaled import scale_beside
 
 # Modules that a layer holds and a kernel computes for, by the forwards that they are known for.
@@ -17,7 +18,6 @@ BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 FACTORS = {nn.Linear: nn.Linear.forward}
 DORA = {DoraLinearLayer: DoraLinearLayer.forward}
 DROPOUTS = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
-PLAIN = (Tensor, nn.Parameter)  # subclasses, as nested, sharded and fake ones, know linears of their own
 
 Adapter = tuple[nn.Module, nn.Module, str, float]  # lora_A, lora_B, its name, by which probability it drops now
 
@@ -101,8 +101,7 @@ class AcceleratedLinear(Mixin):
         return [name for name in active if name in own]
 
     def _dropping(self, name: str) -> float:
-        dropout = self._modules["lora_dropout"]._modules[name]
-        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        return _dropping(self._modules["lora_dropout"]._modules[name])
 
     def _active(self) -> list[Adapter] | str:
         """The adapters that a kernel computes, or why PEFT's own forward computes the layer."""
@@ -125,7 +124,7 @@ class AcceleratedLinear(Mixin):
             reason = _factor_obstacle(A) or _factor_obstacle(B) or hooks.why_not_known(dropout, DROPOUTS)
             if reason is not None:
                 return f"a module of its adapter {name} cannot be passed over: {reason}"
-            adapters.append((A, B, name, dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0))
+            adapters.append((A, B, name, _dropping(dropout)))
             ranks += parameter(A, "weight").shape[0]
         if ranks > checks.MAX_RANK:
             return f"its active adapters have {ranks} ranks, more than {checks.MAX_RANK}"
@@ -221,6 +220,10 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     """One of a linear's. FSDP's first version lends it as a plain attribute."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
+
+
+def _dropping(dropout: nn.Module) -> float:
+    return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
 
 
 def _base_obstacle(base: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME
 
+from ... import whole_files
 from ...relora import ReLoRA
 from ...relora.wrapping import lora_layers, parts_of
 
@@ -22,10 +23,7 @@ def save(folder: Path, model: nn.Module, relora: ReLoRA) -> None:
     if is_peft(model):  # whose own file has the adapters alone, and restarts change what is below them
         content["weights"] = _weights(model)
     part = folder / f".{NAME}.{os.getpid()}"
-    with part.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    whole_files.write(part, lambda path: torch.save(content, path))
     part.replace(folder / NAME)
 
 

@@ -108,7 +108,7 @@ def test_what_a_checkpoint_holds(tmp_path):
 
 def test_a_file_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
     def full(content, file):
-        file.write(b"some")
+        file.write_bytes(b"some")
         raise OSError("no space left")
 
     model, relora = model_of(), ReLoRACallback(reset_every=3)
