@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .. import whole_files
+from .. import checks, whole_files
 from .selection import ALL_LINEAR, Selection
 
 CONFIG = "adapter_config.json"
@@ -49,6 +49,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        checks.check_rank(self.r)
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

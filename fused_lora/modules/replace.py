@@ -76,6 +76,7 @@ def replace_linear(
         "alpha_pattern": alpha_pattern, "bias": "lora_only" if train_bias else "none",
     }  # fmt: skip
     if config is None:
+        checks.check_rank(r)
         if lora_alpha is None:
             asked["lora_alpha"] = 1.0
             warnings.warn("lora_alpha was left out, and is 1.0: scale is 1 / r (PEFT's default is 8)", stacklevel=2)

@@ -30,6 +30,8 @@ class Selection:
 
     def __post_init__(self):
         self.target_modules, self.exclude_modules = listed(self.target_modules), listed(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            _check_expression(name, getattr(self, name))
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
 
@@ -65,6 +67,15 @@ class Selection:
         starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns or ()] or [r".*?\.[^.]*"]
         found = next(filter(None, (re.match(rf"{start}\.(\d+)\.", name) for start in starts)), None)
         return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _check_expression(name: str, modules: Modules) -> None:
+    try:
+        re.compile(modules if isinstance(modules, str) else "")
+    except re.error as error:
+        raise ValueError(
+            f"{name} must be a regular expression where it is a string, got {modules!r}: {error}"
+        ) from None
 
 
 def listed(modules: Modules) -> str | list[str] | None:

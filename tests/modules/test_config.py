@@ -242,3 +242,16 @@ def test_the_factors_have_the_ranks_of_the_pattern():
     layer = model.model["layers"][1].q_proj
     assert layer.lora_A.shape == (4, 9)
     assert layer(torch.ones(2, 9)).shape == (2, 9)
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_a_string_that_is_no_expression(name):
+    with pytest.raises(ValueError, match=rf"{name} must be a regular expression where it is a string, got '\('"):
+        replace_linear(nn.Sequential(nn.Linear(3, 3)), 2, 3.0, **{name: "("})
+
+
+def test_a_rank_that_is_missing_is_said_before_all_else():
+    with pytest.raises(TypeError, match="r must be an int, got NoneType"):
+        replace_linear(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match="r must be an int, got NoneType"):
+        replace_linear(nn.Sequential(nn.Linear(3, 3)), config={"r": None, "target_modules": ["0"]})

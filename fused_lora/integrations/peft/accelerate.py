@@ -68,7 +68,9 @@ def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
     if not layers:
         raise ValueError(f"model has no LoRA linear of PEFT that the kernels could compute: {report}")
     if fuse == "auto":
-        report.groups, report.mlps = fuse_layers(model, layers)
+        groups, mlps = fuse_layers(model, layers)
+        report.groups = [names for names in groups if not report.kept.keys() & set(names)]
+        report.mlps = [name for name in mlps if not any(kept.startswith(f"{name}.") for kept in report.kept)]
     return report
 
 

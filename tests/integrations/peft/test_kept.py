@@ -294,3 +294,11 @@ def test_nothing_to_do_is_refused(what):
 def test_a_bad_word_for_fuse():
     with pytest.raises(ValueError, match="fuse must be one of auto, off, got 'on'"):
         accelerate(net(), fuse="on")
+
+
+def test_nothing_is_said_to_be_together_that_is_pefts():
+    model = language_model(LLAMA, use_dora=True, lora_dropout=0.1).train()
+    report = accelerate(model)
+    assert (report.served, report.groups, report.mlps) == ([], [], [])
+    model.eval()
+    assert len(accelerate(model).groups) == 2
