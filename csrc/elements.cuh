@@ -76,16 +76,6 @@ __device__ __forceinline__ float load_as_float(const void* data, DType dtype, in
   }
 }
 
-// What a column of a forward pass's sums is multiplied by, and what is added then.
-struct Column {
-  float gain, bias;
-
-  template <typename Part>
-  __device__ __forceinline__ Column(const Part& part, int c)
-      : gain(part.gain == nullptr ? 1 : part.gain[c]), bias(part.bias == nullptr ? 0 : load_as_float(part.bias, part.bias_dtype, c)) {}
-  __device__ __forceinline__ float of(float sum) const { return fmaf(sum, gain, bias); }
-};
-
 __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, float value) {
   switch (dtype) {
     case DType::kFloat32: static_cast<float*>(data)[i] = value; break;

@@ -2,6 +2,7 @@
 //
 //   forward    xa  = scale x A^T      y  = gain (x W^T + xa B^T) + bias, gain and bias of each column
 //   backward   dxa = scale dy B       dx = dy W + dxa A       dA = dxa^T x       dB = dy^T xa       dbias = sum of dy
+//              with a gain W and B are gain W and gain B, dB = gain dy^T xa and dgain = sum of dy (y - bias) / gain
 //
 // In float16 the power of two above a scale above 1 stays out of xa and enters y and dB, so that xa is finite.
 // With dropout, x is masked in xa and dA, and dxa A in dx; what is kept counts 1 / (1 - p) times.
@@ -69,8 +70,11 @@ struct ForwardParams {
 struct BackwardPart {
   Operand dy, x, weight, A, B, xa, dxa;
   Operand dA, dB, dbias;  // dA and dB have one format
+  const float* gain;  // by which weight and B were multiplied, or null: csrc/sm90 alone
   const float* scale;
   Dropout dropout;
+  Operand y, bias;  // for dgain, bias where there was one
+  float* dgain;     // null where it is not wanted
 };
 
 struct BackwardParams {

@@ -7,19 +7,20 @@ ENOUGH_FOR_MEANS = 1000
 TINY = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 1e-6, torch.float64: 1e-14}
 
 
-def assert_accurate(name, got, exact, torch_result, roundings=0):
+def assert_accurate(name, got, exact, torch_result, roundings=0, rounded_to=None):
     """|got - exact| against |torch_result - exact|, exact in float64.
 
-    Largest error at most twice torch's, or what so many roundings may cost the largest entry, which of few entries may
-    have torch's luck against it; mean error at most 1.2 times torch's, and the mean signed errors small: a cast that
-    truncates passes the first rule alone. The slack is TINY of the exact result's size; a NaN fails everything.
+    Largest error at most twice torch's, or what so many roundings (to the result's dtype, if not to another) may cost
+    the largest entry, which of few entries may have torch's luck against it; mean error at most 1.2 times torch's, and
+    the mean signed errors small: a cast that truncates passes the first rule alone. The slack is TINY of the exact
+    result's size; a NaN fails everything.
     """
     slack = TINY[torch_result.dtype] * max(exact.abs().max().item(), 1e-30) if exact.numel() else 0.0
     got_error, torch_error = got.double() - exact, torch_result.double() - exact
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
         return
-    rounded = roundings * torch.finfo(torch_result.dtype).eps / 2 * exact.abs().max().item()
+    rounded = roundings * torch.finfo(rounded_to or torch_result.dtype).eps / 2 * exact.abs().max().item()
     largest, allowed = got_error.abs().max().item(), max(2 * torch_error.abs().max().item(), rounded) + slack
     assert largest <= allowed, f"{name}: largest error {largest:.3e}, allowed {allowed:.3e}"
     if exact.numel() < ENOUGH_FOR_MEANS:

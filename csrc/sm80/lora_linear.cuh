@@ -236,7 +236,7 @@ struct Worker {
   template <typename P>
   __device__ __forceinline__ void finish_side(const Part& part, int col) {
     if constexpr (kMakesRoom) scale_by<P>(sums, room(*part.scale));
-    finish_columns<P>(sums, part, col);
+    finish_columns<P>(sums, slab(), part, col);
   }
 
   __device__ __forceinline__ void finish_gradient(const Item& item, const Gradient& g, int r) {

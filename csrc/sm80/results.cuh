@@ -1,7 +1,7 @@
 // Sums on their way to memory, rounded once.
 #pragma once
 
-#include "../elements.cuh"
+#include "../columns.cuh"
 #include "params.cuh"
 #include "product.cuh"
 
@@ -115,23 +115,26 @@ __device__ __forceinline__ void scale_by(Sums& of, float scale) {
   }
 }
 
-// A product's columns from `col` on.
+// A product's columns from `col` on. Each lane fetches some for the whole warp, by way of its slab: a lane has sums in a quarter of
+// them, and would wait for memory at each.
 template <typename P>
-__device__ __forceinline__ void finish_columns(Sums& of, const Part& part, int col) {
+__device__ __forceinline__ void finish_columns(Sums& of, uint32_t slab, const Part& part, int col) {
   if (part.gain == nullptr && part.bias == nullptr) return;
+  constexpr int kCols = 16 * P::kCols;
+  static_assert(kCols * Column::kBytes <= kSlabBytes);
+  const int lane = threadIdx.x % 32;
+  __syncwarp();  // all have read what was there
+#pragma unroll
+  for (int first = 0; first < kCols; first += 32) {
+    const int c = first + lane;
+    if (c < kCols) Column::of(part, min(col + c, part.cols - 1)).keep(slab + c * Column::kBytes);
+  }
+  __syncwarp();
 #pragma unroll
   for (int j = 0; j < 2 * P::kCols; ++j) {
-    const int c = col + j * 8 + threadIdx.x % 4 * 2;
-    if (c >= part.cols) continue;
-    const Column a(part, c), b(part, min(c + 1, part.cols - 1));
+    const auto pair = ColumnPair::kept(slab + (j * 8 + lane % 4 * 2) * Column::kBytes);
 #pragma unroll
-    for (int i = 0; i < P::kRows; ++i) {
-      float(&sums)[4] = P::of(of, i, j);
-      sums[0] = a.of(sums[0]);
-      sums[1] = b.of(sums[1]);
-      sums[2] = a.of(sums[2]);
-      sums[3] = b.of(sums[3]);
-    }
+    for (int i = 0; i < P::kRows; ++i) pair.finish(P::of(of, i, j));
   }
 }
 

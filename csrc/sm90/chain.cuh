@@ -44,18 +44,20 @@ struct Chain {
     }
   }
 
-  // What all threads agree on is asked first: where only some threads ask it, the compiler takes all that follows for theirs.
+  // Sums of the column that a thread holds: of dy, and with a gain of dy y.
   __device__ __forceinline__ void add_sum(float sum) const {
-    const bool holds = ColumnSums<C, T>::holds(self);
-    const int col = first_col + ColumnSums<C, T>::col(self);
-    if (last()) {
-      if (holds && !first()) sum += __ldcg(g.sums_partial + col);
-      if (holds && col < g.cols) store_as(g.sums, of.bias_dtype, col, sum);
-    } else if (first()) {
-      if (holds) __stcg(g.sums_partial + col, sum);
-    } else if (holds) {
-      ptx::add_float(g.sums_partial + col, sum);
-    }
+    sum = summed(sum, 0);
+    if (last() && holds_column()) store_as(g.sums, of.bias_dtype, column(), sum);
+  }
+
+  __device__ __forceinline__ void add_sums(float sum, float product) const {
+    sum = summed(sum, 0);
+    product = summed(product, 1);
+    if (!last() || !holds_column()) return;
+    const int c = column();
+    const float gain = of.gain[c], bias = of.bias == nullptr ? 0 : load_as_float(of.bias, of.bias_dtype, c);
+    of.dgain[c] = gain == 0 ? 0 : (product - bias * sum) / gain;  // a gain of 0 has left nothing of what it multiplied
+    if (g.sums != nullptr) store_as(g.sums, of.bias_dtype, c, sum);
   }
 
   // Where the copy engine cannot write it: float32, or rows that are no multiple of 16 bytes.
@@ -76,6 +78,26 @@ struct Chain {
   }
 
  private:
+  using Columns = ColumnSums<C, T>;
+
+  __device__ int column() const { return first_col + Columns::col(self); }
+  __device__ bool holds_column() const { return Columns::holds(self) && column() < g.cols; }
+
+  // The sum so far, of one of two kinds: left in memory, or after the last slice the whole one. What all threads agree on is asked
+  // first: where only some threads ask it, the compiler takes all that follows for theirs.
+  __device__ __forceinline__ float summed(float sum, int kind) const {
+    const bool holds = Columns::holds(self);
+    float* partial = g.sums_partial + work::kSums * column() + kind;
+    if (last()) {
+      if (holds && !first()) sum += __ldcg(partial);
+    } else if (first()) {
+      if (holds) __stcg(partial, sum);
+    } else if (holds) {
+      ptx::add_float(partial, sum);
+    }
+    return sum;
+  }
+
   __device__ __forceinline__ void add_partial(float (&acc)[C::kBlockR / 2], const float4* partial) const {
 #pragma unroll
     for (int i = 0; i < C::kBlockR / 8; ++i) {

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../columns.cuh"
 #include "chain.cuh"
 #include "mask.cuh"
 #include "outbox.cuh"
@@ -403,22 +404,26 @@ struct Consumer {
     if (item.raises != work::kNone) outbox.raise(own_flag(item.raises), false);
   }
 
+  // Each thread fetches one column in kWarpgroup for all: a thread has a quarter of all columns, and to fetch them one by one would
+  // take as long as a sixth of a tile of depth 4,096.
   template <int kCount>
   __device__ __forceinline__ void finish_columns(float (&acc)[kCount], const Part& part, int first_col) {
     if (part.gain == nullptr && part.bias == nullptr) return;
+    const uint32_t columns = ptx::shared_address(shared.columns[self.index]);
 #pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) {
-      const int c = first_col + 8 * j + self.col();
-      if (c >= part.cols) continue;
-      const Column a(part, c), b(part, min(c + 1, part.cols - 1));
-      acc[4 * j] = a.of(acc[4 * j]);
-      acc[4 * j + 1] = b.of(acc[4 * j + 1]);
-      acc[4 * j + 2] = a.of(acc[4 * j + 2]);
-      acc[4 * j + 3] = b.of(acc[4 * j + 3]);
+    for (int first = 0; first < 2 * kCount; first += kWarpgroup) {
+      const Column own = Column::of(part, min(first_col + first + self.thread(), part.cols - 1));
+      self.sync();  // all have read what was there
+      own.keep(columns + self.thread() * Column::kBytes);
+      self.sync();
+#pragma unroll
+      for (int j = 0; j < kWarpgroup / 8; ++j) {
+        ColumnPair::kept(columns + (8 * j + self.col()) * Column::kBytes).finish(acc + (first / 8 + j) * 4);
+      }
     }
   }
 
-  // ---- dA = dxa^T x, dB = dy^T xa, dbias = sum of dy -------------------------------------------------------------------------
+  // ---- dA = dxa^T x, dB = gain dy^T xa, dbias = sum of dy, dgain = sum of dy (y - bias) / gain -------------------------------
 
   __device__ __forceinline__ void gradient(const Item& item) {
     constexpr int kBlocks = C::kGradientBlocks;
@@ -429,8 +434,9 @@ struct Consumer {
     const int turn = item.raises | item.bits, first_col = item.col + (rank * kConsumers + self.index) * kBlocks * kBox;
     outbox.send_flag();  // the first step may wait for it
     float acc[kBlocks][C::kBlockR / 2] = {};
-    float sum = 0;
+    float sum = 0, product = 0;
     const int steps = boxes_of(tokens);
+    const bool products = !of_A && of.dgain != nullptr;
     if (kDrops && of_A) {
       outbox.empty();
       BoxMask mask(Mask(of.dropout), self);
@@ -441,6 +447,12 @@ struct Consumer {
         publish_shared();
         multiply_gradient(acc, stage);
       });
+    } else if (products) {
+      outbox.empty();
+      ColumnSums<C, T> columns(self);
+      multiply_products(acc, columns, steps);
+      sum = columns.sum();
+      product = columns.product();
     } else if (g.sums != nullptr) {
       outbox.empty();
       ColumnSums<C, T> columns(self);
@@ -457,10 +469,15 @@ struct Consumer {
         for (auto& block : acc) scale_by(block, room(of));
       }
     }
+    if (!of_A && of.gain != nullptr) scale_rows(acc, of.gain, first_col, g.cols);
     outbox.empty();
     const Chain<C, T> chain{p, of, self, g, first_col, turn, own_flag(0)};
     chain.await_turn(ptx::shared_address(&shared.mark));
-    if (g.sums != nullptr) chain.add_sum(sum);
+    if (products) {
+      chain.add_sums(sum, product);
+    } else if (g.sums != nullptr) {
+      chain.add_sum(sum);
+    }
     chain.add(acc);
     if (!chain.last()) return outbox.hold_flag(chain.flag());
     if (g.out == nullptr) return;
@@ -468,6 +485,33 @@ struct Consumer {
       outbox.keep_gradient(acc, g, first_col);
     } else {
       chain.store(acc);
+    }
+  }
+
+  // A step's y lies in the stage behind that of its dy.
+  __device__ __forceinline__ void multiply_products(float (&acc)[C::kGradientBlocks][C::kBlockR / 2], ColumnSums<C, T>& columns, int steps) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int first = ring.stage;
+      const uint32_t dy = await_stage();
+      ring.advance();
+      multiply_gradient(acc, dy);
+      columns.add(own_boxes(dy), own_boxes(await_stage()));
+      ptx::wgmma_wait<0>();
+      release(first);
+      release(ring.stage);
+      ring.advance();
+    }
+  }
+
+  // A gradient's rows are columns of y.
+  __device__ __forceinline__ void scale_rows(float (&acc)[C::kGradientBlocks][C::kBlockR / 2], const float* gain, int first_col, int cols) {
+#pragma unroll
+    for (int b = 0; b < C::kGradientBlocks; ++b) {
+      const int c = first_col + b * kBox + self.row();
+      const float own[2] = {gain[min(c, cols - 1)], gain[min(c + 8, cols - 1)]};
+#pragma unroll
+      for (int i = 0; i < C::kBlockR / 2; ++i) acc[b][i] *= own[i / 2 % 2];
     }
   }
 

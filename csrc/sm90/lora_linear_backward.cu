@@ -1,5 +1,5 @@
-// Of each linear that reads x: dxa = scale dy B, dA = dxa^T x, dB = dy^T xa, dbias = sum of dy; and of all of them together
-// dx = sum of dy W + dxa A.
+// Of each linear that reads x: dxa = scale dy B, dA = dxa^T x, dB = gain dy^T xa, dbias = sum of dy,
+// dgain = sum of dy (y - bias) / gain; and of all of them together dx = sum of dy W + dxa A.
 #include "launch.cuh"
 
 namespace fused_lora::sm90 {
@@ -50,6 +50,10 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
   if (work::wants_dB(b)) set_dB(part.dB, map, b, part.lhs);
   part.scale = b.scale;
   part.dropout = b.dropout;
+  part.gain = b.gain;
+  part.dgain = b.dgain;
+  if (b.dgain != nullptr) part.y = map(b.y);
+  part.bias = b.bias.data;
   part.bias_dtype = b.dbias.format;
 }
 

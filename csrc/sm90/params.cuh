@@ -4,6 +4,7 @@
 //   forward        x     W        A      xa    B    y       out = gain (lhs W^T + low up^T) + bias  the right operands K-major
 //   backward       dy    W        B      dxa   A    dx      out = lhs W + low up                the right operands MN-major
 //                                                           low = scale lhs down^T | down
+// Backward with a gain, W and B come multiplied by it.
 // With dropout: forward, low is of the masked x; backward, low up and dA's x are masked. In both passes low counts 1 / (1 - p)
 // times, and nothing else does.
 #pragma once
@@ -27,7 +28,7 @@ struct Gradient {
   int cols;
   float* partial;
   void* sums;      // of big over tokens, (cols,), or null
-  float* sums_partial;
+  float* sums_partial;  // two a column: those sums, and dgain's
 };
 
 // One linear of a group. Forward all read one lhs; backward the summed ones add to one out, which is the first's.
@@ -38,10 +39,11 @@ struct Part {
   int64_t low_stride;
   const float* scale;
   Dropout dropout;
-  const float* gain;  // of out's columns, or null for 1
+  const float* gain;  // of y's columns, or null for 1
   const void* bias;
   DType bias_dtype;  // of bias or its gradient
-  CUtensorMap lhs, weight, down, low, up, out;
+  float* dgain;      // backward: (depth,), or null, when y is not read
+  CUtensorMap lhs, weight, down, low, up, out, y;
   Gradient dA, dB;
 };
 

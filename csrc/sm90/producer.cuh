@@ -161,6 +161,7 @@ struct Producer {
     constexpr int kBigBoxes = C::kGradientCols / kBox;
     const int col = item.col + rank * C::kGradientCols, tokens = min(p.M - item.row, item.rows);
     const int release_at = lookahead(tokens, kBox);
+    const bool products = item.work == Work::kGradientB && part.dgain != nullptr;
     for (int i = 0; i < tokens; i += kBox) {
       const int row = item.row + i;
       if (item.waits != work::kNone && i % kBlockM == 0) wait_for_low(item.waits + i / kFlagRows, item.mark);
@@ -168,6 +169,10 @@ struct Producer {
       load<true>(stage, &g.big, row, col, kBigBoxes);
       load_for_both<true>(stage + kBigBoxes * kBoxBytes, &g.low, row, 0, boxes_of(C::kBlockR));
       ring.advance();
+      if (products) {
+        load<true>(begin_step(kBigBoxes * kBoxBytes), &part.y, row, col, kBigBoxes);
+        ring.advance();
+      }
       if (i == release_at) release_item();
     }
   }

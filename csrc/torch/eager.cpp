@@ -127,9 +127,10 @@ std::vector<Tensor> by_dispatcher(const BackwardPass& pass) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(NAME_OF("cuda_lora_parts_backward"), "");
   FlatList dxas;
   for (const std::optional<Tensor>& dxa : pass.dxas) dxas.push_back(dxa);
+  const FlatList ys;  // of gains, which have an autograd in Python alone
   torch::jit::Stack stack;
   torch::jit::push(stack, pass.dys, pass.xs, flat_list(pass.parts), pass.xas, dxas, pass.p, pass.need_dx, bool_list(pass.needs),
-                   pass.act, pass.gated, pass.factors);
+                   pass.act, pass.gated, pass.factors, ys);
   op.callBoxed(&stack);
   return stack[0].toTensorVector();
 }

@@ -1,4 +1,5 @@
 // The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
+#include "../host/architecture.h"
 #include "../host/launch.h"
 #include "few_rows.h"
 #include "operands.h"
@@ -53,6 +54,23 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
       .scale = scale_of(part),
       .dropout = dropout_of(part.seed, p),
   };
+}
+
+bool has_gains(const std::vector<Part>& parts) {
+  return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
+}
+
+// What dgain is made of, and where it goes: nothing without y.
+Tensor read_gain(BackwardPart& params, const Part& part, const std::optional<Tensor>& y, Readable& read) {
+  const int64_t N = part.weight.size(0), sizes[] = {y ? N : 0};
+  const Tensor dgain = empty(sizes, part.weight, ScalarType::Float);
+  if (!y) return dgain;
+  check(part.gain.has_value(), "ys must have entries of parts with a gain alone");
+  check(!part.bias || part.bias->is_contiguous(), "bias must be contiguous");
+  params.y = read(flat(*y));
+  if (part.bias) params.bias = dense_operand(*part.bias, N);
+  params.dgain = static_cast<float*>(dgain.data_ptr());
+  return dgain;
 }
 
 // A launch, and torch's memory for its sums, which is free for what comes behind it on its stream.
@@ -128,17 +146,20 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>&
 }
 
 std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
-  const auto& [dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors] = pass;
+  const auto& [dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys] = pass;
   const size_t count = parts.size();
   check_count(count);
   check(dys.size() == count && xs.size() == count && xas.size() == count && dxas.size() == count && needs.size() == 3 * count,
               "dys, xs, xas and dxas must have an entry for each part, and needs three");
+  check(ys.empty() || ys.size() == count, "ys must be empty or have an entry for each part");
+  const bool gains = has_gains(parts);
   const Tensor& x = xs[0];
   const OnDevice here(x);
-  if (act.empty() && !dxas[count - 1] && are_few_rows(x.numel() / x.size(-1), parts, true)) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
+  check(!gains || current_card().capability == 90, "the kernels of this card know no gain backward");
+  if (!gains && act.empty() && !dxas[count - 1] && are_few_rows(x.numel() / x.size(-1), parts, true)) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
   Readable read(x.scalar_type());
   BackwardParams params{.parts = static_cast<int>(count)};
-  std::vector<Tensor> grads(3 * count), made;  // dAs, dBs, dbiases; dxas of this pass
+  std::vector<Tensor> grads(3 * count + ys.size()), made;  // dAs, dBs, dbiases, dgains; dxas of this pass
   Tensor rows;
   for (size_t i = 0; i < count; ++i) {
     const Part& part = parts[i];
@@ -164,9 +185,11 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
         .dA = dense_operand(dA, K),
         .dB = dense_operand(dB, r),
         .dbias = dense_operand(dbias, N),
+        .gain = gain_of(part),
         .scale = scale_of(part),
         .dropout = dropout_of(part.seed, p),
     };
+    if (!ys.empty()) grads[3 * count + i] = read_gain(params.part[i], part, ys[i], read);
   }
   if (!act.empty()) {
     std::vector<Tensor> results = gate_backward(params, x, act, gated, factors, read);

@@ -42,9 +42,9 @@ std::vector<Tensor> forward(const Tensor& x, FlatParts parts, double p, std::vec
 
 std::vector<Tensor> backward(std::vector<Tensor> dys, std::vector<Tensor> xs, FlatParts parts, std::vector<Tensor> xas,
                              std::vector<std::optional<Tensor>> dxas, double p, bool need_dx, Bools needs,
-                             std::vector<double> act, std::vector<Tensor> gated, bool factors) {
+                             std::vector<double> act, std::vector<Tensor> gated, bool factors, std::vector<std::optional<Tensor>> ys) {
   return lora_parts_backward({std::move(dys), std::move(xs), unflatten(parts), std::move(xas), std::move(dxas), p, need_dx,
-                              {needs.begin(), needs.end()}, std::move(act), std::move(gated), factors});
+                              {needs.begin(), needs.end()}, std::move(act), std::move(gated), factors, std::move(ys)});
 }
 
 }  // namespace
@@ -56,7 +56,7 @@ FUSED_LORA_OPS(FUSED_LORA_NAMESPACE, m) {
   m.def("cuda_lora_parts_forward(Tensor x, Tensor?[] parts, float p, float[] act, str keep) -> Tensor[]");
   m.def(
       "cuda_lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p, bool need_dx,"
-      " bool[] needs, float[] act, Tensor[] gated, bool factors) -> Tensor[]");
+      " bool[] needs, float[] act, Tensor[] gated, bool factors, Tensor?[] ys) -> Tensor[]");
 }
 
 FUSED_LORA_KERNELS_OF(FUSED_LORA_NAMESPACE, CUDA, m) {

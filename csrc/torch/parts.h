@@ -36,6 +36,8 @@ inline std::vector<Part> unflatten(const FlatParts& flat) {
 std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act,
                                        const std::string& keep);
 
+// Of parts with a gain, weight and B come multiplied by it. ys is empty, or has the result of each part whose gain has a gradient:
+// those then follow dbiases. csrc/sm90 alone knows gains backward.
 struct BackwardPass {
   std::vector<Tensor> dys, xs;
   std::vector<Part> parts;
@@ -47,6 +49,7 @@ struct BackwardPass {
   std::vector<double> act;
   std::vector<Tensor> gated;
   bool factors;
+  std::vector<std::optional<Tensor>> ys;
 };
 std::vector<Tensor> lora_parts_backward(const BackwardPass& pass);
 

@@ -12,6 +12,7 @@ namespace fused_lora::work {
 enum class Work : int8_t { kShrink, kTile, kGradientA, kGradientB, kEnd };
 
 constexpr int kNone = -1;  // no flag
+constexpr int kSums = 2;   // that may be made of a column of dy by itself: of dy, and of dy y
 
 enum Bits : uint8_t {
   kFirst = 1,  // a gradient's sums begin here

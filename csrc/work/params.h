@@ -38,7 +38,7 @@ void place_partials(Params& p, const Pass& pass, const Tiling& tiling, float* pa
     part.dB.partial = partial;
     partial += sizes.wants_dB ? partial_floats(tiling, sizes.depth) : 0;
     part.dB.sums_partial = partial;
-    partial += sizes.wants_dB ? partial_cols(tiling, sizes.depth) : 0;
+    partial += sizes.wants_dB ? kSums * partial_cols(tiling, sizes.depth) : 0;
   }
 }
 

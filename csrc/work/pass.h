@@ -20,7 +20,8 @@ constexpr int kListRows = 128;  // the rows of every kernel's items are a multip
 // out.
 struct PassPart {
   int64_t cols, depth, r;       // r = 0: it has no factors
-  bool wants_dA, wants_dB;      // backward; sums of dy come with dB
+  bool wants_dA, wants_dB;      // backward; sums over tokens come with dB
+  bool reads_y;                 // for them, in steps beside those of dy
 };
 
 struct Pass {
@@ -55,19 +56,19 @@ struct Pass {
   Key key() const {
     Key key{listed_rows(), backward | drops << 1 | wants_out << 2 | gated << 3, parts | summed << 8};
     for (int i = 0; i < parts; ++i) {
-      const int64_t of_part[4] = {part[i].cols, part[i].depth, part[i].r, part[i].wants_dA | part[i].wants_dB << 1};
+      const int64_t of_part[4] = {part[i].cols, part[i].depth, part[i].r, part[i].wants_dA | part[i].wants_dB << 1 | part[i].reads_y << 2};
       std::copy_n(of_part, 4, key.begin() + 3 + 4 * i);
     }
     return key;
   }
 };
 
-// Sums of dy come with dB.
-inline bool wants_dB(const BackwardPart& part) { return part.dB.data != nullptr || part.dbias.data != nullptr; }
+// Sums of dy, and of its products with y, come with dB.
+inline bool wants_dB(const BackwardPart& part) { return part.dB.data != nullptr || part.dbias.data != nullptr || part.dgain != nullptr; }
 
 inline Pass pass_of(const ForwardParams& f) {
   Pass pass{f.x.rows, false, f.part[0].dropout.seed != nullptr, true, f.gated, f.parts, f.parts, {}};
-  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false};
+  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false, false};
   return pass;
 }
 
@@ -75,7 +76,7 @@ inline Pass pass_of(const BackwardParams& b) {
   Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.dx.data != nullptr || b.gated, b.gated, b.parts, b.summed, {}};
   for (int i = 0; i < b.parts; ++i) {
     const BackwardPart& part = b.part[i];
-    pass.part[i] = {part.x.cols, part.dy.cols, part.A.rows, part.dA.data != nullptr, wants_dB(part)};
+    pass.part[i] = {part.x.cols, part.dy.cols, part.A.rows, part.dA.data != nullptr, wants_dB(part), part.dgain != nullptr};
   }
   return pass;
 }

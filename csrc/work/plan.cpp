@@ -34,6 +34,7 @@ class Planner {
       const PassPart& part = pass.part[i];
       if (pass.needs_low(i)) shrinking_.push_back(i);
       gradient_cols_ += (part.wants_dA ? gradient_cols(part.cols) : 0) + (part.wants_dB ? gradient_cols(part.depth) : 0);
+      y_cols_ += part.reads_y ? gradient_cols(part.depth) : 0;
     }
     // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
     rides_ = tiling.can_ride && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols_ <= 4;
@@ -63,7 +64,7 @@ class Planner {
 
   int64_t partials(const PassPart& part) const {
     const int64_t of_A = part.wants_dA ? partial_floats(tiling_, part.cols) : 0;
-    return of_A + (part.wants_dB ? partial_floats(tiling_, part.depth) + partial_cols(tiling_, part.depth) : 0);
+    return of_A + (part.wants_dB ? partial_floats(tiling_, part.depth) + kSums * partial_cols(tiling_, part.depth) : 0);
   }
 
   // Boxes and steps are 64 wide. Where ranks are masked, a tile is gone two steps a box before the next one's depth ends.
@@ -88,8 +89,9 @@ class Planner {
     }
     order.gradient_lead = pass_.backward && small_groups ? std::min(2, std::max(0, order.shrink_lead - 1)) : 0;
     order.tail = long_tiles ? 0 : 4;
-    // Few rows leave few items, whose chain should be short; masked items take longer, and come last where tiles are short.
-    order.halves_slices = order.groups == 1 || (pass_.drops && pass_.depth() >= 2048);
+    // Few rows leave few items, whose chain should be short; masked items take longer, and come last where tiles are short. What
+    // reads y takes twice as long.
+    order.halves_slices = order.groups == 1 || (pass_.drops && pass_.depth() >= 2048) || y_cols_ > 0;
     const bool few_cols = tile_cols_ > 0 && 5 * tile_cols_ <= tiling_.workers;
     return pass_.backward && long_tiles && few_cols && !pass_.gated ? in_waves(order) : order;
   }
@@ -109,7 +111,7 @@ class Planner {
   Order in_waves(Order order) const {
     constexpr int kBox = 64;
     const double steps = static_cast<double>(pass_.depth()) / kBox;  // of a tile; those of the others take so much of their time:
-    const double shrink = 0.6 * steps, gradient = 0.95 * tiling_.rows / kBox * gradient_cols_;
+    const double shrink = 0.6 * steps, gradient = 0.95 * tiling_.rows / kBox * (gradient_cols_ + y_cols_);
     const double waves = rows_ * (tile_cols_ * steps + shrink + gradient) / (tiling_.workers * steps);
     order.groups = std::max({1, static_cast<int>(waves + 0.5), ceil_div(rows_ * tile_cols_, tiling_.workers)});
     order.groups = std::min(order.groups, rows_);
@@ -205,7 +207,7 @@ class Planner {
   const Pass& pass_;
   const Tiling& tiling_;
   const int rows_, rank_items_ = tiling_.rank / tiling_.item_ranks;
-  int tile_cols_ = 0, gradient_cols_ = 0;  // of all parts, in items
+  int tile_cols_ = 0, gradient_cols_ = 0, y_cols_ = 0;  // of all parts, in items
   std::vector<int> shrinking_;             // parts whose low is wanted
   bool rides_;                             // low comes from the first column of tiles instead of shrink items
   Order order_;

@@ -89,7 +89,7 @@ def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, 
 def csrc_backward(dy, x, weight, A, B, bias, xa, scale, seed, p: float, needs: Sequence[bool]):
     """(dx, dA, dB, dbias), None where needs says so."""
     flat, (need_dx, *others) = [weight, A, B, bias, scale, seed, None], needs
-    grads = ops.cuda_lora_parts_backward([dy], [x], flat, [xa], [None], p, need_dx, others, [], [], False)
+    grads = ops.cuda_lora_parts_backward([dy], [x], flat, [xa], [None], p, need_dx, others, [], [], False, [])
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 

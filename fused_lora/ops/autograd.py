@@ -9,7 +9,6 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from . import flops, recomputed
-from .gain import gradients_of_sums
 from .library import LIBRARY, ops
 from .parts import Part, columns, flatten, trains, unflatten
 
@@ -50,9 +49,8 @@ class LoRAPartsFunction(torch.autograd.Function):
         parts = unflatten(flat)
         results = ops.lora_parts_forward(x, flat, p, [], "none")
         ys, xas = results[: len(parts)], results[len(parts) :]
-        of_gains = (None if part.gain is None else y for y, part in zip(ys, parts, strict=True))
         ctx.p = p
-        ctx.save_for_backward(x, *xas, *of_gains, *flatten(map(saved, parts)))
+        ctx.save_for_backward(x, *xas, *read_for_gains(ys, parts), *flatten(map(saved, parts)))
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -92,12 +90,12 @@ def _gradients(dys, x, xas, ys, parts, p, need_dx, needs) -> tuple[Tensor | None
         formula = lambda x, parts: linears(x, parts, p)  # noqa: E731
         dx, _, *grads = by_formula(formula, dys, x, parts, need_dx, flatten(needs))
         return dx, unflatten(grads)
-    dys, parts, needs, of_gains = gradients_of_sums(dys, ys, parts, needs)
     wanted, count = wanted_of(needs), len(parts)
+    ys = wanted_ys(ys, needs)
     dx, *grads = ops.lora_parts_backward(
-        dys, [x] * count, flatten(parts), list(xas), [None] * count, p, need_dx, wanted, [], [], False
+        dys, [x] * count, flatten(parts), list(xas), [None] * count, p, need_dx, wanted, [], [], False, ys
     )
-    return dx if need_dx else None, of_inputs(grads, wanted, of_gains)
+    return dx if need_dx else None, of_inputs(grads, wanted, ys)
 
 
 def saved(part: Part) -> Part:
@@ -108,19 +106,31 @@ def saved(part: Part) -> Part:
     return part._replace(bias=part.bias.new_empty(0) if trained else None)
 
 
+def read_for_gains(ys: Sequence[Tensor | None], parts: Sequence[Part]) -> list[Tensor | None]:
+    """The results of which a backward pass makes gains' gradients."""
+    trained = (part.gain is not None and part.gain.requires_grad for part in parts)
+    return [y if read else None for y, read in zip(ys, trained, strict=True)]
+
+
 def wanted_of(parts: Sequence[Part]) -> list[bool]:
     """Of parts' needs those of As, then of Bs, then of biases."""
     return [part.A for part in parts] + [part.B for part in parts] + [part.bias for part in parts]
 
 
-def of_inputs(grads: Sequence[Tensor], wanted: Sequence[bool], of_gains: Sequence[tuple | None]) -> list[Part]:
-    """dAs, dBs and dbiases as gradients of parts, and those that gain.py has made before."""
+def wanted_ys(ys: Sequence[Tensor | None], needs: Sequence[Part]) -> list[Tensor | None]:
+    """As lora_parts_backward takes them."""
+    wanted = [y if need.gain else None for y, need in zip(ys, needs, strict=True)]
+    return wanted if any(y is not None for y in wanted) else []
+
+
+def of_inputs(grads: Sequence[Tensor], wanted: Sequence[bool], ys: Sequence[Tensor | None]) -> list[Part]:
+    """dAs, dBs, dbiases and with ys dgains as gradients of parts."""
+    wanted = [*wanted, *(y is not None for y in ys)]
     grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    found = []
-    for dA, dB, dbias, of_gain in zip(*columns(grads, len(of_gains)), of_gains, strict=True):
-        dgain, dbias = (None, dbias) if of_gain is None else of_gain
-        found.append(NOTHING._replace(A=dA, B=dB, bias=dbias, gain=dgain))
-    return found
+    count = len(wanted) // (4 if ys else 3)
+    dAs, dBs, dbiases, dgains = [*columns(grads, count), [None] * count][:4]
+    each = zip(dAs, dBs, dbiases, dgains, strict=True)
+    return [NOTHING._replace(A=dA, B=dB, bias=dbias, gain=dgain) for dA, dB, dbias, dgain in each]
 
 
 def _with_bias(part: Part) -> Part:

@@ -7,8 +7,17 @@ from .. import checks, reference
 from . import eager, recomputed
 from . import parts as of_parts
 from .alone import like, rows_of
-from .autograd import by_formula, distinct, in_plain_torch, mlp, needs_formula, of_inputs, wanted_of
-from .gain import gradients_of_sums
+from .autograd import (
+    by_formula,
+    distinct,
+    in_plain_torch,
+    mlp,
+    needs_formula,
+    of_inputs,
+    read_for_gains,
+    wanted_of,
+    wanted_ys,
+)
 from .library import ops
 from .parts import Part, flatten, unflatten
 
@@ -39,19 +48,18 @@ class LoRAMLPFunction(torch.autograd.Function):
             dx, _, *grads = by_formula(formula, [dy], x, parts, need_dx, flat_needs)
             return dx, None, None, None, *grads
         needs, factors = unflatten(flat_needs), hidden is not None
-        (dy,), down, need_down, of_down = gradients_of_sums([rows_of(dy)], [y], parts[2:], needs[2:])
+        dy, rows = rows_of(dy), rows_of(x)
         dgate, dup, again, dxa = ops.lora_parts_backward(
-            [dy], [first], flatten(down), xas[2:], [None], ctx.p, True, [False] * 3, ctx.act, [first, second], factors
-        )
-        dsides, sides, need_sides, of_sides = gradients_of_sums([dgate, dup], [first, second], parts[:2], needs[:2])
-        # What is summed over tokens belongs together, down's too.
-        parts, wanted = [*sides, *down], wanted_of([*need_sides, *need_down])
-        rows, down_x = rows_of(x), hidden if factors else again
-        dx, *grads = ops.lora_parts_backward(
-            [*dsides, dy], [rows, rows, down_x], flatten(parts), xas, [None, None, dxa], ctx.p, need_dx, wanted, [],
-            [], False,
+            [dy], [first], flatten(parts[2:]), xas[2:], [None], ctx.p, True, [False] * 3, ctx.act, [first, second],
+            factors, [],
         )  # fmt: skip
-        grads = flatten(of_inputs(grads, wanted, [*of_sides, *of_down]))
+        # What is summed over tokens belongs together, down's too.
+        wanted, ys = wanted_of(needs), wanted_ys([first, second, y], needs)
+        xs = [rows, rows, hidden if factors else again]
+        dx, *grads = ops.lora_parts_backward(
+            [dgate, dup, dy], xs, flatten(parts), xas, [None, None, dxa], ctx.p, need_dx, wanted, [], [], False, ys
+        )
+        grads = flatten(of_inputs(grads, wanted, ys))
         return dx.view(x.shape) if need_dx else None, None, None, None, *grads
 
 
@@ -72,8 +80,7 @@ def _forward(ctx, x, p, act, save, flat, of_down) -> tuple[Tensor, Tensor]:
     hidden, first, second, *xas = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, keep)
     y, xa = of_down(hidden, parts[2], p)
     kept = hidden if keep == "factors" else None
-    own_y = None if parts[2].gain is None else y
-    ctx.save_for_backward(x, first, second, kept, own_y, *xas, xa, *flat)
+    ctx.save_for_backward(x, first, second, kept, *read_for_gains([y], parts[2:]), *xas, xa, *flat)
     ctx.p, ctx.act = p, act
     return like(y, x), hidden
 

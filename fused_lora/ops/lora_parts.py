@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, choices, padding, reference
-from . import alone
+from .. import backends, checks, choices, padding, reference
+from . import alone, gains
 from .alone import rows_of
 from .library import define, ops
 from .parts import Part, columns, flatten, unflatten
@@ -103,11 +103,14 @@ def _forward_fake(x, tensors, p, act, keep):
     return [padding.empty(M, F, x), *(padding.empty(M if keep != "none" else 0, F, x) for _ in range(2)), *xas]
 
 
-def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors):
+def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
     parts = unflatten(tensors)
+    if gains.are_in(parts):
+        own = _backward_gated_with_gain if act else _backward_with_gains
+        return own(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys)
     if _in_csrc(xs[0], parts, bool(act), p):
         grads = ops.cuda_lora_parts_backward(
-            dys, xs, _for_kernels(*parts), xas, dxas, p, need_dx, needs, act, gated, factors
+            dys, xs, _for_kernels(*parts), xas, dxas, p, need_dx, needs, act, gated, factors, []
         )
         return grads if act else _as_biases(grads, parts)
     if act:
@@ -122,10 +125,52 @@ def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factor
 
 
 def _as_biases(grads: list[Tensor], parts: Sequence[Part]) -> list[Tensor]:
-    """The last gradients in the dtypes of their biases, which kernels may not know."""
-    own = len(grads) - len(parts)
-    dbiases = zip(grads[own:], parts, strict=True)
-    return [*grads[:own], *(dbias if part.bias is None else dbias.to(part.bias.dtype) for dbias, part in dbiases)]
+    """The gradients of biases in their dtypes, which kernels may not know."""
+    first, last = 1 + 2 * len(parts), 1 + 3 * len(parts)
+    dbiases = zip(grads[first:last], parts, strict=True)
+    own = (dbias if part.bias is None else dbias.to(part.bias.dtype) for dbias, part in dbiases)
+    return [*grads[:first], *own, *grads[last:]]
+
+
+def _backward_with_gains(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
+    summed = [part for part, dxa in zip(parts, dxas, strict=True) if dxa is None and need_dx]
+    less = gains.weights_are_less(math.prod(xs[0].shape[:-1]), parts, summed)
+    if not (less and _in_csrc(xs[0], parts, False, p) and gains.known_backward(xs[0].device)):
+        return _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, ys)
+    scaled = [gains.scaled(part, need_dx) if dxa is None else part for part, dxa in zip(parts, dxas, strict=True)]
+    grads = ops.cuda_lora_parts_backward(
+        dys, xs, _for_kernels(*scaled), xas, dxas, p, need_dx, needs, act, gated, factors, ys
+    )
+    return _as_biases(grads, parts)
+
+
+def _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, ys):
+    """As if there were no gains, from gain dy."""
+    needs, biases, count = list(needs), 1 + 2 * len(parts), len(parts)
+    dsums, plain, found = list(dys), list(parts), {}  # gradients by their place among the results
+    for i, (dy, part, y) in enumerate(zip(dys, parts, ys or [None] * count, strict=True)):
+        if part.gain is None:
+            continue
+        dsums[i], dgain, dbias = gains.backward(dy, dy if y is None else y, part, needs[2 * count + i])
+        plain[i] = part._replace(gain=None, bias=None)
+        if needs[2 * count + i]:
+            needs[2 * count + i], found[biases + i] = False, dbias
+        if y is not None:
+            found[biases + count + i] = dgain
+    grads = _backward(dsums, xs, flatten(plain), xas, dxas, p, need_dx, needs, [], [], False, [])
+    grads += [dy.new_empty(0, dtype=torch.float32) for dy in dys if ys]
+    return [found.get(i, grad) for i, grad in enumerate(grads)]
+
+
+def _backward_gated_with_gain(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
+    """Of the one part nothing is summed over tokens here: the pass behind this one does that."""
+    (dy,), (part,) = dys, parts
+    if gains.weights_are_less(len(dy), parts, parts):
+        part = gains.scaled(part, True)
+    else:
+        dy = gains.times(dy, part.gain)
+    plain = flatten([part._replace(gain=None, bias=None)])
+    return _backward([dy], xs, plain, xas, dxas, p, need_dx, needs, act, gated, factors, [])
 
 
 def _backward_gated(dy, part, xa, p, act, gated, factors):
@@ -180,7 +225,7 @@ def _empty_dbias(x: Tensor, part: Part, size: int) -> Tensor:
     return x.new_empty(size, dtype=x.dtype if part.bias is None else part.bias.dtype)
 
 
-def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors):
+def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
     parts, x = unflatten(tensors), xs[0]
     if act:
         M, F = gated[0].shape
@@ -192,6 +237,7 @@ def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, f
         *(part.A.new_empty(part.A.shape if need else 0) for part, need, _, _ in each),
         *(part.B.new_empty(part.B.shape if need else 0) for part, _, need, _ in each),
         *(_empty_dbias(x, part, part.weight.shape[0] if need else 0) for part, _, _, need in each),
+        *(x.new_empty(0 if y is None else y.shape[-1], dtype=checks.scale_dtype(x)) for y in ys),
     ]
 
 
@@ -201,12 +247,13 @@ define(
     _forward,
     _forward_fake,
 )
-# Of parts without a gain (gain.py). A part with a dxa, made by a pass before, has no share in dx. Of a bias only the
-# dtype is read. needs is of dAs, dBs and dbiases. With act there is one part, which reads act(gate) up: of it come
-# dgate, dup, act(gate) up and dxa, from `gated`: gate and up, or their factors, where the third is empty.
+# A part with a dxa, made by a pass before, has no share in dx. Of a bias only the dtype is read where there is no gain.
+# needs is of dAs, dBs and dbiases. ys is empty, or has the result of each part whose gain has a gradient, and dgains
+# follow dbiases. With act there is one part, which reads act(gate) up: of it come dgate, dup, act(gate) up and dxa,
+# from `gated`: gate and up, or their factors, where the third is empty.
 define(
     "lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p,"
-    " bool need_dx, bool[] needs, float[] act, Tensor[] gated, bool factors) -> Tensor[]",
+    " bool need_dx, bool[] needs, float[] act, Tensor[] gated, bool factors, Tensor?[] ys) -> Tensor[]",
     _backward,
     _backward_fake,
 )

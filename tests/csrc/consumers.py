@@ -149,11 +149,11 @@ class Consumer:
             yield from self.issue(drawn, sends=False)
             self.drain()
             in_pairs = not each.gated and max(part.r for part in each.parts) <= 128
-            yield from self.add_ranks(rank_steps, 2 if in_pairs else 1)
+            yield from self.hold_steps(rank_steps, 2 if in_pairs else 1)
         elif each.gated and not each.backward:
             self.drain()
             yield from self.outbox.empty()
-            yield from self.add_ranks(sizes.out_boxes * sum(part.r > 0 for part in each.parts))
+            yield from self.hold_steps(sizes.out_boxes * sum(part.r > 0 for part in each.parts))
         elif item.rides:
             yield from self.ride(item)
         else:
@@ -164,8 +164,8 @@ class Consumer:
     def sends_flag_first(self, steps, masked) -> bool:
         return not masked and steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
 
-    def add_ranks(self, steps, at_once=1) -> Turns:
-        """Whole stages of several steps are held until all of them are multiplied."""
+    def hold_steps(self, steps, at_once=1) -> Turns:
+        """Whole stages of several steps are held until all of them are multiplied: of ranks, of dy and y."""
         while steps > 0:
             for _ in range(min(steps, at_once)):
                 yield from self.await_stage()
@@ -181,11 +181,13 @@ class Consumer:
     def gradient(self, item: Item) -> Turns:
         launch, outbox = self.launch, self.outbox
         yield from outbox.send_flag()
-        sums = item.work != GRADIENT_A and launch.sums[item.part]
+        products = item.work != GRADIENT_A and launch.each.parts[item.part].reads_y
+        sums = products or (item.work != GRADIENT_A and launch.sums[item.part])
         beside = sums or (item.work == GRADIENT_A and launch.each.drops)
         if beside:
             yield from outbox.empty()
-        yield from self.issue(boxes_of(launch.tokens(item)), not beside)
+        steps = boxes_of(launch.tokens(item))
+        yield from self.hold_steps(2 * steps, 2) if products else self.issue(steps, not beside)
         self.drain()
         yield from outbox.send_all()
         flag = self.own_flag(item.raises)

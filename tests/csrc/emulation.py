@@ -43,8 +43,12 @@ class ForwardParams(C.Structure):
 
 class BackwardPart(C.Structure):
     _fields_ = [(name, Operand) for name in ("dy", "x", "weight", "A", "B", "xa", "dxa", "dA", "dB", "dbias")] + [
+        ("gain", C.c_void_p),
         ("scale", C.c_void_p),
         ("dropout", Dropout),
+        ("y", Operand),
+        ("bias", Operand),
+        ("dgain", C.c_void_p),
     ]
 
 

@@ -12,7 +12,7 @@ int main() {
   long long M, K, N, r;
   int backward, capability, sms, shared_bytes, halves, drops, parts;
   while (std::scanf("%lld %lld %lld %lld %d %d %d %d %d %d %d", &M, &K, &N, &r, &backward, &capability, &sms, &shared_bytes, &halves, &drops, &parts) == 11) {
-    const work::PassPart forward_part{N, K, r, false, false}, backward_part{K, N, r, true, true};
+    const work::PassPart forward_part{N, K, r, false, false, false}, backward_part{K, N, r, true, true, false};
     work::Pass pass{M, backward != 0, drops != 0, true, false, parts, parts, {}};
     for (int i = 0; i < parts; ++i) pass.part[i] = backward ? backward_part : forward_part;
     work::Plan plan = work::make_plan(pass, sm80::tiling_of(pass, {capability, sms, shared_bytes}));

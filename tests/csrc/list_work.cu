@@ -1,5 +1,5 @@
 // Reads passes from standard input, a line each: "M backward drops wants_out gated block_n clusters parts summed", then for each part "cols depth r
-// wants_dA wants_dB". Writes for each one line: what the plan and its kernel say, then the items.
+// wants_dA wants_dB reads_y". Writes for each one line: what the plan and its kernel say, then the items.
 #include <cstdio>
 
 #include "../../csrc/sm90/tiling.cuh"
@@ -33,9 +33,9 @@ int main() {
     Pass pass{M, backward != 0, drops != 0, out != 0, gated != 0, parts, summed, {}};
     for (int i = 0; i < parts; ++i) {
       long long cols, depth, r;
-      int dA, dB;
-      if (std::scanf("%lld %lld %lld %d %d", &cols, &depth, &r, &dA, &dB) != 5) return 1;
-      pass.part[i] = {cols, depth, r, dA != 0, dB != 0};
+      int dA, dB, y;
+      if (std::scanf("%lld %lld %lld %d %d %d", &cols, &depth, &r, &dA, &dB, &y) != 6) return 1;
+      pass.part[i] = {cols, depth, r, dA != 0, dB != 0, y != 0};
     }
     block_n == 256 ? list_tiles<256>(pass, clusters) : list_tiles<128>(pass, clusters);
   }

@@ -26,6 +26,7 @@ class Part:
     r: int
     wants_a: bool
     wants_b: bool
+    reads_y: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Pass:
 
 
 def promised_floats(each: Pass) -> int:
-    """docs/hopper.md: one copy of dA, dB and dbias; r padded to 16, 64, 128 or 256, the widths to multiples of 512."""
+    """docs/hopper.md: one copy of dA and dB, and two sums of each column of dy; r padded to 16, 64, 128 or 256, the
+    widths to multiples of 512."""
     rank = next(most for most in (16, 64, 128, 256) if max(part.r for part in each.parts) <= most)
     of_a = sum(-(-part.cols // 512) * 512 * rank for part in each.parts if part.wants_a)
-    return of_a + sum(-(-part.depth // 512) * 512 * (rank + 1) for part in each.parts if part.wants_b)
+    return of_a + sum(-(-part.depth // 512) * 512 * (rank + 2) for part in each.parts if part.wants_b)
 
 
 class Sizes(NamedTuple):
@@ -73,7 +75,7 @@ class Sizes(NamedTuple):
 
 
 def some_passes(count, widths=(1, 136, 151, 512, 4096, 8191, 50257), most_width=14400, most_rows=40000, seed=0):
-    rng = random.Random(seed)
+    rng, of_y = random.Random(seed), random.Random(seed)
     for _ in range(count):
         backward, wants_out, gated = rng.random() < 0.7, rng.random() < 0.8, rng.random() < 0.3
         shared = rng.choice([17, 64, 1001, *widths, rng.randint(1, most_width)])
@@ -86,7 +88,8 @@ def some_passes(count, widths=(1, 136, 151, 512, 4096, 8191, 50257), most_width=
             own = parts[0].cols if gated and i else own
             sums = backward and not gated  # a gated backward pass makes nothing but tiles
             wants = [sums and r > 0 and rng.random() < 0.8, sums and rng.random() < 0.8]
-            parts.append(Part(*((shared, own) if backward else (own, shared)), r, *wants))
+            reads_y = wants[1] and of_y.random() < 0.3
+            parts.append(Part(*((shared, own) if backward else (own, shared)), r, *wants, reads_y))
         wants_out = wants_out or gated or not backward or not any(part.wants_a or part.wants_b for part in parts)
         block_n = 256 if gated or max(part.r for part in parts) > 128 else rng.choice([128, 256])
         summed = len(parts)

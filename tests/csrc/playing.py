@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable
 
 from tests.csrc.consumers import Consumer
-from tests.csrc.items import SHRINK, TILE, Item
+from tests.csrc.items import GRADIENT_B, SHRINK, TILE, Item
 from tests.csrc.passes import (
     BLOCK_M,
     BOX,
@@ -188,6 +188,8 @@ class Block:
             if item.waits != NONE and i % BLOCK_M == 0:
                 yield from self.wait_for_low(item.waits + i // FLAG_ROWS)
             yield from self.step(self.launch.sizes.rank_boxes)
+            if item.work == GRADIENT_B and self.launch.each.parts[item.part].reads_y:
+                yield from self.step(0)
             if i == lookahead(tokens, BOX):
                 self.cluster.release_item()
 

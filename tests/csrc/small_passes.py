@@ -11,6 +11,7 @@ import torch
 from fused_lora import backends, lora_linear
 from tests.ops import test_lora_group, test_lora_mlp
 from tests.ops.problem import SCALE, make_dy, make_inputs, run, seed_on
+from tests.ops.test_gains import with_gains
 
 # M, K, N, r, p: narrow tiles, then wide ones (which many rows get, and r > 128) with chained sums; with dropout and
 # without; r <= 16 into few columns rides; edges in every dimension;
@@ -23,7 +24,8 @@ PASSES = [
 
 
 # Groups, and MLPs of three ranks.
-BLOCKS = [(kind, p) for p in (0.0, 0.25) for kind in ("q, k, v", (16, 8, 5), (64, 33, 16), (128, 128, 128))]
+KINDS = ("q, k, v", "q, k, v with gains", (16, 8, 5), (64, 33, 16), (128, 128, 128))
+BLOCKS = [(kind, p) for p in (0.0, 0.25) for kind in KINDS]
 
 
 def run_linear(M: int, K: int, N: int, r: int, p: float) -> None:
@@ -40,6 +42,7 @@ def run_block(kind: str | tuple[int, int, int], p: float) -> None:
         test_lora_mlp.results(test_lora_mlp.fused, x, parts, torch.ones_like(x), "silu", **options)
         return
     x, parts = test_lora_group.make_group(600, 264, [(392, 24), (137, 8), (40, 0)], "cuda", torch.bfloat16)
+    parts = with_gains(parts) if kind.endswith("gains") else parts
     dys = [part["weight"].new_ones(600, part["weight"].shape[0]) for part in parts]
     test_lora_group.results(test_lora_group.grouped, x, parts, dys, **options)
 

@@ -116,7 +116,7 @@ class Linear:
     def backward(self, x):
         matrices = (self.dy, x, self.weight, self.A, self.B, self.xa, self.dxa)
         grads = [result(tensor) for tensor in (self.dA, self.dB, self.dbias)]
-        return BackwardPart(*map(operand, matrices), *grads, self.scale.data_ptr(), self.dropout())
+        return BackwardPart(*map(operand, matrices), *grads, None, self.scale.data_ptr(), self.dropout())
 
     def check_forward(self, x):
         low = (x.double() * self.kept) @ self.A.double().T

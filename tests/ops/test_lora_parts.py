@@ -31,12 +31,15 @@ def make_parts(leading, K, sizes, device, dtype, lora_dtype, p=0.0, bias=True):
     return x, parts
 
 
-def backward_arguments(x, parts, xas, p, needs):
+def backward_arguments(x, parts, xas, p, needs, ys=()):
+    """Of ys those of gains are read."""
     dys = [randn(*x.shape[:-1], len(part.weight), device=x.device, dtype=x.dtype) for part in parts]
     need_dx, *of_parts = needs
     wanted = [need for need in of_parts for _ in parts]
+    read = [y if part.gain is not None else None for y, part in zip(ys, parts, strict=False)]
     return (
         dys, [x] * len(parts), flatten(parts), xas, [None] * len(parts), p, need_dx, wanted, [], [], False,
+        read if any(y is not None for y in read) else [],
     )  # fmt: skip
 
 
@@ -72,12 +75,25 @@ def test_opcheck_gated(keep, p, device):
     xa = ops.lora_parts_forward(hidden, flatten([down]), p, [], "none")[1]
     dy = randn(48, 24, device=device, dtype=torch.bfloat16)
     needs = [False] * 3
-    backward = ([dy], [gate], flatten([down]), [xa], [None], p, True, needs, SILU, [gate, up], keep == "factors")
+    backward = ([dy], [gate], flatten([down]), [xa], [None], p, True, needs, SILU, [gate, up], keep == "factors", [])
     torch.library.opcheck(ops.lora_parts_backward.default, backward)
     *_, dxa = ops.lora_parts_backward(*backward)
     both = [*parts, down]
     xas = [*ops.lora_parts_forward(x, flatten(parts), p, [], "none")[2:], xa]
-    rest = ([gate, up, dy], [x, x, hidden], flatten(both), xas, [None, None, dxa], p, True, [True] * 9, [], [], False)
+    rest = (
+        [gate, up, dy],
+        [x, x, hidden],
+        flatten(both),
+        xas,
+        [None, None, dxa],
+        p,
+        True,
+        [True] * 9,
+        [],
+        [],
+        False,
+        [],
+    )
     torch.library.opcheck(ops.lora_parts_backward.default, rest)
 
 

@@ -21,8 +21,9 @@ def forward(device):
 
 def backward(device):
     x, parts = parts_of(device)
-    xas = ops.lora_parts_forward(x, flatten(parts), 0.0, [], "none")[len(parts) :]
-    yield backward_arguments(x, parts, xas, 0.0, (True, True, True, True))
+    for each in (parts, [parts[0]._replace(gain=torch.rand(7, device=device)), parts[1]]):
+        *ys, xa, other = ops.lora_parts_forward(x, flatten(each), 0.0, [], "none")
+        yield backward_arguments(x, each, [xa, other], 0.0, (True, True, True, True), ys)
 
 
 def again(device):
@@ -30,12 +31,6 @@ def again(device):
     x, (part, _) = parts_of(device)
     part = part._replace(**{name: getattr(part, name).requires_grad_() for name in ("A", "B", "bias")})
     yield [x.new_ones(12, 7)], x.requires_grad_(), flatten([part]), 0.0, [], True, [True, True, True]
-
-
-def gain_backward(device):
-    dy, y, bias, gain = (torch.randn(*shape, device=device) for shape in ((3, 4, 7), (3, 4, 7), (7,), (7,)))
-    yield dy, y, bias, gain, True
-    yield dy, y, None, gain, False
 
 
 def row_norms(device):
@@ -62,15 +57,15 @@ def csrc_forward(device):
 
 def csrc_backward(device):
     x, parts = parts_of(device, torch.bfloat16, 72)
-    xas = ops.cuda_lora_parts_forward(x, flatten(parts), 0.0, [], "none")[len(parts) :]
-    yield backward_arguments(x, parts, xas, 0.0, (True, True, True, True))
+    for each in (parts, [parts[0]._replace(gain=torch.rand(7, device=device)), parts[1]]):
+        *ys, xa, other = ops.cuda_lora_parts_forward(x, flatten(each), 0.0, [], "none")
+        yield backward_arguments(x, each, [xa, other], 0.0, (True, True, True, True), ys)
 
 
 ARGUMENTS = {
     "lora_parts_forward": forward,
     "lora_parts_backward": backward,
     "lora_again": again,
-    "lora_gain_backward": gain_backward,
     "lora_row_norms": row_norms,
     "merge_": merge,
     "merge_and_reinit_": restart,
