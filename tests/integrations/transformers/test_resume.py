@@ -63,6 +63,15 @@ def test_bit_for_bit(dtype, given, tmp_path):
         assert_same_runs(again, whole)
 
 
+@pytest.mark.gpu
+def test_bit_for_bit_on_a_gpu(tmp_path):
+    whole = run(tmp_path, dtype=torch.bfloat16, use_cpu=False)
+    assert whole[0].model.device.type == "cuda"
+    for step in STOPS:
+        again = run(tmp_path, str(tmp_path / f"checkpoint-{step}"), torch.bfloat16, save_strategy="no", use_cpu=False)
+        assert_same_runs(again, whole)
+
+
 def test_from_the_newest_on_from_a_run_that_was_stopped(tmp_path):
     whole = run(tmp_path / "whole", options={"warm_start_steps": 0, "reset_every": 7})
 
