@@ -112,10 +112,21 @@ def _replacing_errors(model: nn.Module, config: LoRAConfig, factors: dict) -> li
         else:
             found = "no such module" if linear is None else f"a {type(linear).__name__}"
             errors.append(f"unexpected {', '.join(files.key_of(name, which) for which in pair)}: {found} there")
+    errors += _missing(modules, config, factors)
     if errors or not factors:
         return errors or ["it has no factors"]
     report, _ = find_linears(model, Selection(_exactly(factors)))
     return [f"{name} cannot be replaced: {report.skipped[name]}" for name in factors if name not in report.replaced]
+
+
+def _missing(modules: dict[str, nn.Module], config: LoRAConfig, factors: dict) -> list[str]:
+    """The keys of linears that the config names and the file has nothing of: the model is larger than the file's."""
+    selection = config.selection
+    if not selection.by_name or not factors:
+        return []
+    named = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not selection.reason([name])]
+    wanted = files.tensors_of(config.use_dora)
+    return [f"missing {files.key_of(name, which)}" for name in named if name not in factors for which in wanted]
 
 
 def _shape_errors(name: str, pair: dict[str, Tensor], r: int, weight: torch.Size) -> list[str]:

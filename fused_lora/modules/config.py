@@ -1,5 +1,6 @@
 """LoRAConfig: what a layer is to be, by replace_linear's arguments or by a config of PEFT, which is read here."""
 
+import difflib
 import json
 import os
 import re
@@ -94,11 +95,22 @@ def fields_of(config) -> dict:
     """
     if isinstance(config, (str, os.PathLike)):
         config = _read(Path(config))
-    elif not isinstance(config, Mapping):
+    elif isinstance(config, Mapping):
+        _check_spelling(config)
+    else:
         if not callable(getattr(config, "to_dict", None)):
             raise TypeError(f"config must be a LoraConfig, a folder or a dict, got {type(config).__name__}")
         config = config.to_dict()
     return {key: _plain(value) for key, value in config.items()}
+
+
+def _check_spelling(config: Mapping) -> None:
+    """A dict is written by hand. Fields that only PEFT knows pass, but not what is nearly one of these."""
+    known = [each.name for each in fields(LoRAConfig)]
+    for name in config:
+        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+        if name not in known and name not in UNSERVED and close:
+            raise ValueError(f"config has the field {name!r}: {close[0]!r} is meant?")
 
 
 def _plain(value):

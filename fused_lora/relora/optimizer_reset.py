@@ -105,6 +105,7 @@ def _is_moment(name: str, value, parameter: Tensor) -> bool:
 
 
 def _refusal(optimizer: Optimizer, why: str) -> str:
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # what Accelerate has wrapped
     return (
         f"optimizer must be one that restarts can reset, with nothing but {', '.join((*MOMENTS, *COUNTS))} of a "
         f"parameter: {type(optimizer).__name__} {why}"

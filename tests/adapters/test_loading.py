@@ -201,6 +201,7 @@ BASES = {
     "a tied linear": (Tied, r"layers.0.up cannot be replaced: its weight is shared"),
     "other names": (lambda: nn.ModuleDict({"model": net()}), r"no such module there"),
     "other modules": (lambda: nn.Sequential(nn.Linear(3, 4)), r"no such module there"),
+    "more layers": (lambda: Net(3), r"missing base_model.model.layers.2.up.lora_A.weight"),
     "on meta": (lambda: net().to("meta"), r"layers.0.up is on meta"),
 }
 

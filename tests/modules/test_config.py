@@ -193,6 +193,7 @@ BAD = {
     "layers of an expression": ({"target_modules": "q", "layers_to_transform": [1]}, "needs a list as target"),
     "a list without layers": ({"target_modules": ["q_proj"], "layers_pattern": "h"}, "layers_pattern needs"),
     "a rank": ({"target_modules": ["q_proj"], "rank_pattern": {"1.q_proj": 0}}, "r must be between 1"),
+    "a field that is nearly one": ({"target_module": ["q_proj"]}, "field 'target_module': 'target_modules' is meant"),
     "another method": ({"target_modules": ["q_proj"], "peft_type": "IA3"}, "peft_type='IA3'"),
 }  # fmt: skip
 
