@@ -18,7 +18,7 @@ from fused_lora.integrations.peft import accelerate
 from fused_lora.pretrain.python_text import language_reference
 
 STEPS = 200
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-4
 VOCABULARY = 128  # of a text in ASCII
 
 

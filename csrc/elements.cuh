@@ -68,7 +68,7 @@ __device__ __forceinline__ float room(float scale) {
   return exponent > 0 ? __uint_as_float((exponent + 127) << 23) : 1.0f;
 }
 
-__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int i) {
+__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kFloat32: return static_cast<const float*>(data)[i];
     case DType::kFloat16: return __half2float(static_cast<const __half*>(data)[i]);

@@ -249,7 +249,7 @@ def test_eager_calls_ask_first_where_something_was_measured(hopper, monkeypatch)
 
     def ask(first, second):
         asked = eager.csrc()
-        yield asked.lora_linear(x, *first[:3], None, None, None, 0.0)
+        yield asked.lora_linear(x, *first[:3], None, None, None, 0.0, None)
         yield asked.lora_group(x, flatten([second, first]), None, 0.0)
         yield asked.lora_mlp(x, flatten([first, second, down]), None, 1, 0.0, [], False)
 
@@ -264,5 +264,5 @@ def test_what_is_no_call_is_left_to_csrc(hopper, monkeypatch):
     remember({"cuda": 2.0, "addmm": 1.0})
     vector = torch.empty(3, device="meta", dtype=BF16)
     asked = eager.csrc()
-    assert asked.lora_linear(OnCuda(8192, 2048), vector, vector, vector, None, None, None, 0.0) == "linear"
-    assert asked.lora_linear(OnCuda(), *part(4096, 2048)[:3], None, None, None, 0.0) == "linear"
+    assert asked.lora_linear(OnCuda(8192, 2048), vector, vector, vector, None, None, None, 0.0, None) == "linear"
+    assert asked.lora_linear(OnCuda(), *part(4096, 2048)[:3], None, None, None, 0.0, None) == "linear"

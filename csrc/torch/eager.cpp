@@ -56,7 +56,6 @@ bool watched() {
 // Whether a part is right beyond doubt.
 bool is_right(const Tensor& x, const Part& part) {
   const auto& [weight, A, B, bias, scale, seed, gain] = part;
-  if (gain) return false;  // which has an autograd in Python alone
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
   if (N == 0 || r == 0 || std::max(N, K) > kMostStride || x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;
@@ -67,6 +66,8 @@ bool is_right(const Tensor& x, const Part& part) {
   if (scale.scalar_type() != at::kFloat || scale.numel() != 1 || scale.requires_grad()) return false;
   if (bias && (bias->dim() != 1 || bias->size(0) != N || !is_plain(*bias, x) || bias->stride(0) != 1)) return false;
   if (bias && !is_16_bit(*bias) && bias->scalar_type() != at::kFloat) return false;
+  if (gain && (gain->dim() != 1 || gain->size(0) != N || !is_plain(*gain, x) || gain->stride(0) != 1)) return false;
+  if (gain && gain->scalar_type() != at::kFloat) return false;
   if (weight.requires_grad() && at::GradMode::is_enabled()) return false;
   return weight.stride(1) == 1;
 }
@@ -79,12 +80,17 @@ bool is_many(const Tensor& dy) {
 // Whether a backward pass is to be differentiated itself, or is many at once: by the formula.
 bool needs_formula(const variable_list& dys) { return at::GradMode::is_enabled() || std::any_of(dys.begin(), dys.end(), is_many); }
 
+bool have_gains(const std::vector<Part>& parts) {
+  return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
+}
+
 // Whether the arguments are right beyond doubt and the kernels take them. Where not, the caller goes the long way, which finds
 // the words for what is wrong, or another backend.
 bool takes(const Tensor& x, const std::vector<Part>& parts, const std::optional<Tensor>& seed, double p, int64_t most_rank) {
   if (!x.is_cuda() || !is_plain(x, x) || !is_16_bit(x) || x.dim() == 0 || x.numel() == 0) return false;
   if (parts.empty() || parts.size() > kMostParts || !chosen(x) || watched() || !(p >= 0 && p <= 1)) return false;
   if (seed && (!is_plain(*seed, x) || seed->scalar_type() != at::kLong || seed->dim() != 0)) return false;
+  if (have_gains(parts) && card_of(x.get_device()).capability != 90) return false;
   for (const Part& part : parts) {
     if (part.A.dim() != 2 || part.A.size(0) > most_rank || part.A.scalar_type() != parts[0].A.scalar_type()) return false;
   }
@@ -125,9 +131,9 @@ c10::List<bool> bool_list(const std::vector<bool>& bools) {
 // A backward pass as an op: for modes and tensors that watch ops, and for what torch has to make memory of.
 std::vector<Tensor> by_dispatcher(const BackwardPass& pass) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(NAME_OF("cuda_lora_parts_backward"), "");
-  FlatList dxas;
+  FlatList dxas, ys;
   for (const std::optional<Tensor>& dxa : pass.dxas) dxas.push_back(dxa);
-  const FlatList ys;  // of gains, which have an autograd in Python alone
+  for (const std::optional<Tensor>& y : pass.ys) ys.push_back(y);
   torch::jit::Stack stack;
   torch::jit::push(stack, pass.dys, pass.xs, flat_list(pass.parts), pass.xas, dxas, pass.p, pass.need_dx, bool_list(pass.needs),
                    pass.act, pass.gated, pass.factors, ys);
@@ -154,7 +160,8 @@ std::vector<Tensor> backward(const BackwardPass& pass) {
   return lora_parts_backward(pass);
 }
 
-// A backward pass by the formula in plain torch (ops/autograd.py), so that it can be differentiated itself: dx, dAs, dBs, dbiases.
+// A backward pass by the formula in plain torch (ops/autograd.py), so that it can be differentiated itself: dx, dAs, dBs, dbiases
+// and dgains.
 std::vector<Tensor> again(at::TensorList dys, const Tensor& x, const std::vector<Part>& parts, double p, at::ArrayRef<double> act,
                           bool need_dx, const std::vector<bool>& needs) {
   static const auto op = c10::Dispatcher::singleton()
@@ -170,40 +177,44 @@ Tensor readable(const Tensor& x) {
   return rows.is_alias_of(x) ? x : rows.view(x.sizes());
 }
 
-// What both functions have in common: their arguments that have gradients are x, then A, B and bias of each part, with absent
-// ones for the parts up to kMostParts. Autograd counts edges, and an absent bias has none.
-constexpr size_t kTensors = 3 * kMostParts;
+// What both functions have in common: their arguments that have gradients are x, then A, B, bias and gain of each part, with absent
+// ones for the parts up to kMostParts. Autograd counts edges, and an absent bias or gain has none.
+constexpr size_t kKinds = 4, kTensors = kKinds * kMostParts;
 using Tensors = std::array<std::optional<Tensor>, kTensors>;
 
 Tensors differentiable(const std::vector<Part>& parts) {
   Tensors tensors;
   for (size_t i = 0; i < parts.size(); ++i) {
-    tensors[3 * i] = parts[i].A;
-    tensors[3 * i + 1] = parts[i].B;
-    tensors[3 * i + 2] = parts[i].bias;
+    tensors[kKinds * i] = parts[i].A;
+    tensors[kKinds * i + 1] = parts[i].B;
+    tensors[kKinds * i + 2] = parts[i].bias;
+    tensors[kKinds * i + 3] = parts[i].gain;
   }
   return tensors;
 }
 
-// What a backward pass reads of a linear's bias: the dtype of its gradient.
-Tensor like_trained(const std::optional<Tensor>& bias) {
-  return bias && bias->requires_grad() ? at::empty({0}, bias->options()) : Tensor();
+// What a backward pass reads of a linear's bias: the dtype of its gradient, and all of it where there is a gain.
+Tensor read_bias(const Part& part) {
+  if (part.gain) return part.bias.value_or(Tensor());
+  return part.bias && part.bias->requires_grad() ? at::empty({0}, part.bias->options()) : Tensor();
 }
 
-constexpr size_t kSaved = Part::kFields - 1;  // of a part: there is no gain
+// The result, where a gain's gradient is made of it.
+Tensor read_result(const Part& part, const Tensor& y) { return part.gain && part.gain->requires_grad() ? y : Tensor(); }
 
 void save_parts(AutogradContext* context, variable_list& saved, const std::vector<Part>& parts, double p, bool biases) {
-  int64_t biased = 0;
+  int64_t present = 0;  // two bits a part
   for (size_t i = 0; i < parts.size(); ++i) {
     const Part& part = parts[i];
-    const Tensor bias = biases ? part.bias.value_or(Tensor()) : like_trained(part.bias);
+    const Tensor bias = biases ? part.bias.value_or(Tensor()) : read_bias(part);
     for (const Tensor* tensor : {&part.weight, &part.A, &part.B, &bias, &part.scale}) saved.push_back(*tensor);
     saved.push_back(part.seed.value_or(Tensor()));
-    biased |= int64_t{part.bias.has_value()} << i;
+    saved.push_back(part.gain.value_or(Tensor()));
+    present |= (int64_t{part.bias.has_value()} | int64_t{part.gain.has_value()} << 1) << 2 * i;
   }
   context->save_for_backward(saved);
   if (p != 0) context->saved_data["p"] = p;  // an entry takes the host 0.2 us
-  if (biased != 0) context->saved_data["biased"] = biased;
+  if (present != 0) context->saved_data["present"] = present;
 }
 
 double saved_p(AutogradContext* context) {
@@ -211,11 +222,13 @@ double saved_p(AutogradContext* context) {
   return found == context->saved_data.end() ? 0.0 : found->second.toDouble();
 }
 
+std::optional<Tensor> if_defined(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+
 std::vector<Part> saved_parts(const variable_list& saved, size_t first) {
-  const auto optional = [](const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
   std::vector<Part> parts;
-  for (size_t i = first; i < saved.size(); i += kSaved) {
-    parts.push_back({saved[i], saved[i + 1], saved[i + 2], optional(saved[i + 3]), saved[i + 4], optional(saved[i + 5]), std::nullopt});
+  for (size_t i = first; i < saved.size(); i += Part::kFields) {
+    parts.push_back({saved[i], saved[i + 1], saved[i + 2], if_defined(saved[i + 3]), saved[i + 4], if_defined(saved[i + 5]),
+                     if_defined(saved[i + 6])});
   }
   return parts;
 }
@@ -223,15 +236,16 @@ std::vector<Part> saved_parts(const variable_list& saved, size_t first) {
 // Which gradients autograd asks for.
 struct Needs {
   bool dx, any;
-  std::vector<bool> of_parts;  // of dAs, dBs and dbiases
+  std::vector<bool> of_parts;  // of dAs, dBs, dbiases and dgains
 
-  Needs(AutogradContext* context, size_t parts) : dx(context->needs_input_grad(0)), any(dx), of_parts(3 * parts) {
-    const auto found = context->saved_data.find("biased");
-    const int64_t biased = found == context->saved_data.end() ? 0 : found->second.toInt();
+  Needs(AutogradContext* context, size_t parts) : dx(context->needs_input_grad(0)), any(dx), of_parts(kKinds * parts) {
+    const auto found = context->saved_data.find("present");
+    const int64_t present = found == context->saved_data.end() ? 0 : found->second.toInt();
     size_t edge = 1;
     for (size_t i = 0; i < parts; ++i) {
-      for (size_t kind = 0; kind < 3; ++kind) {
-        if (kind < 2 || (biased >> i & 1)) of_parts[kind * parts + i] = context->needs_input_grad(edge++);
+      for (size_t kind = 0; kind < kKinds; ++kind) {
+        const bool has_edge = kind < 2 || (present >> (2 * i + kind - 2) & 1);
+        if (has_edge) of_parts[kind * parts + i] = context->needs_input_grad(edge++);
       }
     }
     for (const bool need : of_parts) any = any || need;
@@ -259,23 +273,39 @@ struct Used {
 
   std::vector<bool> of_parts(const Needs& needs, size_t parts) const {
     std::vector<bool> found;
-    for (size_t kind = 0; kind < 3; ++kind) {
+    for (size_t kind = 0; kind < kKinds; ++kind) {
       for (const size_t place : places) found.push_back(needs.of_parts[kind * parts + place]);
     }
     return found;
   }
 
-  // dx, dAs, dBs, dbiases as gradients of a function's arguments, of which `first` come between x and the tensors of its parts.
+  // dx, dAs, dBs, dbiases, dgains as gradients of a function's arguments, of which `first` come between x and the tensors of its parts.
   void fill(variable_list& result, const std::vector<Tensor>& grads, bool need_dx, const std::vector<bool>& needs, size_t first) const {
     const size_t count = places.size();
     if (need_dx) result[0] = grads[0];
     for (size_t i = 0; i < count; ++i) {
-      for (size_t kind = 0; kind < 3; ++kind) {
-        if (needs[kind * count + i]) result[1 + first + 3 * places[i] + kind] = grads[1 + kind * count + i];
+      for (size_t kind = 0; kind < kKinds; ++kind) {
+        if (needs[kind * count + i]) result[1 + first + kKinds * places[i] + kind] = grads[1 + kind * count + i];
       }
     }
   }
 };
+
+// Of all needs those that a pass knows by name, and the results that it reads for gains: none where no gain has a gradient.
+std::vector<bool> of_sums(const std::vector<bool>& needs) { return {needs.begin(), needs.end() - needs.size() / kKinds}; }
+
+std::vector<std::optional<Tensor>> of_gains(const std::vector<bool>& needs, const variable_list& ys) {
+  const size_t count = ys.size(), first = (kKinds - 1) * count;
+  std::vector<std::optional<Tensor>> found(count);
+  bool any = false;
+  for (size_t i = 0; i < count; ++i) {
+    if (!needs[first + i]) continue;
+    found[i] = ys[i];
+    any = true;
+  }
+  if (!any) found.clear();
+  return found;
+}
 
 class LoRAParts : public torch::autograd::Function<LoRAParts> {
  public:
@@ -288,9 +318,10 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
     const Tensor read = readable(x);
     std::vector<Tensor> results = fused_lora::forward(read, parts, p);
     variable_list saved;
-    saved.reserve(1 + (1 + kSaved) * parts.size());
+    saved.reserve(1 + (2 + Part::kFields) * parts.size());
     saved.push_back(read);
     saved.insert(saved.end(), results.begin() + parts.size(), results.end());
+    for (size_t i = 0; i < parts.size(); ++i) saved.push_back(read_result(parts[i], results[i]));
     save_parts(context, saved, parts, p, false);
     context->set_materialize_grads(false);
     results.resize(parts.size());
@@ -304,12 +335,13 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
     const Used used(dys);
     variable_list result(1 + kOwn + kTensors);
     if (!needs.any || used.places.empty()) return result;
-    std::vector<Part> parts = saved_parts(saved, 1 + all);
-    variable_list xas(saved.begin() + 1, saved.begin() + 1 + all);
+    std::vector<Part> parts = saved_parts(saved, 1 + 2 * all);
+    variable_list xas(saved.begin() + 1, saved.begin() + 1 + all), ys(saved.begin() + 1 + all, saved.begin() + 1 + 2 * all);
     std::vector<bool> of_parts = needs.of_parts;
     if (used.places.size() < all) {
       used.keep(dys);
       used.keep(xas);
+      used.keep(ys);
       used.keep(parts);
       of_parts = used.of_parts(needs, all);
     }
@@ -327,7 +359,8 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
                                                             .dxas = std::vector<std::optional<Tensor>>(count),
                                                             .p = p,
                                                             .need_dx = needs.dx,
-                                                            .needs = of_parts});
+                                                            .needs = of_sums(of_parts),
+                                                            .ys = of_gains(of_parts, ys)});
     used.fill(result, grads, needs.dx, of_parts, kOwn);
     return result;
   }
@@ -351,18 +384,20 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const OnDevice here(x);
     const Tensor read = readable(x);
-    const auto sides = fused_lora::forward(read, {parts[0], parts[1]}, p, act, saves_all ? "factors" : "sides");
+    const bool factors = saves_all && !have_gains({parts[0], parts[1]});  // what gains made are gate and up themselves
+    const auto sides = fused_lora::forward(read, {parts[0], parts[1]}, p, act, factors ? "factors" : "sides");
     const auto down = fused_lora::forward(sides[0], {parts[2]}, p);
-    variable_list saved{read, sides[1], sides[2], saves_all ? sides[0] : Tensor(), sides[3], sides[4], down[1]};
+    const Tensor y = as_rows_of(down[0], x);
+    variable_list saved{read, sides[1], sides[2], factors ? sides[0] : Tensor(), sides[3], sides[4], down[1], read_result(parts[2], y)};
     save_parts(context, saved, parts, p, true);
     context->saved_data["act"] = act;
-    return as_rows_of(down[0], x);
+    return y;
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
     const Tensor &x = saved[0], &first = saved[1], &second = saved[2], &hidden = saved[3];
-    const std::vector<Part> parts = saved_parts(saved, 7);
+    const std::vector<Part> parts = saved_parts(saved, 8);
     const Needs needs(context, kParts);
     variable_list result(1 + kOwn + kTensors);
     if (!needs.any) return result;
@@ -396,7 +431,8 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
                                        .dxas = {std::nullopt, std::nullopt, of_down[3]},
                                        .p = p,
                                        .need_dx = needs.dx,
-                                       .needs = needs.of_parts});
+                                       .needs = of_sums(needs.of_parts),
+                                       .ys = of_gains(needs.of_parts, {first, second, saved[7]})});
     if (needs.dx) found[0] = found[0].view(x.sizes());
     all.fill(result, found, needs.dx, needs.of_parts, kOwn);
     return result;
@@ -407,7 +443,8 @@ bool trains(const Tensor& x, const std::vector<Part>& parts) {
   if (!at::GradMode::is_enabled()) return false;
   bool any = x.requires_grad();
   for (const Part& part : parts) {
-    any = any || part.A.requires_grad() || part.B.requires_grad() || (part.bias && part.bias->requires_grad());
+    any = any || part.A.requires_grad() || part.B.requires_grad();
+    any = any || (part.bias && part.bias->requires_grad()) || (part.gain && part.gain->requires_grad());
   }
   return any;
 }
@@ -438,9 +475,9 @@ std::optional<std::vector<Tensor>> lora_group(const Tensor& x, std::vector<Part>
 
 std::optional<Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                                   const std::optional<Tensor>& bias, const Tensor& scale, const std::optional<Tensor>& seed,
-                                  double p) {
+                                  double p, const std::optional<Tensor>& gain) {
   std::vector<Part> parts;
-  parts.push_back({weight, A, B, bias, scale, std::nullopt, std::nullopt});
+  parts.push_back({weight, A, B, bias, scale, std::nullopt, gain});
   auto ys = lora_group(x, std::move(parts), seed, p);
   return ys ? std::optional((*ys)[0]) : std::nullopt;
 }

@@ -125,13 +125,14 @@ PyObject* answered(Py_ssize_t given, Py_ssize_t wanted, Read read) {
 }
 
 PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return answered(count, 8, [&] {
+  return answered(count, 9, [&] {
     const Tensor x = tensor_of(given[0]), weight = tensor_of(given[1]), A = tensor_of(given[2]), B = tensor_of(given[3]);
     const auto bias = optional_tensor_of(given[4]);
     const Tensor scale = tensor_of(given[5]);
     const auto seed = optional_tensor_of(given[6]);
     const double p = double_of(given[7]);
-    return [=] { return lora_linear(x, weight, A, B, bias, scale, seed, p); };
+    const auto gain = optional_tensor_of(given[8]);
+    return [=] { return lora_linear(x, weight, A, B, bias, scale, seed, p, gain); };
   });
 }
 
@@ -169,7 +170,7 @@ PyCFunction fast(Function* function) {
 PyMethodDef* eager_calls() {
   static PyMethodDef calls[] = {
       {"lora_linear", fast(linear), METH_FASTCALL,
-       "lora_linear(x, weight, A, B, bias, scale, seed, p) with autograd, or None where it is for others. Plain tensors on a GPU."},
+       "lora_linear(x, weight, A, B, bias, scale, seed, p, gain) with autograd, or None where it is for others. Plain tensors on a GPU."},
       {"lora_group", fast(group), METH_FASTCALL, "lora_group(x, flat parts, seed, p), likewise."},
       {"lora_mlp", fast(mlp), METH_FASTCALL,
        "lora_mlp(x, flat parts of gate, up and down, seed, down_seed, p, act, saves_all), likewise."},

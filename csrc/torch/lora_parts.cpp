@@ -1,6 +1,7 @@
 // The pair of ops behind linears, groups and gated MLPs: from parts to the parameters of a launch, and its workspaces.
 #include "../host/architecture.h"
 #include "../host/launch.h"
+#include "../scaled_rows.h"
 #include "few_rows.h"
 #include "operands.h"
 
@@ -58,6 +59,24 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
 
 bool has_gains(const std::vector<Part>& parts) {
   return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
+}
+
+// With rows that are contiguous.
+Tensor in_rows(const Tensor& matrix) {
+  if (matrix.size(1) <= 1 || matrix.stride(1) == 1) return matrix;
+  Tensor copy = empty(matrix.sizes(), matrix);
+  copy_into(copy, matrix);
+  return copy;
+}
+
+// gain W, where it is needed, and gain B for W and B.
+void scale_rows(Tensor& weight, Tensor& B, const Part& part, bool need_weight, const Tensor& x) {
+  const Tensor to_weight = padded_like(x, need_weight ? weight.size(0) : 0, weight.size(1)), to_B = padded_like(x, B.size(0), B.size(1));
+  const Tensor from = addressed(weight, x.scalar_type()), from_B = in_rows(B);
+  const Operand out = need_weight ? operand_of(to_weight) : Operand{};
+  check_cuda(launch_scaled_rows(gain_of(part), operand_of(from), operand_of(from_B), out, operand_of(to_B), stream_of(x)));
+  if (need_weight) weight = to_weight;
+  B = to_B;
 }
 
 // What dgain is made of, and where it goes: nothing without y.
@@ -174,12 +193,14 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
     const Tensor dA = grads[i] = grad_of(part.A, part.A.sizes(), needs[i]);
     const Tensor dB = grads[count + i] = grad_of(part.B, part.B.sizes(), needs[count + i]);
     const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), of_bias, needs[2 * count + i]);
+    Tensor weight = part.weight, B = part.B;
+    if (part.gain && summed) scale_rows(weight, B, part, need_dx, x);
     params.part[i] = {
         .dy = read(flat(dys[i])),
         .x = read.keep(rows),
-        .weight = summed ? read(part.weight) : Operand{},
+        .weight = summed ? read(weight) : Operand{},
         .A = summed ? read(part.A) : operand_of(part.A),  // whose sizes alone matter elsewhere
-        .B = summed ? read(part.B) : operand_of(part.B),
+        .B = summed ? read(B) : operand_of(B),
         .xa = read(xas[i]),
         .dxa = read(made[i]),
         .dA = dense_operand(dA, K),

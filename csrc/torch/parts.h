@@ -36,8 +36,8 @@ inline std::vector<Part> unflatten(const FlatParts& flat) {
 std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act,
                                        const std::string& keep);
 
-// Of parts with a gain, weight and B come multiplied by it. ys is empty, or has the result of each part whose gain has a gradient:
-// those then follow dbiases. csrc/sm90 alone knows gains backward.
+// ys is empty, or has the result of each part whose gain has a gradient: those then follow dbiases. csrc/sm90 alone knows gains
+// backward.
 struct BackwardPass {
   std::vector<Tensor> dys, xs;
   std::vector<Part> parts;

@@ -169,14 +169,14 @@ def by_formula(formula: Callable, dys: Sequence[Tensor], x: Tensor, parts: list[
 
 
 def _again(dys, x, tensors, p, act, need_dx, needs):
-    """by_formula for csrc's autograd: dx, dAs, dBs and dbiases, empty where not wanted; with act, of an MLP."""
+    """by_formula for csrc's autograd: dx, dAs, dBs, dbiases and dgains, empty where not wanted; with act, of an MLP."""
     parts = unflatten(tensors)
     each = zip(*columns(needs, len(parts)), strict=True)
-    all_needs = flatten([Part(False, *need, False, False, False) for need in each])
+    all_needs = flatten([Part(False, *need, False, False, gain) for *need, gain in each])
     formula = (lambda x, parts: [mlp(x, parts, p, act)]) if act else (lambda x, parts: linears(x, parts, p))
     dx, _, *grads = by_formula(formula, dys, x, parts, need_dx, all_needs)
-    found = unflatten(grads)
-    in_order = (dx, *(part.A for part in found), *(part.B for part in found), *(part.bias for part in found))
+    kinds = zip(*((part.A, part.B, part.bias, part.gain) for part in unflatten(grads)), strict=True)
+    in_order = (dx, *(grad for kind in kinds for grad in kind))
     return [x.new_empty(0) if grad is None else grad for grad in in_order]
 
 

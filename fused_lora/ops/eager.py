@@ -28,10 +28,10 @@ class AskFirst:
     def __init__(self, extension):
         self.extension = extension
 
-    def lora_linear(self, x, weight, A, B, bias, scale, seed, p):
+    def lora_linear(self, x, weight, A, B, bias, scale, seed, p, gain):
         if _elsewhere(x, [Part(weight, A, B)], p):
             return None
-        return self.extension.lora_linear(x, weight, A, B, bias, scale, seed, p)
+        return self.extension.lora_linear(x, weight, A, B, bias, scale, seed, p, gain)
 
     def lora_group(self, x, flat, seed, p):
         return None if _elsewhere(x, unflatten(flat), p) else self.extension.lora_group(x, flat, seed, p)
@@ -57,12 +57,10 @@ def are_plain(x, parts: Sequence[Part], seed: Tensor | None, p: float) -> bool:
     if not isinstance(x, Tensor) or not x.is_cuda or not is_probability(p):
         return False
     for weight, A, B, bias, scale, of_part, gain in parts:
-        if gain is not None:  # of which csrc has the forward pass, and no autograd
-            return False
         for tensor in (weight, A, B, scale):
             if not isinstance(tensor, Tensor):
                 return False
-        for tensor in (bias, of_part, seed):
+        for tensor in (bias, of_part, gain, seed):
             if tensor is not None and not isinstance(tensor, Tensor):
                 return False
     return True

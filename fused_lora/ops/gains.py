@@ -4,6 +4,7 @@ Either gain W and gain B stand for W and B, and csrc makes dgain beside dB, in o
 stands for dy, made with dgain in a pass before.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,30 +20,15 @@ def are_in(parts: Sequence[Part]) -> bool:
     return any(part.gain is not None for part in parts)
 
 
-def known_backward(device: torch.device) -> bool:
-    """Whether csrc's kernels for a card know gains backward."""
-    return backends.gpu(device).capability == 90
-
-
-def weights_are_less(rows: int, parts: Sequence[Part], summed: Sequence[Part]) -> bool:
-    """Whether gain W of the summed parts takes fewer bytes than gain dy of all: W is read and written, or dy and y read
-    and gain dy written, where in csrc y alone is read beside what is read anyway."""
+def are_for_csrc(x: Tensor, parts: Sequence[Part], summed: Sequence[Part]) -> bool:
+    """Whether its kernels for x's card know gains backward, and gain W of the summed parts takes fewer bytes than gain
+    dy of all: W is read and written, or dy and y read and gain dy written, where in csrc y alone is read beside what
+    is read anyway."""
+    if backends.gpu(x.device).capability != 90:
+        return False
     weights = sum(part.weight.numel() for part in summed if part.gain is not None)
-    return 4 * weights < 5 * rows * sum(len(part.weight) for part in parts if part.gain is not None)
-
-
-def scaled(part: Part, need_weight: bool) -> Part:
-    """With gain W, where it is needed, and gain B for W and B."""
-    if part.gain is None:
-        return part
-    if in_triton(part.weight):
-        from ..kernels.scaled_rows import scaled_rows
-
-        with launching("scaled_rows", part.weight):
-            weight, B = scaled_rows(part.weight, part.B, part.gain, need_weight)
-    else:
-        weight, B = (times(matrix, part.gain[:, None]) for matrix in (part.weight, part.B))
-    return part._replace(weight=part.weight if weight is None else weight, B=B)
+    columns = sum(len(part.weight) for part in parts if part.gain is not None)
+    return 4 * weights < 5 * math.prod(x.shape[:-1]) * columns
 
 
 def backward(dy: Tensor, y: Tensor, part: Part, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from .autograd import apply
 from .parts import Part
 
 
-def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
+def _in_csrc(x, weight, A, B, bias, scale, seed, p, gain) -> Tensor | None:
     """y by csrc's autograd, if the call is for it."""
     extension = eager.csrc()
     if extension is None or not isinstance(x, Tensor) or not x.is_cuda or not eager.is_probability(p):
@@ -17,16 +17,18 @@ def _in_csrc(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
     for tensor in (weight, A, B, scale):
         if not isinstance(tensor, Tensor):
             return None
-    for tensor in (bias, seed):
+    for tensor in (bias, seed, gain):
         if tensor is not None and not isinstance(tensor, Tensor):
             return None
-    return extension.lora_linear(x, weight, A, B, bias, scale, seed, p)
+    return extension.lora_linear(x, weight, A, B, bias, scale, seed, p, gain)
 
 
-def _directly(x, weight, A, B, bias, scale, seed, p) -> Tensor | None:
+def _directly(x, weight, A, B, bias, scale, seed, p, gain) -> Tensor | None:
     """y without a look at the arguments but the short ones; None: something is wrong, or for another backend."""
-    y = _in_csrc(x, weight, A, B, bias, scale, seed, p)
-    return short.lora_linear(x, weight, A, B, bias, scale, p, seed) if y is None else y
+    y = _in_csrc(x, weight, A, B, bias, scale, seed, p, gain)
+    if y is not None or gain is not None:  # of which the other short way knows nothing
+        return y
+    return short.lora_linear(x, weight, A, B, bias, scale, p, seed)
 
 
 def lora_linear(
@@ -62,8 +64,8 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and of_parts.autocast_dtype(x) is not None:
         x, ((weight, A, B, bias, scale, *_),) = of_parts.autocast(x, [Part(weight, A, B, bias, scale)])
-    is_long = gain is not None or recomputed.is_worth(x, weight)  # which the short ways know nothing of
-    y = None if is_long else _directly(x, weight, A, B, bias, scale, seed, p)
+    is_long = gain is None and recomputed.is_worth(x, weight)  # which the short ways know nothing of
+    y = None if is_long else _directly(x, weight, A, B, bias, scale, seed, p, gain)
     if y is not None:
         return y
     part = Part(weight, A, B, bias, scale, gain=gain)

@@ -105,12 +105,14 @@ def _forward_fake(x, tensors, p, act, keep):
 
 def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
     parts = unflatten(tensors)
+    in_csrc = _in_csrc(xs[0], parts, bool(act), p)
     if gains.are_in(parts):
-        own = _backward_gated_with_gain if act else _backward_with_gains
-        return own(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys)
-    if _in_csrc(xs[0], parts, bool(act), p):
+        summed = [part for part, dxa in zip(parts, dxas, strict=True) if dxa is None and need_dx]
+        if not (in_csrc and gains.are_for_csrc(xs[0], parts, summed)):
+            return _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys)
+    if in_csrc:
         grads = ops.cuda_lora_parts_backward(
-            dys, xs, _for_kernels(*parts), xas, dxas, p, need_dx, needs, act, gated, factors, []
+            dys, xs, _for_kernels(*parts), xas, dxas, p, need_dx, needs, act, gated, factors, ys
         )
         return grads if act else _as_biases(grads, parts)
     if act:
@@ -132,20 +134,12 @@ def _as_biases(grads: list[Tensor], parts: Sequence[Part]) -> list[Tensor]:
     return [*grads[:first], *own, *grads[last:]]
 
 
-def _backward_with_gains(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
-    summed = [part for part, dxa in zip(parts, dxas, strict=True) if dxa is None and need_dx]
-    less = gains.weights_are_less(math.prod(xs[0].shape[:-1]), parts, summed)
-    if not (less and _in_csrc(xs[0], parts, False, p) and gains.known_backward(xs[0].device)):
-        return _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, ys)
-    scaled = [gains.scaled(part, need_dx) if dxa is None else part for part, dxa in zip(parts, dxas, strict=True)]
-    grads = ops.cuda_lora_parts_backward(
-        dys, xs, _for_kernels(*scaled), xas, dxas, p, need_dx, needs, act, gated, factors, ys
-    )
-    return _as_biases(grads, parts)
-
-
-def _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, ys):
-    """As if there were no gains, from gain dy."""
+def _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
+    """As if there were no gains, from gain dy. A gated pass sums nothing over tokens: the one behind it does that."""
+    if act:
+        (dy,), (part,) = dys, parts
+        plain = flatten([part._replace(gain=None, bias=None)])
+        return _backward([gains.times(dy, part.gain)], xs, plain, xas, dxas, p, need_dx, needs, act, gated, factors, [])
     needs, biases, count = list(needs), 1 + 2 * len(parts), len(parts)
     dsums, plain, found = list(dys), list(parts), {}  # gradients by their place among the results
     for i, (dy, part, y) in enumerate(zip(dys, parts, ys or [None] * count, strict=True)):
@@ -160,17 +154,6 @@ def _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, ys):
     grads = _backward(dsums, xs, flatten(plain), xas, dxas, p, need_dx, needs, [], [], False, [])
     grads += [dy.new_empty(0, dtype=torch.float32) for dy in dys if ys]
     return [found.get(i, grad) for i, grad in enumerate(grads)]
-
-
-def _backward_gated_with_gain(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
-    """Of the one part nothing is summed over tokens here: the pass behind this one does that."""
-    (dy,), (part,) = dys, parts
-    if gains.weights_are_less(len(dy), parts, parts):
-        part = gains.scaled(part, True)
-    else:
-        dy = gains.times(dy, part.gain)
-    plain = flatten([part._replace(gain=None, bias=None)])
-    return _backward([dy], xs, plain, xas, dxas, p, need_dx, needs, act, gated, factors, [])
 
 
 def _backward_gated(dy, part, xa, p, act, gated, factors):

@@ -14,7 +14,6 @@ from fused_lora.kernels.lora_linear import lora_linear_backward, lora_linear_for
 from fused_lora.kernels.merge import merge_
 from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
 from fused_lora.kernels.row_norms import row_norms
-from fused_lora.kernels.scaled_rows import scaled_rows
 from fused_lora.kernels.tiles import KNOWN_GPUS, Gpu
 from tests.conftest import INTERPRETING
 from tests.kernels.compiling import compile_launch, compiling_for
@@ -25,7 +24,6 @@ GPUS = {"sm_80": KNOWN_GPUS["A100"], "sm_86": KNOWN_GPUS["RTX 3090"], "sm_89": K
 GPUS["sm_90"] = KNOWN_GPUS["H100"]
 RANKS = [16, 32, 64, 128, 512]
 WITHOUT_PRODUCTS = {"reduce_splits_kernel", "reinit_kernel", "fill_up_kernel", "gain_backward_kernel", "norms_kernel"}
-WITHOUT_PRODUCTS |= {"scaled_rows_kernel"}
 
 
 def _empty(*shape, dtype):
@@ -85,8 +83,6 @@ def record_dora(gpu: Gpu):
             row_norms(weight, A, B, scale, gpu)
             lora_linear_forward(x, weight, A, B, bias, scale, Dropout(), gpu, "ieee", gain)
             gain_backward(x, x, bias, gain, gpu, True)
-            for factor_dtype in (dtype, torch.float32):
-                scaled_rows(weight, B.to(factor_dtype), gain, True)
     return launches
 
 

@@ -1,4 +1,4 @@
-"""Gains in Triton's kernels: the forward pass, the passes before the backward one, and the norms of rows."""
+"""Gains in Triton's kernels: the forward pass, the pass before the backward one, and the norms of rows."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.gain_backward import gain_backward
 from fused_lora.kernels.lora_linear import lora_linear_forward
 from fused_lora.kernels.row_norms import row_norms
-from fused_lora.kernels.scaled_rows import scaled_rows
 from tests.accuracy import assert_accurate
 from tests.kernels.problem import DEVICE, gpus, randn
 from tests.ops.layouts import base_offset, every_other_column, every_other_row, transposed
@@ -61,22 +60,6 @@ def test_gradients(shape, layout, bias, dtype):
     by_torch = reference.gain_backward_ref(dy, y, bias, gain)
     for name, own, want, theirs in zip(("dsums", "dgain", "dbias"), got, exact, by_torch, strict=True):
         assert_accurate(name, own, want, theirs.to(own.dtype), roundings=4 if name != "dsums" else 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [None, transposed, every_other_column, every_other_row, base_offset])
-@pytest.mark.parametrize("shape", [(200, 75, 5), (1, 1, 1), (65, 300, 130), (16, 256, 16)], ids=str)
-def test_scaled_rows(shape, layout, dtype):
-    N, K, r = shape
-    weight, B, gain = randn(N, K, dtype=dtype), randn(N, r, dtype=dtype), gain_of(N)
-    if layout is not None:
-        weight, B = layout(weight), layout(B)
-    own = scaled_rows(weight, B, gain, True)
-    for got, matrix in zip(own, (weight, B), strict=True):
-        assert torch.equal(got, (matrix.double() * gain.double()[:, None]).float().to(dtype))
-    nothing, alone = scaled_rows(weight, B, gain, False)
-    assert nothing is None
-    assert torch.equal(alone, own[1])
 
 
 def test_a_gain_of_zero():

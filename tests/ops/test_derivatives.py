@@ -138,11 +138,11 @@ def test_transformations(transform, moved, device, dtype):
 def test_the_backward_pass_that_csrc_asks_for_takes_many_gradients(at_once):
     inputs, options = some("cpu", torch.float64)
     y, wanted = lora_linear_ref(**inputs, **options), [inputs[name] for name in WANTED]
-    part = [*list(inputs.values())[1:], options["scale"], None]
+    part = [*list(inputs.values())[1:], options["scale"], None, None]
     dys = torch.randn(3, *y.shape, dtype=y.dtype)
     again = torch.ops.fused_lora.lora_again
-    got = at_once(lambda dy: tuple(again([dy], inputs["x"], part, 0.0, [], True, [True] * 3)))(dys)
-    for one, other in zip(got, torch.autograd.grad(y, wanted, dys, is_grads_batched=True), strict=True):
+    got = at_once(lambda dy: tuple(again([dy], inputs["x"], part, 0.0, [], True, [True] * 3 + [False])))(dys)
+    for one, other in zip(got[:4], torch.autograd.grad(y, wanted, dys, is_grads_batched=True), strict=True):
         close(one, other)
 
 

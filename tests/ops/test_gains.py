@@ -85,6 +85,20 @@ def test_what_has_no_gradient(device, dtype, M, frozen):
         assert (grad - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm()  # without dx the way is another one
 
 
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+def test_second_derivatives(device, dtype):
+    x, parts = groups.make_group(33, 40, [(96, 16), (73, 5)], device, dtype)
+    with_gains(parts, {0})
+    wanted = [x, *(parts[0][name] for name in ("A", "B", "gain")), parts[1]["A"]]
+    found = []
+    for function in (groups.grouped, groups.alone(groups.unfused)):
+        ys = function(x, parts)
+        first = torch.autograd.grad([y.float().square().mean() for y in ys], wanted, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.float().square().sum() for grad in first), wanted))
+    for own, by_torch in zip(*found, strict=True):
+        assert (own - by_torch).norm() <= 0.05 * by_torch.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_gain_of_zero(device, dtype):

@@ -29,8 +29,9 @@ def backward(device):
 def again(device):
     """Its arguments are what a backward pass saved, of which some require gradients."""
     x, (part, _) = parts_of(device)
-    part = part._replace(**{name: getattr(part, name).requires_grad_() for name in ("A", "B", "bias")})
-    yield [x.new_ones(12, 7)], x.requires_grad_(), flatten([part]), 0.0, [], True, [True, True, True]
+    part = part._replace(gain=torch.rand(7, device=device))
+    part = part._replace(**{name: getattr(part, name).requires_grad_() for name in ("A", "B", "bias", "gain")})
+    yield [x.new_ones(12, 7)], x.requires_grad_(), flatten([part]), 0.0, [], True, [True] * 4
 
 
 def row_norms(device):

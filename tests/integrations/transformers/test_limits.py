@@ -82,7 +82,7 @@ def test_an_optimizer_of_other_parameters(tmp_path):
 
 
 def test_an_optimizer_that_cannot_be_reset(tmp_path):
-    with pytest.raises(ValueError, match="optimizer must be one that restarts can reset.*Adagrad"):
+    with pytest.raises(ValueError, match=r"optimizer must be one that restarts can reset.*Adagrad"):
         made(tmp_path, model_of(), optim="adagrad").train()
 
 
