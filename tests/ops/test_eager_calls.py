@@ -30,7 +30,7 @@ def problem():
 
 def in_order(inputs, scale):
     x, weight, A, B = (inputs[name] for name in ("x", "weight", "A", "B"))
-    return x, weight, A, B, inputs.get("bias"), scale, None, 0.0
+    return x, weight, A, B, inputs.get("bias"), scale, None, 0.0, None
 
 
 class Seen(TorchFunctionMode):
@@ -67,8 +67,8 @@ def test_a_subclass_that_refuses_functions_is_not_asked(module, problem):
 
 
 @pytest.mark.parametrize(("arguments", "error"), [
-    ((), "8 arguments were expected, got 0"),
-    ((1,) * 8, "a tensor was expected"),
+    ((), "9 arguments were expected, got 0"),
+    ((1,) * 9, "a tensor was expected"),
 ])  # fmt: skip
 def test_what_are_no_arguments(module, arguments, error):
     with pytest.raises(TypeError, match=error):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from fused_lora.integrations.peft import accelerate, restore
 
 from .models import assert_same, randomised
+
+UNet2DConditionModel = pytest.importorskip("diffusers").UNet2DConditionModel
 
 pytestmark = pytest.mark.filterwarnings("default")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
