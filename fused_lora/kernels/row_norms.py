@@ -84,12 +84,13 @@ def _plans(weight: Layout, A: Layout, B: Layout, gpu: Gpu) -> tuple[int, Plan, P
     steps = next(steps for steps in STEPS if steps <= max(1, wanted))
     k_per_split = steps * block_k
     splits = ceil(K / k_per_split)
+    one_block = r <= block_r
     first = Plan(
         row_norms_kernel,
         (blocks * splits, 1, 1),
         dict(
-            BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=block_r, ONE_BLOCK=r <= block_r, PRECISION="ieee", num_warps=4,
-            num_stages=3,
+            BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=block_r, ONE_BLOCK=one_block, PRECISION="ieee", num_warps=4,
+            num_stages=3 if one_block else 2,
         ),
         sizes=(N, K, r, k_per_split, *weight.strides, *A.strides, *B.strides),
     )  # fmt: skip
