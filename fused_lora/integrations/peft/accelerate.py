@@ -81,6 +81,10 @@ def restore(model: nn.Module) -> nn.Module:
     subclass of its class since, as FSDP's fully_shard gives, stays as it is.
     """
     for module in model.modules():
+        # PEFT's DoraCaching: it forgets at calls outside of it, which accelerated layers do not show it.
+        forget = getattr(module, "_cache_clear", None)
+        if forget is not None:
+            forget()
         # What replace_linear made of a module stays.
         if isinstance(module, Mixin) and not any(isinstance(child, LoRALinear) for child in module.children()):
             unmix(module)

@@ -242,3 +242,19 @@ def test_generated(groups, as_one):
             )
         assert torch.equal(got, wanted)
     results(model, ids)  # and gradients after that
+
+
+def test_peft_forgets_the_norms_that_it_kept_before():
+    helpers = pytest.importorskip("peft.helpers")
+    model = net(use_dora=True).eval()
+    with torch.no_grad(), helpers.DoraCaching():
+        model(x_of())
+    accelerate(model)
+    with torch.no_grad():
+        model(x_of())  # outside: PEFT would forget here
+        model.base_model.model.up.lora_B["default"].weight.mul_(3)
+    restore(model)
+    with torch.no_grad():
+        wanted = model(x_of())
+        with helpers.DoraCaching():
+            assert torch.equal(model(x_of()), wanted)
