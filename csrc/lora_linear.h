@@ -70,7 +70,7 @@ struct ForwardParams {
 struct BackwardPart {
   Operand dy, x, weight, A, B, xa, dxa;
   Operand dA, dB, dbias;  // dA and dB have one format
-  const float* gain;  // by which weight and B were multiplied, or null: csrc/sm90 alone
+  const float* gain;  // by which weight and B, where they are read, were multiplied; or null. csrc/sm90 alone
   const float* scale;
   Dropout dropout;
   Operand y, bias;  // for dgain, bias where there was one

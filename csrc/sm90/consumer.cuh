@@ -409,6 +409,7 @@ struct Consumer {
   template <int kCount>
   __device__ __forceinline__ void finish_columns(float (&acc)[kCount], const Part& part, int first_col) {
     if (part.gain == nullptr && part.bias == nullptr) return;
+    static_assert(2 * kCount % kWarpgroup == 0);
     const uint32_t columns = ptx::shared_address(shared.columns[self.index]);
 #pragma unroll
     for (int first = 0; first < 2 * kCount; first += kWarpgroup) {

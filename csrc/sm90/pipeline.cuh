@@ -83,7 +83,7 @@ template <typename C>
 struct Shared {
   uint8_t stages[C::kStages][C::kStageBytes];
   uint8_t out[kConsumers][C::kOutBytes];
-  float2 columns[kConsumers][kWarpgroup];  // columns.cuh's, of an output tile
+  alignas(16) float2 columns[kConsumers][kWarpgroup];  // columns.cuh's, of an output tile
   uint4 gate_ahead[C::kGateGrads ? kGateAhead : 1][2][C::kGateGrads ? kFinishThreads : 1];  // gate and up from memory
   uint64_t full[C::kStages], empty[C::kStages];
   uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster

@@ -80,10 +80,6 @@ bool is_many(const Tensor& dy) {
 // Whether a backward pass is to be differentiated itself, or is many at once: by the formula.
 bool needs_formula(const variable_list& dys) { return at::GradMode::is_enabled() || std::any_of(dys.begin(), dys.end(), is_many); }
 
-bool have_gains(const std::vector<Part>& parts) {
-  return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
-}
-
 // Whether the arguments are right beyond doubt and the kernels take them. Where not, the caller goes the long way, which finds
 // the words for what is wrong, or another backend.
 bool takes(const Tensor& x, const std::vector<Part>& parts, const std::optional<Tensor>& seed, double p, int64_t most_rank) {
@@ -202,6 +198,8 @@ Tensor read_bias(const Part& part) {
 // The result, where a gain's gradient is made of it.
 Tensor read_result(const Part& part, const Tensor& y) { return part.gain && part.gain->requires_grad() ? y : Tensor(); }
 
+// The same tensors in the same order as ops/autograd.py and ops/lora_mlp.py save: a checkpoint, which counts them, may go by the one
+// way first and by the other then.
 void save_parts(AutogradContext* context, variable_list& saved, const std::vector<Part>& parts, double p, bool biases) {
   int64_t present = 0;  // two bits a part
   for (size_t i = 0; i < parts.size(); ++i) {
@@ -384,7 +382,7 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const OnDevice here(x);
     const Tensor read = readable(x);
-    const bool factors = saves_all && !have_gains({parts[0], parts[1]});  // what gains made are gate and up themselves
+    const bool factors = saves_all && !parts[0].gain && !parts[1].gain;  // what gains made are gate and up themselves
     const auto sides = fused_lora::forward(read, {parts[0], parts[1]}, p, act, factors ? "factors" : "sides");
     const auto down = fused_lora::forward(sides[0], {parts[2]}, p);
     const Tensor y = as_rows_of(down[0], x);

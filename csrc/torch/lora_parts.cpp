@@ -57,10 +57,6 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
   };
 }
 
-bool has_gains(const std::vector<Part>& parts) {
-  return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
-}
-
 // With rows that are contiguous.
 Tensor in_rows(const Tensor& matrix) {
   if (matrix.size(1) <= 1 || matrix.stride(1) == 1) return matrix;
@@ -171,11 +167,12 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
   check(dys.size() == count && xs.size() == count && xas.size() == count && dxas.size() == count && needs.size() == 3 * count,
               "dys, xs, xas and dxas must have an entry for each part, and needs three");
   check(ys.empty() || ys.size() == count, "ys must be empty or have an entry for each part");
-  const bool gains = has_gains(parts);
+  const bool gains = have_gains(parts);
   const Tensor& x = xs[0];
   const OnDevice here(x);
   check(!gains || current_card().capability == 90, "the kernels of this card know no gain backward");
-  if (!gains && act.empty() && !dxas[count - 1] && are_few_rows(x.numel() / x.size(-1), parts, true)) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
+  const bool few = !gains && act.empty() && !dxas[count - 1] && are_few_rows(x.numel() / x.size(-1), parts, true);
+  if (few) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
   Readable read(x.scalar_type());
   BackwardParams params{.parts = static_cast<int>(count)};
   std::vector<Tensor> grads(3 * count + ys.size()), made;  // dAs, dBs, dbiases, dgains; dxas of this pass
@@ -194,7 +191,7 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
     const Tensor dB = grads[count + i] = grad_of(part.B, part.B.sizes(), needs[count + i]);
     const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), of_bias, needs[2 * count + i]);
     Tensor weight = part.weight, B = part.B;
-    if (part.gain && summed) scale_rows(weight, B, part, need_dx, x);
+    if (part.gain && summed && (need_dx || needs[i])) scale_rows(weight, B, part, need_dx, x);
     params.part[i] = {
         .dy = read(flat(dys[i])),
         .x = read.keep(rows),

@@ -75,7 +75,7 @@ inline Operand dense_operand(const Tensor& tensor, int64_t cols) {
 // Operands of a launch as the kernels read them, and the copies that this takes until it is issued.
 class Readable {
  public:
-  explicit Readable(ScalarType dtype) : dtype_(dtype) { kept_.reserve(24); }
+  explicit Readable(ScalarType dtype) : dtype_(dtype) { kept_.reserve(8 * kMostParts); }
   Operand operator()(const Tensor& matrix) { return keep(addressed(matrix, dtype_)); }
   Operand keep(const Tensor& matrix) {
     check(matrix.size(0) == 0 || matrix.stride(0) <= kMostStride, "the CUDA kernels read rows of at most 2^22 elements, got ", matrix.stride(0),

@@ -1,6 +1,7 @@
 // Parts of a pass as tensors, and the pair of passes over them.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -29,6 +30,10 @@ inline std::vector<Part> unflatten(const FlatParts& flat) {
                      flat[i + 6]});
   }
   return parts;
+}
+
+inline bool have_gains(const std::vector<Part>& parts) {
+  return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
 }
 
 // The pair (lora_parts.cpp), as ops/lora_parts.py describes it. act is empty, or of a gated pass its two numbers; keep is "none",

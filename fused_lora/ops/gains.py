@@ -21,14 +21,14 @@ def are_in(parts: Sequence[Part]) -> bool:
 
 
 def are_for_csrc(x: Tensor, parts: Sequence[Part], summed: Sequence[Part]) -> bool:
-    """Whether its kernels for x's card know gains backward, and gain W of the summed parts takes fewer bytes than gain
-    dy of all: W is read and written, or dy and y read and gain dy written, where in csrc y alone is read beside what
-    is read anyway."""
+    """Whether its kernels for x's card know gains backward, and gain W of the summed parts is cheaper than gain dy of
+    all. In bytes: W is read and written, 4 an entry; or dy and y are read and gain dy written, 6 an entry, against y
+    in csrc, half of whose reading is hidden (docs/dora.md): 1."""
     if backends.gpu(x.device).capability != 90:
         return False
     weights = sum(part.weight.numel() for part in summed if part.gain is not None)
     columns = sum(len(part.weight) for part in parts if part.gain is not None)
-    return 4 * weights < 5 * math.prod(x.shape[:-1]) * columns
+    return 4 * weights < (6 - 1) * math.prod(x.shape[:-1]) * columns
 
 
 def backward(dy: Tensor, y: Tensor, part: Part, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -55,7 +55,7 @@ def lora_linear(
 
     Gradients: dxa = scale dy B, dx = dy W + mask(dxa A) / (1 - p), dA = dxa^T dropout(x), dB = dy^T xa, in the
     dtypes of x, A and B, and that of bias. Saves x and xa = scale dropout(x) A^T (M, r). With a gain dy is gain dy
-    there, dgain = sum of dy (y - bias) / gain over rows, and y is saved too. Second derivatives,
+    there, dgain = sum of dy (y - bias) / gain over rows, and y is saved where it is wanted. Second derivatives,
     forward-mode ones and torch.func's transformations are computed by the formula in plain torch.
 
     Raises ValueError or TypeError naming the argument for a shape, dtype or device, and for a weight that is a

@@ -145,14 +145,20 @@ def _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, 
     for i, (dy, part, y) in enumerate(zip(dys, parts, ys or [None] * count, strict=True)):
         if part.gain is None:
             continue
-        dsums[i], dgain, dbias = gains.backward(dy, dy if y is None else y, part, needs[2 * count + i])
+        need_dbias = needs[2 * count + i]
         plain[i] = part._replace(gain=None, bias=None)
-        if needs[2 * count + i]:
-            needs[2 * count + i], found[biases + i] = False, dbias
+        needs[2 * count + i], found[biases + i] = False, _empty_dbias(dy, part, 0)
+        if y is None and not need_dbias:
+            dsums[i] = gains.times(dy, part.gain)
+            continue
+        # Without y, dgain is of no use: something is read that is there.
+        dsums[i], dgain, dbias = gains.backward(dy, dy if y is None else y, part, need_dbias)
+        if need_dbias:
+            found[biases + i] = dbias
         if y is not None:
             found[biases + count + i] = dgain
     grads = _backward(dsums, xs, flatten(plain), xas, dxas, p, need_dx, needs, [], [], False, [])
-    grads += [dy.new_empty(0, dtype=torch.float32) for dy in dys if ys]
+    grads += [dy.new_empty(0, dtype=checks.scale_dtype(dy)) for dy in dys if ys]
     return [found.get(i, grad) for i, grad in enumerate(grads)]
 
 
