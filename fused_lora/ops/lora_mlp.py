@@ -38,8 +38,8 @@ class LoRAMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, first, second, hidden, y, *rest = ctx.saved_tensors
-        xas, parts = rest[: len(PARTS)], unflatten(rest[len(PARTS) :])
+        x, first, second, hidden, *rest = ctx.saved_tensors
+        xas, y, parts = rest[: len(PARTS)], rest[len(PARTS)], unflatten(rest[len(PARTS) + 1 :])
         need_dx, _, _, _, *flat_needs = ctx.needs_input_grad
         if not any(ctx.needs_input_grad):
             return (None,) * len(ctx.needs_input_grad)
@@ -80,7 +80,7 @@ def _forward(ctx, x, p, act, save, flat, of_down) -> tuple[Tensor, Tensor]:
     hidden, first, second, *xas = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, keep)
     y, xa = of_down(hidden, parts[2], p)
     kept = hidden if keep == "factors" else None
-    ctx.save_for_backward(x, first, second, kept, *read_for_gains([y], parts[2:]), *xas, xa, *flat)
+    ctx.save_for_backward(x, first, second, kept, *xas, xa, *read_for_gains([y], parts[2:]), *flat)
     ctx.p, ctx.act = p, act
     return like(y, x), hidden
 
