@@ -31,7 +31,7 @@ LEVELS = {"csrc": 3, "sm80": 1, "sm90": 3}
 
 NAME = "fused_lora"  # of the ops and of the library: copies that meet in one process need different ones
 STABLE = "_C_stable"
-ONLY_FULL = {"eager.cpp", "eager_calls.cpp", "few_rows.cpp"}  # of csrc/torch
+ONLY_FULL = ("eager", "few_rows")  # sources of csrc/torch by how their names begin
 OLDEST_TORCH, OLDEST_PYTHON = 0x020A << 48, 0x030A0000  # 2.10 and 3.10
 HOST = [os.environ.get("CXX") or "g++", "-std=c++20", "-O2", "-fPIC", "-Wall"]
 
@@ -133,7 +133,8 @@ def build_module(tools: Toolchain, torch: Path, module: str, folder: Path, out: 
     flags = [*HOST, "-fvisibility=hidden", *(f"-D{macro}={value}" for macro, value in macros.items())]
     flags += [f"-isystem{headers}", f"-isystem{headers / 'torch/csrc/api/include'}", tools.include]
     flags.append(f"-I{sysconfig.get_paths()['include']}")
-    sources = sorted(path for path in (CSRC / "torch").glob("*.cpp") if not (is_stable and path.name in ONLY_FULL))
+    left_out = ONLY_FULL if is_stable else ()
+    sources = sorted(path for path in (CSRC / "torch").glob("*.cpp") if not path.name.startswith(left_out))
     version = torch / "version.py"
     objects = in_parallel(lambda source: object_of(source, folder / name / module, flags, version), sources)
     libraries = ["torch_cpu"] if is_stable else ["torch_python", "torch_cpu", "c10"]

@@ -1,7 +1,7 @@
 """Which backend runs a call, and why: the only place that reads the device's capability or FUSED_LORA_* variables.
 
-But for one question that every eager call asks, csrc's own (`chosen` in csrc/torch/eager.cpp): asked here it took 2 us
-of a call's 37. Both hold the same rule.
+But for one question that every eager call asks, csrc's own (`chosen` in csrc/torch/eager_rules.cpp): asked here it took
+2 us of a call's 37. Both hold the same rule.
 """
 
 import importlib.util
