@@ -10,6 +10,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .. import checks, ops, padding
 from . import hooks, siblings
+from .attributes import parameter
 from .loading import loading_errors
 from .merging import Merging
 from .protocol import is_whole
@@ -185,10 +186,9 @@ class LoRALinear(Merging):
             y = siblings.output(self, input)
             if y is not None:
                 return y
-        weight, p = self.weight, self.lora_dropout if self.training else 0.0
-        scale = self._scale_beside(weight)
+        weight, A, B, bias, scale, *_ = self._part()
         gain = self._gain(scale) if self.use_dora else None
-        return ops.lora_linear(input, weight, self.lora_A, self.lora_B, self.bias, scale, p, None, gain)
+        return ops.lora_linear(input, weight, A, B, bias, scale, self.dropping, None, gain)
 
     def _traced(self, input: fx.Proxy) -> fx.Proxy:
         """A call of the whole layer, as fx.symbolic_trace makes of nn.Linear."""
@@ -215,11 +215,11 @@ class LoRALinear(Merging):
 
     def lora_sources(self) -> tuple:
         """All that its part is made of."""
-        return (*self._part(), self.lora_magnitude_vector)
+        return (*self._part(), parameter(self, "lora_magnitude_vector"))
 
     def _part(self) -> ops.Part:
-        weight = self.weight
-        return ops.Part(weight, self.lora_A, self.lora_B, self.bias, self._scale_beside(weight))
+        weight, A, B = parameter(self, "weight"), parameter(self, "lora_A"), parameter(self, "lora_B")
+        return ops.Part(weight, A, B, parameter(self, "bias"), self._scale_beside(weight))
 
     @property
     def dropping(self) -> float:

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ... import checks, ops
 from ...modules import hooks, siblings
+from ...modules.attributes import parameter
 from ...modules.magnitudes import gain
 from ...modules.mixins import Mixin
 from ...modules.protocol import PLAIN
@@ -37,13 +38,15 @@ class AcceleratedLinear(Mixin):
     _scales: dict[str, tuple[float, torch.dtype, torch.device, Tensor]]
 
     def forward(self, x: Tensor, *args, **kwargs):
-        adapters = "" if args or kwargs or type(x) not in PLAIN else self._active()
-        if isinstance(adapters, str):
+        if args or kwargs or type(x) not in PLAIN:
             return super().forward(x, *args, **kwargs)
         if siblings.thread.call is not None:
             y = siblings.output(self, x)
             if y is not None:
                 return y
+        adapters = self._active()
+        if isinstance(adapters, str):
+            return super().forward(x)
         weight, A, B, bias, scale, _, gain = self._part(adapters)
         return ops.lora_linear(x, weight, A, B, bias, scale, adapters[0][-1], None, gain)
 
@@ -69,9 +72,10 @@ class AcceleratedLinear(Mixin):
         return self._part(self._active())
 
     def lora_sources(self) -> tuple:
-        """The parameters and the scales."""
+        """The parameters, the scales, and what else of the layer _active goes by."""
         base, modules = self._modules["base_layer"], self._modules
-        found = [parameter(base, "weight"), parameter(base, "bias")]
+        found = [type(self)._plain.forward, self._disable_adapters, *self.merged_adapters]
+        found += parameter(base, "weight"), parameter(base, "bias")
         for name in self._names():
             B = modules["lora_B"]._modules[name]
             found += parameter(modules["lora_A"]._modules[name], "weight"), parameter(B, "weight")
@@ -114,7 +118,7 @@ class AcceleratedLinear(Mixin):
         names = self._names()
         if not names:
             return "none of its adapters is active"
-        reason = self._variant(names) or _base_obstacle(self._modules["base_layer"])
+        reason = hooks.why_none_alone() or self._variant(names) or _base_obstacle(self._modules["base_layer"])
         if reason is not None:
             return reason
         modules, adapters, ranks = self._modules, [], 0
@@ -216,14 +220,8 @@ def is_linear(module: nn.Module) -> bool:
     return getattr(type(module), "_plain", type(module)) is Linear
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """One of a linear's. FSDP's first version lends it as a plain attribute."""
-    own = module._parameters
-    return own[name] if name in own else getattr(module, name)
-
-
 def _dropping(dropout: nn.Module) -> float:
-    return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
 def _base_obstacle(base: nn.Module) -> str | None:
