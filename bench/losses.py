@@ -1,11 +1,12 @@
 """Losses of a PeftModel in training, as it is and accelerated, beside what another order of summation changes.
 
-    python -m bench.losses
+    python -m bench.losses [--steps 200]
 
 A LLaMA of random weights learns English by its LoRA alone, three times from the same start with the same batches: by
 PEFT, by PEFT with the hidden units in another order, which exact numbers would not notice, and accelerated.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import peft
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fused_lora.integrations.peft import accelerate
 from fused_lora.pretrain.python_text import language_reference
 
+WITH_LINES = argparse.RawDescriptionHelpFormatter
 STEPS = 200
 LEARNING_RATE = 3e-4
 VOCABULARY = 128  # of a text in ASCII
@@ -108,11 +110,14 @@ def table(losses: dict[str, Tensor]) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.losses", description=__doc__, formatter_class=WITH_LINES)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    steps = parser.parse_args().steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = GPU if device.type == "cuda" else CPU
     for in_float32 in (False, True):
-        print(f"\n{STEPS} steps, bf16, adapters in {'fp32' if in_float32 else 'bf16'}\n", flush=True)
-        losses = compare(size, device, in_float32)
+        print(f"\n{steps} steps, bf16, adapters in {'fp32' if in_float32 else 'bf16'}\n", flush=True)
+        losses = compare(size, device, in_float32, steps)
         print("| | first loss | last loss | mean distance from PEFT's | largest |\n|---|---|---|---|---|")
         print("\n".join(table(losses)), flush=True)
 

@@ -26,7 +26,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
     """Reads adapter_config.json and adapter_model.safetensors, of save_adapter or of PEFT, into a model.
 
         base_model.model.<path>.lora_A.weight (r, K), .lora_B.weight (N, r), of DoRA .lora_magnitude_vector (N,), and
-        biases where the file has them; from an injected model also without base_model.model.
+        biases where the file has them; from an injected model also without base_model.model. Weights of the base that
+        PEFT writes beside them (embeddings) must be the model's.
 
     A model without LoRALinear layers gets them where the file has factors, with the config's dropout, all but the
     update frozen, and factors in a dtype that holds the file's and the weights'; the report of that is returned. A
@@ -41,7 +42,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
     model = bare(model)
     given, tensors = files.read(Path(folder))
     config = served(given)
-    factors, biases, errors = _sorted(tensors, config.use_dora)
+    factors, biases, weights, errors = _sorted(tensors, config.use_dora)
+    errors += _weight_errors(model, weights)
     layers, report = layers_of(model), None
     if not layers:
         errors += _replacing_errors(model, config, factors)
@@ -62,9 +64,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
 
 def _sorted(
     tensors: dict[str, Tensor], use_dora: bool
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """(factors and magnitudes by layer and by their names there, biases by module, what is neither, in words)."""
-    factors, biases, errors = {}, {}, []
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """(factors and magnitudes by layer and by their names there, biases by module, weights by key, what is wrong with
+    factors)."""
+    factors, biases, weights, errors = {}, {}, {}, []
     for key, tensor in tensors.items():
         factor, bias = FACTOR.fullmatch(key), BIAS.fullmatch(key)
         if not checks.computes_in(tensor.dtype):
@@ -74,12 +77,25 @@ def _sorted(
         elif bias:
             biases[bias[1] or ""] = tensor
         else:
-            errors.append(f"unexpected {key}")
+            weights[key] = tensor
     for name, pair in factors.items():
         wanted = files.tensors_of(use_dora)
         errors += [f"missing {files.key_of(name, which)}" for which in wanted if which not in pair]
         errors += [f"unexpected {files.key_of(name, which)}" for which in pair if which not in wanted]
-    return factors, biases, errors
+    return factors, biases, weights, errors
+
+
+def _weight_errors(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """What the model has not just so: PEFT writes embeddings beside factors, that of a head with an adapter too."""
+    modules, errors = modules_of(model), []
+    for key, tensor in weights.items():
+        name, _, which = key.removeprefix(files.PREFIX).replace(".base_layer.", ".").rpartition(".")
+        own = getattr(modules.get(name), which, None)
+        if not isinstance(own, nn.Parameter):
+            errors.append(f"unexpected {key}")
+        elif own.is_meta or own.shape != tensor.shape or not torch.equal(own.detach().to(tensor), tensor):
+            errors.append(f"{key} is of another base: it is not the model's own")
+    return errors
 
 
 def _layer_errors(layers: dict[str, LoRALinear], config: LoRAConfig, factors: dict) -> list[str]:

@@ -85,7 +85,7 @@ def replace_linear(
     beside = [name for name, value in asked.items() if value != unset.get(name)]
     if beside:
         names = ", ".join("train_bias" if name == "bias" else name for name in beside)
-        raise ValueError(f"config says what {names} would: give one of the two")
+        raise ValueError(f"give config or {names}, not both")
     given = fields_of(config)
     report = convert(model, asked_for(given), lora_dtype, fuse, pad_rows, freeze)
     remember(model, given)

@@ -96,4 +96,7 @@ def _refuse_peft(model: nn.Module) -> None:
     """Its layers hold linears of their own, as bases and as factors."""
     for name, module in model.named_modules():
         if any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__):
-            raise ValueError(f"model has adapters of PEFT already ({name}): merge_and_unload() or unload() them first")
+            raise ValueError(
+                f"model has adapters of PEFT already ({name}): fused_lora.integrations.peft.accelerate "
+                "computes them, or merge_and_unload() or unload() them first"
+            )

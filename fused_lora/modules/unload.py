@@ -1,16 +1,19 @@
 """merge_and_unload: a plain model again, with the updates in its weights."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch import nn
 
 from .config import forget
 from .lora_linear import LoRALinear
 from .mixins import unmix
-from .protocol import LoRALayer
+from .protocol import LoRALayer, is_lora
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: Model) -> Model:
     """W + scale B A in the place of every LoRALinear: nn.Linear modules on the merged weights, in place, without a
     second copy of them. Returns the model, or what takes its place if it is a LoRALinear itself.
 
@@ -23,7 +26,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
-        raise ValueError("model has no LoRALinear layers to merge")
+        theirs = any(map(is_lora, model.modules()))
+        raise ValueError("model has no LoRALinear layers to merge" + (": PEFT's are merged by PEFT" if theirs else ""))
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
     for name, layer in unmerged.items():
         try:
@@ -36,7 +40,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return unloaded(model, layers.values())
 
 
-def unloaded(model: nn.Module, layers: Iterable[LoRALayer]) -> nn.Module:
+def unloaded(model: Model, layers: Iterable[LoRALayer]) -> Model:
     """A model whose layers, which are merged, are each an nn.Linear again, on its weight and bias, which train.
 
     In place; returns the model, or what takes its place if it is a layer."""

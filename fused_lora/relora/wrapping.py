@@ -50,7 +50,7 @@ def check_model(model: nn.Module, optimizer: Optimizer | None, lora: dict, warm_
         checks.check_dtype("lora_dtype", lora["lora_dtype"])
     layers = lora_layers(model)
     if layers and warm_start_steps > 0:
-        raise ValueError(f"the model has LoRALinear layers already ({next(iter(layers))}): warm_start_steps must be 0")
+        raise ValueError(f"warm_start_steps must be 0 for a model that has LoRA layers already ({next(iter(layers))})")
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged: unmerge_() it first")

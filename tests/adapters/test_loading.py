@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_lora import load_adapter, replace_linear, save_adapter
 
@@ -112,6 +113,32 @@ def test_saved_to_the_path_that_it_was_loaded_from(tmp_path):
         load_adapter(model, tmp_path)
     assert_same_layers(model, want)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_weights_of_the_base_beside_the_factors(tmp_path):
+    """PEFT writes those of heads and embeddings where a head has an adapter."""
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=12, intermediate_size=20, num_attention_heads=2, num_hidden_layers=1
+    )
+    base = LlamaForCausalLM(config)
+    targets = ["q_proj", "lm_head"]
+    saved = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=targets))
+    saved = randomised(saved)
+    saved.save_pretrained(tmp_path, save_embedding_layers=True)
+    key = "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert key in tensors
+    model = copy.deepcopy(base)
+    for _ in range(2):  # into linears, and into layers
+        load_adapter(model, tmp_path)
+        tokens = torch.arange(8)[None]
+        torch.testing.assert_close(model(tokens).logits, saved(tokens).logits)
+    tensors[key] = tensors[key] + 1
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    before = everything(model)
+    with pytest.raises(ValueError, match=f"{key} is of another base"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
 
 
 def damaged(folder, change=None, **fields):

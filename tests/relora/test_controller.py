@@ -408,7 +408,7 @@ def test_layers_that_are_there_already_are_trained():
     relora = ReLoRA(net, optimizer, reset_every=2)
     assert list(relora.layers) == ["attn", "mlp"]
     assert relora.report is None
-    with pytest.raises(ValueError, match="LoRALinear layers already"):
+    with pytest.raises(ValueError, match="LoRA layers already"):
         ReLoRA(net, optimizer, reset_every=2, warm_start_steps=3)
 
 

@@ -1,6 +1,7 @@
 """accelerate and restore: the LoRA linears of a PEFT model by this package's kernels, in place, and back."""
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,6 +12,8 @@ from ...modules.lora_linear import LoRALinear
 from ...modules.mixins import Mixin, mix, unmix
 from ...modules.replace import FUSE
 from .linear import BASES, AcceleratedLinear, is_linear
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -66,7 +69,8 @@ def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
         else:
             report.kept[name] = reason
     if not layers:
-        raise ValueError(f"model has no LoRA linear of PEFT that the kernels could compute: {report}")
+        hint = f": {report}" if report.kept else ", which get_peft_model gives it"
+        raise ValueError(f"model has no LoRA linear of PEFT that the kernels could compute{hint}")
     if fuse == "auto":
         groups, mlps = fuse_layers(model, layers)
         report.groups = [names for names in groups if not report.kept.keys() & set(names)]
@@ -74,7 +78,7 @@ def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
     return report
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Undoes accelerate, in place: every layer is computed by PEFT again. Returns the model.
 
     Also of a model that PEFT has unloaded, whose layers are gone and the modules around them are not. What got a

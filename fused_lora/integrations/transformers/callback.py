@@ -67,6 +67,7 @@ class ReLoRACallback(TrainerCallback):
         for name in ("target_modules", "exclude_modules"):
             self._options[name] = listed(self._options[name])
         check_options(**{name: self._options[name] for name in inspect.signature(check_options).parameters})
+        self._of_layers = [name for name in LORA if name in options]
         self.restart_warmup_steps, self.min_ratio = restart_warmup_steps, min_ratio
         self.relora: ReLoRA | None = None
         self._model = self._optimizer = self._report = None
@@ -142,6 +143,8 @@ class ReLoRACallback(TrainerCallback):
             raise ValueError("Trainer must be made with its callback and its model: no add_callback, no model_init")
         if is_peft(model) and not lora_layers(model):
             raise ValueError("model has layers of PEFT: fused_lora.integrations.peft.accelerate(trainer.model) first")
+        if self._of_layers and self._report is None and lora_layers(model):
+            logger.warning("The model has its own layers: %s of the callback are not used.", ", ".join(self._of_layers))
         if self._options["warm_start_steps"] > 0:
             self._hook.remove()
             if args.world_size > 1 and not lora_layers(model):

@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM
 
 from fused_lora.integrations.peft import accelerate
 from fused_lora.integrations.transformers import ReLoRACallback
+from fused_lora.integrations.transformers import callback as callbacks
 
 from .runs import assert_equal, model_of, trainer_of
 
@@ -53,6 +54,18 @@ def test_before_it_is_accelerated(tmp_path):
     trainer = trainer_of(tmp_path, ReLoRACallback(reset_every=4), model)
     with pytest.raises(ValueError, match="model has layers of PEFT: fused_lora"):
         trainer.train()
+
+
+@pytest.mark.parametrize("options", [{}, {"r": 64, "lora_alpha": 99.0}])
+def test_options_of_layers_that_are_not_used(options, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(callbacks.logger, "warning", lambda *words: said.append(words[0] % words[1:]))
+    model = peft.get_peft_model(model_of(), peft.LoraConfig(r=3, target_modules="all-linear"))
+    accelerate(model)
+    trainer_of(tmp_path, ReLoRACallback(reset_every=4, **options), model, label_names=["labels"], max_steps=1).train()
+    assert [text for text in said if "r, lora_alpha of the callback are not used" in text] == said[
+        : 1 if options else 0
+    ]
 
 
 def test_a_layer_that_has_no_plain_update(tmp_path):
