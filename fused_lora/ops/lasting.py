@@ -1,9 +1,9 @@
 """What a backward pass reads and no hook for saved tensors need see: trained factors, which their graph holds anyway to
 add their gradients up, and scales.
 
-A checkpoint's hooks take the host 15 us a tensor, and these are half of what a linear saves: Qwen3-0.6B's steps, 8192
-tokens, waited 9 ms of 295 for them. csrc/torch/eager_saved.cpp leaves out the same: a checkpoint, which counts what is
-saved, may go by the one way first and by the other then.
+A checkpoint's hooks take the host 10 us a tensor, and these are half of what a linear saves: 588 of 2,016 tensors in a
+step of Qwen3-0.6B. csrc/torch/eager_saved.cpp leaves out the same: a checkpoint, which counts what is saved, may go by
+the one way first and by the other then.
 """
 
 from collections.abc import Sequence
