@@ -20,7 +20,8 @@ FACTORS = {nn.Linear: nn.Linear.forward}
 DORA = {DoraLinearLayer: DoraLinearLayer.forward}
 DROPOUTS = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
 
-Adapter = tuple[nn.Module, nn.Module, str, float]  # lora_A, lora_B, its name, by which probability it drops now
+# A, B, the bias of lora_B, its name, by which probability it drops now
+Adapter = tuple[Tensor, Tensor, Tensor | None, str, float]
 
 
 class AcceleratedLinear(Mixin):
@@ -123,13 +124,13 @@ class AcceleratedLinear(Mixin):
             return reason
         modules, adapters, ranks = self._modules, [], 0
         for name in names:
-            A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-            dropout = modules["lora_dropout"]._modules[name]
-            reason = _factor_obstacle(A) or _factor_obstacle(B) or hooks.why_not_known(dropout, DROPOUTS)
-            if reason is not None:
-                return f"a module of its adapter {name} cannot be passed over: {reason}"
-            adapters.append((A, B, name, _dropping(dropout)))
-            ranks += parameter(A, "weight").shape[0]
+            lora_B, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+            A, B = _weight_of(modules["lora_A"]._modules[name], FACTORS), _weight_of(lora_B, FACTORS)
+            for reason in (A, B, hooks.why_not_known(dropout, DROPOUTS)):
+                if isinstance(reason, str):
+                    return f"a module of its adapter {name} cannot be passed over: {reason}"
+            adapters.append((A, B, parameter(lora_B, "bias"), name, _dropping(dropout)))
+            ranks += A.shape[0]
         if ranks > checks.MAX_RANK:
             return f"its active adapters have {ranks} ranks, more than {checks.MAX_RANK}"
         if len(adapters) > 1 and any(p for *_, p in adapters):
@@ -155,7 +156,8 @@ class AcceleratedLinear(Mixin):
         if self._dropping(name):
             return "PEFT drops what its base reads too"
         dora = self._modules["lora_magnitude_vector"]._modules[name]
-        return hooks.why_not_known(dora, DORA) or _weight_obstacle(parameter(dora, "weight"))
+        magnitudes = _weight_of(dora, DORA)
+        return magnitudes if isinstance(magnitudes, str) else None
 
     def _magnitudes(self, name: str) -> Tensor | None:
         """Of an adapter that is DoRA."""
@@ -171,22 +173,19 @@ class AcceleratedLinear(Mixin):
 
     def _part(self, adapters: list[Adapter]) -> ops.Part:
         weight, bias = self._weight(), parameter(self._modules["base_layer"], "bias")
-        A, B, name, _ = adapters[0]
-        if len(adapters) == 1 and parameter(B, "bias") is None:
-            A, B, scale = parameter(A, "weight"), parameter(B, "weight"), self._scale(name, weight)
-            magnitudes = self._magnitudes(name)
+        A, B, own, name, _ = adapters[0]
+        if len(adapters) == 1 and own is None:
+            scale, magnitudes = self._scale(name, weight), self._magnitudes(name)
             gains = None if magnitudes is None else gain(magnitudes, weight, A, B, scale)
             return ops.Part(weight, A, B, bias, scale, None, gains)
-        scales = [self._scale(name, weight) for _, _, name, _ in adapters]
-        for (_, B, *_), scale in zip(adapters, scales, strict=True):
-            own = parameter(B, "bias")
+        scales = [self._scale(name, weight) for *_, name, _ in adapters]
+        for (_, _, own, *_), scale in zip(adapters, scales, strict=True):
             if own is not None:
                 bias = own * scale if bias is None else bias + own * scale
-        As = [parameter(A, "weight") for A, *_ in adapters]
-        Bs = [parameter(B, "weight") for _, B, *_ in adapters]
         if len(adapters) == 1:
-            return ops.Part(weight, As[0], Bs[0], bias, scales[0])
-        scaled = [B * scale for B, scale in zip(Bs, scales, strict=True)]
+            return ops.Part(weight, A, B, bias, scales[0])
+        As = [A for A, *_ in adapters]
+        scaled = [B * scale for (_, B, *_), scale in zip(adapters, scales, strict=True)]
         return ops.Part(weight, torch.cat(As), torch.cat(scaled, 1), bias, self._known_scale("", 1.0, weight))
 
     def _scale(self, name: str, weight: Tensor) -> Tensor:
@@ -225,23 +224,22 @@ def _dropping(dropout: nn.Module) -> float:
 
 
 def _base_obstacle(base: nn.Module) -> str | None:
-    reason = hooks.why_not_known(base, BASES)
+    weight = _weight_of(base, BASES)
+    if isinstance(weight, str):
+        return f"its base cannot be passed over: {weight}"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "its base cannot be passed over: its weight requires gradients"
+    return None
+
+
+def _weight_of(module: nn.Module, known: dict) -> Tensor | str:
+    """The weight of a module of a known class, or why nobody may compute by it."""
+    reason = hooks.why_not_known(module, known)
     if reason is not None:
-        return f"its base cannot be passed over: {reason}"
-    weight = parameter(base, "weight")
-    reason = _weight_obstacle(weight)
-    if reason is None and weight.requires_grad and torch.is_grad_enabled():
-        reason = "its weight requires gradients"
-    return reason and f"its base cannot be passed over: {reason}"
-
-
-def _factor_obstacle(factor: nn.Module) -> str | None:
-    return hooks.why_not_known(factor, FACTORS) or _weight_obstacle(parameter(factor, "weight"))
-
-
-def _weight_obstacle(weight: Tensor) -> str | None:
+        return reason
+    weight = parameter(module, "weight")
     if type(weight) not in PLAIN:
         return f"its weight is a {type(weight).__name__}"
     if weight.is_meta:
         return "its weight is on meta"
-    return None if checks.computes_in(weight.dtype) else f"its weight is {weight.dtype}"
+    return weight if weight.dtype in checks.COMPUTE_DTYPES else f"its weight is {weight.dtype}"
