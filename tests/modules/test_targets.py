@@ -85,7 +85,7 @@ def test_a_model_of_peft_is_refused():
     model = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     before = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
     for whole in (model, model.base_model, inner):
-        with pytest.raises(ValueError, match=r"^model has adapters of PEFT already \(.*q_proj\): merge_and_unload"):
+        with pytest.raises(ValueError, match=r"^model has adapters of PEFT already \(.*q_proj\): .*merge_and_unload"):
             replace_linear(whole, **OPTIONS)
     assert before == {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
     assert replace_linear(model.merge_and_unload(), **OPTIONS).replaced == ["q_proj", "o_proj"]
