@@ -126,14 +126,14 @@ class AcceleratedLinear(Mixin):
         for name in names:
             lora_B, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
             A, B = _weight_of(modules["lora_A"]._modules[name], FACTORS), _weight_of(lora_B, FACTORS)
-            for reason in (A, B, hooks.why_not_known(dropout, DROPOUTS)):
-                if isinstance(reason, str):
-                    return f"a module of its adapter {name} cannot be passed over: {reason}"
+            for found in (A, B, hooks.why_not_known(dropout, DROPOUTS)):
+                if type(found) is str:
+                    return f"a module of its adapter {name} cannot be passed over: {found}"
             adapters.append((A, B, parameter(lora_B, "bias"), name, _dropping(dropout)))
             ranks += A.shape[0]
         if ranks > checks.MAX_RANK:
             return f"its active adapters have {ranks} ranks, more than {checks.MAX_RANK}"
-        if len(adapters) > 1 and any(p for *_, p in adapters):
+        if len(names) > 1 and any(p for *_, p in adapters):
             return "several adapters are active, and each drops by a mask of its own"
         return adapters
 
