@@ -80,7 +80,7 @@ class LoRAParts : public torch::autograd::Function<LoRAParts> {
     const Used used(dys);
     variable_list result(1 + kOwn + kTensors);
     if (!needs.any || used.places.empty()) return result;
-    std::vector<Part> parts = saved_parts(context, saved, 1 + 2 * all);
+    std::vector<Part> parts = saved_parts(saved, 1 + 2 * all);
     variable_list xas(saved.begin() + 1, saved.begin() + 1 + all), ys(saved.begin() + 1 + all, saved.begin() + 1 + 2 * all);
     std::vector<bool> of_parts = needs.of_parts;
     if (used.places.size() < all) {
@@ -142,7 +142,7 @@ class LoRAMLP : public torch::autograd::Function<LoRAMLP> {
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
     const Tensor &x = saved[0], &first = saved[1], &second = saved[2], &hidden = saved[3];
-    const std::vector<Part> parts = saved_parts(context, saved, 8);
+    const std::vector<Part> parts = saved_parts(saved, 8);
     const Needs needs(context, kParts);
     variable_list result(1 + kOwn + kTensors);
     if (!needs.any) return result;

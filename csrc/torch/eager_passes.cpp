@@ -2,6 +2,8 @@
 
 #include <ATen/record_function.h>
 
+#include <algorithm>
+
 #include "eager_rules.h"
 
 #define NAME_OF(op) C10_STRINGIZE(FUSED_LORA_NAMESPACE) "::" op

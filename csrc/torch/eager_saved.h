@@ -15,7 +15,7 @@ Tensor read_result(const Part& part, const Tensor& y);
 void save_parts(torch::autograd::AutogradContext* context, torch::autograd::variable_list& saved, const std::vector<Part>& parts,
                 double p, bool biases);
 
-std::vector<Part> saved_parts(torch::autograd::AutogradContext* context, const torch::autograd::variable_list& saved, size_t first);
+std::vector<Part> saved_parts(const torch::autograd::variable_list& saved, size_t first);
 double saved_p(torch::autograd::AutogradContext* context);
 
 // Which parts have a bias, and a gain; two bits a part.

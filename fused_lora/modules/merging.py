@@ -21,7 +21,8 @@ class Merging(Scaled):
     @property
     def use_dora(self) -> bool:
         """Whether it has magnitudes."""
-        return self._parameters.get(MAGNITUDES) is not None
+        own = self._parameters
+        return (own[MAGNITUDES] if MAGNITUDES in own else getattr(self, MAGNITUDES, None)) is not None
 
     def _gain(self, scale: Tensor) -> Tensor:
         return magnitudes.gain(self.lora_magnitude_vector, self.weight, self.lora_A, self.lora_B, scale)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from . import flops, lasting, recomputed
+from . import flops, recomputed
 from .library import LIBRARY, ops
 from .parts import Part, columns, flatten, trains, unflatten
 
@@ -50,14 +50,14 @@ class LoRAPartsFunction(torch.autograd.Function):
         results = ops.lora_parts_forward(x, flat, p, [], "none")
         ys, xas = results[: len(parts)], results[len(parts) :]
         ctx.p = p
-        lasting.save(ctx, (x, *xas, *read_for_gains(ys, parts)), list(map(saved, parts)))
+        ctx.save_for_backward(x, *xas, *read_for_gains(ys, parts), *flatten(map(saved, parts)))
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *all_dys):
         count = len(all_dys)
-        x, *rest = lasting.saved(ctx)
+        x, *rest = ctx.saved_tensors
         need_dx, _, *needs = ctx.needs_input_grad
         xas, ys, parts = rest[:count], rest[count : 2 * count], unflatten(rest[2 * count :])
         each = zip(all_dys, xas, ys, parts, unflatten(needs), strict=True)
@@ -79,7 +79,7 @@ class _SavedFirst(LoRAPartsFunction):
         part = Part(*part)
         stand_in, xa = recomputed.stand_in_and_low(x, part, p)
         ctx.p = p
-        lasting.save(ctx, (x, xa, None), [saved(part)])
+        ctx.save_for_backward(x, xa, None, *saved(part))
         ctx.set_materialize_grads(False)
         return (stand_in,)
 

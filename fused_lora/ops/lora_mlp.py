@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from . import eager, lasting, recomputed
+from . import eager, recomputed
 from . import parts as of_parts
 from .alone import like, rows_of
 from .autograd import (
@@ -38,7 +38,7 @@ class LoRAMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, first, second, hidden, *rest = lasting.saved(ctx)
+        x, first, second, hidden, *rest = ctx.saved_tensors
         xas, y, parts = rest[: len(PARTS)], rest[len(PARTS)], unflatten(rest[len(PARTS) + 1 :])
         need_dx, _, _, _, *flat_needs = ctx.needs_input_grad
         if not any(ctx.needs_input_grad):
@@ -80,7 +80,7 @@ def _forward(ctx, x, p, act, save, flat, of_down) -> tuple[Tensor, Tensor]:
     hidden, first, second, *xas = ops.lora_parts_forward(x, flatten(parts[:2]), p, act, keep)
     y, xa = of_down(hidden, parts[2], p)
     kept = hidden if keep == "factors" else None
-    lasting.save(ctx, (x, first, second, kept, *xas, xa, *read_for_gains([y], parts[2:])), parts)
+    ctx.save_for_backward(x, first, second, kept, *xas, xa, *read_for_gains([y], parts[2:]), *flat)
     ctx.p, ctx.act = p, act
     return like(y, x), hidden
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import backends, checks, choices
 from ..layout import layout_of
 from ..recent import Recent
-from . import alone, autograd, lasting
+from . import alone, autograd
 from .parts import Part, drawn_seed
 
 MOST_KINDS = 4096  # of calls
@@ -89,7 +89,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, A, B, bias, scale, call):
         backend, seed, p, kind = call
         y, xa = alone.forward(backend, x, weight, A, B, bias, scale, seed, p, kind)
-        lasting.save(ctx, (x, xa), [Part(weight, A, B, None, scale, seed)])
+        ctx.save_for_backward(x, xa, weight, A, B, scale, seed)
         ctx.call = backend, p
         ctx.set_materialize_grads(False)
         return y
@@ -98,12 +98,11 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 7
-        x, xa, *part = lasting.saved(ctx)
-        weight, A, B, _, scale, seed, _ = part = Part(*part)
+        x, xa, weight, A, B, scale, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, *_ = ctx.needs_input_grad
         backend, p = ctx.call
         if autograd.needs_formula([dy]):
-            needs = (False, need_dA, need_dB, False, False, False, False)
+            part, needs = Part(weight, A, B, None, scale, seed), (False, need_dA, need_dB, False, False, False, False)
             formula = lambda x, parts: autograd.linears(x, parts, p)  # noqa: E731
             dx, _, _, dA, dB, *_ = autograd.by_formula(formula, [dy], x, [part], need_dx, needs)
         else:

@@ -87,6 +87,21 @@ def test_second_derivatives():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("way", ["parametrized", "a plain attribute"])
+def test_magnitudes_that_are_no_parameter(way):
+    """As torch.nn.utils.parametrize and replicas of DataParallel have them."""
+    layer, x = layer_of(), x_of()
+    with torch.no_grad():
+        layer.lora_magnitude_vector.mul_(1.5)
+    want = layer(x)
+    if way == "parametrized":
+        nn.utils.parametrize.register_parametrization(layer, "lora_magnitude_vector", nn.Identity())
+    else:
+        magnitudes = layer._parameters.pop("lora_magnitude_vector")
+        layer.lora_magnitude_vector = magnitudes.detach()
+    assert torch.equal(layer(x), want)
+
+
 def test_dropout_leaves_the_base_alone():
     layer = layer_of(lora_dropout=1.0).train()
     with torch.no_grad():

@@ -73,10 +73,9 @@ class AcceleratedLinear(Mixin):
         return self._part(self._active())
 
     def lora_sources(self) -> tuple:
-        """The parameters, the scales, and what else of the layer _active goes by."""
+        """The parameters and the scales."""
         base, modules = self._modules["base_layer"], self._modules
-        found = [type(self)._plain.forward, self._disable_adapters, *self.merged_adapters]
-        found += parameter(base, "weight"), parameter(base, "bias")
+        found = [parameter(base, "weight"), parameter(base, "bias")]
         for name in self._names():
             B = modules["lora_B"]._modules[name]
             found += parameter(modules["lora_A"]._modules[name], "weight"), parameter(B, "weight")

@@ -5,11 +5,15 @@ import copy
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 R, ALPHA = 3, 4.5
 LLAMA = LlamaConfig(
     vocab_size=32, hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=1,
+    num_hidden_layers=2,
+)  # fmt: skip
+QWEN3 = Qwen3Config(
+    vocab_size=32, hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=1, head_dim=8,
     num_hidden_layers=2,
 )  # fmt: skip
 GPT2 = GPT2Config(

@@ -10,7 +10,20 @@ from fused_lora import reference
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.integrations.peft.linear import AcceleratedLinear
 
-from .models import ALPHA, GPT2, LLAMA, R, assert_same, config_of, language_model, net, randomised, results, twin_of
+from .models import (
+    ALPHA,
+    GPT2,
+    LLAMA,
+    QWEN3,
+    R,
+    assert_same,
+    config_of,
+    language_model,
+    net,
+    randomised,
+    results,
+    twin_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries warn of their own affairs
 # By dtype of base and factors: what two orders of rounding may be apart.
@@ -237,6 +250,19 @@ def test_a_scale_that_changes_between_two_layers_of_a_group(groups):
         query.register_forward_hook(lambda *_, key=key: key.set_scale("default", 3.0))
     ids = torch.randint(0, 32, (2, 5))
     assert_same(results(model, ids), results(plain, ids), 1e-10)
+
+
+@pytest.mark.parametrize("inside", ["base_layer", "lora_A", "lora_B"])
+def test_a_hook_inside_a_layer_that_waits(inside, groups):
+    """It is called, though the layer's result is there already."""
+    model = language_model(QWEN3)
+    accelerate(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    child = attention.k_proj.base_layer if inside == "base_layer" else getattr(attention.k_proj, inside)["default"]
+    calls = []
+    attention.q_norm.register_forward_hook(lambda *_: child.register_forward_hook(lambda *_: calls.append(1)) and None)
+    results(model, torch.randint(0, 32, (2, 5)))
+    assert (groups[0], calls) == (3, [1])
 
 
 def test_without_fusion(groups, as_one, alone):
