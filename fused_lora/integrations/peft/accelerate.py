@@ -1,7 +1,6 @@
 """accelerate and restore: the LoRA linears of a PEFT model by this package's kernels, in place, and back."""
 
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,9 +10,8 @@ from ...modules.fusing import fuse as fuse_layers
 from ...modules.lora_linear import LoRALinear
 from ...modules.mixins import Mixin, mix, unmix
 from ...modules.replace import FUSE
+from ...modules.unload import Model
 from .linear import BASES, AcceleratedLinear, is_linear
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
