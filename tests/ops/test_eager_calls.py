@@ -89,14 +89,16 @@ def test_what_are_no_parts(module, problem):
 def test_nothing_is_kept(module, problem):
     inputs, dy, scale = problem
     run(lora_linear, inputs, dy, scale=scale)  # what lives on is made here
-    torch.cuda.synchronize()
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    for _ in range(20):
-        module.lora_linear(*in_order(inputs, scale))
-        module.lora_group(*in_order(inputs, scale)[:1], [*in_order(inputs, scale)[1:6], None, None] * 2, None, 0.0)
-    gc.collect()
-    assert torch.cuda.memory_allocated() == before
+
+    def allocated_after_calls():
+        for _ in range(20):
+            module.lora_linear(*in_order(inputs, scale))
+            module.lora_group(*in_order(inputs, scale)[:1], [*in_order(inputs, scale)[1:6], None, None] * 2, None, 0.0)
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    before = allocated_after_calls()  # autograd's thread frees what the backward pass held a moment after it
+    assert allocated_after_calls() == before
 
 
 def test_memory_that_is_not_there_is_torchs_own_error(module, problem):
