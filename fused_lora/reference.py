@@ -51,7 +51,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, first: int = 0) -> Tensor:
     return torch.where(keep_mask(*x.shape, p, seed, first), x / (1 - p), 0)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a product of a dtype is summed."""
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
@@ -78,7 +79,7 @@ def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p, gain=None):
 
     In float16 xa is scale / room of it, and room enters y and dB.
     """
-    compute = _compute_dtype(x.dtype)
+    compute = compute_dtype(x.dtype)
     xc, up, more = x.to(compute), B.to(compute), room(scale, x.dtype)
     if more is not None:
         scale, up = scale / more, up * more
@@ -101,7 +102,7 @@ def gain_backward_ref(dy, y, bias, gain):
 
     The sums are taken from y: a gain of 0 leaves nothing of them, and its own gradient is 0.
     """
-    compute = _compute_dtype(dy.dtype)
+    compute = compute_dtype(dy.dtype)
     dyc, sums = dy.to(compute), y.to(compute) if bias is None else y.to(compute) - bias.to(compute)
     dgain = torch.where(gain == 0, 0, (dyc * sums).sum(0) / gain)
     return (dyc * gain).to(dy.dtype), dgain.to(gain.dtype), dyc.sum(0)
@@ -110,7 +111,7 @@ def gain_backward_ref(dy, y, bias, gain):
 def row_norms_ref(weight, A, B, scale):
     """The Euclidean norms of the rows of W + scale B A, (N,) in at least float32, and as large as can be divided by;
     factors as kernels read them, in W's dtype."""
-    compute = _compute_dtype(weight.dtype)
+    compute = compute_dtype(weight.dtype)
     low, up = A.to(weight.dtype).to(compute), B.to(weight.dtype).to(compute)
     norms = torch.linalg.vector_norm(weight.to(compute) + scale.to(compute) * (up @ low), dim=1)
     return norms.clamp(min=SMALLEST_NORM)
@@ -122,7 +123,7 @@ SMALLEST_NORM = 2.0**-126
 
 def dxa_ref(dy, B, scale):
     """scale * dy B, rounded to dy's dtype."""
-    compute = _compute_dtype(dy.dtype)
+    compute = compute_dtype(dy.dtype)
     return (dy.to(compute) @ B.to(compute)).mul_(scale).to(dy.dtype)
 
 
@@ -134,7 +135,7 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
     dx = dy W + mask(dxa A) / (1 - p),  dA = dxa^T dropout(x),  dB = dy^T xa.
     """
     need_dx, need_dA, need_dB = needs
-    compute = _compute_dtype(x.dtype)
+    compute = compute_dtype(x.dtype)
     dyc = dy.to(compute)
     if dxa is None:
         dxa = dxa_ref(dy, B, scale)
@@ -172,7 +173,7 @@ ACTIVATIONS = {"silu": (1.0, 0.0), "gelu_tanh": (2 * (2 / math.pi) ** 0.5, 2 * (
 
 def gated(gate, up, linear, cubic):
     """act(gate) up, rounded once."""
-    compute = _compute_dtype(gate.dtype)
+    compute = compute_dtype(gate.dtype)
     t = gate.to(compute)
     return (t * torch.sigmoid(t * (linear + cubic * t * t)) * up.to(compute)).to(gate.dtype)
 
@@ -186,7 +187,7 @@ def _value_and_slope(t, linear, cubic):
 def gated_factors(gate, up, linear, cubic):
     """(act(gate), act'(gate) up): times the gradient of act(gate) up they are up's and gate's. Finite in float16, or a
     gradient of 0 would become NaN."""
-    compute = _compute_dtype(gate.dtype)
+    compute = compute_dtype(gate.dtype)
     value, slope = _value_and_slope(gate.to(compute), linear, cubic)
     of_gate = slope * up.to(compute)
     if gate.dtype is torch.float16:
@@ -196,7 +197,7 @@ def gated_factors(gate, up, linear, cubic):
 
 def gated_backward(dhidden, gate, up, linear, cubic):
     """(dgate, dup) from the gradient of act(gate) up."""
-    compute = _compute_dtype(gate.dtype)
+    compute = compute_dtype(gate.dtype)
     value, slope = _value_and_slope(gate.to(compute), linear, cubic)
     d = dhidden.to(compute)
     return (d * (slope * up.to(compute))).to(gate.dtype), (d * value).to(up.dtype)
@@ -237,7 +238,7 @@ def merge_and_reinit_ref_(weight, A, B, scale, seed, low=None, stochastic=False)
 
 
 def _merged(weight, A, B, scale, low, seed):
-    compute = _compute_dtype(weight.dtype)
+    compute = compute_dtype(weight.dtype)
     delta = scale.to(compute) * (B.to(compute) @ A.to(compute))
     added = (weight.to(compute) if low is None else join(weight, low)) + delta
     if low is not None:

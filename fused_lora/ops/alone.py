@@ -63,7 +63,7 @@ def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tu
             inputs = rows, weight, A, B, kernel_bias(bias), scale, seed, gain
             return replayed(forward_pass, inputs, lambda: (p, *_triton_constants(x)), kind)
     own = addmm.lora_linear_forward if backend == "addmm" else reference.lora_linear_forward_ref
-    with _no_autocast(x):
+    with no_autocast(x):
         y, xa = own(rows, weight, A, B, bias, scale, seed, p, gain)
     return like(y, x), xa
 
@@ -81,7 +81,7 @@ def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, 
             *grads, made = replayed(backward_pass, inputs, lambda: (p, *_triton_constants(x), needs, keeps_dxa))
         return *grads, dxa if made is None else made
     own = addmm.lora_linear_backward if backend == "addmm" else reference.lora_linear_backward_ref
-    with _no_autocast(x):
+    with no_autocast(x):
         dx, *grads = own(rows_dy, rows, weight, A, B, xa, scale, seed, p, needs, dxa)
     return None if dx is None else like(dx, x), *grads
 
@@ -97,6 +97,6 @@ def _triton_constants(x: Tensor) -> tuple:
     return backends.gpu(x.device), backends.precision(x.dtype), x.shape[:-1]
 
 
-def _no_autocast(x: Tensor):
+def no_autocast(x: Tensor):
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -157,15 +157,20 @@ def by_formula(formula: Callable, dys: Sequence[Tensor], x: Tensor, parts: list[
 
     In x's dtype, whatever torch.autocast says where the backward pass runs: of the forward it has had its say.
     """
-    again, needs = torch.is_grad_enabled(), (need_dx, *needs)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        inputs = (x, *flatten(map(_with_bias, parts)))
+    tensors = (x, *flatten(map(_with_bias, parts)))
+    dx, *grads = partials(lambda x, *flat: formula(x, unflatten(flat)), dys, tensors, (need_dx, *needs))
+    return dx, None, *grads
+
+
+def partials(formula: Callable, dys: Sequence[Tensor], inputs: Sequence, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of formula(*inputs) that are needed, so that they can be differentiated where a graph is kept."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(dys[0].device.type, enabled=False):
         # Twins of the inputs: what is wanted are partial derivatives, also where one input was made from another.
         twins = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
         wanted = [twin for twin, need in zip(twins, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(formula(twins[0], unflatten(twins[1:])), wanted, dys, create_graph=again))
-    dx, *grads = [next(found) if need else None for need in needs]
-    return dx, None, *grads
+        found = iter(torch.autograd.grad(formula(*twins), wanted, dys, create_graph=again))
+    return [next(found) if need else None for need in needs]
 
 
 def _again(dys, x, tensors, p, act, need_dx, needs):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, choices, padding, reference
-from . import alone, gains
+from . import alone, gains, segmented
 from .alone import rows_of
 from .library import define, ops
 from .parts import Part, columns, flatten, unflatten
+from .segmented import Segments
 
 MOST_PARTS = 4  # of one launch
 KEEP = ("none", "sides", "factors")  # what a gated forward keeps: gate and up, or act(gate) and act'(gate) up
@@ -69,13 +70,14 @@ def _for_kernels(*parts: Part) -> list[Tensor | None]:
     return flatten([part._replace(bias=alone.kernel_bias(part.bias)) for part in parts])
 
 
-def _forward(x, tensors, p, act, keep):
+def _forward(x, tensors, p, act, keep, tables=None, window=0):
     parts, gated = unflatten(tensors), bool(act)
-    if _in_csrc(x, parts, gated, p):
+    if tables is None and _in_csrc(x, parts, gated, p):
         results = ops.cuda_lora_parts_forward(x, _for_kernels(*parts), p, act, keep)
         own = len(results) - len(parts)
         return [*results[:own], *(xa.contiguous() for xa in results[own:])]
-    ys, xas = zip(*(_forward_alone(rows_of(x) if gated else x, part, p) for part in parts), strict=True)
+    each = zip(parts, segmented.unflatten(tables, window, len(parts)), strict=True)
+    ys, xas = zip(*(_forward_alone(rows_of(x) if gated else x, part, p, of) for part, of in each), strict=True)
     if not gated:
         return [*ys, *xas]
     kept = reference.gated_factors(*ys, *act) if keep == "factors" else ys
@@ -87,25 +89,28 @@ def _padded(y: Tensor) -> Tensor:
     return padding.empty(*y.shape, y).copy_(y)
 
 
-def _forward_alone(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
+def _forward_alone(x: Tensor, part: Part, p: float, segments: Segments | None) -> tuple[Tensor, Tensor]:
     """(y, xa)."""
+    if segments is not None:
+        return segmented.forward(x, part, segments)
     weight, A, B, bias, scale, seed, gain = part
     y, xa = alone.forward(_backend(x, part, p), x, weight, A, B, bias, scale, seed, p, gain=gain)
     return y, xa.contiguous()
 
 
-def _forward_fake(x, tensors, p, act, keep):
+def _forward_fake(x, tensors, p, act, keep, tables=None, window=0):
     parts, M = unflatten(tensors), math.prod(x.shape[:-1])
-    xas = [x.new_empty((M, part.r)) for part in parts]
+    each = zip(parts, segmented.unflatten(tables, window, len(parts)), strict=True)
+    xas = [x.new_empty(M, part.r if of is None else of.ranks) for part, of in each]
     if not act:
         return [x.new_empty((*x.shape[:-1], part.weight.shape[0])) for part in parts] + xas
     F = parts[0].weight.shape[0]
     return [padding.empty(M, F, x), *(padding.empty(M if keep != "none" else 0, F, x) for _ in range(2)), *xas]
 
 
-def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
+def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys, tables=None, window=0):
     parts = unflatten(tensors)
-    in_csrc = _in_csrc(xs[0], parts, bool(act), p)
+    in_csrc = tables is None and _in_csrc(xs[0], parts, bool(act), p)
     if gains.are_in(parts):
         summed = [part for part, dxa in zip(parts, dxas, strict=True) if dxa is None and need_dx]
         if not (in_csrc and gains.are_for_csrc(xs[0], parts, summed)):
@@ -115,10 +120,11 @@ def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factor
             dys, xs, _for_kernels(*parts), xas, dxas, p, need_dx, needs, act, gated, factors, ys
         )
         return grads if act else _as_biases(grads, parts)
+    segments = segmented.unflatten(tables, window, len(parts))
     if act:
-        return _backward_gated(dys[0], parts[0], xas[0], p, act, gated, factors)
-    each = zip(dys, xs, parts, xas, dxas, *columns(needs, len(parts)), strict=True)
-    grads = [_backward_alone(dy, x, part, xa, dxa, p, need_dx, *own) for dy, x, part, xa, dxa, *own in each]
+        return _backward_gated(dys[0], parts[0], xas[0], p, act, gated, factors, segments[0])
+    each = zip(dys, xs, parts, xas, dxas, segments, *columns(needs, len(parts)), strict=True)
+    grads = [_backward_alone(dy, x, part, xa, dxa, p, of, need_dx, *own) for dy, x, part, xa, dxa, of, *own in each]
     dxs, dAs, dBs, dbiases, _ = zip(*grads, strict=True)
     dx, *others = [dx for dx, dxa in zip(dxs, dxas, strict=True) if dxa is None]
     for other in others:
@@ -162,13 +168,13 @@ def _backward_of_sums(dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, 
     return [found.get(i, grad) for i, grad in enumerate(grads)]
 
 
-def _backward_gated(dy, part, xa, p, act, gated, factors):
+def _backward_gated(dy, part, xa, p, act, gated, factors, segments):
     """[dgate, dup, act(gate) up, dxa] of a part that reads act(gate) up; with the factors at hand without the third.
 
     As csrc makes it and as xa is, the op's dxa counts 1 / (1 - p) times, that of other backends once.
     """
     first, second = gated
-    dhidden, *_, dxa = _backward_alone(dy, second, part, xa, None, p, True, False, False, False)  # reads no x
+    dhidden, *_, dxa = _backward_alone(dy, second, part, xa, None, p, segments, True, False, False, False)  # reads no x
     dxa = reference.dxa_ref(dy, part.B, part.scale) if dxa is None else dxa
     dxa = _padded(dxa).mul_(0 if p == 1 else 1 / (1 - p))
     if factors:
@@ -182,16 +188,17 @@ def _backward_gated(dy, part, xa, p, act, gated, factors):
     return [*map(_padded, dsides), _padded(reference.gated(first, second, *act)), dxa]
 
 
-def _backward_alone(dy, x, part, xa, dxa, p, need_dx, need_dA, need_dB, need_dbias):
+def _backward_alone(dy, x, part, xa, dxa, p, segments, need_dx, need_dA, need_dB, need_dbias):
     """(dx, dA, dB, dbias, dxa) of one part; what is not wanted is empty, dxa None where nothing wanted it."""
-    backend = _backend(x, part, p)
     weight, A, B, bias, scale, seed, _ = part
     needs = (need_dx and dxa is None, need_dA, need_dB)
     dxa = dxa * (1 - p) if p and dxa is not None else dxa
     dbias = None
     if not any(needs):
         grads = (None,) * 4
-    elif backend == "cuda":
+    elif segments is not None:
+        grads = segmented.backward(dy, x, part, xa, dxa, needs, segments)
+    elif (backend := _backend(x, part, p)) == "cuda":
         *grads, dbias = alone.csrc_backward(
             dy, x, weight, A, B, alone.kernel_bias(bias), xa, scale, seed, p, [*needs, need_dbias]
         )
@@ -214,13 +221,14 @@ def _empty_dbias(x: Tensor, part: Part, size: int) -> Tensor:
     return x.new_empty(size, dtype=x.dtype if part.bias is None else part.bias.dtype)
 
 
-def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys):
+def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys, tables=None, window=0):
     parts, x = unflatten(tensors), xs[0]
     if act:
         M, F = gated[0].shape
         rows = (M, M, 0 if factors else M)
-        return [*(padding.empty(each, F, x) for each in rows), padding.empty(M, parts[0].r, x)]
-    each = list(zip(parts, *columns(needs, len(parts)), strict=True))
+        return [*(padding.empty(each, F, x) for each in rows), padding.empty(M, xas[0].shape[1], x)]
+    segments = segmented.unflatten(tables, window, len(parts))
+    each = list(zip(segmented.with_ranks(parts, segments), *columns(needs, len(parts)), strict=True))
     return [
         x.new_empty(x.shape if need_dx else 0),
         *(part.A.new_empty(part.A.shape if need else 0) for part, need, _, _ in each),
@@ -230,9 +238,11 @@ def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, f
     ]
 
 
-# parts is flat (parts.flatten); act is empty for plain parts.
+# parts is flat (parts.flatten); act is empty for plain parts. Parts whose rows have adapters of their own come with
+# tables (segmented.py).
 define(
-    "lora_parts_forward(Tensor x, Tensor?[] parts, float p, float[] act, str keep) -> Tensor[]",
+    "lora_parts_forward(Tensor x, Tensor?[] parts, float p, float[] act, str keep, Tensor[]? tables=None, int window=0)"
+    " -> Tensor[]",
     _forward,
     _forward_fake,
 )
@@ -242,7 +252,8 @@ define(
 # from `gated`: gate and up, or their factors, where the third is empty.
 define(
     "lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p,"
-    " bool need_dx, bool[] needs, float[] act, Tensor[] gated, bool factors, Tensor?[] ys) -> Tensor[]",
+    " bool need_dx, bool[] needs, float[] act, Tensor[] gated, bool factors, Tensor?[] ys,"
+    " Tensor[]? tables=None, int window=0) -> Tensor[]",
     _backward,
     _backward_fake,
 )

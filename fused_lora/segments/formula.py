@@ -1,0 +1,91 @@
+"""What the tables mean: every adapter's product with all rows, of which each row keeps its own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference import compute_dtype, room
+from .plan import SLICE
+from .tables import Tables
+
+
+def _ranks(tables: Tables, window: int) -> Tensor:
+    """Those of the windows, in the slabs."""
+    return (tables.windows[:, :1] + torch.arange(window, device=tables.windows.device)).flatten()
+
+
+def _own(tables: Tables, M: int, ranks: int) -> Tensor:
+    """(M, ranks) bool: which of the windows' ranks are those of a row's adapter."""
+    words = tables.rows[:M, :1]
+    slices = torch.arange(ranks, device=words.device) // SLICE - (words & 0xFFFFFF)
+    return (slices >= 0) & (slices < words >> 24)
+
+
+def _scale(scales: Tensor, tables: Tables, M: int) -> Tensor:
+    """(M, 1): of each row."""
+    return scales[tables.rows[:M, 1]][:, None]
+
+
+def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
+    """(y, xa) with y = x W^T + xa B^T + bias; xa = scale x A^T where the ranks are a row's own, else 0, rounded to x's
+    dtype: of the windows' ranks.
+
+        x (M, K)   weight (N, K)   A (R, K), B (N, R) slabs   scales (R / 16,)   ->   y (M, N), xa (M, windows' ranks)
+
+    In float16 xa is scale / room of it, and room enters y and dB.
+    """
+    compute, M = compute_dtype(x.dtype), len(x)
+    ranks = _ranks(tables, window)
+    xc, low, up = x.to(compute), A[ranks].to(compute), B[:, ranks].to(compute)
+    scale, more = _scale(scales, tables, M), room(scales, x.dtype)
+    if more is not None:
+        scale = scale / _scale(more, tables, M)
+        up = up * more[ranks // SLICE]
+    xa = torch.where(_own(tables, M, len(ranks)), (xc @ low.T) * scale, 0).to(x.dtype)
+    y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
+    return y.addmm_(xa.to(compute), up.T).to(x.dtype), xa
+
+
+def dxa_ref(dy, B, scales, tables: Tables, window: int):
+    """scale dy B where the ranks are a row's own, else 0, rounded to dy's dtype: (M, windows' ranks)."""
+    compute, M, ranks = compute_dtype(dy.dtype), len(dy), _ranks(tables, window)
+    dxa = (dy.to(compute) @ B[:, ranks].to(compute)) * _scale(scales, tables, M)
+    return torch.where(_own(tables, M, len(ranks)), dxa, 0).to(dy.dtype)
+
+
+def backward_ref(dy, x, weight, A, B, xa, dxa, scales, tables: Tables, window: int, needs: Sequence[bool]):
+    """(dx, dA, dB), each None where `needs` (three bools) says so; dA and dB of the windows' ranks.
+
+    dx = dy W + dxa A,  dA = dxa^T x,  dB = dy^T xa.
+    """
+    need_dx, need_dA, need_dB = needs
+    compute, ranks = compute_dtype(x.dtype), _ranks(tables, window)
+    dyc, low = dy.to(compute), dxa.to(compute)
+    dx = dA = dB = None
+    if need_dx:
+        dx = torch.addmm(dyc @ weight.to(compute), low, A[ranks].to(compute)).to(x.dtype)
+    if need_dA:
+        dA = (low.T @ x.to(compute)).to(A.dtype)
+    if need_dB:
+        more = room(scales, x.dtype)
+        dB = ((dyc.T @ xa.to(compute)) * (1 if more is None else more[ranks // SLICE])).to(B.dtype)
+    return dx, dA, dB
+
+
+def lora_segments_ref(x, weight, bias, adapters, scales, rows: Tensor):
+    """y = x W^T + bias, and of each adapter scale x A^T B^T for its rows, by torch's own autograd.
+
+    adapters: (A, B, begins) of each, by whose begins among the windows' ranks `rows`, of the tables, knows its rows.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    words = rows[: len(flat), 0]
+    y, scale = flat @ weight.T, scales[rows[: len(flat), 1]][:, None]
+    for A, B, begins in adapters:
+        first = words & 0xFFFFFF
+        own = (words >> 24 > 0) & torch.stack([first == begin // SLICE for begin in begins]).any(0)
+        low = torch.where(own[:, None], (flat @ A.T * scale).to(x.dtype), 0)
+        y = y + low @ B.T
+    y = y if bias is None else y + bias
+    return y.reshape(*x.shape[:-1], weight.shape[0])
