@@ -2,11 +2,24 @@
 
 from .adapters import load_adapter, save_adapter
 from .explain import explain
-from .modules import LoRALinear, ReplaceReport, merge_and_unload, print_trainable_parameters, replace_linear
+from .modules import (
+    LoRABank,
+    LoRALinear,
+    ReplaceReport,
+    adapter_parameters,
+    add_adapter,
+    delete_adapter,
+    merge_and_unload,
+    print_trainable_parameters,
+    rename_adapter,
+    replace_linear,
+    route,
+)  # fmt: skip
 from .ops import lora_linear, merge_
 
 __version__ = "0.1.0"
 __all__ = [
-    "LoRALinear", "ReplaceReport", "explain", "load_adapter", "lora_linear", "merge_", "merge_and_unload",
-    "print_trainable_parameters", "replace_linear", "save_adapter",
+    "LoRABank", "LoRALinear", "ReplaceReport", "adapter_parameters", "add_adapter", "delete_adapter", "explain",
+    "load_adapter", "lora_linear", "merge_", "merge_and_unload", "print_trainable_parameters", "rename_adapter",
+    "replace_linear", "route", "save_adapter",
 ]  # fmt: skip

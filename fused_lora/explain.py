@@ -8,8 +8,8 @@ from torch import nn
 from . import backends, checks, choices
 from .cards import CARDS
 from .explanations import Explanation, MLPExplanation, ModelExplanation
-from .modules import LoRAMLP
-from .modules.protocol import LoRALayer, is_lora, together
+from .modules import LoRABank, LoRAMLP
+from .modules.protocol import LoRALayer, is_bank, is_lora, together
 from .modules.siblings import LoRASiblings
 from .ops.lora_parts import measured_obstacle
 from .predict import Prediction, predict_triton
@@ -127,7 +127,7 @@ def _explain_model(model: nn.Module, **options) -> ModelExplanation:
             of_mlps.update(module.modules())
         elif isinstance(module, LoRASiblings):
             notes |= _group_notes(module, **options)
-        if isinstance(module, LoRAMLP) or (is_lora(module) and module not in of_mlps):
+        if isinstance(module, LoRAMLP) or is_bank(module) or (is_lora(module) and module not in of_mlps):
             layers[name] = _with_note(explain(module, **options), notes.get(module))
     if not layers:
         raise ValueError(f"layer must be or hold a LoRALinear, got {type(model).__name__} without one: replace_linear")
@@ -159,9 +159,19 @@ def explain(
     """
     if isinstance(layer, LoRAMLP):
         return _explain_mlp(layer, tokens, gpu)
+    if is_bank(layer):
+        return _explain_bank(layer, tokens)
     if layer is not None and not is_lora(layer):
         return _explain_model(layer, tokens=tokens, gpu=gpu)
     return _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
+
+
+def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:
+    weight, adapters = bank.frozen_weight, bank.adapters.values()
+    N, K = weight.shape
+    r = max((adapter.r for adapter in adapters), default=0)
+    reason = f"{len(adapters)} adapters: no kernel computes rows with adapters of their own"
+    return Explanation((tokens, K, N, r), weight.dtype, str(weight.device), "reference", reason)
 
 
 def _explain_own(layer: LoRALayer, tokens: int, reason: str) -> Explanation:

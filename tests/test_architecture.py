@@ -45,7 +45,7 @@ ROOMS = {
         "recent",
         "layout",
     },
-    "modules": {"ops", "checks", "reference", "padding", "whole_files"},
+    "modules": {"segments", "ops", "checks", "reference", "padding", "whole_files"},
     "relora": {"modules", "ops", "checks", "reference"},
     "adapters": {"modules", "checks", "whole_files"},
     "pretrain": {"extras", "whole_files", "relora", "modules", "ops", "checks", "reference"},

@@ -9,7 +9,7 @@ from types import FunctionType, MethodType, ModuleType
 import torch
 from torch import nn
 
-from .protocol import is_lora
+from .protocol import is_bank, is_lora
 from .values import UNKNOWN, Called, Value, is_given, link, memory_of
 
 # Attributes and methods of a tensor whose results share no memory with it.
@@ -212,7 +212,7 @@ class Expressions:
         else:
             self.events.append(Called(name, None, self.path))
         module = self.module._modules[name]
-        if isinstance(module, nn.Linear) or is_lora(module):
+        if isinstance(module, nn.Linear) or is_lora(module) or is_bank(module):
             return Value()
         self.may_change(given)
         link(given)

@@ -230,7 +230,7 @@ class LoRALinear(Merging):
         """Why it is a plain linear now, or None."""
         return "it is merged" if self.merged else None
 
-    def offered(self) -> ops.Part | str:
+    def offered(self, x: Tensor) -> ops.Part | str:
         """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
         reason = self.why_not() or hooks.why_alone(self, LoRALinear.forward)
         if reason is not None:

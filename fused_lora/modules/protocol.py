@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ..ops import Part
-from ..ops.lora_parts import obstacle
+from ..ops import Part, Routed
+from ..ops.lora_parts import MOST_PARTS, obstacle
 from ..ops.parts import autocast_dtype
 
 
@@ -36,8 +36,8 @@ class LoRALayer(Protocol):
     def why_not(self) -> str | None:
         """Why it is not computed as a linear and its update now, or None."""
 
-    def offered(self) -> Part | str:
-        """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
+    def offered(self, x: Tensor) -> Part | Routed | str:
+        """What it makes of x, to be computed in its place; or why nobody may compute it but by calling it."""
 
 
 PLAIN = (nn.Parameter, Tensor)  # subclasses, as nested, sharded and fake ones, know linears of their own
@@ -53,17 +53,33 @@ def is_lora(module: nn.Module | None) -> bool:
     return hasattr(type(module), "lora_part")
 
 
-def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False) -> list[Part] | str:
+def is_bank(module: nn.Module | None) -> bool:
+    """Whether rows have adapters of their own in it. By its class."""
+    return hasattr(type(module), "check_new")
+
+
+def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False) -> list[Part] | list[Routed] | str:
     """The parts of layers that read x (gated: of an MLP), or why each must be computed by itself."""
     if type(x) not in PLAIN:
         return f"x is a {type(x).__name__}"
     parts = []
     for layer in layers:
-        part = layer.offered() if is_lora(layer) else f"it is a {type(layer).__name__}"
+        part = layer.offered(x) if is_lora(layer) or is_bank(layer) else f"it is a {type(layer).__name__}"
         if isinstance(part, str):
             return f"one of its layers runs by its own forward: {part}"
         parts.append(part)
+    routed = [part for part in parts if isinstance(part, Routed)]
+    if routed:
+        return _routed_obstacle(routed, parts, gated) or routed
     p = layers[0].dropping
     if any(layer.dropping != p for layer in layers[1:]):
         return "its layers drop by different rules"
     return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated) or parts
+
+
+def _routed_obstacle(routed: list[Routed], parts: list, gated: bool) -> str | None:
+    if len(routed) < len(parts):
+        return "rows have adapters of their own in some of its layers, and not in others"
+    if len(parts) > MOST_PARTS:
+        return f"they are more than {MOST_PARTS}"
+    return "no kernel computes a gated MLP whose rows have adapters of their own" if gated else None

@@ -7,13 +7,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .lora_linear import LoRALinear
+from .protocol import is_bank
 
 
 @dataclass
 class ReplaceReport:
     """Names of the layers replaced, of the linears left alone with the reason, and of what is computed together: groups
     of layers that read one x, and gated MLPs. Modules that are no linears and hold such weights (experts, Conv1D) are
-    among those left alone; unmatched are the entries of target_modules and exclude_modules that name no layer.
+    among those left alone; unmatched are the entries of target_modules and exclude_modules that name no layer; adapted,
+    of add_adapter, are those that got the adapter, new ones and others.
 
     trainable, parameters and updates count elements as replace_linear left the model: those that require gradients,
     all, and those of the factors and trained biases of LoRALinear layers."""
@@ -23,6 +25,7 @@ class ReplaceReport:
     groups: list[tuple[str, ...]] = field(default_factory=list)
     mlps: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
     trainable: int = 0
     parameters: int = 0
     updates: int = 0
@@ -30,6 +33,7 @@ class ReplaceReport:
     def count(self, model: nn.Module) -> None:
         """Counts the parameters of `model` as they are now."""
         layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+        layers += [factors for bank in model.modules() if is_bank(bank) for factors in (bank.lora_A, bank.lora_B)]
         self.parameters = _elements(model.parameters())
         self.trainable = _elements(filter(_trains, model.parameters()))
         self.updates = _elements(filter(_trains, (p for layer in layers for p in layer.parameters(recurse=False))))
@@ -40,8 +44,10 @@ class ReplaceReport:
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)} linear layers, left {len(self.skipped)}"]
+        if self.adapted:
+            lines[0] = f"an adapter more in {len(self.adapted)} linear layers, left {len(self.skipped)}"
         lines += [self._counts()] if self.parameters else []
-        lines += [f"  + {name}" for name in self.replaced]
+        lines += [f"  + {name}" for name in self.adapted or self.replaced]
         lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  ? {entry} matches no linear layer" for entry in self.unmatched]
         lines += [f"  = {', '.join(names)}: together where they get one x" for names in self.groups]

@@ -1,12 +1,14 @@
 """find_linears: which nn.Linear modules of a model can be replaced, and why the others cannot."""
 
 import warnings
+from typing import NoReturn
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .lora_linear import LoRALinear
 from .obstacles import Sharing, obstacle
+from .protocol import is_bank
 from .report import ReplaceReport
 from .selection import NOT_TARGETED, Selection
 from .weight_readers import weight_readers
@@ -17,31 +19,45 @@ NO_LINEARS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.modules.conv._Conv
 
 def find_linears(model: nn.Module, selection: Selection) -> tuple[ReplaceReport, list[nn.Linear]]:
     """What replace_linear would replace, by name and the modules themselves; ValueError if that is nothing."""
+    report, linears, _ = find_targets(model, selection)
+    if not linears:
+        raise_none(report, selection)
+    return report, linears
+
+
+def find_targets(model: nn.Module, selection: Selection) -> tuple[ReplaceReport, list[nn.Linear], dict[str, nn.Module]]:
+    """The same, where it may be nothing; and the banks that are chosen, by name."""
     _refuse_peft(model)
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     reasons = _Reasons(model, selection.heads(model))
-    report, linears, candidates = ReplaceReport(), [], []
+    report, linears, banks, candidates = ReplaceReport(), [], {}, []
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _unlike(module)):
             continue
         candidates += names[id(module)]
-        reason = selection.reason(names[id(module)]) or reasons.of(module)
+        chosen = selection.reason(names[id(module)])
+        if chosen is None and is_bank(module) and module not in reasons.heads:
+            banks[name] = module
+        reason = chosen or reasons.of(module)
         if reason is None:
             report.replaced.append(name)
             linears.append(module)
         elif isinstance(module, nn.Linear) or reason != NOT_TARGETED:
             report.skipped[name] = reason
     report.unmatched += selection.unmatched(candidates)
-    if not linears:
-        what = "target_modules matches" if selection.by_name else "model has"
-        is_one = selection.by_name and isinstance(selection.target_modules, str)
-        how = " (a string is a regular expression for the whole name)" if is_one else ""
-        raise ValueError(f"{what} no nn.Linear that can be replaced{how}: {_why_none(report)}")
-    for entry in report.unmatched:
-        warnings.warn(f"{entry} matches no linear layer", stacklevel=4)
-    return report, linears
+    for entry in report.unmatched if linears or banks else ():
+        warnings.warn(f"{entry} matches no linear layer", stacklevel=5)
+    return report, linears, banks
+
+
+def raise_none(report: ReplaceReport, selection: Selection) -> NoReturn:
+    """ValueError: nothing can be replaced."""
+    what = "target_modules matches" if selection.by_name else "model has"
+    is_one = selection.by_name and isinstance(selection.target_modules, str)
+    how = " (a string is a regular expression for the whole name)" if is_one else ""
+    raise ValueError(f"{what} no nn.Linear that can be replaced{how}: {_why_none(report)}")
 
 
 def _why_none(report: ReplaceReport) -> str:
@@ -76,6 +92,8 @@ def _unlike(module: nn.Module) -> str | None:
     """What a module is that holds weights like a linear's, or several, and is no nn.Linear; None for others."""
     if isinstance(module, LoRALinear):
         return "a LoRALinear already"
+    if is_bank(module):
+        return "a LoRABank already"
     if isinstance(module, (nn.Linear, *NO_LINEARS)):
         return None
     weights = [

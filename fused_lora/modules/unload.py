@@ -8,7 +8,7 @@ from torch import nn
 from .config import forget
 from .lora_linear import LoRALinear
 from .mixins import unmix
-from .protocol import LoRALayer, is_lora
+from .protocol import LoRALayer, is_bank, is_lora
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,6 +25,8 @@ def merge_and_unload(model: Model) -> Model:
     that are offloaded, sharded or made at each use; ValueError for a model without LoRALinear layers.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if any(map(is_bank, model.modules())):
+        raise ValueError("model has LoRABank layers, whose rows may have several adapters: nothing says which to merge")
     if not layers:
         theirs = any(map(is_lora, model.modules()))
         raise ValueError("model has no LoRALinear layers to merge" + (": PEFT's are merged by PEFT" if theirs else ""))

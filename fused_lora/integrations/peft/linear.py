@@ -87,7 +87,7 @@ class AcceleratedLinear(Mixin):
         adapters = self._active()
         return adapters if isinstance(adapters, str) else None
 
-    def offered(self) -> ops.Part | str:
+    def offered(self, x: Tensor) -> ops.Part | str:
         """Its part, to be computed in its place; or why nobody may compute it but by calling it."""
         adapters = self._active()
         if isinstance(adapters, str):

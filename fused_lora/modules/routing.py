@@ -1,0 +1,185 @@
+"""route: which adapter each row of a batch has, in all banks of a model, for a while."""
+
+import threading
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from .. import segments
+from ..ops import Adapter, Routed
+from . import recomputing
+from .protocol import is_bank
+
+BASE = "__base__"  # PEFT's name for none
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        # Those around, the innermost last, each with the backward pass in which it was entered.
+        self.routes: tuple[tuple[route, int | None], ...] = ()
+
+
+thread = _Thread()
+
+
+def check_name(argument: str, name: str) -> None:
+    """Whether an adapter may be called so."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be a str, got {type(name).__name__}")
+    if not name or "." in name or name == BASE:
+        raise ValueError(f'{argument} must not be empty, have dots or be "{BASE}", got {name!r}')
+
+
+class route:
+    """with route(model, names): every row of x has the adapter of its name, in each of the model's LoRABank layers.
+
+        names   one for all rows; or one for each sequence of the batch, or for each row, in their order; "__base__" for
+                rows without an adapter
+        rows    instead of equal shares, how many rows each of the names has: ints, or an int tensor on the device;
+                rows behind them have no adapter
+
+    A bank that has no adapter of a name, which others have, computes its rows as the base does. Rows with one name that
+    follow one another are a segment; names may come again. The fewer segments, the faster; the order does not matter.
+
+    A backward pass, and what a checkpoint without reentry computes again, have the adapters of their forward, whatever
+    was routed since. In captured CUDA graphs a route keeps its names, and divide() changes what rows they have.
+
+    Raises ValueError or TypeError naming the argument, also for a name that no bank of the model has.
+    """
+
+    def __init__(self, model: nn.Module, names: str | Sequence[str], rows: Sequence[int] | Tensor | None = None):
+        banks = {bank._key: bank for bank in model.modules() if is_bank(bank)}
+        if not banks:
+            raise ValueError("model must have a LoRABank, got none: add_adapter makes them")
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if name != BASE:
+                check_name("names", name)
+        known = {name for bank in banks.values() for name in bank.adapters}
+        unknown = sorted(set(names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"names must be adapters of the model or {BASE!r}, got {', '.join(map(repr, unknown))}")
+        self._device = next(iter(banks.values())).weight.device
+        self._shares = len(names)
+        if rows is None:
+            runs = [(name, len(list(run))) for name, run in groupby(names)]
+            self.names, counts = [name for name, _ in runs], [count for _, count in runs]
+        else:
+            self.names, counts = names, rows
+        self._is_divided = rows is not None
+        self._ends = _ends(counts, len(self.names), self._device)
+        self._tables: dict[tuple, segments.Tables] = {}
+        self._of_bank = self._plans(banks)
+
+    def _plans(self, banks: dict) -> dict[int, "_OfBank"]:
+        used = set(self.names)
+        places = {
+            key: {name: bank.adapters[name].place for name in used & bank.adapters.keys()}
+            for key, bank in banks.items()
+        }
+        window = max([segments.BOX, *(place.size for found in places.values() for place in found.values())])
+        return {key: _OfBank(bank, self.names, places[key], window, self._device) for key, bank in banks.items()}
+
+    def divide(self, rows: Sequence[int] | Tensor) -> None:
+        """Other numbers of rows for the same names, in place: captured graphs see them, and nothing waits."""
+        if not self._is_divided:
+            raise ValueError("rows can change where route() was given rows")
+        self._ends.copy_(_ends(rows, len(self.names), self._device), non_blocking=True)
+        for (plan, M), found in self._tables.items():
+            of = next(each.constants for each in self._of_bank.values() if each.plan == plan)
+            for table, new in zip(found, segments.tables(plan, of, self._ends, M), strict=True):
+                table.copy_(new)
+
+    def __enter__(self) -> "route":
+        thread.routes = (*thread.routes, (self, recomputing.in_backward()))
+        return self
+
+    def __exit__(self, *error) -> None:
+        thread.routes = thread.routes[:-1]
+
+    def tables(self, plan: segments.Plan, of: segments.Constants, x: Tensor) -> segments.Tables:
+        """Of x's rows, the same object for all banks of one plan."""
+        M = x.shape[:-1].numel()
+        if torch.compiler.is_compiling():
+            return segments.tables(plan, of, self._ends_of(M), M)
+        found = self._tables.get((plan, M))
+        if found is None:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("a route must have computed a batch of this size before a CUDA graph is captured")
+            found = self._tables[plan, M] = segments.tables(plan, of, self._ends_of(M), M)
+        return found
+
+    def _ends_of(self, M: int) -> Tensor:
+        if self._is_divided:
+            return self._ends
+        if M % self._shares:
+            raise ValueError(f"x's {M} rows cannot be shared equally by {self._shares} names: give rows")
+        return self._ends * (M // self._shares)
+
+
+def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Tensor:
+    if not isinstance(rows, Tensor):
+        rows = list(rows)
+        if any(type(count) is not int or count < 0 for count in rows):
+            raise ValueError(f"rows must be ints of at least 0, got {rows}")
+        host = torch.tensor(rows, dtype=torch.int32)
+        rows = host.pin_memory() if device.type == "cuda" else host
+    if rows.shape != (names,) or rows.is_floating_point():
+        raise ValueError(f"rows must be {names} ints, one for each of the names, got {tuple(rows.shape)} {rows.dtype}")
+    return rows.to(device, torch.int32, non_blocking=True).cumsum(0, dtype=torch.int32)
+
+
+class _OfBank:
+    """What a route says of one bank."""
+
+    def __init__(self, bank, names: Sequence[str], places: dict, window: int, device: torch.device):
+        self.changes = bank._changes
+        self.plan = segments.make_plan([places.get(name) for name in names], window)
+        self.constants = segments.constants(self.plan, device)
+        begins: dict[str, list[int]] = {}
+        for name, begin in zip(names, self.plan.begins, strict=True):
+            if begin is not None:
+                begins.setdefault(name, []).append(begin)
+        self.adapters = [(name, places[name].rank, tuple(found)) for name, found in begins.items()]
+        self.names = tuple(begins)
+
+    def routed(self, bank, route: route, x: Tensor) -> Routed:
+        if self.changes != bank._changes:
+            raise RuntimeError("adapters were deleted or renamed since the route was made: make a new one")
+        adapters = tuple(Adapter(*bank.factors(name), rank, begins) for name, rank, begins in self.adapters)
+        part = bank.part(self.names)
+        return Routed(part, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
+
+
+def current(bank, x: Tensor) -> Routed:
+    """What a bank computes for x's rows now. RuntimeError outside of route()."""
+    found = _route_of(bank)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        bank.note_capture()
+    return found._of_bank[bank._key].routed(bank, found, x)
+
+
+def sources(bank) -> tuple:
+    """What current() depends on, but for x."""
+    found = _route_of(bank)
+    return (found, *(factor for name in found._of_bank[bank._key].names for factor in bank.factors(name)))
+
+
+def _route_of(bank) -> route:
+    compiling = torch.compiler.is_compiling()
+    now = None if compiling else recomputing.in_backward()
+    for found, entered_in in reversed(thread.routes):
+        if bank._key in found._of_bank and (compiling or entered_in == now):
+            if not compiling:
+                recomputing.leave(found)
+            return found
+    if now is None:
+        raise RuntimeError("a LoRABank computes within `with route(model, names)`, which says what adapter a row has")
+    found = recomputing.recalled()
+    if found is None:
+        raise RuntimeError(
+            "a checkpoint computes a LoRABank again, and does not know which route it had: pass use_reentrant=False"
+        )
+    return found

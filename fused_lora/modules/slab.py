@@ -1,0 +1,89 @@
+"""Slab: the memory in which the factors of all adapters of a linear lie side by side."""
+
+import torch
+from torch import Tensor
+
+from ..segments import SIZES, SLICE, Place
+
+LEAST = 64  # ranks
+
+
+class Slab:
+    """A (R, K) and up (R, N), the transpose of B, with a row for each rank; scales (R / 16,) in float32.
+
+    Places begin at multiples of their size, and rows that no adapter has are zero. Where there is no room, R doubles,
+    and everything moves: `moved` counts that.
+    """
+
+    def __init__(self, K: int, N: int, ranks: int, device=None, dtype=None):
+        ranks = max(LEAST, -(-ranks // LEAST) * LEAST)
+        self.A = torch.zeros(ranks, K, device=device, dtype=dtype)
+        self.up = torch.zeros(ranks, N, device=device, dtype=dtype)
+        self.scales = torch.zeros(ranks // SLICE, device=device, dtype=_scale_dtype(self.A))
+        self.taken = [False] * (ranks // SLICE)
+        self.moved = 0
+
+    @property
+    def ranks(self) -> int:
+        return len(self.A)
+
+    @property
+    def B(self) -> Tensor:
+        """(N, R)."""
+        return self.up.t()
+
+    def find(self, size: int) -> Place | None:
+        """The first room for a place, taken by nobody."""
+        slices = size // SLICE
+        for first in range(0, len(self.taken) - slices + 1, slices):
+            if not any(self.taken[first : first + slices]):
+                return Place(first * SLICE, size)
+        return None
+
+    def take(self, place: Place) -> None:
+        self._mark(place, True)
+
+    def give_back(self, place: Place) -> None:
+        """Its rows are zero then, as the next one who has them finds them."""
+        self._mark(place, False)
+        self.A[place.rank : place.rank + place.size].zero_()
+        self.up[place.rank : place.rank + place.size].zero_()
+
+    def _mark(self, place: Place, taken: bool) -> None:
+        slices = place.size // SLICE
+        self.taken[place.rank // SLICE : place.rank // SLICE + slices] = [taken] * slices
+
+    def factors(self, place: Place, r: int) -> tuple[Tensor, Tensor]:
+        """A (r, K) and B (N, r) of a place, dense, and with no version counter but their own."""
+        rows = slice(place.rank, place.rank + r)
+        return self.A[rows].data, self.up[rows].t().data
+
+    def rescale(self, place: Place, scaling: float) -> None:
+        self.scales[place.rank // SLICE : (place.rank + place.size) // SLICE].fill_(scaling)
+
+    def grow(self) -> None:
+        """Twice the ranks, in other memory."""
+        more = max(self.ranks, SIZES[-1])
+        self.A = torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])])
+        self.up = torch.cat([self.up, self.up.new_zeros(more, self.up.shape[1])])
+        self.scales = torch.cat([self.scales, self.scales.new_zeros(more // SLICE)])
+        self.taken += [False] * (more // SLICE)
+        self.moved += 1
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """To other memory, with what is in it."""
+        if (self.A.device, self.A.dtype) == (device, dtype):
+            return
+        self.A, self.up = _moved(self.A, device, dtype), _moved(self.up, device, dtype)
+        self.scales = _moved(self.scales, device, _scale_dtype(self.A))
+        self.moved += 1
+
+
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if tensor.is_meta:  # which has no values
+        return torch.zeros_like(tensor, device=device, dtype=dtype)
+    return tensor.to(device, dtype)
+
+
+def _scale_dtype(factors: Tensor) -> torch.dtype:
+    return torch.promote_types(factors.dtype, torch.float32)

@@ -1,0 +1,436 @@
+"""route() over whole models: which rows meet which adapter, now, in the backward pass and when computed again."""
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora import (
+    LoRABank, adapter_parameters, add_adapter, delete_adapter, explain, merge_and_unload, rename_adapter,
+    replace_linear, route,
+)  # fmt: skip
+from fused_lora.modules.siblings import LoRASiblings
+from fused_lora.ops import lora_segments
+
+K = 24
+DYNAMO = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(K, K) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return x + self.out(torch.tanh(q) * torch.sigmoid(k) + v)
+
+
+class Model(nn.Module):
+    def __init__(self, checkpoints=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(K, 5)
+        self.checkpoints = checkpoints
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) if self.checkpoints is None else checkpoint(block, x, **self.checkpoints)
+        return self.head(x)
+
+
+NAMES = ("a", "b", "c")
+
+
+def make(checkpoints=None, **options):
+    torch.manual_seed(0)
+    model = Model(checkpoints).double()
+    for i, name in enumerate(NAMES):
+        targets = None if name != "c" else ["q", "out"]  # c is not in all banks
+        add_adapter(model, name, 4 + 8 * i, 3.0 + i, target_modules=targets or ["q", "k", "v", "out"], **options)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def alone(model, name):
+    """The model with one adapter and no banks; None: without any."""
+    torch.manual_seed(0)
+    single = Model().double()
+    state = {key: value for key, value in model.state_dict().items() if "lora_" not in key}
+    if name is None:
+        single.load_state_dict(state)
+        return single
+    first = next(bank for bank in model.modules() if isinstance(bank, LoRABank) and name in bank.adapters)
+    adapter = first.adapters[name]
+    targets = [key for key, bank in model.named_modules() if isinstance(bank, LoRABank) and name in bank.adapters]
+    replace_linear(single, adapter.r, adapter.lora_alpha, target_modules=targets)
+    for key, value in model.state_dict().items():
+        layer, _, rest = key.partition(".lora_")
+        if rest[2:] == name and rest[:1] in "AB":
+            state[f"{layer}.lora_{rest[0]}"] = value
+    single.load_state_dict(state, strict=False)
+    return single
+
+
+def near(one, other, tolerance=1e-10):
+    return (one - other).abs().max().item() <= tolerance * max(1, other.abs().max().item())
+
+
+def batch(names, length=7, seed=1):
+    torch.manual_seed(seed)
+    return torch.randn(len(names), length, K, dtype=torch.float64)
+
+
+def expected(model, names, x):
+    return torch.stack(
+        [alone(model, None if name == "__base__" else name)(each) for name, each in zip(names, x, strict=True)]
+    )
+
+
+MIXED = ("b", "a", "a", "__base__", "c", "b")
+
+
+def gradients(model, loss):
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True))
+
+
+def gradients_alone(model, names, x):
+    """Of each adapter, by the rows that are its."""
+    found = {}
+    for name in set(names) - {"__base__"}:
+        single = alone(model, name)
+        single(x[[i for i, each in enumerate(names) if each == name]]).square().sum().backward()
+        for key, parameter in single.named_parameters():
+            if "lora_" in key:
+                found[f"{key}.{name}"] = parameter.grad
+    return found
+
+
+def assert_gradients(got, want):
+    """Those of the adapters that were routed, and none of others."""
+    for key, grad in got.items():
+        if "lora_" not in key:
+            continue
+        if key in want:
+            assert near(grad, want[key]), key
+        else:
+            assert grad is None, key
+
+
+def test_sequences_in_any_order():
+    model, x = make(), batch(MIXED)
+    with route(model, MIXED):
+        y = model(x)
+    assert near(y, expected(model, MIXED, x))
+    assert_gradients(gradients(model, y.square().sum()), gradients_alone(model, MIXED, x))
+
+
+def test_rows_and_counts():
+    model = make()
+    x = batch(MIXED, 1)[:, 0]
+    with route(model, MIXED):  # a name for each row
+        assert near(model(x), expected(model, MIXED, x))
+    names, counts = ["c", "__base__", "a", "b"], [2, 1, 0, 3]
+    by_row = ["c", "c", "__base__", "b", "b", "b"]
+    for rows in (counts, torch.tensor(counts)):
+        with route(model, names, rows=rows):
+            assert near(model(x), expected(model, by_row, x))
+    with route(model, ["a"], rows=[4]):  # rows behind have no adapter
+        assert near(model(x), expected(model, ["a"] * 4 + ["__base__"] * 2, x))
+    with route(model, "b"):
+        assert near(model(x), expected(model, ["b"] * 6, x))
+
+
+def test_batches_of_several_lengths_under_one_route():
+    """As generation has them: a prompt, then a token at a time."""
+    model = make()
+    with route(model, MIXED):
+        for length in (7, 1, 1, 300):
+            x = batch(MIXED, length)
+            assert near(model(x), expected(model, MIXED, x))
+
+
+def test_divide():
+    model, x = make(), batch(MIXED, 1)[:, 0]
+    routed = route(model, ["a", "__base__", "b"], rows=[1, 2, 3])
+    for counts in ([1, 2, 3], [6, 0, 0], [0, 0, 6], [2, 0, 1]):
+        routed.divide(counts)
+        with routed:
+            y = model(x)
+        names = [name for name, count in zip(("a", "__base__", "b"), counts, strict=True) for _ in range(count)]
+        assert near(y, expected(model, names + ["__base__"] * (6 - len(names)), x))
+
+
+def test_the_backward_pass_has_the_routing_of_its_forward():
+    model, x = make(), batch(MIXED)
+    with route(model, MIXED):
+        y = model(x)
+    with route(model, "c"):
+        model(x)
+        got = gradients(model, y.square().sum())
+    assert_gradients(got, gradients_alone(model, MIXED, x))
+
+
+def test_a_division_that_changes_before_the_backward_pass_is_an_error():
+    model, x = make(), batch(MIXED, 1)[:, 0]
+    routed = route(model, ["a", "b"], rows=[3, 3])
+    with routed:
+        y = model(x)
+    routed.divide([1, 5])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("inside", [None, "c"])
+def test_a_checkpoint_computes_again_by_the_routing_of_its_forward(inside):
+    """Also where the route is over by then, or another one is there."""
+    model, x = make({"use_reentrant": False}), batch(MIXED).requires_grad_()
+    with route(model, MIXED):
+        y = model(x)
+    if inside is None:
+        got = gradients(model, y.square().sum())
+    else:
+        with route(model, inside):
+            got = gradients(model, y.square().sum())
+    assert_gradients(got, gradients_alone(model, MIXED, x.detach()))
+
+
+def test_two_checkpointed_passes_and_one_backward():
+    model, x = make({"use_reentrant": False}), batch(MIXED).requires_grad_()
+    others = ("a", "b", "b", "b", "b", "b")
+    with route(model, MIXED):
+        first = model(x).square().sum()
+    with route(model, others):
+        second = model(x).square().sum()
+    got = gradients(model, first + second)
+    want = [gradients_alone(model, names, x.detach()) for names in (MIXED, others)]
+    summed = {key: sum(each[key] for each in want if key in each) for key in want[0] | want[1]}
+    assert_gradients(got, summed)
+
+
+def test_a_checkpoint_computes_again_in_another_thread():
+    """As autograd does on a GPU."""
+    model, x = make({"use_reentrant": False}), batch(MIXED).requires_grad_()
+    with route(model, MIXED):
+        y = model(x)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(gradients, model, y.square().sum()).result()
+    assert_gradients(got, gradients_alone(model, MIXED, x.detach()))
+
+
+def test_a_route_within_what_is_computed_again():
+    model, x = make(), batch(MIXED).requires_grad_()
+
+    def routed(x):
+        with route(model, MIXED):
+            return model(x)
+
+    with route(model, "c"):
+        y = checkpoint(routed, x, use_reentrant=False)
+        got = gradients(model, y.square().sum())
+    assert_gradients(got, gradients_alone(model, MIXED, x.detach()))
+
+
+def test_a_checkpoint_with_reentry_is_an_error():
+    model, x = make({"use_reentrant": True}), batch(MIXED).requires_grad_()
+    with route(model, MIXED):
+        y = model(x)
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            y.sum().backward()
+
+
+def test_groups_are_computed_together(monkeypatch):
+    model, x = make(), batch(MIXED)
+    assert isinstance(model.blocks[0], LoRASiblings)
+    calls = []
+    counted = lambda x, parts: calls.append(len(parts)) or lora_segments(x, parts)  # noqa: E731
+    monkeypatch.setattr(sys.modules["fused_lora.ops.lora_group"], "lora_segments", counted)
+    with route(model, MIXED):
+        assert near(model(x), expected(model, MIXED, x))
+    assert calls == [3, 3]
+    with route(model, "c"):  # which k and v do not have
+        assert near(model(x), expected(model, ["c"] * 6, x))
+    assert calls == [3, 3]
+
+
+def test_threads_have_their_own_routes():
+    model, x = make(), batch(MIXED)
+    wants = {name: expected(model, [name] * 6, x) for name in NAMES}
+    barrier = threading.Barrier(3)
+
+    def run(name):
+        for _ in range(20):
+            with route(model, name):
+                barrier.wait()
+                assert near(model(x), wants[name])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, NAMES))
+
+
+def test_models_have_their_own_routes():
+    one, other, x = make(), make(), batch(MIXED)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    with route(one, "a"), route(other, "b"):
+        assert near(one(x), expected(one, ["a"] * 6, x))
+        assert near(other(x), expected(other, ["b"] * 6, x))
+        with route(one, "b"):
+            assert near(one(x), expected(one, ["b"] * 6, x))
+        assert near(one(x), expected(one, ["a"] * 6, x))
+
+
+def test_a_route_ends_with_an_error_too():
+    model, x = make(), batch(MIXED)
+    with pytest.raises(ZeroDivisionError), route(model, "a"):
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="within `with route"):
+        model(x)
+
+
+def test_names_that_changed_since():
+    model, x = make(), batch(MIXED)
+    routed = route(model, "b")
+    rename_adapter(model, "b", "e")
+    with pytest.raises(RuntimeError, match="deleted or renamed since the route was made"), routed:
+        model(x)
+    with route(model, "e"):
+        y = model(x)
+    assert y.isfinite().all()
+    routed = route(model, "a")
+    delete_adapter(model, "c")
+    with pytest.raises(RuntimeError, match="deleted or renamed since"), routed:
+        model(x)
+
+
+def test_adapters_may_come_while_a_route_is_there():
+    model, x = make(), batch(MIXED)
+    want = expected(model, MIXED, x)
+    with route(model, MIXED):
+        for i in range(20):
+            add_adapter(model, f"more{i}", 64, 1.0, target_modules=["q", "k", "v", "out"])
+        assert near(model(x), want)
+
+
+@DYNAMO
+@pytest.mark.parametrize("fuse", ["auto", "off"])
+def test_one_program_for_every_division(fuse):
+    torch._dynamo.reset()
+    model, x = make(fuse=fuse), batch(MIXED, 1)[:, 0]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    routed = route(model, ["a", "__base__", "b"], rows=[1, 2, 3])
+    for counts in ([1, 2, 3], [3, 0, 3], [0, 6, 0]):
+        routed.divide(counts)
+        names = [name for name, count in zip(("a", "__base__", "b"), counts, strict=True) for _ in range(count)]
+        with routed:
+            y = compiled(x)
+        assert near(y, expected(model, names, x))
+        want = gradients_alone(model, names, x)
+        for key, grad in gradients(model, y.square().sum()).items():
+            if key in want:
+                assert near(grad, want[key])
+    assert counter.frame_count == 1
+
+
+@DYNAMO
+def test_compiled_programs_see_what_changes():
+    torch._dynamo.reset()
+    model, x = make(), batch(MIXED)
+    compiled = torch.compile(model, backend="aot_eager")
+    for name in ("a", "b"):
+        with route(model, name):
+            assert near(compiled(x), expected(model, [name] * 6, x))
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, "a"):
+            parameter.mul_(0.5)
+    for bank in model.modules():
+        if isinstance(bank, LoRABank):
+            bank.set_lora_alpha("a", 1.0)
+    with route(model, "a"):
+        assert near(compiled(x), expected(model, ["a"] * 6, x))
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda model: route(model, ["a", "z"]), ValueError, "names must be adapters of the model or '__base__', got 'z'"),
+    (lambda model: route(model, [3]), TypeError, "names must be a str, got int"),
+    (lambda model: route(nn.Linear(2, 2), "a"), ValueError, "model must have a LoRABank, got none"),
+    (lambda model: route(model, ["a", "b"], rows=[1]), ValueError, "rows must be 2 ints"),
+    (lambda model: route(model, ["a"], rows=[-1]), ValueError, "rows must be ints of at least 0"),
+    (lambda model: route(model, ["a"], rows=torch.tensor([1.0])), ValueError, "rows must be 1 ints"),
+    (lambda model: route(model, ["a"]).divide([1]), ValueError, "rows can change where"),
+    (lambda model: add_adapter(model, "a", 4, 4.0, target_modules=["q"]), ValueError, "name must be new, got 'a'"),
+    (lambda model: add_adapter(model, "e", 4, 4.0, target_modules=["w"]), ValueError, "no nn.Linear that can be"),
+    (lambda model: add_adapter(model, "e", 400, 4.0, target_modules=["q"]), ValueError, "r must be at most 256"),
+    (lambda model: add_adapter(model, "e", 4, config={"r": 3}), ValueError, "give config or r, not both"),
+    (lambda model: add_adapter(model, "e", config={"r": 3, "target_modules": ["q"], "lora_dropout": 0.1}), ValueError,
+     "what banks do not serve: lora_dropout=0.1"),
+    (lambda model: delete_adapter(model, "z"), ValueError, r"adapter of the model \(a, b, c\), got 'z'"),
+    (lambda model: rename_adapter(model, "a", "c"), ValueError, "name must be new, got 'c'"),
+    (lambda model: replace_linear(model, 4, 4.0, target_modules=["q"]), ValueError, "a LoRABank already"),
+])  # fmt: skip
+def test_errors(call, error, words):
+    model, x = make(), batch(MIXED)
+    with route(model, MIXED):
+        before = model(x)
+    with pytest.raises(error, match=words):
+        call(model)
+    with route(model, MIXED):
+        assert torch.equal(model(x), before)
+
+
+def test_shares_that_do_not_divide():
+    model = make()
+    with route(model, MIXED), pytest.raises(ValueError, match="x's 8 rows cannot be shared equally by 6 names"):
+        model(torch.zeros(8, K, dtype=torch.float64))
+
+
+def test_adapters_of_their_own_layers_and_ranks():
+    torch.manual_seed(0)
+    model = Model()
+    report = add_adapter(model, "a", 4, 4.0, target_modules=["q", "v"], rank_pattern={"v": 9})
+    assert report.adapted == [f"blocks.{i}.{name}" for i in range(2) for name in "qv"]
+    report = add_adapter(model, "b", config={"r": 3, "lora_alpha": 6, "target_modules": ["v", "out"]})
+    assert report.adapted == [f"blocks.{i}.{name}" for i in range(2) for name in ("v", "out")]
+    assert report.replaced == [f"blocks.{i}.out" for i in range(2)]
+    assert "an adapter more in 4 linear layers" in str(report)
+    block = model.blocks[0]
+    assert {name: adapter.r for name, adapter in block.v.adapters.items()} == {"a": 9, "b": 3}
+    assert block.v.adapters["b"].scaling == 2.0
+    assert sorted(block.q.adapters) == ["a"]
+    assert type(block.k) is nn.Linear
+    assert len(adapter_parameters(model, "b")) == 8
+
+
+def test_none_or_all_banks_get_an_adapter(monkeypatch):
+    model = make()
+    real, calls = LoRABank.add_adapter, []
+
+    def fails(self, *args):
+        calls.append(self)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        real(self, *args)
+
+    monkeypatch.setattr(LoRABank, "add_adapter", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        add_adapter(model, "e", 4, 4.0, target_modules=["q", "k", "v", "out"])
+    assert not any("e" in bank.adapters for bank in model.modules() if isinstance(bank, LoRABank))
+
+
+def test_what_is_said_of_banks():
+    """That no kernel computes them, and that nothing merges or saves one adapter of several by guess."""
+    model = make()
+    text = str(explain(model, tokens=64))
+    assert text.count("3 adapters: no kernel computes rows with adapters of their own") == 4
+    with pytest.raises(ValueError, match="LoRABank layers, whose rows may have several adapters"):
+        merge_and_unload(model)
