@@ -251,7 +251,7 @@ class LoRABank(nn.Module):
 
     def offered(self, x: Tensor) -> ops.Routed | str:
         """What it computes of x, to be computed in its place; or why nobody may but by calling it."""
-        reason = hooks.why_alone(self, LoRABank.forward)
+        reason = hooks.why_alone(self, LoRABank.forward) or routing.obstacle(self)
         if reason is not None:
             return reason
         if type(self.weight) not in PLAIN:

@@ -167,7 +167,20 @@ def sources(bank) -> tuple:
     return (found, *(factor for name in found._of_bank[bank._key].names for factor in bank.factors(name)))
 
 
+def obstacle(bank) -> str | None:
+    """Why no route says what adapters rows have, or None."""
+    found = _find(bank)
+    return found if isinstance(found, str) else None
+
+
 def _route_of(bank) -> route:
+    found = _find(bank)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def _find(bank) -> route | str:
     compiling = torch.compiler.is_compiling()
     now = None if compiling else recomputing.in_backward()
     for found, entered_in in reversed(thread.routes):
@@ -176,10 +189,8 @@ def _route_of(bank) -> route:
                 recomputing.leave(found)
             return found
     if now is None:
-        raise RuntimeError("a LoRABank computes within `with route(model, names)`, which says what adapter a row has")
-    found = recomputing.recalled()
-    if found is None:
-        raise RuntimeError(
-            "a checkpoint computes a LoRABank again, and does not know which route it had: pass use_reentrant=False"
-        )
-    return found
+        return "a LoRABank computes within `with route(model, names)`, which says what adapter a row has"
+    recalled = recomputing.recalled()
+    if recalled is None:
+        return "a checkpoint computes a LoRABank again, and does not know which route it had: pass use_reentrant=False"
+    return recalled
