@@ -163,8 +163,10 @@ def test_factors_are_dense():
     """As fused optimizers want them."""
     for name, r in RANKS.items():
         A, B = make_bank().factors(name)
-        assert A.shape == (r, K) and B.shape == (N, r)
-        assert A.is_contiguous() and B.t().is_contiguous()
+        assert A.shape == (r, K)
+        assert B.shape == (N, r)
+        assert A.is_contiguous()
+        assert B.t().is_contiguous()
 
 
 def test_a_deleted_adapter_leaves_nothing_to_the_next_one():

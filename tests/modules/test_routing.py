@@ -11,8 +11,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import (
-    LoRABank, adapter_parameters, add_adapter, delete_adapter, explain, merge_and_unload, rename_adapter,
-    replace_linear, route,
+    LoRABank,
+    adapter_parameters,
+    add_adapter,
+    delete_adapter,
+    explain,
+    merge_and_unload,
+    rename_adapter,
+    replace_linear,
+    route,
 )  # fmt: skip
 from fused_lora.modules.siblings import LoRASiblings
 from fused_lora.ops import lora_segments
