@@ -38,7 +38,7 @@ class Foreign(nn.Module):
     def why_not(self):
         return None
 
-    def offered(self):
+    def offered(self, x):
         return self.lora_part()
 
     def forward(self, x):
