@@ -46,7 +46,8 @@ def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
         x (..., K) bf16 | fp16 | fp32 | fp64   weight (N, K) in x's dtype, frozen   A (r, K), B (N, r)   ->   y (..., N)
 
     Gradients as in lora_linear, of each adapter over its own rows, zeros where it has none: sums in a fixed order. The
-    tables stay on the device, so that a captured CUDA graph computes any division of its rows into the segments.
+    tables stay on the device, so that a captured CUDA graph computes any division of its rows into the segments. What
+    is no number in rows without an adapter stays there; in others, or in factors, it may spoil neighbours' results.
 
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685.

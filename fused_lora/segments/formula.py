@@ -11,9 +11,10 @@ from .plan import SLICE
 from .tables import Tables
 
 
-def _ranks(tables: Tables, window: int) -> Tensor:
-    """Those of the windows, in the slabs."""
-    return (tables.windows[:, :1] + torch.arange(window, device=tables.windows.device)).flatten()
+def ranks_of(A: Tensor, tables: Tables, window: int) -> Tensor:
+    """Those of the windows in slabs, which may end within one: what stands for the others is nobody's."""
+    ranks = (tables.windows[:, :1] + torch.arange(window, device=tables.windows.device)).flatten()
+    return ranks.clamp(max=len(A) - 1)
 
 
 def _own(tables: Tables, M: int, ranks: int) -> Tensor:
@@ -37,7 +38,7 @@ def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
     In float16 xa is scale / room of it, and room enters y and dB.
     """
     compute, M = compute_dtype(x.dtype), len(x)
-    ranks = _ranks(tables, window)
+    ranks = ranks_of(A, tables, window)
     xc, low, up = x.to(compute), A[ranks].to(compute), B[:, ranks].to(compute)
     scale, more = _scale(scales, tables, M), room(scales, x.dtype)
     if more is not None:
@@ -50,27 +51,29 @@ def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
 
 def dxa_ref(dy, B, scales, tables: Tables, window: int):
     """scale dy B where the ranks are a row's own, else 0, rounded to dy's dtype: (M, windows' ranks)."""
-    compute, M, ranks = compute_dtype(dy.dtype), len(dy), _ranks(tables, window)
+    compute, M, ranks = compute_dtype(dy.dtype), len(dy), ranks_of(B.T, tables, window)
     dxa = (dy.to(compute) @ B[:, ranks].to(compute)) * _scale(scales, tables, M)
     return torch.where(_own(tables, M, len(ranks)), dxa, 0).to(dy.dtype)
 
 
 def backward_ref(dy, x, weight, A, B, xa, dxa, scales, tables: Tables, window: int, needs: Sequence[bool]):
-    """(dx, dA, dB), each None where `needs` (three bools) says so; dA and dB of the windows' ranks.
+    """(dx, dA, dB), each None where `needs` (three bools) says so; dA and dB of the windows' ranks, dB by columns.
 
     dx = dy W + dxa A,  dA = dxa^T x,  dB = dy^T xa.
     """
     need_dx, need_dA, need_dB = needs
-    compute, ranks = compute_dtype(x.dtype), _ranks(tables, window)
+    compute, ranks = compute_dtype(x.dtype), ranks_of(A, tables, window)
     dyc, low = dy.to(compute), dxa.to(compute)
     dx = dA = dB = None
     if need_dx:
         dx = torch.addmm(dyc @ weight.to(compute), low, A[ranks].to(compute)).to(x.dtype)
+    has_adapter = tables.rows[: len(x), :1] > 0xFFFFFF  # else a row may hold what is no number, times which 0 is none
     if need_dA:
-        dA = (low.T @ x.to(compute)).to(A.dtype)
+        dA = (low.T @ torch.where(has_adapter, x, 0).to(compute)).to(A.dtype)
     if need_dB:
         more = room(scales, x.dtype)
-        dB = ((dyc.T @ xa.to(compute)) * (1 if more is None else more[ranks // SLICE])).to(B.dtype)
+        dB = xa.to(compute).T @ torch.where(has_adapter, dyc, 0)
+        dB = (dB if more is None else dB * more[ranks // SLICE][:, None]).to(B.dtype).T
     return dx, dA, dB
 
 

@@ -442,3 +442,20 @@ def test_what_is_said_of_banks():
     assert text.count("2 adapters: no kernel") == 1  # k and v
     with pytest.raises(ValueError, match="LoRABank layers, whose rows may have several adapters"):
         merge_and_unload(model)
+
+
+def test_banks_of_very_different_ranks():
+    """A window as wide as the largest adapter's place, in banks whose slabs are smaller."""
+    torch.manual_seed(0)
+    model, x = Model().double(), batch(("a", "b"))
+    add_adapter(model, "a", 4, 4.0, target_modules=["q", "out"], rank_pattern={"out": 200})
+    add_adapter(model, "b", 5, 4.0, target_modules=["q", "out"])
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.normal_(std=0.3)
+    with route(model, ("a", "b")):
+        y = model(x)
+        y.sum().backward()
+    delete_adapter(model, "a")
+    with route(model, "b"):
+        assert near(model(x)[1], y[1])

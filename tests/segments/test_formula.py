@@ -104,6 +104,23 @@ def test_rows_are_not_touched_by_what_is_no_number_elsewhere():
     assert y[own].isfinite().all()
 
 
+def test_rows_without_adapters_may_hold_anything():
+    problem = Problem(DIVISIONS["without adapters in between"])
+    want = problem.by_place(*_gradients(problem))
+    bare = torch.tensor([adapter is None for adapter in problem.division.adapters])
+    problem.x[bare] = problem.dy[bare] = float("nan")
+    for got, expected in zip(problem.by_place(*_gradients(problem)), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def _gradients(problem):
+    """dA and dB."""
+    of = (problem.scales, problem.tables, problem.plan.window)
+    _, xa = forward_ref(problem.x, problem.weight, problem.A, problem.B, problem.bias, *of)
+    operands = (problem.dy, problem.x, problem.weight, problem.A, problem.B, xa, dxa_ref(problem.dy, problem.B, *of))
+    return backward_ref(*operands, *of, (False, True, True))[1:]
+
+
 def test_float16_keeps_its_room():
     problem = Problem(DIVISIONS["odd"], torch.float16)
     problem.x, problem.scales = problem.x * 50, problem.scales * 512
