@@ -17,12 +17,14 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def config_of(model: nn.Module, layers: dict[str, LoRALinear], names: Iterable[str]) -> dict:
+def config_of(
+    model: nn.Module, layers: dict[str, LoRALinear], names: Iterable[str], adapter: str | None = None
+) -> dict:
     """The fields by which PEFT makes these layers, by name, with their ranks and scales, of a model with modules of
     such names; and whatever else a config said that the model was made or loaded by.
 
     Fields that say it already stay as they are. Raises ValueError where one config cannot say it."""
-    given = DEFAULTS | remembered(model)
+    given = DEFAULTS | remembered(model, adapter)
     if given["base_model_name_or_path"] is None:
         given["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if given["task_type"] is None and not given.get("auto_mapping"):

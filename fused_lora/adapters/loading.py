@@ -2,27 +2,26 @@
 
 import dataclasses
 import os
-import re
 from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..modules import LoRALinear, ReplaceReport
-from ..modules.config import LoRAConfig, is_given_by, remember, served
+from ..modules.config import LoRAConfig, remember, served
 from ..modules.replace import convert
+from ..modules.routing import check_name
 from ..modules.selection import Selection
 from ..modules.targets import find_linears
-from . import files
+from . import banks, files
 from .layers import bare, layers_of, modules_of
-
-FACTOR = re.compile(re.escape(files.PREFIX) + r"(.+)\.(?:(lora_A|lora_B)\.weight|(lora_magnitude_vector))")
-BIAS = re.compile(re.escape(files.PREFIX) + r"(?:(.+?)(?:\.base_layer)?\.)?bias")
+from .reading import exactly, missing, of_any, shape_errors, sort, weight_errors
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport | None:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, name: str | None = None, lora_dtype: torch.dtype | None = None
+) -> ReplaceReport | None:
     """Reads adapter_config.json and adapter_model.safetensors, of save_adapter or of PEFT, into a model.
 
         base_model.model.<path>.lora_A.weight (r, K), .lora_B.weight (N, r), of DoRA .lora_magnitude_vector (N,), and
@@ -35,6 +34,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
     their rank; r, lora_alpha and use_rslora of the config give their scale. All fields of the config are kept for
     save_adapter.
 
+    With a name, it becomes an adapter of LoRABank layers (add_adapter), beside others that the model has; one that the
+    model has by this name gets the file's values. New banks have factors in lora_dtype, which the default chooses as
+    above, others keep their own.
+
     Raises ValueError, with nothing changed, for a folder without both files, a config with fields that are not served
     (lora_bias, modules_to_save, and so on), merged layers, and, in one error that lists them all, for keys
     that are missing or unexpected and tensors of other shapes than the model's; ImportError without safetensors.
@@ -42,16 +45,21 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
     model = bare(model)
     given, tensors = files.read(Path(folder))
     config = served(given)
-    factors, biases, weights, errors = _sorted(tensors, config.use_dora)
-    errors += _weight_errors(model, weights)
+    factors, biases, weights, errors = sort(tensors, config.use_dora)
+    errors += weight_errors(model, weights)
+    if name is not None or banks.has_banks(model):
+        errors += banks.errors_of(model, _checked(name), config, factors, biases)
+        _raise_if_any(errors, folder)
+        report = banks.load(model, name, config, factors, lora_dtype)
+        remember(model, given, name)
+        return report
     layers, report = layers_of(model), None
     if not layers:
         errors += _replacing_errors(model, config, factors)
     else:
         errors += _layer_errors(layers, config, factors)
     targets, bias_errors = _bias_targets(model, biases)
-    if errors or bias_errors:
-        raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(errors + bias_errors))
+    _raise_if_any(errors + bias_errors, folder)
     if not layers:
         report = _replace(model, config, factors)
         layers = layers_of(model)
@@ -62,40 +70,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> ReplaceReport |
     return report
 
 
-def _sorted(
-    tensors: dict[str, Tensor], use_dora: bool
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """(factors and magnitudes by layer and by their names there, biases by module, weights by key, what is wrong with
-    factors)."""
-    factors, biases, weights, errors = {}, {}, {}, []
-    for key, tensor in tensors.items():
-        factor, bias = FACTOR.fullmatch(key), BIAS.fullmatch(key)
-        if not checks.computes_in(tensor.dtype):
-            errors.append(f"{key} is {tensor.dtype}")
-        elif factor:
-            factors.setdefault(factor[1], {})[factor[2] or factor[3]] = tensor
-        elif bias:
-            biases[bias[1] or ""] = tensor
-        else:
-            weights[key] = tensor
-    for name, pair in factors.items():
-        wanted = files.tensors_of(use_dora)
-        errors += [f"missing {files.key_of(name, which)}" for which in wanted if which not in pair]
-        errors += [f"unexpected {files.key_of(name, which)}" for which in pair if which not in wanted]
-    return factors, biases, weights, errors
+def _checked(name: str | None) -> str:
+    if name is None:
+        raise ValueError("name must be given of a model with LoRABank layers: that of the adapter")
+    check_name("name", name)
+    return name
 
 
-def _weight_errors(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """What the model has not just so: PEFT writes embeddings beside factors, that of a head with an adapter too."""
-    modules, errors = modules_of(model), []
-    for key, tensor in weights.items():
-        name, _, which = key.removeprefix(files.PREFIX).replace(".base_layer.", ".").rpartition(".")
-        own = getattr(modules.get(name), which, None)
-        if not isinstance(own, nn.Parameter):
-            errors.append(f"unexpected {key}")
-        elif own.is_meta or own.shape != tensor.shape or not torch.equal(own.detach().to(tensor), tensor):
-            errors.append(f"{key} is of another base: it is not the model's own")
-    return errors
+def _raise_if_any(errors: list[str], folder: str | os.PathLike) -> None:
+    if errors:
+        raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(errors))
 
 
 def _layer_errors(layers: dict[str, LoRALinear], config: LoRAConfig, factors: dict) -> list[str]:
@@ -108,7 +92,7 @@ def _layer_errors(layers: dict[str, LoRALinear], config: LoRAConfig, factors: di
             errors.append(f"unexpected {', '.join(files.key_of(name, which) for which in pair)}: no LoRALinear there")
             continue
         layer = layers[name]
-        errors += _shape_errors(name, pair, layer.r, layer.weight.shape)
+        errors += shape_errors(name, pair, layer.r, layer.weight.shape)
         if config.use_dora != layer.use_dora:
             errors.append(f"{name} has use_dora={layer.use_dora}, the config says use_dora={config.use_dora}")
         if config.of(name)[0] != layer.r:
@@ -124,34 +108,15 @@ def _replacing_errors(model: nn.Module, config: LoRAConfig, factors: dict) -> li
         if isinstance(linear, nn.Linear) and linear.weight.is_meta:
             errors.append(f"{name} is on meta: bring back what is offloaded first")
         elif isinstance(linear, nn.Linear):
-            errors += _shape_errors(name, pair, config.of(name)[0], linear.weight.shape)
+            errors += shape_errors(name, pair, config.of(name)[0], linear.weight.shape)
         else:
             found = "no such module" if linear is None else f"a {type(linear).__name__}"
             errors.append(f"unexpected {', '.join(files.key_of(name, which) for which in pair)}: {found} there")
-    errors += _missing(modules, config, factors)
+    errors += missing(modules, config, factors)
     if errors or not factors:
         return errors or ["it has no factors"]
-    report, _ = find_linears(model, Selection(_exactly(factors)))
+    report, _ = find_linears(model, Selection(exactly(factors)))
     return [f"{name} cannot be replaced: {report.skipped[name]}" for name in factors if name not in report.replaced]
-
-
-def _missing(modules: dict[str, nn.Module], config: LoRAConfig, factors: dict) -> list[str]:
-    """The keys of linears that the config names and the file has nothing of: the model is larger than the file's."""
-    selection = config.selection
-    if not selection.by_name or not factors:
-        return []
-    named = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not selection.reason([name])]
-    wanted = files.tensors_of(config.use_dora)
-    return [f"missing {files.key_of(name, which)}" for name in named if name not in factors for which in wanted]
-
-
-def _shape_errors(name: str, pair: dict[str, Tensor], r: int, weight: torch.Size) -> list[str]:
-    wanted = {"lora_A": (r, weight[1]), "lora_B": (weight[0], r), files.MAGNITUDES: (weight[0],)}
-    return [
-        f"{files.key_of(name, which)} has the shape {tuple(tensor.shape)}, the model {wanted[which]}"
-        for which, tensor in pair.items()
-        if tensor.shape != wanted[which]
-    ]
 
 
 def _bias_targets(model: nn.Module, biases: dict[str, Tensor]) -> tuple[dict[Tensor, Tensor], list[str]]:
@@ -168,25 +133,15 @@ def _bias_targets(model: nn.Module, biases: dict[str, Tensor]) -> tuple[dict[Ten
     return targets, errors
 
 
-def _exactly(names) -> str:
-    """An expression for these names alone."""
-    return "|".join(map(re.escape, names))
-
-
 def _replace(model: nn.Module, config: LoRAConfig, factors: dict[str, dict[str, Tensor]]) -> ReplaceReport:
     """LoRALinear in the place of the linears that the file has factors for."""
     config = dataclasses.replace(
-        config, target_modules=_exactly(factors), exclude_modules=None, layers_to_transform=None, layers_pattern=None,
-        rank_pattern=_of_any(factors, config.rank_pattern), alpha_pattern=_of_any(factors, config.alpha_pattern),
+        config, target_modules=exactly(factors), exclude_modules=None, layers_to_transform=None, layers_pattern=None,
+        rank_pattern=of_any(factors, config.rank_pattern), alpha_pattern=of_any(factors, config.alpha_pattern),
     )  # fmt: skip
     dtypes = {tensor.dtype for pair in factors.values() for tensor in pair.values()}
     dtypes |= {model.get_submodule(name).weight.dtype for name in factors}
     return convert(model, config, lora_dtype=reduce(torch.promote_types, dtypes), freeze=True)
-
-
-def _of_any(names, pattern: dict) -> dict:
-    """The entries that give one of the layers."""
-    return {key: value for key, value in pattern.items() if any(is_given_by(name, key) for name in names)}
 
 
 @torch.no_grad()

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import LoRALinear
-from . import files
+from . import banks, files
 from .config import config_of
 from .layers import bare, layers_of, modules_of
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors of a model's LoRALinear layers into a folder:
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors of a model's LoRALinear layers, or of one adapter of its
+    LoRABank layers, which `name` is, into a folder:
 
         base_model.model.<path>.lora_A.weight (r, K), .lora_B.weight (N, r)    in the factors' own dtype
                                .lora_magnitude_vector (N,)                     of DoRA
@@ -33,11 +34,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     ImportError without safetensors.
     """
     model = bare(model)
-    layers = layers_of(model)
+    if banks.has_banks(model):
+        layers = banks.layers_of_adapter(model, name)
+    elif name is not None:
+        raise ValueError(f"name is of adapters of LoRABank layers, which the model has not, got {name!r}")
+    else:
+        layers = layers_of(model)
     if not layers:
         raise ValueError("model has no LoRALinear layers: replace_linear makes them, and a PeftModel saves its own")
     modules = modules_of(model)
-    config = config_of(model, layers, modules.keys() - {""})
+    config = config_of(model, layers, modules.keys() - {""}, name)
     tensors = {
         files.key_of(name, which): getattr(layer, which)
         for name, layer in layers.items()
@@ -57,7 +63,7 @@ def _biases(modules: dict[str, nn.Module], layers: dict[str, LoRALinear]) -> dic
 
 
 def _warn_of_others(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    written = {id(tensor) for tensor in tensors.values()}
+    written = {id(tensor) for tensor in (*tensors.values(), *banks.factors_of_all(model))}
     others = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in written]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .. import checks
-from .config import LoRAConfig, asked_for, fields_of
+from .config import LoRAConfig, asked_for, fields_of, forget, remember, remembered
 from .fusing import fuse as fuse_layers
 from .lora_bank import LoRABank
 from .protocol import is_bank
@@ -66,6 +66,8 @@ def add_adapter(
     for layer in banks:
         del report.skipped[layer]
     report.adapted = list(every)
+    if config is not None:
+        remember(model, fields_of(config), name)
     report.count(model)
     if fuse == "auto" and made:
         report.groups, report.mlps = fuse_layers(model, list(made.values()))
@@ -118,6 +120,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Takes an adapter out of all banks, whose memory the next one gets. Routes made before raise RuntimeError."""
     for bank in banks_with(model, name).values():
         bank.delete_adapter(name)
+    forget(model, name)
 
 
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:
@@ -128,6 +131,8 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
             bank.check_name(new)
     for bank in banks.values():
         bank.rename_adapter(old, new)
+    remember(model, remembered(model, old), new)
+    forget(model, old)
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:

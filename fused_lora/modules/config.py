@@ -163,16 +163,17 @@ def asked_for(given: dict) -> LoRAConfig:
     return asked
 
 
-def remember(model: nn.Module, given: dict) -> None:
-    """Keeps all fields of a config with a model, for when its adapter is saved: also those that mean nothing here."""
-    model._lora_config = given
+def remember(model: nn.Module, given: dict, name: str | None = None) -> None:
+    """Keeps all fields of a config with a model, for when its adapter is saved: also those that mean nothing here. Of
+    models with banks by the adapter's name."""
+    model._lora_configs = getattr(model, "_lora_configs", {}) | {name: given}
 
 
-def remembered(model: nn.Module) -> dict:
+def remembered(model: nn.Module, name: str | None = None) -> dict:
     """What remember kept, or nothing."""
-    return getattr(model, "_lora_config", {})
+    return getattr(model, "_lora_configs", {}).get(name, {})
 
 
-def forget(model: nn.Module) -> None:
+def forget(model: nn.Module, name: str | None = None) -> None:
     """Undoes remember."""
-    vars(model).pop("_lora_config", None)
+    getattr(model, "_lora_configs", {}).pop(name, None)

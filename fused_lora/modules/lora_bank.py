@@ -178,11 +178,12 @@ class LoRABank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A._parameters[name], a=math.sqrt(5))
         nn.init.zeros_(self.lora_B._parameters[name])
 
-    def set_lora_alpha(self, name: str, lora_alpha: float) -> None:
+    def set_lora_alpha(self, name: str, lora_alpha: float, use_rslora: bool | None = None) -> None:
         """The scale changes in place: nothing recompiles, and captured CUDA graphs see it."""
         checks.check_scale("lora_alpha", lora_alpha)
         adapter = self.adapter(name)
         adapter.lora_alpha = lora_alpha
+        adapter.use_rslora = adapter.use_rslora if use_rslora is None else use_rslora
         self._slab.rescale(adapter.place, adapter.scaling)
 
     # ---- where factors lie

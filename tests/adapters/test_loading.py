@@ -34,7 +34,7 @@ def everything(model):
     """What a refusal must leave as it is."""
     state = {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
     layers = {name: each[:2] for name, each in adapted(model).items()}
-    return state, layers, [type(module) for module in model.modules()], model.__dict__.keys() - {"_lora_config"}
+    return state, layers, [type(module) for module in model.modules()], model.__dict__.keys() - {"_lora_configs"}
 
 
 def assert_unchanged(model, before):
