@@ -36,7 +36,7 @@ class route:
     """with route(model, names): every row of x has the adapter of its name, in each of the model's LoRABank layers.
 
         names   one for all rows; or one for each sequence of the batch, or for each row, in their order; "__base__" for
-                rows without an adapter
+                rows without an adapter, a tuple of names for those whose updates add up
         rows    instead of equal shares, how many rows each of the names has: ints, or an int tensor on the device;
                 rows behind them have no adapter
 
@@ -49,44 +49,46 @@ class route:
     Raises ValueError or TypeError naming the argument, also for a name that no bank of the model has.
     """
 
-    def __init__(self, model: nn.Module, names: str | Sequence[str], rows: Sequence[int] | Tensor | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        names: str | Sequence[str | tuple[str, ...]],
+        rows: Sequence[int] | Tensor | None = None,
+    ):
         banks = {bank._key: bank for bank in model.modules() if is_bank(bank)}
         if not banks:
             raise ValueError("model must have a LoRABank, got none: add_adapter makes them")
-        names = [names] if isinstance(names, str) else list(names)
-        for name in names:
-            if name != BASE:
-                check_name("names", name)
+        paths = [_path(each) for each in ([names] if isinstance(names, str) else names)]
         known = {name for bank in banks.values() for name in bank.adapters}
-        unknown = sorted(set(names) - known - {BASE})
+        unknown = sorted({name for path in paths for name in path} - known)
         if unknown:
             raise ValueError(f"names must be adapters of the model or {BASE!r}, got {', '.join(map(repr, unknown))}")
         self._device = next(iter(banks.values())).weight.device
-        self._shares = len(names)
+        self._shares = len(paths)
         if rows is None:
-            runs = [(name, len(list(run))) for name, run in groupby(names)]
-            self.names, counts = [name for name, _ in runs], [count for _, count in runs]
+            runs = [(path, len(list(run))) for path, run in groupby(paths)]
+            self._paths, counts = [path for path, _ in runs], [count for _, count in runs]
         else:
-            self.names, counts = names, rows
+            self._paths, counts = paths, rows
         self._is_divided = rows is not None
-        self._ends = _ends(counts, len(self.names), self._device)
+        self._ends = _ends(counts, len(self._paths), self._device)
         self._tables: dict[tuple, segments.Tables] = {}
         self._of_bank = self._plans(banks)
 
     def _plans(self, banks: dict) -> dict[int, "_OfBank"]:
-        used = set(self.names)
+        used = {name for path in self._paths for name in path}
         places = {
             key: {name: bank.adapters[name].place for name in used & bank.adapters.keys()}
             for key, bank in banks.items()
         }
         window = max([segments.BOX, *(place.size for found in places.values() for place in found.values())])
-        return {key: _OfBank(bank, self.names, places[key], window, self._device) for key, bank in banks.items()}
+        return {key: _OfBank(bank, self._paths, places[key], window, self._device) for key, bank in banks.items()}
 
     def divide(self, rows: Sequence[int] | Tensor) -> None:
         """Other numbers of rows for the same names, in place: captured graphs see them, and nothing waits."""
         if not self._is_divided:
             raise ValueError("rows can change where route() was given rows")
-        self._ends.copy_(_ends(rows, len(self.names), self._device), non_blocking=True)
+        self._ends.copy_(_ends(rows, len(self._paths), self._device), non_blocking=True)
         for (plan, M), found in self._tables.items():
             of = next(each.constants for each in self._of_bank.values() if each.plan == plan)
             for table, new in zip(found, segments.tables(plan, of, self._ends, M), strict=True):
@@ -99,7 +101,7 @@ class route:
     def __exit__(self, *error) -> None:
         thread.routes = thread.routes[:-1]
 
-    def tables(self, plan: segments.Plan, of: segments.Constants, x: Tensor) -> segments.Tables:
+    def tables(self, plan: segments.Plan, of: Sequence[segments.Constants], x: Tensor) -> segments.Tables:
         """Of x's rows, the same object for all banks of one plan."""
         M = x.shape[:-1].numel()
         if torch.compiler.is_compiling():
@@ -119,6 +121,15 @@ class route:
         return self._ends * (M // self._shares)
 
 
+def _path(names: str | Sequence[str]) -> tuple[str, ...]:
+    """The adapters of a row, of which "__base__" is none."""
+    path = tuple(names) if isinstance(names, (tuple, list)) else (names,)
+    for name in path:
+        if name != BASE:
+            check_name("names", name)
+    return tuple(name for name in path if name != BASE)
+
+
 def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Tensor:
     if not isinstance(rows, Tensor):
         rows = list(rows)
@@ -134,14 +145,17 @@ def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Ten
 class _OfBank:
     """What a route says of one bank."""
 
-    def __init__(self, bank, names: Sequence[str], places: dict, window: int, device: torch.device):
+    def __init__(self, bank, paths: Sequence[tuple[str, ...]], places: dict, window: int, device: torch.device):
         self.changes = bank._changes
-        self.plan = segments.make_plan([places.get(name) for name in names], window)
+        paths = [[name for name in path if name in places] for path in paths]
+        self.plan = segments.make_plan([[places[name] for name in path] for path in paths], window)
         self.constants = segments.constants(self.plan, device)
         begins: dict[str, list[int]] = {}
-        for name, begin in zip(names, self.plan.begins, strict=True):
-            if begin is not None:
-                begins.setdefault(name, []).append(begin)
+        for depth, level in enumerate(self.plan.levels):
+            for path, begin in zip(paths, level.begins, strict=True):
+                # Neighbouring segments may have it in one window.
+                if begin is not None and begin not in begins.setdefault(path[depth], []):
+                    begins[path[depth]].append(begin)
         self.adapters = [(name, places[name].rank, tuple(found)) for name, found in begins.items()]
         self.names = tuple(begins)
 

@@ -16,7 +16,7 @@ from .parts import Part, columns
 
 class Adapter(NamedTuple):
     """One of a linear's, whose factors lie in the slabs: A (r, K) in rows `rank` to rank + r of A, B (N, r) in as many
-    columns of B. Its ranks begin at each of `begins` among those of the pass's windows, once for each of its segments.
+    columns of B. Its ranks begin at each of `begins` among those of the pass's windows, once in each that has it.
     """
 
     A: Tensor
@@ -40,8 +40,8 @@ class Routed(NamedTuple):
 
 
 def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
-    """y = x W^T + scale x A^T B^T + bias of each linear, A, B and scale those of a row's adapter; none for rows that
-    have none.
+    """y = x W^T + scale x A^T B^T + bias of each linear, A, B and scale those of a row's adapter; of several adapters
+    the sum, and without one W and bias alone.
 
         x (..., K) bf16 | fp16 | fp32 | fp64   weight (N, K) in x's dtype, frozen   A (r, K), B (N, r)   ->   y (..., N)
 
@@ -84,8 +84,9 @@ def _check(x: Tensor, part: Part, tables: segments.Tables, name: str) -> None:
     if x.device != weight.device:
         raise ValueError(f"{name}: x must be on {weight.device} like weight, got {x.device}")
     rows = x.shape[:-1].numel()
-    if len(tables.blocks) != -(-rows // segments.BLOCK):
-        raise ValueError(f"{name}: tables must be of x's {rows} rows, got {len(tables.blocks)} blocks of 256")
+    blocks = tables.blocks.shape[1]
+    if blocks != -(-rows // segments.BLOCK):
+        raise ValueError(f"{name}: tables must be of x's {rows} rows, got {blocks} blocks of 256")
 
 
 class _Call(NamedTuple):

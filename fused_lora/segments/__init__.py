@@ -1,10 +1,10 @@
 """Rows that choose their adapter: plans, the tables that kernels read, and what they mean in plain torch."""
 
 from .formula import backward_ref, dxa_ref, forward_ref, lora_segments_ref, ranks_of
-from .plan import BLOCK, BOX, SIZES, SLICE, Place, Plan, make_plan, size_of
+from .plan import BLOCK, BOX, SIZES, SLICE, Level, Place, Plan, Window, make_plan, size_of
 from .tables import Constants, Tables, constants, tables
 
 __all__ = [
-    "BLOCK", "BOX", "SIZES", "SLICE", "Constants", "Place", "Plan", "Tables", "backward_ref", "constants",
-    "dxa_ref", "forward_ref", "lora_segments_ref", "make_plan", "ranks_of", "size_of", "tables",
+    "BLOCK", "BOX", "SIZES", "SLICE", "Constants", "Level", "Place", "Plan", "Tables", "Window", "backward_ref",
+    "constants", "dxa_ref", "forward_ref", "lora_segments_ref", "make_plan", "ranks_of", "size_of", "tables",
 ]  # fmt: skip

@@ -17,16 +17,13 @@ def ranks_of(A: Tensor, tables: Tables, window: int) -> Tensor:
     return ranks.clamp(max=len(A) - 1)
 
 
-def _own(tables: Tables, M: int, ranks: int) -> Tensor:
-    """(M, ranks) bool: which of the windows' ranks are those of a row's adapter."""
-    words = tables.rows[:M, :1]
-    slices = torch.arange(ranks, device=words.device) // SLICE - (words & 0xFFFFFF)
-    return (slices >= 0) & (slices < words >> 24)
-
-
-def _scale(scales: Tensor, tables: Tables, M: int) -> Tensor:
-    """(M, 1): of each row."""
-    return scales[tables.rows[:M, 1]][:, None]
+def _own(tables: Tables, M: int, window: int) -> tuple[Tensor, Tensor]:
+    """(M, windows' ranks): which are those of a row's adapters, and the slices of the slabs in which these begin."""
+    levels = tables.windows[:, 3].repeat_interleave(window)
+    words, places = tables.rows[:, :M].unbind(2)
+    words = words[levels].T
+    slices = torch.arange(len(levels), device=words.device) // SLICE - (words & 0xFFFFFF)
+    return (slices >= 0) & (slices < words >> 24), places[levels].T
 
 
 def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
@@ -37,23 +34,23 @@ def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
 
     In float16 xa is scale / room of it, and room enters y and dB.
     """
-    compute, M = compute_dtype(x.dtype), len(x)
-    ranks = ranks_of(A, tables, window)
+    compute = compute_dtype(x.dtype)
+    ranks, (own, places) = ranks_of(A, tables, window), _own(tables, len(x), window)
     xc, low, up = x.to(compute), A[ranks].to(compute), B[:, ranks].to(compute)
-    scale, more = _scale(scales, tables, M), room(scales, x.dtype)
+    more = room(scales, x.dtype)
     if more is not None:
-        scale = scale / _scale(more, tables, M)
-        up = up * more[ranks // SLICE]
-    xa = torch.where(_own(tables, M, len(ranks)), (xc @ low.T) * scale, 0).to(x.dtype)
+        scales, up = scales / more, up * more[ranks // SLICE]
+    xa = torch.where(own, (xc @ low.T) * scales[places], 0).to(x.dtype)
     y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
     return y.addmm_(xa.to(compute), up.T).to(x.dtype), xa
 
 
 def dxa_ref(dy, B, scales, tables: Tables, window: int):
     """scale dy B where the ranks are a row's own, else 0, rounded to dy's dtype: (M, windows' ranks)."""
-    compute, M, ranks = compute_dtype(dy.dtype), len(dy), ranks_of(B.T, tables, window)
-    dxa = (dy.to(compute) @ B[:, ranks].to(compute)) * _scale(scales, tables, M)
-    return torch.where(_own(tables, M, len(ranks)), dxa, 0).to(dy.dtype)
+    compute = compute_dtype(dy.dtype)
+    ranks, (own, places) = ranks_of(B.T, tables, window), _own(tables, len(dy), window)
+    dxa = (dy.to(compute) @ B[:, ranks].to(compute)) * scales[places]
+    return torch.where(own, dxa, 0).to(dy.dtype)
 
 
 def backward_ref(dy, x, weight, A, B, xa, dxa, scales, tables: Tables, window: int, needs: Sequence[bool]):
@@ -67,7 +64,8 @@ def backward_ref(dy, x, weight, A, B, xa, dxa, scales, tables: Tables, window: i
     dx = dA = dB = None
     if need_dx:
         dx = torch.addmm(dyc @ weight.to(compute), low, A[ranks].to(compute)).to(x.dtype)
-    has_adapter = tables.rows[: len(x), :1] > 0xFFFFFF  # else a row may hold what is no number, times which 0 is none
+    # Rows without an adapter may hold what is no number, times which 0 is none.
+    has_adapter = (tables.rows[:, : len(x), 0] > 0xFFFFFF).any(0)[:, None]
     if need_dA:
         dA = (low.T @ torch.where(has_adapter, x, 0).to(compute)).to(A.dtype)
     if need_dB:
@@ -83,12 +81,13 @@ def lora_segments_ref(x, weight, bias, adapters, scales, rows: Tensor):
     adapters: (A, B, begins) of each, by whose begins among the windows' ranks `rows`, of the tables, knows its rows.
     """
     flat = x.reshape(-1, x.shape[-1])
-    words = rows[: len(flat), 0]
-    y, scale = flat @ weight.T, scales[rows[: len(flat), 1]][:, None]
+    words, places = rows[:, : len(flat)].unbind(2)
+    first, has_any = words & 0xFFFFFF, words >> 24 > 0
+    y = flat @ weight.T
     for A, B, begins in adapters:
-        first = words & 0xFFFFFF
-        own = (words >> 24 > 0) & torch.stack([first == begin // SLICE for begin in begins]).any(0)
-        low = torch.where(own[:, None], (flat @ A.T * scale).to(x.dtype), 0)
+        own = has_any & torch.stack([first == begin // SLICE for begin in begins]).any(0)  # on each level
+        scale = torch.where(own, scales[places], 0).sum(0)[:, None]
+        low = torch.where(own.any(0)[:, None], (flat @ A.T * scale).to(x.dtype), 0)
         y = y + low @ B.T
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], weight.shape[0])

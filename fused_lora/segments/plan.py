@@ -1,8 +1,9 @@
 """Which ranks of the slabs a pass multiplies, from the adapters of its segments.
 
 The adapters of a linear lie side by side in slabs A (R, K) and B (N, R), each at a place of its own. A segment is rows
-of x that follow one another and have the same adapter, or none. A window is as many ranks as a kernel multiplies at
-once; neighbouring segments whose adapters lie in one window share it. All of this is known before rows are counted.
+of x that follow one another and have the same adapters: none, one, or several whose updates add up, one on each level.
+A window is as many ranks as a kernel multiplies at once; neighbouring segments whose adapters on a level lie in one
+window share it. All of this is known before rows are counted.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,7 @@ def size_of(r: int) -> int:
     return next(size for size in SIZES if r <= size)
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """`rank` is its first one in the slabs; its rows are those of the segments `first` to `last`."""
 
     rank: int
@@ -35,15 +35,26 @@ class Window:
     last: int
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Windows in the order of rows, each of `window` ranks; and of each segment where its ranks begin among theirs, put
-    one after another, and its place. Both are None for a segment without an adapter."""
+class Level(NamedTuple):
+    """Windows in the order of rows; and of each segment where its ranks begin among those of all levels' windows, put
+    one after another, and its place. Both are None for a segment without an adapter here."""
 
-    window: int
     windows: tuple[Window, ...]
     begins: tuple[int | None, ...]
     places: tuple[Place | None, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """At least one level, whose windows have `window` ranks each."""
+
+    window: int
+    levels: tuple[Level, ...]
+
+    @property
+    def windows(self) -> list[Window]:
+        """Of all levels."""
+        return [window for level in self.levels for window in level.windows]
 
     @property
     def ranks(self) -> int:
@@ -51,8 +62,19 @@ class Plan:
         return self.window * len(self.windows)
 
 
-def make_plan(places: Sequence[Place | None], window: int = BOX) -> Plan:
-    """The plan of segments whose adapters have these places; window is at least as large as each of them."""
+def make_plan(places: Sequence[Sequence[Place | None]], window: int = BOX) -> Plan:
+    """The plan of segments whose adapters have these places, level by level; None where a segment has no adapter on a
+    level. window is at least as large as each of them."""
+    depth = max([1, *map(len, places)])
+    levels: list[Level] = []
+    begin = 0
+    for level in range(depth):
+        levels.append(_level([own[level] if level < len(own) else None for own in places], window, begin))
+        begin += window * len(levels[-1].windows)
+    return Plan(window, tuple(levels))
+
+
+def _level(places: Sequence[Place | None], window: int, begin: int) -> Level:
     windows: list[Window] = []
     begins: list[int | None] = []
     before: int | None = None  # the window of the segment before
@@ -63,9 +85,9 @@ def make_plan(places: Sequence[Place | None], window: int = BOX) -> Plan:
             continue
         rank = place.rank // window * window
         if before == rank:
-            windows[-1] = Window(rank, windows[-1].first, segment)
+            windows[-1] = windows[-1]._replace(last=segment)
         else:
             windows.append(Window(rank, segment, segment))
-        begins.append((len(windows) - 1) * window + place.rank - rank)
+        begins.append(begin + (len(windows) - 1) * window + place.rank - rank)
         before = rank
-    return Plan(window, tuple(windows), tuple(begins), tuple(places))
+    return Level(tuple(windows), tuple(begins), tuple(places))

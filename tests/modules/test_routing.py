@@ -101,6 +101,23 @@ def expected(model, names, x):
     )
 
 
+def test_sums_of_adapters():
+    """As the sum of what each adds."""
+    model, x = make(), batch(("a", "b", "c"))
+    names = [("a", "c"), "b", ("c", "b", "a")]
+    linear, base = model.blocks[0].q, x @ model.blocks[0].q.weight.T + model.blocks[0].q.bias
+    with route(linear, names):
+        y = linear(x)
+    added = {}
+    for name in NAMES:
+        with route(linear, name):
+            added[name] = linear(x) - base
+    want = [
+        sum(added[name][i] for name in ((path,) if isinstance(path, str) else path)) for i, path in enumerate(names)
+    ]
+    assert near(y - base, torch.stack(want))
+
+
 MIXED = ("b", "a", "a", "__base__", "c", "b")
 
 

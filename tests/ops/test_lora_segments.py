@@ -34,10 +34,7 @@ class Linear:
         return 0.5 + 0.25 * (adapter % 5)
 
     def routed(self):
-        begins = {}
-        for begin, (adapter, _) in zip(self.plan.begins, self.division.segments, strict=True):
-            if adapter is not None:
-                begins.setdefault(adapter, []).append(begin)
+        begins = self.division.begins()
         of = segments.constants(self.plan, torch.device("cpu"))
         tables = segments.tables(self.plan, of, self.division.ends(), self.division.M)
         adapters = [Adapter(*self.factors[a], self.places[a].rank, tuple(found)) for a, found in begins.items()]
@@ -47,9 +44,9 @@ class Linear:
 
     def by_rows(self, x):
         ys = []
-        for row, adapter in zip(x, self.division.adapters, strict=True):
+        for row, adapters in zip(x, self.division.adapters, strict=True):
             y = self.weight @ row + self.bias
-            if adapter is not None:
+            for adapter in adapters:
                 A, B = self.factors[adapter]
                 y = y + self.scale(adapter) * (B @ (A @ row))
             ys.append(y)

@@ -18,10 +18,10 @@ def places_of(ranks):
 
 @dataclass
 class Division:
-    """Segments (adapter or None, rows) of adapters with these ranks."""
+    """Segments (adapter, several or None; rows) of adapters with these ranks."""
 
     ranks: tuple[int, ...]
-    segments: tuple[tuple[int | None, int], ...]
+    segments: tuple[tuple[int | tuple[int, ...] | None, int], ...]
     behind: int = 0  # rows that no segment has
 
     @property
@@ -30,17 +30,34 @@ class Division:
 
     @property
     def adapters(self):
-        """Of each row."""
-        return [adapter for adapter, count in self.segments for _ in range(count)] + [None] * self.behind
+        """Of each row, all of them."""
+        return [_path(adapters) for adapters, count in self.segments for _ in range(count)] + [()] * self.behind
 
     def ends(self, device="cpu"):
         counts = torch.tensor([count for _, count in self.segments], dtype=torch.int32, device=device)
         return counts.cumsum(0, dtype=torch.int32)
 
+    def paths(self):
+        """The adapters of each segment."""
+        return [_path(adapters) for adapters, _ in self.segments]
+
     def plan(self):
         places, _ = places_of(self.ranks)
         window = max([BOX, *(place.size for place in places)])
-        return make_plan([None if adapter is None else places[adapter] for adapter, _ in self.segments], window)
+        return make_plan([[places[adapter] for adapter in path] for path in self.paths()], window)
+
+    def begins(self):
+        """Of each adapter that has a segment, where its ranks begin among those of the windows: once in each."""
+        found = {}
+        for depth, level in enumerate(self.plan().levels):
+            for path, begin in zip(self.paths(), level.begins, strict=True):
+                if begin is not None and begin not in found.setdefault(path[depth], []):
+                    found[path[depth]].append(begin)
+        return found
+
+
+def _path(adapters):
+    return () if adapters is None else (adapters,) if isinstance(adapters, int) else adapters
 
 
 DIVISIONS = {
@@ -57,22 +74,33 @@ DIVISIONS = {
     "rows behind": Division((16, 16), ((0, 100), (1, 30)), behind=300),
     "empty ones": Division((16,) * 24, tuple((i, {5: 77, 15: 300, 20: 400}.get(i, 0)) for i in range(24))),
     "a row each": Division((16,) * 300, tuple((i, 1) for i in range(300))),
+    "sums of two": Division((16, 8, 64), (((0, 1), 300), ((2, 0), 100), (None, 20), (1, 5), ((0, 1), 90))),
+    "a tree": Division((16,) * 4 + (128,), ((0, 40), ((0, 1), 200), ((0, 1, 2), 30), ((0, 1, 4), 250), ((0, 3), 99))),
     "ranks 1 to 9": Division(tuple(range(1, 10)), ((0, 2), *((i, 3 * i) for i in range(1, 8)), (8, 2))),
 }  # fmt: skip
 
 
 def tables_by_loops(division):
-    """(blocks, windows, rows) as lists."""
-    plan, slices = division.plan(), division.plan().window // SLICE
+    """(blocks, windows, rows) as lists, of all levels one after another."""
+    plan = division.plan()
+    all_blocks, all_windows, all_rows, boxes = [], [], [], 0
+    for number, level in enumerate(plan.levels):
+        blocks, windows, rows, boxes = _level_by_loops(division, plan.window, level, number, len(all_windows), boxes)
+        all_blocks, all_windows, all_rows = all_blocks + blocks, all_windows + windows, all_rows + rows
+    return all_blocks, all_windows, all_rows
+
+
+def _level_by_loops(division, size, level, number, passed, boxes):
+    slices = size // SLICE
     rows = []
-    for (_, count), begin, place in zip(division.segments, plan.begins, plan.places, strict=True):
+    for (_, count), begin, place in zip(division.segments, level.begins, level.places, strict=True):
         word = (0, 0) if place is None else (begin // SLICE | place.size // SLICE << 24, place.rank // SLICE)
         rows += [word] * count
     blocks = -(-division.M // BLOCK)
     rows += [(0, 0)] * (blocks * BLOCK - len(rows))
     begins = [sum(count for _, count in division.segments[:i]) for i in range(len(division.segments) + 1)]
-    windows = [(window.rank, begins[window.first], begins[window.last + 1], 0) for window in plan.windows]
-    found, boxes = [], 0
+    windows = [(window.rank, begins[window.first], begins[window.last + 1], number) for window in level.windows]
+    found = []
     for block in range(blocks):
         first_row = block * BLOCK
         window = 0
@@ -83,10 +111,10 @@ def tables_by_loops(division):
             window += 1
         own = [word for word, _ in rows[first_row : first_row + BLOCK] if word >> 24]
         if not own:
-            found.append((window, boxes, 0, 0))
+            found.append((passed + window, boxes, 0, 0))
             continue
-        low = min(word & 0xFFFFFF for word in own) - slices * window
-        high = max((word & 0xFFFFFF) + (word >> 24) for word in own) - slices * window
-        found.append((window, boxes, low, high))
-        boxes += -(-high // slices) * plan.window // BOX
-    return found, windows, rows
+        low = min(word & 0xFFFFFF for word in own) - slices * (passed + window)
+        high = max((word & 0xFFFFFF) + (word >> 24) for word in own) - slices * (passed + window)
+        found.append((passed + window, boxes, low, high))
+        boxes += -(-high // slices) * size // BOX
+    return found, windows, rows, boxes

@@ -29,9 +29,7 @@ class Problem:
         """y, dx, and dA and dB by place."""
         y, dx = self.x @ self.weight.T + self.bias, self.dy @ self.weight
         dA, dB = torch.zeros_like(self.A), torch.zeros_like(self.B)
-        for row, adapter in enumerate(self.division.adapters):
-            if adapter is None:
-                continue
+        for row, adapter in ((row, each) for row, own in enumerate(self.division.adapters) for each in own):
             place = self.places[adapter]
             own = slice(place.rank, place.rank + place.size)
             xa = self.scales[place.rank // 16] * (self.A[own] @ self.x[row])
@@ -45,7 +43,8 @@ class Problem:
     def by_place(self, dA, dB):
         """Gradients of windows' ranks as those of the slabs."""
         all_dA, all_dB = torch.zeros_like(self.A), torch.zeros_like(self.B)
-        for begin, place in zip(self.plan.begins, self.plan.places, strict=True):
+        each = {pair for level in self.plan.levels for pair in zip(level.begins, level.places, strict=True)}
+        for begin, place in each:
             if place is not None:
                 all_dA[place.rank : place.rank + place.size] += dA[begin : begin + place.size]
                 all_dB[:, place.rank : place.rank + place.size] += dB[:, begin : begin + place.size]
@@ -75,9 +74,10 @@ def test_by_autograd(name):
     problem = Problem(DIVISIONS[name])
     x, A, B = (each.clone().requires_grad_() for each in (problem.x, problem.A, problem.B))
     begins = {place: [] for place in problem.places}
-    for begin, place in zip(problem.plan.begins, problem.plan.places, strict=True):
-        if place is not None:
-            begins[place].append(begin)
+    for level in problem.plan.levels:
+        for begin, place in zip(level.begins, level.places, strict=True):
+            if place is not None:
+                begins[place].append(begin)
     adapters = [
         (A[place.rank : place.rank + place.size], B[:, place.rank : place.rank + place.size], found)
         for place, found in begins.items()
@@ -98,16 +98,16 @@ def test_rows_are_not_touched_by_what_is_no_number_elsewhere():
     problem.A[problem.places[1].rank] = float("inf")
     problem.A[problem.places[2].rank] = float("nan")
     y, _ = forward_ref(problem.x, problem.weight, problem.A, problem.B, problem.bias, *of)
-    rows = torch.tensor([adapter is None for adapter in problem.division.adapters])
+    rows = torch.tensor([not own for own in problem.division.adapters])
     assert torch.equal(y[rows], base[rows])
-    own = torch.tensor([adapter == 0 for adapter in problem.division.adapters])
+    own = torch.tensor([own == (0,) for own in problem.division.adapters])
     assert y[own].isfinite().all()
 
 
 def test_rows_without_adapters_may_hold_anything():
     problem = Problem(DIVISIONS["without adapters in between"])
     want = problem.by_place(*_gradients(problem))
-    bare = torch.tensor([adapter is None for adapter in problem.division.adapters])
+    bare = torch.tensor([not own for own in problem.division.adapters])
     problem.x[bare] = problem.dy[bare] = float("nan")
     for got, expected in zip(problem.by_place(*_gradients(problem)), want, strict=True):
         assert torch.equal(got, expected)
