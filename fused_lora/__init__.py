@@ -14,12 +14,13 @@ from .modules import (
     rename_adapter,
     replace_linear,
     route,
-)  # fmt: skip
+    set_adapter,
+)
 from .ops import lora_linear, merge_
 
 __version__ = "0.1.0"
 __all__ = [
     "LoRABank", "LoRALinear", "ReplaceReport", "adapter_parameters", "add_adapter", "delete_adapter", "explain",
     "load_adapter", "lora_linear", "merge_", "merge_and_unload", "print_trainable_parameters", "rename_adapter",
-    "replace_linear", "route", "save_adapter",
+    "replace_linear", "route", "save_adapter", "set_adapter",
 ]  # fmt: skip

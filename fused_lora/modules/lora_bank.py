@@ -20,7 +20,7 @@ from .slab import Slab
 _keys = itertools.count()
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """One of a bank's: scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
 
@@ -45,7 +45,8 @@ class LoRABank(nn.Module):
     all, each by its own rank; the memory grows as they come, and capacity (ranks) asks for it before: captured CUDA
     graphs read it where it was, so that an adapter that does not fit raises RuntimeError after a capture.
 
-    A forward outside of route() raises RuntimeError. lora_dtype is the adapters', weight's unless it is given.
+    A forward outside of route() raises RuntimeError, but after set_adapter. lora_dtype is the adapters', and weight's
+    unless it is given.
 
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685.
@@ -77,7 +78,8 @@ class LoRABank(nn.Module):
         dtype = lora_dtype or self.weight.dtype
         self._slab = Slab(self.in_features, self.out_features, capacity, self.weight.device, dtype)
         self._captured = False
-        self._key, self._changes = next(_keys), 0  # by which routes know it, and what it had when they were made
+        self._key = next(_keys)  # by which routes know it
+        self._default: routing.route | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, lora_dtype: torch.dtype | None = None, capacity: int = 0) -> "LoRABank":
@@ -152,7 +154,6 @@ class LoRABank(nn.Module):
             parameter = factors._parameters.pop(name)
             parameter.data = parameter.data.clone()  # whoever still holds it has no part of another's memory
         self._slab.give_back(adapter.place)
-        self._changes += 1
 
     def rename_adapter(self, old: str, new: str) -> None:
         """The same parameters under another name. Routes that were made before raise RuntimeError."""
@@ -163,7 +164,6 @@ class LoRABank(nn.Module):
             pairs = [(new if name == old else name, each) for name, each in factors._parameters.items()]
             factors._parameters.clear()
             factors._parameters.update(pairs)
-        self._changes += 1
 
     def adapter(self, name: str) -> Adapter:
         """By name; ValueError for none."""
@@ -212,12 +212,16 @@ class LoRABank(nn.Module):
 
     def __deepcopy__(self, memo):
         new = memo[id(self)] = type(self).__new__(type(self))
-        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
+
+    def __getstate__(self) -> dict:
+        """Without a route, which is of this model."""
+        return vars(self) | {"_default": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._key, self._captured = next(_keys), False
+        self._key, self._captured, self._default = next(_keys), False, None
         self._settle()
 
     # ---- computing

@@ -121,6 +121,17 @@ class route:
         return self._ends * (M // self._shares)
 
 
+def set_adapter(model: nn.Module, name: str | tuple[str, ...] | None) -> None:
+    """What all rows have outside of route(): an adapter, several that add up, or "__base__" for none. At first, and
+    with None, nothing says it, and banks raise RuntimeError there. No factor moves.
+
+    Raises ValueError or TypeError naming the argument, also for a name that no bank of the model has.
+    """
+    default = None if name is None else route(model, [name])
+    for bank in filter(is_bank, model.modules()):
+        bank._default = default
+
+
 def _path(names: str | Sequence[str]) -> tuple[str, ...]:
     """The adapters of a row, of which "__base__" is none."""
     path = tuple(names) if isinstance(names, (tuple, list)) else (names,)
@@ -146,7 +157,7 @@ class _OfBank:
     """What a route says of one bank."""
 
     def __init__(self, bank, paths: Sequence[tuple[str, ...]], places: dict, window: int, device: torch.device):
-        self.changes = bank._changes
+        self.known = {name: bank.adapters.get(name) for path in paths for name in path}
         paths = [[name for name in path if name in places] for path in paths]
         self.plan = segments.make_plan([[places[name] for name in path] for path in paths], window)
         self.constants = segments.constants(self.plan, device)
@@ -160,8 +171,8 @@ class _OfBank:
         self.names = tuple(begins)
 
     def routed(self, bank, route: route, x: Tensor) -> Routed:
-        if self.changes != bank._changes:
-            raise RuntimeError("adapters were deleted or renamed since the route was made: make a new one")
+        if any(bank.adapters.get(name) is not known for name, known in self.known.items()):
+            raise RuntimeError("adapters were deleted, renamed or added since the route was made: make a new one")
         adapters = tuple(Adapter(*bank.factors(name), rank, begins) for name, rank, begins in self.adapters)
         part = bank.part(self.names)
         return Routed(part, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
@@ -202,6 +213,10 @@ def _find(bank) -> route | str:
             if not compiling:
                 recomputing.leave(found)
             return found
+    if now is None and bank._default is not None:
+        if not compiling:
+            recomputing.leave(bank._default)
+        return bank._default
     if now is None:
         return "a LoRABank computes within `with route(model, names)`, which says what adapter a row has"
     recalled = recomputing.recalled()

@@ -1,5 +1,6 @@
 """route() over whole models: which rows meet which adapter, now, in the backward pass and when computed again."""
 
+import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from fused_lora import (
     rename_adapter,
     replace_linear,
     route,
+    set_adapter,
 )  # fmt: skip
 from fused_lora.modules.siblings import LoRASiblings
 from fused_lora.ops import lora_segments
@@ -322,18 +324,57 @@ def test_a_route_ends_with_an_error_too():
 
 
 def test_names_that_changed_since():
+    """Never another adapter's result: also where a name is there again."""
     model, x = make(), batch(MIXED)
-    routed = route(model, "b")
+    routed, other = route(model, "b"), route(model, "a")
     rename_adapter(model, "b", "e")
-    with pytest.raises(RuntimeError, match="deleted or renamed since the route was made"), routed:
+    with pytest.raises(RuntimeError, match="deleted, renamed or added since the route was made"), routed:
         model(x)
     with route(model, "e"):
-        y = model(x)
-    assert y.isfinite().all()
-    routed = route(model, "a")
-    delete_adapter(model, "c")
-    with pytest.raises(RuntimeError, match="deleted or renamed since"), routed:
         model(x)
+    delete_adapter(model, "c")
+    rename_adapter(model, "e", "b")
+    with routed:  # the same adapter
+        model(x)
+    delete_adapter(model, "b")
+    add_adapter(model, "b", 4, 4.0, target_modules=["q", "k", "v", "out"])
+    with pytest.raises(RuntimeError, match="deleted, renamed or added since"), routed:
+        model(x)
+    with other:  # nothing of it has changed
+        model(x)
+
+
+def test_adapters_that_come_into_layers_without_them():
+    model, x = make(), batch(MIXED)
+    routed = route(model, "c")
+    model.blocks[0].k.add_adapter("c", 4)
+    with pytest.raises(RuntimeError, match="deleted, renamed or added since"), routed:
+        model(x)
+
+
+def test_set_adapter():
+    model, x = make(), batch(MIXED)
+    set_adapter(model, "b")
+    assert near(model(x), expected(model, ["b"] * 6, x))
+    with route(model, "a"):
+        assert near(model(x), expected(model, ["a"] * 6, x))
+    with pytest.raises(RuntimeError, match="within `with route"):
+        copy.deepcopy(model)(x)
+    set_adapter(model, "__base__")
+    assert near(model(x), expected(model, ["__base__"] * 6, x))
+    with pytest.raises(ValueError, match="got 'z'"):
+        set_adapter(model, "z")
+    set_adapter(model, None)
+    with pytest.raises(RuntimeError, match="within `with route"):
+        model(x)
+
+
+def test_set_adapter_and_a_checkpoint():
+    model, x = make({"use_reentrant": False}), batch(MIXED).requires_grad_()
+    set_adapter(model, "b")
+    y = model(x)
+    set_adapter(model, "a")
+    assert_gradients(gradients(model, y.square().sum()), gradients_alone(model, ["b"] * 6, x.detach()))
 
 
 def test_adapters_may_come_while_a_route_is_there():
