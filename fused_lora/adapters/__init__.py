@@ -1,6 +1,7 @@
-"""Adapters as files: those of PEFT, written from LoRALinear layers and read into them."""
+"""Adapters as files, those of PEFT, and as trees."""
 
 from .loading import load_adapter
 from .saving import save_adapter
+from .tree import AdapterTree
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["AdapterTree", "load_adapter", "save_adapter"]
