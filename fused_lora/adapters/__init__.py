@@ -1,7 +1,8 @@
-"""Adapters as files, those of PEFT, and as trees."""
+"""Adapters as files, those of PEFT, and as trees, and a cache of them."""
 
+from .cache import AdapterCache
 from .loading import load_adapter
 from .saving import save_adapter
 from .tree import AdapterTree
 
-__all__ = ["AdapterTree", "load_adapter", "save_adapter"]
+__all__ = ["AdapterCache", "AdapterTree", "load_adapter", "save_adapter"]

@@ -12,6 +12,7 @@ from .fusing import fuse as fuse_layers
 from .lora_bank import LoRABank
 from .protocol import is_bank
 from .report import ReplaceReport
+from .selection import Selection
 from .targets import find_targets, raise_none
 
 
@@ -56,13 +57,7 @@ def add_adapter(
         warnings.warn(f"{entry} matches no layer that gets the adapter", stacklevel=2)
         report.unmatched.append(entry)
     _add_to_all(every, name, asked)
-    new = {id(linear): bank for linear, bank in zip(linears, made.values(), strict=True)}
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():  # named_children would skip a module's second name
-            if id(child) in new:
-                parent._modules[child_name] = new[id(child)]
-    for bank in made.values():
-        bank.take_base()
+    _install(model, linears, list(made.values()))
     for layer in banks:
         del report.skipped[layer]
     report.adapted = list(every)
@@ -72,6 +67,31 @@ def add_adapter(
     if fuse == "auto" and made:
         report.groups, report.mlps = fuse_layers(model, list(made.values()))
     return report
+
+
+def banks_for(
+    model: nn.Module, selection: Selection, lora_dtype: torch.dtype | None, capacity: int, fuse: str = "auto"
+) -> dict[str, LoRABank]:
+    """The linears that are selected as banks, in the model's order: those that are some already, and new ones."""
+    report, linears, banks = find_targets(model, selection)
+    if not linears and not banks:
+        raise_none(report, selection)
+    made = [LoRABank.beside(linear, lora_dtype, capacity) for linear in linears]
+    _install(model, linears, made)
+    if fuse == "auto" and made:
+        fuse_layers(model, made)
+    wanted = {*map(id, banks.values()), *map(id, made)}
+    return {layer: module for layer, module in model.named_modules() if id(module) in wanted}
+
+
+def _install(model: nn.Module, linears: list[nn.Linear], banks: list[LoRABank]) -> None:
+    new = {id(linear): bank for linear, bank in zip(linears, banks, strict=True)}
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():  # named_children would skip a module's second name
+            if id(child) in new:
+                parent._modules[child_name] = new[id(child)]
+    for bank in banks:
+        bank.take_base()
 
 
 def _config(config, **given) -> LoRAConfig:

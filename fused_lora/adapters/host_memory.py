@@ -1,0 +1,100 @@
+"""Blobs: adapters in one slab of the host's memory, each in one piece, and their way into the slabs of banks."""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from ..modules.slab import Slab
+from ..segments import Place
+from . import files
+
+
+class Blobs:
+    """A blob has r rows of A and r of B^T for each layer, zeros where an adapter has fewer, in the order of the layers:
+    so it moves by one copy, and what was in a slot before is gone.
+
+    On a GPU the memory is pinned, and blobs move on a stream of their own: to a buffer on the device, and from there to
+    their rows in the slabs.
+    """
+
+    def __init__(self, slabs: dict[str, Slab], r: int, count: int):
+        self._slabs, self._r = slabs, r
+        first = next(iter(slabs.values())).A
+        self._device, dtype = first.device, first.dtype
+        self._size = sum(r * (slab.A.shape[1] + slab.up.shape[1]) for slab in slabs.values())
+        self._host = torch.zeros(count, self._size, dtype=dtype)
+        self._of: dict[str, int] = {}
+        self._free = list(range(count))[::-1]
+        self._stream = self._staging = None
+        if self._device.type == "cuda":
+            _pin(self._host)
+            weakref.finalize(self, _unpin, self._host)
+            self._stream = torch.cuda.Stream(self._device)
+            self._staging = torch.empty(self._size, dtype=dtype, device=self._device)
+
+    def _rows(self, blob: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (r, K) and B^T (r, N) of each layer in a blob."""
+        found, at = {}, 0
+        for layer, slab in self._slabs.items():
+            pair = []
+            for width in (slab.A.shape[1], slab.up.shape[1]):
+                pair.append(blob[at : at + self._r * width].view(self._r, width))
+                at += self._r * width
+            found[layer] = tuple(pair)
+        return found
+
+    def write(self, name: str, factors: dict[str, dict[str, Tensor]]) -> None:
+        """A new blob. RuntimeError where there is no room."""
+        if not self._free:
+            raise RuntimeError(f"the host's memory holds {len(self._host)} adapters, and has them: remove one")
+        self._of[name] = self._free.pop()
+        blob = self._host[self._of[name]].zero_()
+        rows = self._rows(blob)
+        for layer, pair in factors.items():
+            A, up = rows[layer]
+            own_A, own_B = (pair[which].detach() for which in files.FACTORS)
+            A[: len(own_A)].copy_(own_A)
+            up[: len(own_A)].copy_(own_B.t())
+
+    def free(self, name: str) -> None:
+        """Its room is the next one's."""
+        if name in self._of:
+            self._free.append(self._of.pop(name))
+
+    def bring(self, name: str, places: dict[str, Place], after: torch.Event | None) -> torch.Event | None:
+        """Into the rows of the slabs, behind an event; the event behind which it is there, or None: it is."""
+        blob = self._host[self._of[name]]
+        if self._stream is None:
+            self._spread(blob, places)
+            return None
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            self._staging.copy_(blob, non_blocking=True)
+            self._spread(self._staging, places)
+            return self.mark()
+
+    def _spread(self, blob: Tensor, places: dict[str, Place]) -> None:
+        to, of = [], []
+        for layer, pair in self._rows(blob).items():
+            slab, rank = self._slabs[layer], places[layer].rank
+            to += [slab.A[rank : rank + self._r], slab.up[rank : rank + self._r]]
+            of += pair
+        torch._foreach_copy_(to, of, non_blocking=True)
+
+    def mark(self) -> torch.Event | None:
+        """An event on the current stream."""
+        return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+
+
+def _pin(tensor: Tensor) -> None:
+    """Where it lies: torch's own pinned memory comes in powers of two."""
+    runtime = torch.cuda.cudart()
+    error = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0)
+    if int(error) != 0:
+        raise RuntimeError(f"the host has no memory that can be pinned: {tensor.numel() * tensor.element_size()} bytes")
+
+
+def _unpin(tensor: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())

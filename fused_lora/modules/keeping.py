@@ -1,0 +1,211 @@
+"""Keeping: the adapters of a bank, and the memory in which they lie."""
+
+import copy
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..segments import SIZES, Place, size_of
+from .routing import check_name, route
+from .slab import Slab
+
+_keys = itertools.count()
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One of a bank's: scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    place: Place
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class Keeping(nn.Module):
+    """What LoRABank has of it: lora_A, lora_B and adapters, beside a weight."""
+
+    weight: Tensor
+
+    def __init__(self, K: int, N: int, ranks: int, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Module(), nn.Module()
+        self.adapters: dict[str, Adapter] = {}
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}  # factors that are no parameters: a cache's
+        self._slab = Slab(K, N, ranks, device, dtype)
+        self._captured = False
+        self._key = next(_keys)  # by which routes know it
+        self._default: route | None = None
+
+    def add_adapter(self, name: str, r: int, lora_alpha: float = 1.0, use_rslora: bool = False) -> None:
+        """A new one: A kaiming-uniform with a = sqrt 5, B zero."""
+        self.check_new(name, r, lora_alpha)
+        place = self._room(size_of(r))
+        self._slab.take(place)
+        self.adapters[name] = Adapter(r, lora_alpha, use_rslora, place)
+        A, B = self._slab.factors(place, r)
+        self.lora_A.register_parameter(name, nn.Parameter(A))
+        self.lora_B.register_parameter(name, nn.Parameter(B))
+        self._slab.rescale(place, self.adapters[name].scaling)
+        self.reset_lora_parameters(name)
+
+    def check_new(self, name: str, r: int, lora_alpha: float) -> None:
+        """Whether add_adapter would succeed, but for memory."""
+        self.check_name(name)
+        checks.check_rank(r)
+        if r > SIZES[-1]:
+            raise ValueError(f"r must be at most {SIZES[-1]} in a bank, got {r}")
+        checks.check_scale("lora_alpha", lora_alpha)
+        if self._captured and self._slab.find(size_of(r)) is None:
+            raise RuntimeError(
+                "a captured CUDA graph reads the adapters where they lie, and there is no room for another one: "
+                "ask for it by capacity= before graphs are captured"
+            )
+
+    def check_name(self, name: str) -> None:
+        """Whether an adapter more can have it."""
+        check_name("name", name)
+        if name in self.adapters:
+            raise ValueError(f"name must be new, got {name!r}, which the bank has")
+        if hasattr(self.lora_A, name):
+            raise ValueError(f"name must be none that every nn.Module has, got {name!r}")
+
+    def _room(self, size: int) -> Place:
+        place = self._slab.find(size)
+        while place is None:
+            self._slab.grow()
+            self._settle()
+            place = self._slab.find(size)
+        return place
+
+    def reserve(self, r: int) -> Place:
+        """Room for adapters that are held."""
+        place = self._room(size_of(r))
+        self._slab.take(place)
+        return place
+
+    def hold(self, name: str, adapter: Adapter) -> None:
+        """An adapter whose factors somebody else brings into its place: no parameters of the bank."""
+        self.check_name(name)
+        self.adapters[name] = adapter
+        self._held[name] = self._slab.factors(adapter.place, adapter.r)
+        self._slab.rescale(adapter.place, adapter.scaling)
+
+    def drop(self, name: str) -> None:
+        """Undoes hold. Passes that saved the factors and routes that were made before raise RuntimeError."""
+        for factor in self._held.pop(name):
+            torch.autograd.graph.increment_version(factor)
+        del self.adapters[name]
+
+    def delete_adapter(self, name: str) -> None:
+        """Its memory is free for the next one. Routes that were made before raise RuntimeError."""
+        adapter = self.adapter(name)
+        if name in self._held:
+            raise ValueError(f"name must be no adapter of a cache, got {name!r}")
+        del self.adapters[name]
+        for factors in (self.lora_A, self.lora_B):
+            parameter = factors._parameters.pop(name)
+            parameter.data = parameter.data.clone()  # whoever still holds it has no part of another's memory
+        self._slab.give_back(adapter.place)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """The same parameters under another name. Routes that were made before raise RuntimeError."""
+        self.adapter(old)
+        self.check_name(new)
+        if old in self._held:
+            raise ValueError(f"old must be no adapter of a cache, got {old!r}")
+        self.adapters = {new if name == old else name: each for name, each in self.adapters.items()}
+        for factors in (self.lora_A, self.lora_B):
+            pairs = [(new if name == old else name, each) for name, each in factors._parameters.items()]
+            factors._parameters.clear()
+            factors._parameters.update(pairs)
+
+    def adapter(self, name: str) -> Adapter:
+        """By name; ValueError for none."""
+        if name not in self.adapters:
+            raise ValueError(f"name must be one of the bank's adapters ({_listed(self.adapters)}), got {name!r}")
+        return self.adapters[name]
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, name: str) -> None:
+        """A kaiming-uniform with a = sqrt 5, that is U(-1/sqrt(K), 1/sqrt(K)); B zero."""
+        self.adapter(name)
+        nn.init.kaiming_uniform_(self.lora_A._parameters[name], a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B._parameters[name])
+
+    def set_lora_alpha(self, name: str, lora_alpha: float, use_rslora: bool | None = None) -> None:
+        """The scale changes in place: nothing recompiles, and captured CUDA graphs see it."""
+        checks.check_scale("lora_alpha", lora_alpha)
+        adapter = self.adapter(name)
+        adapter.lora_alpha = lora_alpha
+        adapter.use_rslora = adapter.use_rslora if use_rslora is None else use_rslora
+        self._slab.rescale(adapter.place, adapter.scaling)
+
+    # ---- where factors lie
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """After parameters or the slab may have moved: the same parameters, with their values, in the slab."""
+        first = next(iter(self.lora_A._parameters.values()), None)
+        dtype = self._slab.A.dtype if first is None else first.dtype
+        self._slab.move(self.weight.device if first is None else first.device, dtype)
+        for name, adapter in self.adapters.items():
+            self._slab.rescale(adapter.place, adapter.scaling)
+            if name in self._held:
+                self._held[name] = self._slab.factors(adapter.place, adapter.r)
+                continue
+            for factor, own in zip(self.factors(name), self._slab.factors(adapter.place, adapter.r), strict=True):
+                if not _is_there(factor, own):
+                    own.copy_(factor)
+                    factor.data = own
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """An adapter's A and B."""
+        if name in self._held:
+            return self._held[name]
+        return self.lora_A._parameters[name], self.lora_B._parameters[name]
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._settle()
+        return self
+
+    def __deepcopy__(self, memo):
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict:
+        """Without a route and a cache's adapters, which are of this model."""
+        own = {name: each for name, each in self.adapters.items() if name not in self._held}
+        return vars(self) | {"_default": None, "_held": {}, "adapters": own}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._key, self._captured, self._default = next(_keys), False, None
+        self._settle()
+
+    def note_capture(self) -> None:
+        """A CUDA graph reads the slab where it lies now."""
+        self._captured = True
+
+    def _is_settled(self, name: str) -> bool:
+        adapter = self.adapters[name]
+        return all(map(_is_there, self.factors(name), self._slab.factors(adapter.place, adapter.r)))
+
+
+def _is_there(factor: Tensor, own: Tensor) -> bool:
+    return factor.data_ptr() == own.data_ptr() and factor.dtype == own.dtype and factor.stride() == own.stride()
+
+
+def _listed(names) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "it has none"
