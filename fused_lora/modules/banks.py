@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import checks
 from .config import LoRAConfig, asked_for, fields_of, forget, remember, remembered
+from .freezing import freeze_all_but_updates
 from .fusing import fuse as fuse_layers
 from .lora_bank import LoRABank
 from .protocol import is_bank
@@ -30,13 +31,15 @@ def add_adapter(
     lora_dtype: torch.dtype | None = None,
     capacity: int = 0,
     fuse: str = "auto",
+    freeze: bool = False,
 ) -> ReplaceReport:
     """One adapter more for linears of a model, under a name by which route() gives it rows: nn.Linear modules become
     LoRABank layers, in place, and those that are some get it beside the ones that they have.
 
     target_modules, exclude_modules, rank_pattern, alpha_pattern and config choose the layers and their r and lora_alpha
     as in replace_linear, each time anew: adapters may differ in all of it. lora_dtype and capacity (ranks) are those of
-    new banks, and fuse is replace_linear's. The bases stop requiring gradients; everything else is left as it was.
+    new banks, and fuse is replace_linear's. The bases stop requiring gradients; everything else is left as it was, but
+    with freeze=True all but adapters stops too.
 
     Raises ValueError naming the argument, RuntimeError where a captured CUDA graph leaves no room; nothing has changed
     then. LoRA: Hu et al. 2021, arXiv:2106.09685.
@@ -63,6 +66,8 @@ def add_adapter(
     report.adapted = list(every)
     if config is not None:
         remember(model, fields_of(config), name)
+    if freeze:
+        freeze_all_but_updates(model)
     report.count(model)
     if fuse == "auto" and made:
         report.groups, report.mlps = fuse_layers(model, list(made.values()))

@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import checks
 from .config import LoRAConfig, asked_for, fields_of, remember
+from .freezing import freeze_all_but_updates
 from .fusing import fuse as fuse_layers
 from .lora_linear import LoRALinear
 from .report import ReplaceReport
@@ -125,7 +126,7 @@ def convert(
     for layer in layers.values():
         layer.take_base(train_bias=config.bias != "none")
     if freeze:
-        _freeze_all_but_updates(model)
+        freeze_all_but_updates(model)
     if config.bias == "all":
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":
@@ -134,11 +135,3 @@ def convert(
     if fuse == "auto":
         report.groups, report.mlps = fuse_layers(model, report.layers(model))
     return report
-
-
-def _freeze_all_but_updates(model: nn.Module) -> None:
-    """LoRALinear layers, those of an earlier call too, have frozen what is not to train of their own."""
-    for module in model.modules():
-        if not isinstance(module, LoRALinear):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)

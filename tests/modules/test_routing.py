@@ -517,3 +517,15 @@ def test_banks_of_very_different_ranks():
     delete_adapter(model, "a")
     with route(model, "b"):
         assert near(model(x)[1], y[1])
+
+
+def test_freeze_leaves_adapters():
+    torch.manual_seed(0)
+    model = Model()
+    add_adapter(model, "a", 4, 4.0, target_modules=["q", "v"])
+    report = add_adapter(model, "b", 4, 4.0, target_modules=["q"], freeze=True)
+    assert "outside the updates" not in str(report)
+    replace_linear(model, 2, 2.0, target_modules=["out"], freeze=True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in trained)
+    assert {"blocks.0.q.lora_A.a", "blocks.0.q.lora_B.b", "blocks.1.v.lora_A.a", "blocks.1.out.lora_A"} <= trained
