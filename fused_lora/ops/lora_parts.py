@@ -221,18 +221,26 @@ def _empty_dbias(x: Tensor, part: Part, size: int) -> Tensor:
     return x.new_empty(size, dtype=x.dtype if part.bias is None else part.bias.dtype)
 
 
+def _empty_grads(each, of: Segments | None) -> tuple[Tensor, Tensor]:
+    """dA and dB."""
+    part, need_dA, need_dB, _ = each
+    if of is not None:
+        return segmented.empty_grads(part, of, need_dA, need_dB)
+    return part.A.new_empty(part.A.shape if need_dA else 0), part.B.new_empty(part.B.shape if need_dB else 0)
+
+
 def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factors, ys, tables=None, window=0):
     parts, x = unflatten(tensors), xs[0]
     if act:
         M, F = gated[0].shape
         rows = (M, M, 0 if factors else M)
         return [*(padding.empty(each, F, x) for each in rows), padding.empty(M, xas[0].shape[1], x)]
-    segments = segmented.unflatten(tables, window, len(parts))
-    each = list(zip(segmented.with_ranks(parts, segments), *columns(needs, len(parts)), strict=True))
+    each = list(zip(parts, *columns(needs, len(parts)), strict=True))
+    dAs, dBs = zip(*map(_empty_grads, each, segmented.unflatten(tables, window, len(parts))), strict=True)
     return [
         x.new_empty(x.shape if need_dx else 0),
-        *(part.A.new_empty(part.A.shape if need else 0) for part, need, _, _ in each),
-        *(part.B.new_empty(part.B.shape if need else 0) for part, _, need, _ in each),
+        *dAs,
+        *dBs,
         *(_empty_dbias(x, part, part.weight.shape[0] if need else 0) for part, _, _, need in each),
         *(x.new_empty(0 if y is None else y.shape[-1], dtype=checks.scale_dtype(x)) for y in ys),
     ]

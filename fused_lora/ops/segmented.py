@@ -3,7 +3,8 @@ their ranks a row has.
 
     weight (N, K)   A (R, K)   B (N, R)   scale (R / 16,), of each slice of 16 ranks
 
-xa and dxa, dA and dB are of the ranks of the pass's windows (segments/plan.py), one window after another.
+xa and dxa, dA and dB are of the ranks of the pass's windows (segments/plan.py), one window after another, dB by
+columns.
 """
 
 from collections.abc import Sequence
@@ -39,14 +40,11 @@ def unflatten(tensors: Sequence[Tensor] | None, window: int, parts: int) -> list
     return [Segments(segments.Tables(*tensors[i * size : (i + 1) * size]), window) for i in range(parts)]
 
 
-def with_ranks(parts: Sequence[Part], each: Sequence[Segments | None]) -> list[Part]:
-    """Parts with factors of the sizes that gradients have."""
-    return [part if of is None else _of_ranks(part, of.ranks) for part, of in zip(parts, each, strict=True)]
-
-
-def _of_ranks(part: Part, ranks: int) -> Part:
-    (N, K), A, B = part.weight.shape, part.A, part.B
-    return part._replace(A=A.new_empty(ranks, K), B=B.new_empty(N, ranks))
+def empty_grads(part: Part, of: Segments, need_dA: bool, need_dB: bool) -> tuple[Tensor, Tensor]:
+    """dA and dB, or what stands for one that is not needed."""
+    N, K = part.weight.shape
+    dA = part.A.new_empty((of.ranks, K) if need_dA else 0)
+    return dA, part.B.new_empty(of.ranks, N).t() if need_dB else part.B.new_empty(0)
 
 
 def forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:

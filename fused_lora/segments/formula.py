@@ -20,10 +20,10 @@ def ranks_of(A: Tensor, tables: Tables, window: int) -> Tensor:
 def _own(tables: Tables, M: int, window: int) -> tuple[Tensor, Tensor]:
     """(M, windows' ranks): which are those of a row's adapters, and the slices of the slabs in which these begin."""
     levels = tables.windows[:, 3].repeat_interleave(window)
-    words, places = tables.rows[:, :M].unbind(2)
-    words = words[levels].T
+    words, places = tables.rows[:, :M].transpose(0, 1).unbind(2)
+    words = words[:, levels]
     slices = torch.arange(len(levels), device=words.device) // SLICE - (words & 0xFFFFFF)
-    return (slices >= 0) & (slices < words >> 24), places[levels].T
+    return (slices >= 0) & (slices < words >> 24), places[:, levels]
 
 
 def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
