@@ -121,6 +121,7 @@ class AdapterCache:
         self._check_new(name)
         tensors = {layer: dict(zip(files.FACTORS, pair, strict=True)) for layer, pair in factors.items()}
         layers = {layer: (len(A), float(lora_alpha), use_rslora) for layer, (A, _) in factors.items()}
+        checks.check_scale("lora_alpha", lora_alpha)
         entry = _Entry(None)
         self._keep(name, entry, layers, tensors)
         self._entries[name] = entry
@@ -169,6 +170,10 @@ class AdapterCache:
             errors = shape_errors(layer, factors[layer], r, self._banks[layer].weight.shape)
             if errors:
                 raise ValueError(f"{name}: {errors[0]}")
+            if not all(tensor.isfinite().all() for tensor in factors[layer].values()):
+                raise ValueError(
+                    f"the factors of {name} in {layer} must be finite: they would spoil other adapters' rows"
+                )
         self._blobs.write(name, factors)
         entry.layers = layers
 
@@ -182,6 +187,8 @@ class AdapterCache:
                 self._resident.move_to_end(name)
                 continue
             self._read(name)
+            for layer in self._entries[name].layers:
+                self._banks[layer].check_name(name)
             self._fill(self._free_slot(), name)
 
     def _free_slot(self) -> _Slot:
@@ -232,6 +239,8 @@ class CacheRoute:
 
     def __init__(self, cache: AdapterCache, names: str | Sequence[str], rows):
         self._cache, self._names, self._rows = cache, names, rows
+        if not isinstance(names, (str, list, tuple)):
+            raise TypeError(f"names must be a str, a list or a tuple, got {type(names).__name__}")
         each = [names] if isinstance(names, str) else names
         self._used = sorted({one for path in each for one in ((path,) if isinstance(path, str) else path)} - {BASE})
         for name in self._used:

@@ -21,6 +21,11 @@ class Blobs:
     def __init__(self, slabs: dict[str, Slab], r: int, count: int):
         self._slabs, self._r = slabs, r
         first = next(iter(slabs.values())).A
+        kinds = {(slab.A.dtype, slab.A.device) for slab in slabs.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"a cache's layers must have factors of one dtype on one device, got {sorted(map(str, kinds))}"
+            )
         self._device, dtype = first.device, first.dtype
         self._size = sum(r * (slab.A.shape[1] + slab.up.shape[1]) for slab in slabs.values())
         self._host = torch.zeros(count, self._size, dtype=dtype)

@@ -133,7 +133,7 @@ class AdapterTree:
     def add(self, name: str, parent: str | None = None, **options) -> None:
         """A node under another one, or a root. Its delta is a new adapter where options are given, which are
         add_adapter's; else the model's adapter of this name, or none."""
-        check_name("name", name)
+        _check_folder("name", name)
         if name in self._parents:
             raise ValueError(f"name must be new, got {name!r}, which is a node")
         if parent is not None:
@@ -141,6 +141,7 @@ class AdapterTree:
         if options:
             add_adapter(self.model, name, **options)
         self._parents[name] = parent
+        self._changed()
 
     def remove(self, name: str) -> None:
         """A node without children, and its delta."""
@@ -155,7 +156,7 @@ class AdapterTree:
     def rename(self, old: str, new: str) -> None:
         """A node, and its delta: the same parameters."""
         self._check("old", old)
-        check_name("new", new)
+        _check_folder("new", new)
         if new in self._parents:
             raise ValueError(f"new must be the name of no node, got {new!r}")
         if self.has_delta(old):
@@ -245,6 +246,13 @@ class AdapterTree:
         return tree
 
 
+def _check_folder(argument: str, name: str) -> None:
+    """Whether an adapter and its folder may be called so."""
+    check_name(argument, name)
+    if "/" in name or "\\" in name:
+        raise ValueError(f"{argument} must have no slashes, since its folder has its name, got {name!r}")
+
+
 def _read_index(folder: Path) -> dict[str, dict]:
     """Nodes by name, parents before their children."""
     if not folder.is_dir():
@@ -254,6 +262,7 @@ def _read_index(folder: Path) -> dict[str, dict]:
             nodes = json.loads(place(INDEX).read_text())["nodes"]
             known: set[str | None] = {None}
             for name, node in nodes.items():
+                _check_folder("a node", name)
                 if node["parent"] not in known or type(node["delta"]) is not bool:
                     raise ValueError(f"{name} has the parent {node['parent']!r}")
                 known.add(name)

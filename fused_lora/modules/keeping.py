@@ -3,12 +3,14 @@
 import copy
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..ops.autograd import watched
 from ..segments import SIZES, Place, size_of
 from .routing import check_name, route
 from .slab import Slab
@@ -24,6 +26,7 @@ class Adapter:
     lora_alpha: float
     use_rslora: bool
     place: Place
+    serial: int = field(default_factory=itertools.count().__next__)  # no other adapter's
 
     @property
     def scaling(self) -> float:
@@ -44,6 +47,7 @@ class Keeping(nn.Module):
         self._captured = False
         self._key = next(_keys)  # by which routes know it
         self._default: route | None = None
+        self.register_load_state_dict_post_hook(_settle_loaded)
 
     def add_adapter(self, name: str, r: int, lora_alpha: float = 1.0, use_rslora: bool = False) -> None:
         """A new one: A kaiming-uniform with a = sqrt 5, B zero."""
@@ -153,19 +157,42 @@ class Keeping(nn.Module):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """After parameters or the slab may have moved: the same parameters, with their values, in the slab."""
+        """After parameters or the slab may have moved: the same parameters, with their values, in the slab. What was
+        there before stays whose it was: the slab then is other memory, but where a captured graph reads it."""
         first = next(iter(self.lora_A._parameters.values()), None)
-        dtype = self._slab.A.dtype if first is None else first.dtype
-        self._slab.move(self.weight.device if first is None else first.device, dtype)
+        if first is not None:
+            self._slab.move(first.device, first.dtype)
+        if not self._captured and not all(self._is_settled(name) for name in self.adapters if name not in self._held):
+            self._slab.renew()
         for name, adapter in self.adapters.items():
             self._slab.rescale(adapter.place, adapter.scaling)
-            if name in self._held:
-                self._held[name] = self._slab.factors(adapter.place, adapter.r)
+            own = self._slab.factors(adapter.place, adapter.r)
+            if self._is_settled(name):
                 continue
-            for factor, own in zip(self.factors(name), self._slab.factors(adapter.place, adapter.r), strict=True):
-                if not _is_there(factor, own):
-                    own.copy_(factor)
-                    factor.data = own
+            if name in self._held:
+                self._held[name] = own
+                continue
+            for factor, place in zip(self.factors(name), own, strict=True):
+                place.copy_(factor)
+                factor.data = place
+
+    def settle(self, names: Iterable[str]) -> None:
+        """After whatever may have happened to the parameters of these adapters."""
+        if not watched() and not all(map(self._is_settled, names)):
+            self._settle()
+
+    @torch.no_grad()
+    def slabs_with(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """A and B^T of all adapters, where these adapters' factors are what stands for their parameters now, as
+        torch.func.functional_call puts something there."""
+        if watched() or torch.compiler.is_compiling() or all(map(self._is_settled, names)):
+            return self._slab.A, self._slab.up
+        A, up = torch.zeros_like(self._slab.A), torch.zeros_like(self._slab.up)
+        for name in names:
+            rows = slice(self.adapters[name].place.rank, self.adapters[name].place.rank + self.adapters[name].r)
+            own_A, own_B = self.factors(name)
+            A[rows], up[rows] = own_A, own_B.t()
+        return A, up
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """An adapter's A and B."""
@@ -175,6 +202,9 @@ class Keeping(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
+        if not self.adapters:
+            like = fn(self._slab.A[:0])
+            self._slab.move(like.device, like.dtype)
         self._settle()
         return self
 
@@ -200,6 +230,11 @@ class Keeping(nn.Module):
     def _is_settled(self, name: str) -> bool:
         adapter = self.adapters[name]
         return all(map(_is_there, self.factors(name), self._slab.factors(adapter.place, adapter.r)))
+
+
+def _settle_loaded(bank: Keeping, _) -> None:
+    """After load_state_dict, which may have put other parameters there."""
+    bank._settle()
 
 
 def _is_there(factor: Tensor, own: Tensor) -> bool:

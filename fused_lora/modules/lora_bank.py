@@ -116,10 +116,8 @@ class LoRABank(Keeping):
 
     def part(self, names: Iterable[str]) -> ops.Part:
         """The linear with the slabs, in which the factors of these adapters are what their parameters are now."""
-        if not torch.compiler.is_compiling() and not all(map(self._is_settled, names)):
-            self._settle()
-        slab = self._slab
-        return ops.Part(parameter(self, "weight"), slab.A, slab.B, parameter(self, "bias"), slab.scales)
+        A, up = self.slabs_with(tuple(names))
+        return ops.Part(parameter(self, "weight"), A, up.t(), parameter(self, "bias"), self._slab.scales)
 
     def extra_repr(self) -> str:
         return (

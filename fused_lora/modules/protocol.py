@@ -82,4 +82,6 @@ def _routed_obstacle(routed: list[Routed], parts: list, gated: bool) -> str | No
         return "rows have adapters of their own in some of its layers, and not in others"
     if len(parts) > MOST_PARTS:
         return f"they are more than {MOST_PARTS}"
+    if len({part.window for part in routed}) > 1:
+        return "their routes have windows of several sizes"
     return "no kernel computes a gated MLP whose rows have adapters of their own" if gated else None

@@ -14,17 +14,17 @@ def in_backward() -> int | None:
     return None if task == -1 else task
 
 
-def leave(value: object) -> None:
-    """Lets recalled() find `value` when this call is computed again, if a checkpoint is around it that can do that."""
+def leave(key: int, value: object) -> None:
+    """Lets recalled(key) find `value` when this call is computed again, if a checkpoint around it can do that."""
     frame = _cell("_checkpoint_hook", "frame")
     if frame is not None:
-        setattr(frame, NAME, value)
+        vars(frame).setdefault(NAME, {})[key] = value
 
 
-def recalled() -> object | None:
+def recalled(key: int) -> object | None:
     """What was left when this call was computed first; None where that is not known."""
     frame = _cell("_recomputation_hook", "target_frame_ref")
-    return None if frame is None else getattr(frame(), NAME, None)
+    return None if frame is None else vars(frame()).get(NAME, {}).get(key)
 
 
 def _cell(hook: str, variable: str):

@@ -44,11 +44,13 @@ class route:
     follow one another are a segment; names may come again. The fewer segments, the faster; the order does not matter.
 
     A backward pass, and what a checkpoint without reentry computes again, have the adapters of their forward, whatever
-    was routed since. In captured CUDA graphs a route keeps its names, and divide() changes what rows they have.
+    was routed since. In captured CUDA graphs a route keeps its names, and divide() changes what rows they have. Threads
+    have routes of their own; generators that take turns in one thread share them, and the innermost counts.
 
     Raises ValueError or TypeError naming the argument, also for a name that no bank of the model has.
     """
 
+    @torch.inference_mode(False)  # what is kept may be read by a pass that is differentiated
     def __init__(
         self,
         model: nn.Module,
@@ -58,7 +60,12 @@ class route:
         banks = {bank._key: bank for bank in model.modules() if is_bank(bank)}
         if not banks:
             raise ValueError("model must have a LoRABank, got none: add_adapter makes them")
+        if not isinstance(names, (str, list, tuple)):
+            raise TypeError(f"names must be a str, a list or a tuple, got {type(names).__name__}")
         paths = [_path(each) for each in ([names] if isinstance(names, str) else names)]
+        if not paths:
+            raise ValueError("names must have at least one entry")
+        self._model, self._banks = model, list(banks.values())
         known = {name for bank in banks.values() for name in bank.adapters}
         unknown = sorted({name for path in paths for name in path} - known)
         if unknown:
@@ -70,7 +77,7 @@ class route:
             self._paths, counts = [path for path, _ in runs], [count for _, count in runs]
         else:
             self._paths, counts = paths, rows
-        self._is_divided = rows is not None
+        self._is_divided, self.division = rows is not None, 0
         self._ends = _ends(counts, len(self._paths), self._device)
         self._tables: dict[tuple, segments.Tables] = {}
         self._of_bank = self._plans(banks)
@@ -88,6 +95,7 @@ class route:
         """Other numbers of rows for the same names, in place: captured graphs see them, and nothing waits."""
         if not self._is_divided:
             raise ValueError("rows can change where route() was given rows")
+        self.division += 1
         self._ends.copy_(_ends(rows, len(self._paths), self._device), non_blocking=True)
         for (plan, M), found in self._tables.items():
             of = next(each.constants for each in self._of_bank.values() if each.plan == plan)
@@ -95,11 +103,20 @@ class route:
                 table.copy_(new)
 
     def __enter__(self) -> "route":
+        for bank in self._banks:
+            found = self._of_bank[bank._key]
+            found.check(bank)
+            bank.settle(found.names)
         thread.routes = (*thread.routes, (self, recomputing.in_backward()))
         return self
 
     def __exit__(self, *error) -> None:
-        thread.routes = thread.routes[:-1]
+        own = max(i for i, (found, _) in enumerate(thread.routes) if found is self)
+        thread.routes = (*thread.routes[:own], *thread.routes[own + 1 :])
+
+    def is_of(self, bank) -> bool:
+        """Whether its model has a bank."""
+        return any(module is bank for module in self._model.modules())
 
     def tables(self, plan: segments.Plan, of: Sequence[segments.Constants], x: Tensor) -> segments.Tables:
         """Of x's rows, the same object for all banks of one plan."""
@@ -110,7 +127,8 @@ class route:
         if found is None:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("a route must have computed a batch of this size before a CUDA graph is captured")
-            found = self._tables[plan, M] = segments.tables(plan, of, self._ends_of(M), M)
+            with torch.inference_mode(False):
+                found = self._tables[plan, M] = segments.tables(plan, of, self._ends_of(M), M)
         return found
 
     def _ends_of(self, M: int) -> Tensor:
@@ -146,8 +164,10 @@ def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Ten
         rows = list(rows)
         if any(type(count) is not int or count < 0 for count in rows):
             raise ValueError(f"rows must be ints of at least 0, got {rows}")
-        host = torch.tensor(rows, dtype=torch.int32)
+        host = torch.tensor(rows, dtype=torch.int32, device="cpu")
         rows = host.pin_memory() if device.type == "cuda" else host
+    elif rows.device.type == "cpu" and rows.numel() and rows.min() < 0:
+        raise ValueError(f"rows must be ints of at least 0, got {rows.tolist()}")
     if rows.shape != (names,) or rows.is_floating_point():
         raise ValueError(f"rows must be {names} ints, one for each of the names, got {tuple(rows.shape)} {rows.dtype}")
     return rows.to(device, torch.int32, non_blocking=True).cumsum(0, dtype=torch.int32)
@@ -157,7 +177,7 @@ class _OfBank:
     """What a route says of one bank."""
 
     def __init__(self, bank, paths: Sequence[tuple[str, ...]], places: dict, window: int, device: torch.device):
-        self.known = {name: bank.adapters.get(name) for path in paths for name in path}
+        self.known = {name: _serial(bank, name) for path in paths for name in path}
         paths = [[name for name in path if name in places] for path in paths]
         self.plan = segments.make_plan([[places[name] for name in path] for path in paths], window)
         self.constants = segments.constants(self.plan, device)
@@ -170,12 +190,20 @@ class _OfBank:
         self.adapters = [(name, places[name].rank, tuple(found)) for name, found in begins.items()]
         self.names = tuple(begins)
 
-    def routed(self, bank, route: route, x: Tensor) -> Routed:
-        if any(bank.adapters.get(name) is not known for name, known in self.known.items()):
+    def check(self, bank) -> None:
+        """Whether the bank's adapters are those that it had. By numbers, which compiled programs are guarded by."""
+        if any(_serial(bank, name) != known for name, known in self.known.items()):
             raise RuntimeError("adapters were deleted, renamed or added since the route was made: make a new one")
+
+    def routed(self, bank, route: route, x: Tensor) -> Routed:
+        self.check(bank)
         adapters = tuple(Adapter(*bank.factors(name), rank, begins) for name, rank, begins in self.adapters)
         part = bank.part(self.names)
         return Routed(part, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
+
+
+def _serial(bank, name: str) -> int:
+    return bank.adapters[name].serial if name in bank.adapters else -1
 
 
 def current(bank, x: Tensor) -> Routed:
@@ -210,16 +238,22 @@ def _find(bank) -> route | str:
     now = None if compiling else recomputing.in_backward()
     for found, entered_in in reversed(thread.routes):
         if bank._key in found._of_bank and (compiling or entered_in == now):
-            if not compiling:
-                recomputing.leave(found)
-            return found
+            return found if compiling else _left(bank, found)
+    if not compiling and any(entered_in == now and found.is_of(bank) for found, entered_in in thread.routes):
+        return "the LoRABank was added since the route was made: make a new one"
     if now is None and bank._default is not None:
-        if not compiling:
-            recomputing.leave(bank._default)
-        return bank._default
+        return bank._default if compiling else _left(bank, bank._default)
     if now is None:
         return "a LoRABank computes within `with route(model, names)`, which says what adapter a row has"
-    recalled = recomputing.recalled()
+    recalled = recomputing.recalled(bank._key)
     if recalled is None:
         return "a checkpoint computes a LoRABank again, and does not know which route it had: pass use_reentrant=False"
-    return recalled
+    found, division = recalled
+    if found.division != division:
+        return "a checkpoint computes a LoRABank again, and its route has divided the rows anew since"
+    return found
+
+
+def _left(bank, found: route) -> route:
+    recomputing.leave(bank._key, (found, found.division))
+    return found

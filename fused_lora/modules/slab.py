@@ -15,6 +15,7 @@ class Slab:
     and everything moves: `moved` counts that.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, K: int, N: int, ranks: int, device=None, dtype=None):
         ranks = max(LEAST, -(-ranks // LEAST) * LEAST)
         self.A = torch.zeros(ranks, K, device=device, dtype=dtype)
@@ -61,6 +62,7 @@ class Slab:
     def rescale(self, place: Place, scaling: float) -> None:
         self.scales[place.rank // SLICE : (place.rank + place.size) // SLICE].fill_(scaling)
 
+    @torch.inference_mode(False)
     def grow(self) -> None:
         """Twice the ranks, in other memory."""
         more = max(self.ranks, SIZES[-1])
@@ -70,6 +72,13 @@ class Slab:
         self.taken += [False] * (more // SLICE)
         self.moved += 1
 
+    @torch.inference_mode(False)
+    def renew(self) -> None:
+        """The same in other memory."""
+        self.A, self.up = self.A.clone(), self.up.clone()
+        self.moved += 1
+
+    @torch.inference_mode(False)
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """To other memory, with what is in it."""
         if (self.A.device, self.A.dtype) == (device, dtype):

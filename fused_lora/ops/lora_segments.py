@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import segments
+from .. import checks, segments
 from . import parts as of_parts
 from . import segmented
 from .autograd import NOTHING, distinct, needs_formula, partials, watched
@@ -83,6 +83,7 @@ def _check(x: Tensor, part: Part, tables: segments.Tables, name: str) -> None:
         raise TypeError(f"{name}: x must have weight's dtype {weight.dtype}, got {x.dtype} (torch.autocast casts both)")
     if x.device != weight.device:
         raise ValueError(f"{name}: x must be on {weight.device} like weight, got {x.device}")
+    checks.check_frozen(weight)
     rows = x.shape[:-1].numel()
     blocks = tables.blocks.shape[1]
     if blocks != -(-rows // segments.BLOCK):
@@ -172,6 +173,8 @@ class LoRASegmentsFunction(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.slabs = [(part.A, part.B) for part in call.parts]
             call = call._replace(parts=[part._replace(A=None, B=None) for part in call.parts])
+        # Scales are of all adapters, and a change of another's is none of this pass's.
+        call = call._replace(parts=[part._replace(scale=part.scale.clone()) for part in call.parts])
         ctx.save_for_backward(x, *xas, *call.tensors())
         ctx.set_materialize_grads(False)
         return tuple(ys)

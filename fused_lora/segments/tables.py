@@ -57,7 +57,7 @@ def _constants(level: Level, device: torch.device) -> Constants:
 
 
 def _on(device: torch.device, values: Sequence[int]) -> Tensor:
-    host = torch.tensor(values, dtype=torch.int32)
+    host = torch.tensor(values, dtype=torch.int32, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 

@@ -262,3 +262,40 @@ def test_errors(call, error, words):
         call(cache)
     assert_is(cache, 0)
     assert_is(cache, 5)
+
+
+def test_names_that_a_bank_has_got_meanwhile():
+    """Nothing is brought half way."""
+    cache = filled()
+    assert_is(cache, 0)
+    add_adapter(cache.model, "n4", 2, 1.0, target_modules=["down"])
+    with pytest.raises(ValueError, match="name must be new, got 'n4'"):
+        cache.prefetch(["n4"])
+    assert cache.resident == ["n0"]
+    assert_is(cache, 0)
+    assert_is(cache, 1)
+
+
+def test_prefetching_before_a_backward_pass():
+    cache = filled()
+    x = x_of().requires_grad_()
+    with cache.route("n0"):
+        y = cache.model(x)
+    cache.prefetch(["n1"])
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (want,) = torch.autograd.grad(expected(factors_of(0), 2.0)(x).sum(), x)
+    assert torch.allclose(dx, want, atol=1e-5)
+
+
+def test_what_would_spoil_others_is_refused():
+    cache, bad = make(), factors_of(0)
+    bad["layers.0.up"][0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"factors of n0 in layers\.0\.up must be finite"):
+        cache.put("n0", bad, 1.0)
+    with pytest.raises(ValueError, match="lora_alpha must be finite"):
+        cache.put("n0", factors_of(0), float("nan"))
+    assert len(cache) == 0
+    model = net()
+    model.layers[0].up.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="of one dtype on one device"):
+        AdapterCache(model, 2, 16, 20, target_modules=TARGETS)

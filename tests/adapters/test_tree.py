@@ -243,3 +243,23 @@ def test_errors(call, words):
     with pytest.raises(ValueError, match=words):
         call(tree)
     assert_is(tree, before)
+
+
+@torch.no_grad()
+def test_a_switch_goes_on_when_a_node_brings_new_layers():
+    tree, x = make(), x_of(torch.float64)
+    tree.remove("deep")
+    tree.switch("left")
+    tree.add("norms", "left", r=2, lora_alpha=1.0, target_modules=["out"])
+    assert near(tree.model(x), dense(tree, "left")(x))
+
+
+def test_names_with_slashes(tmp_path):
+    tree = make(torch.float32)
+    with pytest.raises(ValueError, match="name must have no slashes"):
+        tree.add("a/b")
+    with pytest.raises(ValueError, match="new must have no slashes"):
+        tree.rename("left", "/tmp/left")
+    (tmp_path / "tree.json").write_text('{"nodes": {"/x": {"parent": null, "delta": false}}}')
+    with pytest.raises(ValueError, match="a node must have no slashes"):
+        AdapterTree.load(net(), tmp_path)

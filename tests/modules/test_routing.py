@@ -529,3 +529,180 @@ def test_freeze_leaves_adapters():
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name for name in trained)
     assert {"blocks.0.q.lora_A.a", "blocks.0.q.lora_B.b", "blocks.1.v.lora_A.a", "blocks.1.out.lora_A"} <= trained
+
+
+@DYNAMO
+def test_compiled_programs_know_stale_routes():
+    """Also where the names are there again, and where they changed hands."""
+    torch._dynamo.reset()
+    model, x = make(fuse="off"), batch(MIXED)
+    compiled = torch.compile(model, backend="aot_eager")
+    routed = route(model, "a")
+    with routed, torch.no_grad():
+        compiled(x)
+    for old, new in (("a", "t"), ("b", "a"), ("t", "b")):
+        rename_adapter(model, old, new)
+    with pytest.raises(RuntimeError, match="deleted, renamed or added since"), routed:
+        compiled(x)
+    set_adapter(model, "a")
+    with torch.no_grad():
+        assert near(compiled(x), expected(model, ["a"] * 6, x))
+    for old, new in (("a", "t"), ("b", "a"), ("t", "b")):
+        rename_adapter(model, old, new)
+    with pytest.raises(RuntimeError, match="deleted, renamed or added since"), torch.no_grad():
+        compiled(x)
+
+
+@DYNAMO
+def test_compiled_programs_see_factors_that_moved():
+    torch._dynamo.reset()
+    model, x = make(fuse="off"), batch(MIXED)
+    compiled = torch.compile(model, backend="aot_eager")
+    with route(model, "a"), torch.no_grad():
+        compiled(x)
+    model.load_state_dict({key: torch.randn_like(value) for key, value in model.state_dict().items()}, assign=True)
+    with route(model, "a"), torch.no_grad():
+        assert near(compiled(x), expected(model, ["a"] * 6, x))
+    for factor in adapter_parameters(model, "a"):
+        factor.data = torch.randn_like(factor)
+    with route(model, "a"), torch.no_grad():
+        assert near(compiled(x), expected(model, ["a"] * 6, x))
+
+
+def test_two_routes_in_one_checkpoint():
+    model, x = make(), batch(MIXED).requires_grad_()
+    inner = nn.ModuleList([model.blocks[0].q])
+    with route(model, "a"), route(inner, "b"):
+        y = checkpoint(model, x, use_reentrant=False)
+        want = gradients(model, model(x).square().sum())
+    got = gradients(model, y.square().sum())
+    for key, grad in want.items():
+        assert (grad is None) == (got[key] is None)
+        assert grad is None or near(got[key], grad)
+
+
+def test_a_division_that_changes_before_a_checkpoint_computes_again_is_an_error():
+    model, x = make(), batch(MIXED, 1)[:, 0].requires_grad_()
+    routed = route(model, ["a", "b"], rows=[3, 3])
+    with routed:
+        y = checkpoint(model, x, use_reentrant=False)
+    routed.divide([1, 5])
+    with pytest.raises(RuntimeError, match="divided the rows anew since"):
+        y.sum().backward()
+
+
+def test_a_bank_that_comes_after_the_route_takes_no_default():
+    model, x = make(), batch(MIXED)
+    routed = route(model, "a")
+    add_adapter(model, "late", 4, 4.0, target_modules=["head"])
+    set_adapter(model, "late")
+    with pytest.raises(RuntimeError, match="added since the route was made"), routed:
+        model(x)
+
+
+def test_routes_that_end_out_of_order():
+    model, x = make(), batch(MIXED)
+
+    def steps(name):
+        with route(model, name):
+            yield model(x)
+
+    first, second = steps("a"), steps("b")
+    next(first)
+    next(second)
+    assert next(first, None) is None
+    second.close()
+    with pytest.raises(RuntimeError, match="within `with route"):
+        model(x)
+
+
+def test_what_functional_call_lends_leaves_the_parameters_alone():
+    model, x = make(), batch(MIXED)
+    before = copy.deepcopy(model.state_dict())
+    lent = {name: torch.randn_like(factor) for name, factor in model.named_parameters() if name.endswith(".a")}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(lent, strict=False)
+    with route(model, "a"):
+        y = torch.func.functional_call(model, lent, (x,))
+    assert near(y, expected(twin, ["a"] * 6, x))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    grads = torch.func.grad(lambda lent: torch.func.functional_call(model, lent, (x,)).square().sum())
+    with route(model, "a"):
+        found = grads(lent)
+    want = gradients_alone(twin, ["a"] * 6, x)
+    assert all(near(found[key], want[key]) for key in want)
+
+
+def test_memory_that_somebody_else_holds_keeps_its_values():
+    """A state dict whose place another one took; and values that are swapped in for a while."""
+    model, x = make(), batch(MIXED)
+    held = model.state_dict()
+    values = {key: value.clone() for key, value in held.items()}
+    model.load_state_dict({key: torch.randn_like(value) for key, value in held.items()}, assign=True)
+    with route(model, "a"):
+        model(x)
+    assert all(torch.equal(held[key], values[key]) for key in held)
+    factors = adapter_parameters(model, "b")
+    own, values = [factor.data for factor in factors], [factor.clone() for factor in factors]
+    for factor in factors:
+        factor.data = torch.zeros_like(factor)
+    with route(model, "b"):
+        model(x)
+    assert all(map(torch.equal, own, values))
+
+
+def test_changes_of_others_before_a_backward_pass():
+    model, x = make(), batch(MIXED)
+    with route(model, "a"):
+        y = model(x)
+    for bank in filter(lambda module: isinstance(module, LoRABank), model.modules()):
+        bank.set_lora_alpha("a", 77.0)
+        bank.set_lora_alpha("b", 77.0)
+    add_adapter(model, "z", 4, 4.0, target_modules=["q"])
+    got = gradients(model, y.square().sum())
+    for bank in filter(lambda module: isinstance(module, LoRABank), model.modules()):
+        bank.set_lora_alpha("a", 3.0)
+    assert_gradients(got, gradients_alone(model, ["a"] * 6, x))
+
+
+def test_inference_and_then_training():
+    model, x = make(), batch(MIXED)
+    set_adapter(model, "a")
+    with torch.inference_mode():
+        model(x)
+        add_adapter(model, "z", 64, 4.0, target_modules=["q"])
+    model(x).sum().backward()
+
+
+def test_a_weight_that_requires_gradients_is_an_error():
+    model, x = make(), batch(MIXED)
+    model.blocks[0].out.weight.requires_grad_(True)
+    with route(model, "a"), pytest.raises(ValueError, match="weight must be frozen"):
+        model(x)
+
+
+def test_siblings_with_windows_of_several_sizes():
+    model, x = make(), batch(MIXED)
+    add_adapter(model, "wide", 200, 2.0, target_modules=["k"])
+    set_adapter(model, "a")
+    set_adapter(nn.ModuleList([model.blocks[0].k, model.blocks[1].k]), "wide")
+    assert model(x).isfinite().all()
+
+
+def test_an_empty_bank_moves_with_its_model():
+    bank = LoRABank(4, 4)
+    bank.add_adapter("a", 2)
+    bank.delete_adapter("a")
+    bank.to(torch.bfloat16)
+    bank.add_adapter("b", 2)
+    assert bank.factors("b")[0].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("names", "rows", "error", "words"), [
+    ([], None, ValueError, "names must have at least one entry"),
+    (None, None, TypeError, "names must be a str, a list or a tuple, got NoneType"),
+    (["a", "b"], torch.tensor([3, -1]), ValueError, "rows must be ints of at least 0"),
+])  # fmt: skip
+def test_names_that_are_none(names, rows, error, words):
+    with pytest.raises(error, match=words):
+        route(make(), names, rows)
