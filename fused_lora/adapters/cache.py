@@ -119,9 +119,9 @@ class AdapterCache:
     ) -> None:
         """An adapter by (A (r, K), B (N, r)) of its layers, which are copied."""
         self._check_new(name)
+        checks.check_scale("lora_alpha", lora_alpha)
         tensors = {layer: dict(zip(files.FACTORS, pair, strict=True)) for layer, pair in factors.items()}
         layers = {layer: (len(A), float(lora_alpha), use_rslora) for layer, (A, _) in factors.items()}
-        checks.check_scale("lora_alpha", lora_alpha)
         entry = _Entry(None)
         self._keep(name, entry, layers, tensors)
         self._entries[name] = entry

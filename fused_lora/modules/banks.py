@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import checks
 from .config import LoRAConfig, asked_for, fields_of, forget, remember, remembered
+from .exchanging import exchange
 from .freezing import freeze_all_but_updates
 from .fusing import fuse as fuse_layers
 from .lora_bank import LoRABank
@@ -90,11 +91,7 @@ def banks_for(
 
 
 def _install(model: nn.Module, linears: list[nn.Linear], banks: list[LoRABank]) -> None:
-    new = {id(linear): bank for linear, bank in zip(linears, banks, strict=True)}
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():  # named_children would skip a module's second name
-            if id(child) in new:
-                parent._modules[child_name] = new[id(child)]
+    exchange(model, {id(linear): bank for linear, bank in zip(linears, banks, strict=True)})
     for bank in banks:
         bank.take_base()
 

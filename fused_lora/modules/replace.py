@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import checks
 from .config import LoRAConfig, asked_for, fields_of, remember
+from .exchanging import exchange
 from .freezing import freeze_all_but_updates
 from .fusing import fuse as fuse_layers
 from .lora_linear import LoRALinear
@@ -119,10 +120,7 @@ def convert(
     for entry in unmatched:
         warnings.warn(f"{entry} matches no layer that is replaced", stacklevel=3)
     report.unmatched += unmatched
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():  # named_children would skip a module's second name
-            if id(child) in layers:
-                parent._modules[child_name] = layers[id(child)]
+    exchange(model, layers)
     for layer in layers.values():
         layer.take_base(train_bias=config.bias != "none")
     if freeze:

@@ -6,6 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from .config import forget
+from .exchanging import exchange
 from .lora_linear import LoRALinear
 from .mixins import unmix
 from .protocol import LoRALayer, is_bank, is_lora
@@ -47,10 +48,8 @@ def unloaded(model: Model, layers: Iterable[LoRALayer]) -> Model:
 
     In place; returns the model, or what takes its place if it is a layer."""
     linears = {id(layer): _linear_of(layer) for layer in layers}
+    exchange(model, linears)
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in linears:
-                parent._modules[name] = linears[id(child)]
         unmix(parent)
     return linears.get(id(model), model)
 
