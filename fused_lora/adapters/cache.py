@@ -14,7 +14,7 @@ from ..modules import route
 from ..modules.banks import banks_for
 from ..modules.config import CONFIG, LoRAConfig, served
 from ..modules.keeping import Adapter
-from ..modules.routing import BASE, check_name
+from ..modules.routing import check_name, paths_of
 from ..modules.selection import Selection
 from ..segments import Place
 from . import banks as of_banks
@@ -239,10 +239,7 @@ class CacheRoute:
 
     def __init__(self, cache: AdapterCache, names: str | Sequence[str], rows):
         self._cache, self._names, self._rows = cache, names, rows
-        if not isinstance(names, (str, list, tuple)):
-            raise TypeError(f"names must be a str, a list or a tuple, got {type(names).__name__}")
-        each = [names] if isinstance(names, str) else names
-        self._used = sorted({one for path in each for one in ((path,) if isinstance(path, str) else path)} - {BASE})
+        self._used = sorted({name for path in paths_of(names) for name in path})
         for name in self._used:
             cache._check(name)
         if len(self._used) > len(cache._slots):

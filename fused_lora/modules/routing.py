@@ -60,11 +60,7 @@ class route:
         banks = {bank._key: bank for bank in model.modules() if is_bank(bank)}
         if not banks:
             raise ValueError("model must have a LoRABank, got none: add_adapter makes them")
-        if not isinstance(names, (str, list, tuple)):
-            raise TypeError(f"names must be a str, a list or a tuple, got {type(names).__name__}")
-        paths = [_path(each) for each in ([names] if isinstance(names, str) else names)]
-        if not paths:
-            raise ValueError("names must have at least one entry")
+        paths = paths_of(names)
         self._model, self._banks = model, list(banks.values())
         known = {name for bank in banks.values() for name in bank.adapters}
         unknown = sorted({name for path in paths for name in path} - known)
@@ -148,6 +144,15 @@ def set_adapter(model: nn.Module, name: str | tuple[str, ...] | None) -> None:
     default = None if name is None else route(model, [name])
     for bank in filter(is_bank, model.modules()):
         bank._default = default
+
+
+def paths_of(names: str | Sequence[str | tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The adapters of each entry of route's names."""
+    if not isinstance(names, (str, list, tuple)):
+        raise TypeError(f"names must be a str, a list or a tuple, got {type(names).__name__}")
+    if not names:
+        raise ValueError("names must have at least one entry")
+    return [_path(each) for each in ([names] if isinstance(names, str) else names)]
 
 
 def _path(names: str | Sequence[str]) -> tuple[str, ...]:
