@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "work/segments.h"
 
 namespace fused_lora {
 
@@ -22,6 +23,7 @@ struct Pass;
 struct Plan;
 }  // namespace work
 
+constexpr int kSegmentRows = 256;  // of a block of segments, on every card
 constexpr int kMaxRank = 256, kMaxGatedRank = 128;
 constexpr int64_t kMostStride = int64_t{1} << 22;  // elements from a row to the next one: csrc/sm80 adds up bytes of rows in an int
 
@@ -48,18 +50,21 @@ struct Activation {
   float linear, cubic;
 };
 
-// One of them. A.rows = 0: it has no factors.
+// One of them. A.rows = 0: it has no factors. With segments A and B are slabs (work/segments.h), and xa and dxa boxes of 64 ranks and
+// the rows of a block, one behind another.
 struct ForwardPart {
   Operand weight, A, B, bias, xa, y;
   const float* gain;   // (y.cols,), or null for 1
   const float* scale;  // on the device
   Dropout dropout;
+  work::Segments segments;
 };
 
 struct ForwardParams {
   Operand x;
   int parts;
   ForwardPart part[kMostParts];
+  int window;  // ranks of a window, where rows have adapters of their own; else 0
   // Two parts of the same width with `gated`: hidden = act(y of the first) y of the second as well, and their ys only where
   // they have data; with `factors` instead of them act(gate) and act'(gate) up. All three aligned to 16 bytes, with one stride.
   bool gated, factors;
@@ -75,12 +80,14 @@ struct BackwardPart {
   Dropout dropout;
   Operand y, bias;  // for dgain, bias where there was one
   float* dgain;     // null where it is not wanted
+  work::Segments segments;
 };
 
 struct BackwardParams {
   Operand dx;  // the sum over the first `summed` parts, which have the same x
   int parts, summed;  // of the others there is dxa already, and only the gradients of their factors are wanted
   BackwardPart part[kMostParts];
+  int window;  // as in ForwardParams; dA and dB are then of the pass's windows, one after another
   // One part whose x is hidden = act(gate) up, with `gated`: no gradients of its factors, and instead of dx come dgate, dup and,
   // where it has data, hidden once more. With `factors`, gate and up are act(gate) and act'(gate) up, and hidden has no data. All
   // aligned to 16 bytes, with one stride.

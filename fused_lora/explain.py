@@ -11,6 +11,7 @@ from .explanations import Explanation, MLPExplanation, ModelExplanation
 from .modules import LoRABank, LoRAMLP
 from .modules.protocol import LoRALayer, is_bank, is_lora, together
 from .modules.siblings import LoRASiblings
+from .ops import segmented
 from .ops.lora_parts import measured_obstacle
 from .predict import Prediction, predict_triton
 
@@ -167,11 +168,17 @@ def explain(
 
 
 def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:
-    weight, adapters = bank.frozen_weight, bank.adapters.values()
+    """Of a route of its largest adapter; other routes may say more."""
+    part, adapters = bank.part(()), bank.adapters.values()
+    weight, r = part.weight, max((adapter.r for adapter in adapters), default=0)
     N, K = weight.shape
-    r = max((adapter.r for adapter in adapters), default=0)
-    reason = f"{len(adapters)} adapters: no kernel computes rows with adapters of their own"
-    return Explanation((tokens, K, N, r), weight.dtype, str(weight.device), "reference", reason)
+    of = ((tokens, K, N, r), weight.dtype, str(weight.device))
+    readable = backends.csrc_reads(weight, part.A, part.B)
+    found = segmented.obstacle_on(weight.device, weight.dtype, max(r, 1), readable)
+    if found is not None:
+        return Explanation(*of, "reference", f"{len(adapters)} adapters: {found}")
+    launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})
+    return Explanation(*of, "cuda", f"{len(adapters)} adapters, each row by its own", (launch,), (launch,))
 
 
 def _explain_own(layer: LoRALayer, tokens: int, reason: str) -> Explanation:

@@ -20,6 +20,7 @@ struct Chain {
   const int first_col;
   const int turn;  // the flag to raise, and an item's bits where it is a multiple of 4: registers are scarce
   const int writer;
+  const int level = 0;  // of segments: each has sums of its own
 
   __device__ bool first() const { return turn & work::kFirst; }
   __device__ bool last() const { return turn & work::kLast; }
@@ -33,7 +34,9 @@ struct Chain {
 
   // Leaves the sum so far in memory, or after the last slice the whole sum in acc.
   __device__ __forceinline__ void add(Acc& acc) const {
-    float4* partial = reinterpret_cast<float4*>(g.partial + int64_t{first_col} * C::kBlockR) + self.thread();
+    int64_t before = int64_t{first_col} * C::kBlockR;
+    if constexpr (C::kSegmented) before = before * of.segments.levels + level * kBlocks * kBox * C::kBlockR;
+    float4* partial = reinterpret_cast<float4*>(g.partial + before) + self.thread();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b, partial += C::kBlockR / 8 * kWarpgroup) {
       if (!last()) {
@@ -61,11 +64,11 @@ struct Chain {
   }
 
   // Where the copy engine cannot write it: float32, or rows that are no multiple of 16 bytes.
-  __device__ __forceinline__ void store(const Acc& acc) const {
+  __device__ __forceinline__ void store(const Acc& acc, int rank = 0) const {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int c = first_col + b * kBox + self.row();
-      int64_t at = c * g.stride_col + self.col() * g.stride_rank;
+      int64_t at = c * g.stride_col + (rank + self.col()) * g.stride_rank;
 #pragma unroll
       for (int j = 0; j < C::kBlockR / 8; ++j, at += 8 * g.stride_rank) {
 #pragma unroll

@@ -7,6 +7,7 @@
 #include "chain.cuh"
 #include "mask.cuh"
 #include "outbox.cuh"
+#include "spans.cuh"
 
 namespace fused_lora::sm90 {
 
@@ -74,15 +75,15 @@ struct Consumer {
 
   // The first ceil(left / 16) <= kMost slices of 16 of a step, as one group. Straight code for each count: a group that spans
   // a branch or a loop is cut up by the compiler, and then waited for too early.
-  template <int kMost, int kCount>
+  template <int kMost, bool kMN = kBackward, int kCount>
   __device__ __forceinline__ void multiply_slices(float (&acc)[kCount], uint64_t lhs, uint64_t rhs, int left) {
     if (kMost == 1 || left > (kMost - 1) * 16) {
       ptx::wgmma_fence();
 #pragma unroll
-      for (int s = 0; s < kMost; ++s) ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
+      for (int s = 0; s < kMost; ++s) ptx::wgmma<T, false, kMN>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kMN>);
       ptx::wgmma_commit();
     } else if constexpr (kMost > 1) {
-      multiply_slices<kMost - 1>(acc, lhs, rhs, left);
+      multiply_slices<kMost - 1, kMN>(acc, lhs, rhs, left);
     }
   }
 
@@ -95,6 +96,7 @@ struct Consumer {
   // ---- low = scale keep_scale lhs down ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void shrink(const Item& item) {
+    if constexpr (C::kSegmented) return shrink_segments(item);
     int row = own_row(item.row), flag = own_flag(item.raises);
     for (int left = item.rows; left > 0; left -= item.stride, row += item.stride, flag += item.stride / kFlagRows) {
       const Part& part = p.part[item.part];
@@ -110,25 +112,74 @@ struct Consumer {
     }
   }
 
+  // Of each window the ranks of a row's own adapter, by its own scale.
+  __device__ __forceinline__ void shrink_segments(const Item& item) {
+    const Part& part = p.part[item.part];
+    int flag = own_flag(item.raises);
+#pragma unroll 1
+    for (int done = 0; done < item.rows; done += item.stride, flag += item.stride / kFlagRows) {
+#pragma unroll 1
+      for (int level = 0; level < part.segments.levels; ++level) {
+        const Span<C> span(part.segments, level, item.row + done);
+#pragma unroll 1
+        for (int window = span.first_window(); window < span.end_window(); ++window) {
+          float acc[C::kBlockR / 2] = {};
+          consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
+          const OwnRows rows(part, level, own_row(item.row + done) + self.row());
+          rows.choose(acc, window * (C::kBlockR / work::kSlice));
+          outbox.keep(acc, &part.low, span.low_row_of(window) + own_row(0), 0, work::kNone);
+          outbox.send_boxes();
+        }
+      }
+      outbox.send_all();
+      outbox.hold_flag(flag);
+    }
+  }
+
+  // The adapters of a thread's two rows, on a level.
+  struct OwnRows {
+    int first[2], count[2];
+    float scale[2];
+
+    __device__ OwnRows(const Part& part, int level, int row) {
+      const work::Row* rows = part.segments.rows + level * part.segments.blocks_count * kPairRows + row;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint2 words = __ldg(reinterpret_cast<const uint2*>(rows + 8 * i));
+        first[i] = words.x & 0xFFFFFF;
+        count[i] = words.x >> 24;
+        scale[i] = low_scale(__ldg(part.scale + words.y));
+      }
+    }
+
+    // What is chosen, since what is not may be no number.
+    __device__ __forceinline__ void choose(float (&acc)[C::kBlockR / 2], int first_slice) const {
+#pragma unroll
+      for (int i = 0; i < C::kBlockR / 2; ++i) {
+        const int slice = first_slice + i / 8 - first[i / 2 % 2];  // 8 registers have a row's and the other's of 16 ranks
+        const bool own = static_cast<unsigned>(slice) < static_cast<unsigned>(count[i / 2 % 2]);
+        acc[i] = own ? acc[i] * scale[i / 2 % 2] : 0;
+      }
+    }
+  };
+
   __device__ int shrink_steps(const Part& part) const { return ceil_div(part.depth, C::kShrinkHalves * kBox); }
   __device__ uint32_t left_box(uint32_t stage, int i) const { return stage + (2 * i + self.index) * kBoxBytes; }
 
   __device__ __forceinline__ void multiply_shrink(float (&acc)[C::kBlockR / 2], uint32_t stage) {
-    multiply_boxes<C::kShrinkHalves, kSlices>(acc, stage, boxes_of(C::kBlockR));
+    multiply_boxes<C::kShrinkHalves, kSlices, kDownMN<C, kBackward>>(acc, stage, boxes_of(C::kBlockR));
   }
 
   // Boxes of the left operand by their first slices times those of the right one behind them, `right` for each.
-  template <int kBoxes, int kFirstSlices, int kCount>
+  template <int kBoxes, int kFirstSlices, bool kMN = kBackward, int kCount>
   __device__ __forceinline__ void multiply_boxes(float (&acc)[kCount], uint32_t stage, int right) {
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i) {
       const uint64_t lhs = descriptor<false>(left_box(stage, i));
-      const uint64_t rhs = descriptor<kBackward>(stage + (2 * kBoxes + i * right) * kBoxBytes);
+      const uint64_t rhs = descriptor<kMN>(stage + (2 * kBoxes + i * right) * kBoxBytes);
 #pragma unroll
-      for (int s = 0; s < kFirstSlices; ++s) {
-        ptx::wgmma<T, false, kBackward>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kBackward>);
-      }
+      for (int s = 0; s < kFirstSlices; ++s) ptx::wgmma<T, false, kMN>(acc, lhs + s * kSlice<false>, rhs + s * kSlice<kMN>);
     }
     ptx::wgmma_commit();
   }
@@ -156,9 +207,10 @@ struct Consumer {
 
   __device__ float room(const Part& part) const { return fused_lora::room(*part.scale); }
 
-  __device__ float low_scale(const Part& part) const {
-    if constexpr (kHasRoom<T> && !kBackward) return *part.scale / room(part);
-    return *part.scale;
+  __device__ float low_scale(const Part& part) const { return low_scale(*part.scale); }
+  static __device__ float low_scale(float scale) {
+    if constexpr (kHasRoom<T> && !kBackward) return scale / fused_lora::room(scale);
+    return scale;
   }
 
   // ---- out = gain (lhs weight + low up) + bias ------------------------------------------------------------------------------------
@@ -182,6 +234,22 @@ struct Consumer {
       add_ranks(acc);
     } else if (rides<C, kBackward, kDrops>(item)) {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, item);
+    } else if constexpr (C::kSegmented) {
+      await_stage();
+      const int rank_steps = shared.ranks[ring.stage].steps;
+      issue_depth(acc, terms.steps);
+      if constexpr (kHasRoom<T> && !kBackward) {
+        float rooms[2];
+        rooms_of_rows(rooms, p.part[item.part], row + self.row());
+        drain();
+        scale_rows(acc, {1 / rooms[0], 1 / rooms[1]});
+        issue_segments(acc, rank_steps);
+        drain();
+        scale_rows(acc, {rooms[0], rooms[1]});
+      } else {
+        issue_segments(acc, rank_steps);
+        drain();
+      }
     } else {
       issue_depth(acc, terms.steps);
       if constexpr (kHasRoom<T> && !kBackward) {
@@ -328,6 +396,28 @@ struct Consumer {
     });
   }
 
+  // What stayed out of low, of a thread's two rows. Of one level: rows with several have no room of one size.
+  static __device__ void rooms_of_rows(float (&rooms)[2], const Part& part, int row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rooms[i] = fused_lora::room(__ldg(part.scale + __ldg(&part.segments.rows[row + 8 * i].place)));
+  }
+
+  static __device__ __forceinline__ void scale_rows(float (&acc)[C::kBlockN / 2], const float2& by) {
+#pragma unroll
+    for (int i = 0; i < C::kBlockN / 2; ++i) acc[i] *= i / 2 % 2 ? by.y : by.x;
+  }
+
+  // Of boxes those slices that some row's adapter has.
+  __device__ __forceinline__ void issue_segments(float (&acc)[C::kBlockN / 2], int steps) {
+    constexpr bool kUp = kUpMN<C, kBackward>;
+    issue(steps, [&](uint32_t stage, int) {
+      const Ranks own = shared.ranks[ring.stage];
+      const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes) + own.first * kSlice<false>;
+      const uint64_t rhs = descriptor<kUp>(stage + 2 * kBoxBytes) + own.first * kSlice<kUp>;
+      multiply_slices<kSlices, kUp>(acc, lhs, rhs, own.count * work::kSlice);
+    });
+  }
+
   __device__ __forceinline__ void multiply_step(float (&acc)[C::kBlockN / 2], uint32_t stage, int left) {
     const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<kBackward>(stage + 2 * kBoxBytes);
     multiply_slices<kSlices>(acc, lhs, rhs, left);
@@ -426,7 +516,79 @@ struct Consumer {
 
   // ---- dA = dxa^T x, dB = gain dy^T xa, dbias = sum of dy, dgain = sum of dy (y - bias) / gain -------------------------------
 
+  // Of each level at most the last window goes on in the next slice.
+  __device__ __forceinline__ void gradient_segments(const Item& item) {
+    const Part& of = p.part[item.part];
+    outbox.send_flag();
+    int goes_on = work::kNone;  // the flag to raise
+#pragma unroll 1
+    for (int level = 0; level < of.segments.levels; ++level) {
+#pragma unroll 1
+      for (Windows<C> windows(of.segments, level, item, p.M); windows.exist(); windows.advance()) {
+        const int flag = gradient_window(item, of, windows);
+        if (flag != work::kNone) goes_on = flag;
+      }
+    }
+    if (goes_on == work::kNone) return;
+    outbox.send_all();
+    outbox.hold_flag(goes_on);
+  }
+
+  // The flag to raise where its sums are not whole here.
+  __device__ __forceinline__ int gradient_window(const Item& item, const Part& of, const Windows<C>& windows) {
+    constexpr int kBlocks = C::kGradientBlocks;
+    const bool of_A = item.work == Work::kGradientA;
+    const Gradient& g = of_A ? of.dA : of.dB;
+    const int first_col = item.col + (rank * kConsumers + self.index) * kBlocks * kBox;
+    float acc[kBlocks][C::kBlockR / 2] = {};
+    consume(windows.steps(), [&](uint32_t stage, int step) {
+      keep_rows(stage, windows.first_own(step), windows.end_own(step));
+      multiply_gradient(acc, stage);
+    });
+    if constexpr (kHasRoom<T>) {
+      if (!of_A) scale_ranks(acc, of.scale + windows.rank() / work::kSlice);
+    }
+    outbox.empty();
+    const Chain<C, T> chain{p, of, self, g, first_col, item.raises | windows.bits(), own_flag(0), windows.level};
+    chain.await_turn(ptx::shared_address(&shared.mark));
+    chain.add(acc);
+    if (!chain.last()) return chain.flag();
+    const int first_rank = windows.index * C::kBlockR;
+    if (g.copied) {
+      outbox.keep_gradient(acc, g, first_col, first_rank);
+    } else {
+      chain.store(acc, first_rank);
+    }
+    return work::kNone;
+  }
+
+  // Of this warpgroup's columns in a step, the rows from `first` to `end` alone: others may hold what is no number, times which 0
+  // is none.
+  __device__ __forceinline__ void keep_rows(uint32_t stage, int first, int end) const {
+    if (first <= 0 && end >= kBox) return;
+    constexpr int kChunks = C::kGradientBlocks * kBoxBytes / 16;
+    for (int i = self.thread(); i < kChunks; i += kWarpgroup) {
+      const int row = i / 8 % kBox;
+      if (row < first || row >= end) ptx::store_shared(own_boxes(stage) + i * 16, uint4{});
+    }
+    publish_shared();
+  }
+
+  // By what stayed out of low, of each slice of ranks.
+  static __device__ void scale_ranks(float (&acc)[C::kGradientBlocks][C::kBlockR / 2], const float* scale) {
+#pragma unroll
+    for (int slice = 0; slice < C::kBlockR / work::kSlice; ++slice) {
+      const float room = fused_lora::room(__ldg(scale + slice));
+#pragma unroll
+      for (auto& block : acc) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) block[8 * slice + i] *= room;
+      }
+    }
+  }
+
   __device__ __forceinline__ void gradient(const Item& item) {
+    if constexpr (C::kSegmented) return gradient_segments(item);
     constexpr int kBlocks = C::kGradientBlocks;
     const bool of_A = item.work == Work::kGradientA;
     const Part& of = p.part[item.part];

@@ -20,21 +20,22 @@ cudaError_t launch(const KernelParams& p, cudaStream_t stream, int clusters) {
   return cudaGetLastError();
 }
 
-template <typename T, bool kBackward, bool kDrops, bool kGated>
+template <typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented>
 cudaError_t launch_tiles(const KernelParams& p, const Tiling& tiling, cudaStream_t stream) {
   const int clusters = std::min(tiling.workers, p.items);
   const auto call = [&](auto config) { return launch<decltype(config), T, kBackward, kDrops>(p, stream, clusters); };
   if constexpr (kGated) {
-    return with_rank<256, kBackward ? Epilogue::kGateGrad : Epilogue::kGate>(tiling.rank, call);
+    return with_rank<256, kBackward ? Epilogue::kGateGrad : Epilogue::kGate, kSegmented>(tiling.rank, call);
   } else {
-    return tiling.block_cols == 128 ? with_rank<128, Epilogue::kPlain>(tiling.rank, call) : with_rank<256, Epilogue::kPlain>(tiling.rank, call);
+    return tiling.block_cols == 128 ? with_rank<128, Epilogue::kPlain, kSegmented>(tiling.rank, call)
+                                    : with_rank<256, Epilogue::kPlain, kSegmented>(tiling.rank, call);
   }
 }
 
-template <bool kBackward, bool kDrops, bool kGated>
+template <bool kBackward, bool kDrops, bool kGated, bool kSegmented = false>
 cudaError_t launch_pass(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops, kGated>(p, tiling, stream);
-  return launch_tiles<__half, kBackward, kDrops, kGated>(p, tiling, stream);
+  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops, kGated, kSegmented>(p, tiling, stream);
+  return launch_tiles<__half, kBackward, kDrops, kGated, kSegmented>(p, tiling, stream);
 }
 
 // Each instantiated in a file of its own, so that they compile beside each other.
@@ -48,10 +49,15 @@ extern FUSED_LORA_LAUNCH_PASS(true, false, false);
 extern FUSED_LORA_LAUNCH_PASS(true, true, false);
 extern FUSED_LORA_LAUNCH_PASS(true, false, true);
 extern FUSED_LORA_LAUNCH_PASS(true, true, true);
+#define FUSED_LORA_LAUNCH_SEGMENTS(backward) \
+  template cudaError_t launch_pass<backward, false, false, true>(const KernelParams&, const Tiling&, DType, cudaStream_t)
+extern FUSED_LORA_LAUNCH_SEGMENTS(false);
+extern FUSED_LORA_LAUNCH_SEGMENTS(true);
 
 // The kernels of a pass.
 template <bool kBackward>
 auto launcher_of(const Pass& pass) {
+  if (pass.segmented()) return launch_pass<kBackward, false, false, true>;
   if (pass.gated) return pass.drops ? launch_pass<kBackward, true, true> : launch_pass<kBackward, false, true>;
   return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
 }

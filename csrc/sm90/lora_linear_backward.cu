@@ -29,8 +29,9 @@ void set_dB(Gradient& g, MapMaker& map, const BackwardPart& b, const CUtensorMap
   g.low = r > 0 ? map(b.xa) : dy;  // without factors: something that can be read, whose products nobody wants
   g.out = r > 0 ? b.dB.data : nullptr;
   g.sums = b.dbias.data;
-  g.stride_col = r;
-  g.stride_rank = 1;
+  const bool slabs = b.segments.blocks != nullptr;  // of which dB is one of B^T
+  g.stride_col = slabs ? 1 : b.dB.cols;
+  g.stride_rank = slabs ? b.dB.cols : 1;
   g.cols = static_cast<int>(b.dy.cols);
   g.copied = g.out != nullptr && is_copied(b.dB, b.dy);
   if (g.copied) g.result = map(b.dB);
@@ -50,6 +51,7 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
   if (work::wants_dB(b)) set_dB(part.dB, map, b, part.lhs);
   part.scale = b.scale;
   part.dropout = b.dropout;
+  part.segments = b.segments;
   part.gain = b.gain;
   part.dgain = b.dgain;
   if (b.dgain != nullptr) part.y = map(b.y);

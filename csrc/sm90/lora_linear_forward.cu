@@ -23,6 +23,7 @@ void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, 
   part.bias = f.bias.data;
   part.bias_dtype = f.bias.format;
   part.dropout = f.dropout;
+  part.segments = f.segments;
 }
 
 }  // namespace
@@ -44,7 +45,7 @@ cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, c
     p.gated.activation = f.activation;
     p.gated.factors = f.factors;
   }
-  if (f.parts == 1 && p.part[0].r > 0) p.down_riding = map(f.part[0].A, 16);
+  if (f.parts == 1 && p.part[0].r > 0 && f.window == 0) p.down_riding = map(f.part[0].A, 16);
   if (map.error != cudaSuccess) return map.error;
   return launcher_of<false>(pass)(p, workspace.plan->tiling, f.x.format, stream);
 }

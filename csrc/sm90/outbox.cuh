@@ -53,11 +53,11 @@ struct Outbox {
 
   // 64 kBlocks columns of a factor's gradient, which is dA^T or dB.
   template <int kBlocks>
-  __device__ __forceinline__ void keep_gradient(const float (&acc)[kBlocks][C::kBlockR / 2], const Gradient& g, int col) {
+  __device__ __forceinline__ void keep_gradient(const float (&acc)[kBlocks][C::kBlockR / 2], const Gradient& g, int col, int rank = 0) {
     const bool of_A = g.stride_col == 1;
     pack_boxes<0>(acc[0]);
     if constexpr (kBlocks == 2) pack_boxes<boxes_of(C::kBlockR)>(acc[1]);
-    address(&g.result, of_A ? 0 : col, of_A ? col : 0, of_A ? kTransposed : kGradient);
+    address(&g.result, of_A ? rank : col, of_A ? col : rank, of_A ? kTransposed : kGradient);
     hold(kBlocks * boxes_of(C::kBlockR), work::kNone);
   }
 
@@ -198,8 +198,9 @@ struct Outbox {
   // Boxes lie side by side, but for those of a gradient: boxes_of(r) for each 64 of its columns.
   __device__ __forceinline__ void copy_out(uint32_t buffer, int box) {
     const int ranks = boxes_of(C::kBlockR), across = box / ranks * kBox, along = box % ranks * kBox;
-    const int row = first_row + (what > kGradient ? 0 : what == kTransposed ? along : across);
-    const int col = first_col + (what > kGradient ? box * kBox : what == kTransposed ? across : along);
+    const bool stacked = C::kSegmented && what == kLow;  // each box of low has all rows of a block
+    const int row = first_row + (stacked ? box * kPairRows : what > kGradient ? 0 : what == kTransposed ? along : across);
+    const int col = first_col + (stacked ? 0 : what > kGradient ? box * kBox : what == kTransposed ? across : along);
     ptx::tma_store(reinterpret_cast<const CUtensorMap*>(reinterpret_cast<const char*>(&p) + map), row, col, buffer);
     ptx::tma_store_commit();
   }

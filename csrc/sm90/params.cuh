@@ -4,7 +4,7 @@
 //   forward        x     W        A      xa    B    y       out = gain (lhs W^T + low up^T) + bias  the right operands K-major
 //   backward       dy    W        B      dxa   A    dx      out = lhs W + low up                the right operands MN-major
 //                                                           low = scale lhs down^T | down
-// Backward with a gain, W and B come multiplied by it.
+// Backward with a gain, W and B come multiplied by it. With segments A and B^T are slabs, and lie the same in both passes.
 // With dropout: forward, low is of the masked x; backward, low up and dA's x are masked. In both passes low counts 1 / (1 - p)
 // times, and nothing else does.
 #pragma once
@@ -16,6 +16,7 @@
 #include "../gated.cuh"
 #include "../lora_linear.h"
 #include "../work/item.h"
+#include "../work/segments.h"
 
 namespace fused_lora::sm90 {
 
@@ -45,6 +46,7 @@ struct Part {
   float* dgain;      // backward: (depth,), or null, when y is not read
   CUtensorMap lhs, weight, down, low, up, out, y;
   Gradient dA, dB;
+  work::Segments segments;
 };
 
 // What is read first lies together: each line of the constant cache comes from memory at a launch's start.

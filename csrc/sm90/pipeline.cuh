@@ -39,8 +39,10 @@ __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBo
 enum class Epilogue { kPlain, kGate, kGateGrad };
 
 // What a kernel of tiles 128 x kBlockN and ranks up to kBlockR brings into a stage.
-template <int kBlockN_, int kBlockR_, Epilogue kEpilogue_ = Epilogue::kPlain>
+// kSegmented: each row has an adapter of its own (work/segments.h), and kBlockR is a window.
+template <int kBlockN_, int kBlockR_, Epilogue kEpilogue_ = Epilogue::kPlain, bool kSegmented_ = false>
 struct Config {
+  static constexpr bool kSegmented = kSegmented_;
   static constexpr int kBlockN = kBlockN_, kBlockR = kBlockR_;
   static constexpr Epilogue kEpilogue = kEpilogue_;
   static constexpr bool kGates = kEpilogue == Epilogue::kGate, kGateGrads = kEpilogue == Epilogue::kGateGrad;
@@ -51,7 +53,7 @@ struct Config {
 
   static constexpr int kTileBoxes = 2 + kBlockN / kBox;  // 128 rows of one operand, kBlockN of the other
   // Of rank 16, low can ride on the first column of tiles: its factor's part of a step is a box of its own.
-  static constexpr bool kCanRide = kBlockR == 16 && kEpilogue == Epilogue::kPlain;
+  static constexpr bool kCanRide = kBlockR == 16 && kEpilogue == Epilogue::kPlain && !kSegmented;
   static constexpr int kRideBytes = kCanRide ? 16 * kBox * 2 : 0;
 
   // Steps of a shrink item sum over as much as fits into a stage, to have enough bytes in flight.
@@ -68,7 +70,14 @@ struct Config {
 
   static constexpr int kStages = kBlockN == 256 ? 4 : 6;
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
+  static_assert(kPairRows == kSegmentRows, "an item's rows are a block of segments");
 };
+
+// Which right operands lie with their N index contiguous: a weight backward, and the factors. Slabs are the same both ways.
+template <typename C, bool kBackward>
+constexpr bool kDownMN = kBackward && !C::kSegmented;
+template <typename C, bool kBackward>
+constexpr bool kUpMN = kBackward || C::kSegmented;
 
 // Whether a tile brings low forth on its way. Nothing rides backward or where x is masked, so there is no code for it there.
 template <typename C, bool kBackward, bool kDrops>
@@ -79,6 +88,13 @@ __device__ __forceinline__ bool rides(const Item& item) {
   return can_ride<C, kBackward, kDrops> && (item.bits & work::kRides);
 }
 
+// Of rows with adapters of their own, what consumers need not look up: of a tile's first step how many steps with ranks there will
+// be, and of those which slices of 16 of the stage's boxes are multiplied.
+struct Ranks {
+  int steps;
+  int16_t first, count;
+};
+
 template <typename C>
 struct Shared {
   uint8_t stages[C::kStages][C::kStageBytes];
@@ -86,6 +102,7 @@ struct Shared {
   alignas(16) float2 columns[kConsumers][kWarpgroup];  // columns.cuh's, of an output tile
   uint4 gate_ahead[C::kGateGrads ? kGateAhead : 1][2][C::kGateGrads ? kFinishThreads : 1];  // gate and up from memory
   uint64_t full[C::kStages], empty[C::kStages];
+  Ranks ranks[C::kSegmented ? C::kStages : 1];  // of each stage
   uint64_t item_full, item_empty;  // item_empty counts in the first block of the cluster
   Item item;
   int mark;  // the launch's

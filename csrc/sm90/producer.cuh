@@ -3,6 +3,7 @@
 
 #include "params.cuh"
 #include "pipeline.cuh"
+#include "spans.cuh"
 
 namespace fused_lora::sm90 {
 
@@ -19,7 +20,11 @@ struct Producer {
 
   // A free stage, in which so many bytes will land.
   __device__ uint32_t begin_step(int bytes) {
-    ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+    await_stage();
+    return expect(bytes);
+  }
+  __device__ void await_stage() { ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1); }
+  __device__ uint32_t expect(int bytes) {
     ptx::mbarrier_arrive_expect_tx(&shared.full[ring.stage], bytes);
     return ptx::shared_address(shared.stages[ring.stage]);
   }
@@ -44,8 +49,9 @@ struct Producer {
   }
 
   // The right operand of a product at columns `col` of its result, and `k` of the sum.
+  template <bool kMN = kBackward>
   __device__ void load_right(uint32_t target, const CUtensorMap* map, int col, int k, int boxes) {
-    load_for_both<kBackward>(target, map, kBackward ? k : col, kBackward ? col : k, boxes);
+    load_for_both<kMN>(target, map, kMN ? k : col, kMN ? col : k, boxes);
   }
 
   // The next item may be taken: late, so that whoever is free first takes it, and early enough to hide that.
@@ -71,22 +77,43 @@ struct Producer {
   }
 
   __device__ void shrink(const Item& item) {
-    constexpr int kWidth = C::kShrinkHalves * kBox;
     const Part& part = p.part[item.part];
-    const int release_at = lookahead(part.depth, kWidth);
     for (int done = 0; done < item.rows; done += item.stride) {
-      const int row = item.row + done + rank * kBlockM;
-#pragma unroll 1
-      for (int k = 0; k < part.depth; k += kWidth) {
-        const uint32_t stage = begin_step(C::kShrinkBoxes * kBoxBytes);
-        for (int half = 0; half < C::kShrinkHalves; ++half) {
-          load<false>(stage + 2 * half * kBoxBytes, &part.lhs, row, k + half * kBox, 2);
-          load_right(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes, &part.down, 0, k + half * kBox,
-                     boxes_of(C::kBlockR));
-        }
-        ring.advance();
-        if (done + item.stride == item.rows && k == release_at) release_item();
+      const bool last = done + item.stride == item.rows;
+      if constexpr (C::kSegmented) {
+        shrink_segments(part, item.row + done, last);
+      } else {
+        shrink(part, item.row + done, 0, last);
       }
+    }
+  }
+
+  __device__ void shrink_segments(const Part& part, int row, bool last) {
+    for (int level = 0; level < part.segments.levels; ++level) {
+      const bool last_level = last && level + 1 == part.segments.levels;
+      const Span<C> span(part.segments, level, row);
+      for (int window = span.first_window(); window < span.end_window(); ++window) {
+        shrink(part, row, span.rank(window), last_level && window + 1 == span.end_window());
+      }
+      if (last_level && span.is_empty()) release_item();
+    }
+  }
+
+  // Of an item's rows from `row` on, by the ranks from `first_rank` on.
+  __device__ void shrink(const Part& part, int row, int first_rank, bool last) {
+    constexpr int kWidth = C::kShrinkHalves * kBox;
+    const int release_at = last ? lookahead(part.depth, kWidth) : -1;
+    row += rank * kBlockM;
+#pragma unroll 1
+    for (int k = 0; k < part.depth; k += kWidth) {
+      const uint32_t stage = begin_step(C::kShrinkBoxes * kBoxBytes);
+      for (int half = 0; half < C::kShrinkHalves; ++half) {
+        load<false>(stage + 2 * half * kBoxBytes, &part.lhs, row, k + half * kBox, 2);
+        load_right<kDownMN<C, kBackward>>(stage + (2 * C::kShrinkHalves + half * boxes_of(C::kBlockR)) * kBoxBytes, &part.down,
+                                          first_rank, k + half * kBox, boxes_of(C::kBlockR));
+      }
+      ring.advance();
+      if (k == release_at) release_item();
     }
   }
 
@@ -98,6 +125,11 @@ struct Producer {
     const int row = item.row + rank * kBlockM, col = item.col;
     const int first = kBackward ? 0 : item.part, last = kBackward ? p.summed : item.part + 1;
     const bool riding = rides<C, kBackward, kDrops>(item);
+    if constexpr (C::kSegmented) {
+      const int steps = rank_steps(item, first, last);
+      await_stage();
+      shared.ranks[ring.stage].steps = steps;
+    }
     for (int i = first; i < last; ++i) {
       const Part& part = p.part[i];
       const int release_at = i + 1 == last ? lookahead(part.depth, kBox) : -1;
@@ -144,6 +176,10 @@ struct Producer {
     const int row = item.row + rank * kBlockM, col = item.col;
     for (int i = first; i < last; ++i) {
       const Part& part = p.part[i];
+      if constexpr (C::kSegmented) {
+        tile_segments(part, item, i - first);
+        continue;
+      }
       if (part.r > 0 && !riding) wait_for_own_low(item, i - first);
 #pragma unroll 1
       for (int k = 0; k < part.r; k += kBox) {
@@ -155,7 +191,71 @@ struct Producer {
     }
   }
 
+  __device__ void tile_segments(const Part& part, const Item& item, int which) {
+    bool waited = false;
+    for (int level = 0; level < part.segments.levels; ++level) {
+      const Span<C> span(part.segments, level, item.row);
+      if (span.is_empty()) continue;
+      if (!waited) wait_for_own_low(item, which);
+      waited = true;
+#pragma unroll 1
+      for (int box = span.first_box(); box < span.end_box(); ++box) {
+        await_stage();
+        const int first = span.first_slice(box);
+        shared.ranks[ring.stage] = {0, static_cast<int16_t>(first), static_cast<int16_t>(span.end_slice(box) - first)};
+        const uint32_t stage = expect(C::kTileBoxes * kBoxBytes);
+        load<false>(stage, &part.low, span.low_row(box) + rank * kBlockM, 0, 2);
+        load_right<kUpMN<C, kBackward>>(stage + 2 * kBoxBytes, &part.up, item.col, span.rank_of_box(box), C::kBlockN / kBox);
+        ring.advance();
+      }
+    }
+  }
+
+  __device__ int rank_steps(const Item& item, int first, int last) const {
+    int steps = 0;
+    for (int i = first; i < last; ++i) {
+      const work::Segments& segments = p.part[i].segments;
+      for (int level = 0; level < segments.levels; ++level) steps += Span<C>(segments, level, item.row).boxes();
+    }
+    return steps;
+  }
+
+  __device__ void gradient_segments(const Item& item) {
+    const Part& part = p.part[item.part];
+    release_item();  // nobody knows here when it ends
+    for (int level = 0; level < part.segments.levels; ++level) {
+      for (Windows<C> windows(part.segments, level, item, p.M); windows.exist(); windows.advance()) {
+        gradient_window(part, item, windows);
+      }
+    }
+  }
+
+  // By the steps that have rows of it; where two windows meet in a step, it comes for both.
+  __device__ void gradient_window(const Part& part, const Item& item, const Windows<C>& windows) {
+    const Gradient& g = item.work == Work::kGradientA ? part.dA : part.dB;
+    constexpr int kBigBoxes = C::kGradientCols / kBox;
+    const int col = item.col + rank * C::kGradientCols;
+    int low_row = 0;  // of the step's block of rows
+#pragma unroll 1
+    for (int step = 0; step < windows.steps(); ++step) {
+      const int row = windows.first_row() + step * kBox;
+      if (item.waits != work::kNone && (row % kBlockM == 0 || step == 0)) {
+        wait_for_low(item.waits + (row / kBlockM * kBlockM - item.row) / kFlagRows, item.mark);
+      }
+      if (row % kPairRows == 0 || step == 0) {
+        low_row = Span<C>(part.segments, windows.level, row / kPairRows * kPairRows).low_row_of(windows.index);
+      }
+      const uint32_t stage = begin_step(C::kGradientBoxes * kBoxBytes);
+      load<true>(stage, &g.big, row, col, kBigBoxes);
+      for (int i = 0; i < boxes_of(C::kBlockR); ++i) {
+        load_for_both<true>(stage + (kBigBoxes + i) * kBoxBytes, &g.low, low_row + row % kPairRows + i * kPairRows, 0, 1);
+      }
+      ring.advance();
+    }
+  }
+
   __device__ void gradient(const Item& item) {
+    if constexpr (C::kSegmented) return gradient_segments(item);
     const Part& part = p.part[item.part];
     const Gradient& g = item.work == Work::kGradientA ? part.dA : part.dB;
     constexpr int kBigBoxes = C::kGradientCols / kBox;

@@ -27,21 +27,23 @@ Tiling tiling_of(int clusters) {
 }
 
 // call(C{}) for the kernels' C that pads ranks so; what is made for ranks above 128 is never narrow, nor gated.
-template <int kBlockN, Epilogue kEpilogue, typename Call>
+template <int kBlockN, Epilogue kEpilogue, bool kSegmented = false, typename Call>
 auto with_rank(int rank, Call call) {
   switch (rank) {
-    case 16: return call(Config<kBlockN, 16, kEpilogue>{});
-    case 64: return call(Config<kBlockN, 64, kEpilogue>{});
-    case 128: return call(Config<kBlockN, 128, kEpilogue>{});
+    case 16:
+      if constexpr (!kSegmented) return call(Config<kBlockN, 16, kEpilogue>{});
+      [[fallthrough]];
+    case 64: return call(Config<kBlockN, 64, kEpilogue, kSegmented>{});
+    case 128: return call(Config<kBlockN, 128, kEpilogue, kSegmented>{});
   }
-  if constexpr (kEpilogue == Epilogue::kPlain) return call(Config<256, 256>{});
-  return call(Config<kBlockN, 128, kEpilogue>{});
+  if constexpr (kEpilogue == Epilogue::kPlain) return call(Config<256, 256, kEpilogue, kSegmented>{});
+  return call(Config<kBlockN, 128, kEpilogue, kSegmented>{});
 }
 
 template <int kBlockN>
 Tiling tiling_of(const Pass& pass, int clusters) {
   const auto tiling = [&](auto config) { return tiling_of<decltype(config)>(clusters); };
-  const int rank = work::block_rank(pass.most_rank());
+  const int rank = std::max(work::block_rank(pass.most_rank()), pass.segmented() ? kBox : 0);
   if (!pass.gated) return with_rank<kBlockN, Epilogue::kPlain>(rank, tiling);
   return pass.backward ? with_rank<kBlockN, Epilogue::kGateGrad>(rank, tiling) : with_rank<kBlockN, Epilogue::kGate>(rank, tiling);
 }

@@ -88,6 +88,51 @@ Tensor read_gain(BackwardPart& params, const Part& part, const std::optional<Ten
   return dgain;
 }
 
+// Boxes of 64 ranks of low, at most: of each block those of its windows, of which two blocks share one at most on a level.
+int64_t low_boxes(const Routing& routing, size_t part) {
+  const Tensor& blocks = routing.blocks(part);
+  return routing.window / 64 * (blocks.size(0) * (blocks.size(1) - 1) + routing.windows(part).size(0));
+}
+
+Tensor empty_low(const Tensor& x, int64_t M, int64_t r, const Routing& routing, size_t part) {
+  if (!routing) return padded_like(x, M, r);
+  return padded_like(x, low_boxes(routing, part) * kSegmentRows, 64);
+}
+
+work::Segments segments_of(const Routing& routing, size_t part) {
+  if (!routing) return {};
+  const Tensor &blocks = routing.blocks(part), &windows = routing.windows(part), &rows = routing.rows(part);
+  return {.blocks = static_cast<const work::Block*>(blocks.data_ptr()),
+          .windows = static_cast<const work::Window*>(windows.data_ptr()),
+          .rows = static_cast<const work::Row*>(rows.data_ptr()),
+          .windows_count = static_cast<int>(windows.size(0)),
+          .levels = static_cast<int>(blocks.size(0)),
+          .blocks_count = static_cast<int>(blocks.size(1))};
+}
+
+void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
+  check(table.scalar_type() == ScalarType::Int && table.is_contiguous() && table.is_cuda(), "tables must be contiguous int32 on the device");
+  check(std::equal(sizes.begin(), sizes.end(), table.sizes().begin(), table.sizes().end()), "tables must be of x's rows");
+}
+
+void check_routing(const Routing& routing, const std::vector<Part>& parts, double p, bool gated, int64_t M) {
+  if (!routing) return;
+  check(current_card().capability == 90, "the kernels of this card know no rows with adapters of their own");
+  check(p == 0 && !gated, "rows with adapters of their own have neither dropout nor gated passes");
+  check(routing.window == 64 || routing.window == 128 || routing.window == 256, "window must be 64, 128 or 256, got ", routing.window);
+  check(routing.tables.size() == 3 * parts.size(), "tables must be three of each part");
+  const int64_t blocks = (M + kSegmentRows - 1) / kSegmentRows;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    check(parts[i].scale.numel() * work::kSlice >= parts[i].A.size(0), "scale must have an entry for each 16 ranks");
+    check(!parts[i].gain, "rows with adapters of their own have no gain");
+    const int64_t levels = routing.blocks(i).size(0), windows = routing.windows(i).size(0);
+    check(windows > 0, "rows with adapters of their own must have one");
+    check_table(routing.blocks(i), {levels, blocks, 4});
+    check_table(routing.windows(i), {windows, 4});
+    check_table(routing.rows(i), {levels, blocks * kSegmentRows, 2});
+  }
+}
+
 // A launch, and torch's memory for its sums, which is free for what comes behind it on its stream.
 template <typename Params>
 void launch(const Params& params, const Tensor& x) {
@@ -132,17 +177,20 @@ std::vector<Tensor> gate_backward(BackwardParams& params, const Tensor& x, const
 }  // namespace
 
 std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act,
-                                       const std::string& keep) {
+                                       const std::string& keep, const Routing& routing) {
   const OnDevice here(x);
   check_count(parts.size());
   check(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
-  if (keep == "none" && are_few_rows(x.numel() / x.size(-1), parts, false)) return few_rows_forward(x, parts, act);
+  if (!routing && keep == "none" && are_few_rows(x.numel() / x.size(-1), parts, false)) return few_rows_forward(x, parts, act);
   Readable read(x.scalar_type());
   ForwardParams params{.x = read(flat(x)), .parts = static_cast<int>(parts.size())};
+  check_routing(routing, parts, p, !act.empty(), params.x.rows);
+  params.window = static_cast<int>(routing.window);
   std::vector<Tensor> xas;
   for (size_t i = 0; i < parts.size(); ++i) {
-    xas.push_back(padded_like(x, params.x.rows, parts[i].A.size(0)));
+    xas.push_back(empty_low(x, params.x.rows, parts[i].A.size(0), routing, i));
     params.part[i] = read_part(parts[i], xas[i], p, read);
+    params.part[i].segments = segments_of(routing, i);
   }
   std::vector<Tensor> results;
   if (act.empty()) {
@@ -161,7 +209,7 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>&
 }
 
 std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
-  const auto& [dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys] = pass;
+  const auto& [dys, xs, parts, xas, dxas, p, need_dx, needs, act, gated, factors, ys, routing] = pass;
   const size_t count = parts.size();
   check_count(count);
   check(dys.size() == count && xs.size() == count && xas.size() == count && dxas.size() == count && needs.size() == 3 * count,
@@ -171,14 +219,17 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
   const Tensor& x = xs[0];
   const OnDevice here(x);
   check(!gains || current_card().capability == 90, "the kernels of this card know no gain backward");
-  const bool few = !gains && act.empty() && !dxas[count - 1] && are_few_rows(x.numel() / x.size(-1), parts, true);
+  const bool few = !routing && !gains && act.empty() && !dxas[count - 1] && are_few_rows(x.numel() / x.size(-1), parts, true);
   if (few) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
   Readable read(x.scalar_type());
   BackwardParams params{.parts = static_cast<int>(count)};
+  check_routing(routing, parts, p, !act.empty(), x.numel() / x.size(-1));
+  params.window = static_cast<int>(routing.window);
   std::vector<Tensor> grads(3 * count + ys.size()), made;  // dAs, dBs, dbiases, dgains; dxas of this pass
   Tensor rows;
   for (size_t i = 0; i < count; ++i) {
     const Part& part = parts[i];
+    check(!routing || !needs[2 * count + i], "rows with adapters of their own bring no sums of dy");
     const std::optional<Tensor> dxa = dxas[i];
     const bool summed = !dxa.has_value();
     check(i == 0 || !summed || params.summed == static_cast<int>(i), "parts with a dxa must come last");
@@ -186,9 +237,12 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
     const int64_t of_bias[] = {N};
     if (i == 0 || !are_same(xs[i], xs[i - 1])) rows = act.empty() ? rows_of(xs[i]) : flat(xs[i]);  // a gated pass reads no x
     params.summed += summed;
-    made.push_back(dxa ? *dxa : padded_like(x, rows.size(0), r));
-    const Tensor dA = grads[i] = grad_of(part.A, part.A.sizes(), needs[i]);
-    const Tensor dB = grads[count + i] = grad_of(part.B, part.B.sizes(), needs[count + i]);
+    made.push_back(dxa ? *dxa : empty_low(x, rows.size(0), r, routing, i));
+    // dA, and dB or of slabs that of B^T, of the pass's windows alone.
+    const int64_t ranks = routing ? routing.windows(i).size(0) * routing.window : r;
+    const int64_t of_A[] = {ranks, K}, of_B[] = {routing ? ranks : N, routing ? N : ranks};
+    const Tensor dA = grads[i] = grad_of(part.A, of_A, needs[i]);
+    const Tensor dB = grads[count + i] = grad_of(part.B, of_B, needs[count + i]);
     const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), of_bias, needs[2 * count + i]);
     Tensor weight = part.weight, B = part.B;
     if (part.gain && summed && (need_dx || needs[i])) scale_rows(weight, B, part, need_dx, x);
@@ -201,12 +255,13 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
         .xa = read(xas[i]),
         .dxa = read(made[i]),
         .dA = dense_operand(dA, K),
-        .dB = dense_operand(dB, r),
+        .dB = dense_operand(dB, of_B[1]),
         .dbias = dense_operand(dbias, N),
         .gain = gain_of(part),
         .scale = scale_of(part),
         .dropout = dropout_of(part.seed, p),
     };
+    params.part[i].segments = segments_of(routing, i);
     if (!ys.empty()) grads[3 * count + i] = read_gain(params.part[i], part, ys[i], read);
   }
   if (!act.empty()) {

@@ -37,7 +37,7 @@ PyObject* tile(PyObject*, PyObject* arguments) {
     const Card card = current_card();
     const Kernels* const kernels = kernels_of(card);
     check(kernels != nullptr, "csrc has no kernels for the current device");
-    const Tile found = kernels->tile_of({M, false, false, true, false, 1, 1, {{N, N, r, false, false}}}, card);
+    const Tile found = kernels->tile_of({M, false, false, true, false, 1, 1, 0, {{N, N, r, false, false}}}, card);
     return Py_BuildValue("(iii)", found.M, found.N, found.K);
   });
 }

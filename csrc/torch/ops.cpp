@@ -36,15 +36,26 @@ void merge_(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor
   check_cuda(launch_merge(params, weight_dtype, factor_dtype, stream_of(weight)));
 }
 
-std::vector<Tensor> forward(const Tensor& x, FlatParts parts, double p, std::vector<double> act, std::string keep) {
-  return lora_parts_forward(x, unflatten(parts), p, act, keep);
+// Of each part three, or none.
+using Tables = std::optional<std::vector<Tensor>>;
+
+Routing routing_of(Tables tables, int64_t window) {
+  if (!tables) return {};
+  return {std::move(*tables), window};
+}
+
+std::vector<Tensor> forward(const Tensor& x, FlatParts parts, double p, std::vector<double> act, std::string keep, Tables tables,
+                            int64_t window) {
+  return lora_parts_forward(x, unflatten(parts), p, act, keep, routing_of(std::move(tables), window));
 }
 
 std::vector<Tensor> backward(std::vector<Tensor> dys, std::vector<Tensor> xs, FlatParts parts, std::vector<Tensor> xas,
                              std::vector<std::optional<Tensor>> dxas, double p, bool need_dx, Bools needs,
-                             std::vector<double> act, std::vector<Tensor> gated, bool factors, std::vector<std::optional<Tensor>> ys) {
+                             std::vector<double> act, std::vector<Tensor> gated, bool factors, std::vector<std::optional<Tensor>> ys,
+                             Tables tables, int64_t window) {
   return lora_parts_backward({std::move(dys), std::move(xs), unflatten(parts), std::move(xas), std::move(dxas), p, need_dx,
-                              {needs.begin(), needs.end()}, std::move(act), std::move(gated), factors, std::move(ys)});
+                              {needs.begin(), needs.end()}, std::move(act), std::move(gated), factors, std::move(ys),
+                              routing_of(std::move(tables), window)});
 }
 
 }  // namespace
@@ -52,11 +63,14 @@ std::vector<Tensor> backward(std::vector<Tensor> dys, std::vector<Tensor> xs, Fl
 
 FUSED_LORA_OPS(FUSED_LORA_NAMESPACE, m) {
   m.def("cuda_merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor scale) -> ()");
-  // As those of ops/lora_parts.py, but that xas may have padded rows.
-  m.def("cuda_lora_parts_forward(Tensor x, Tensor?[] parts, float p, float[] act, str keep) -> Tensor[]");
+  // As those of ops/lora_parts.py, but that xas may have padded rows. With tables, B is the slab of B^T, dB is of it, and xas and dxas
+  // are in boxes (work/segments.h).
+  m.def(
+      "cuda_lora_parts_forward(Tensor x, Tensor?[] parts, float p, float[] act, str keep, Tensor[]? tables=None, int window=0)"
+      " -> Tensor[]");
   m.def(
       "cuda_lora_parts_backward(Tensor[] dys, Tensor[] xs, Tensor?[] parts, Tensor[] xas, Tensor?[] dxas, float p, bool need_dx,"
-      " bool[] needs, float[] act, Tensor[] gated, bool factors, Tensor?[] ys) -> Tensor[]");
+      " bool[] needs, float[] act, Tensor[] gated, bool factors, Tensor?[] ys, Tensor[]? tables=None, int window=0) -> Tensor[]");
 }
 
 FUSED_LORA_KERNELS_OF(FUSED_LORA_NAMESPACE, CUDA, m) {

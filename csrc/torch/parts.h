@@ -36,10 +36,22 @@ inline bool have_gains(const std::vector<Part>& parts) {
   return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
 }
 
+// Which adapter each row has (work/segments.h): of each part its blocks, windows and rows, as int32; and a window's ranks. None: all
+// rows have the part's factors.
+struct Routing {
+  std::vector<Tensor> tables;
+  int64_t window = 0;
+
+  explicit operator bool() const { return window > 0; }
+  const Tensor& blocks(size_t part) const { return tables[3 * part]; }
+  const Tensor& windows(size_t part) const { return tables[3 * part + 1]; }
+  const Tensor& rows(size_t part) const { return tables[3 * part + 2]; }
+};
+
 // The pair (lora_parts.cpp), as ops/lora_parts.py describes it. act is empty, or of a gated pass its two numbers; keep is "none",
 // "sides" or "factors".
 std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>& parts, double p, const std::vector<double>& act,
-                                       const std::string& keep);
+                                       const std::string& keep, const Routing& routing = {});
 
 // ys is empty, or has the result of each part whose gain has a gradient: those then follow dbiases. csrc/sm90 alone knows gains
 // backward.
@@ -55,6 +67,7 @@ struct BackwardPass {
   std::vector<Tensor> gated;
   bool factors;
   std::vector<std::optional<Tensor>> ys;
+  Routing routing;
 };
 std::vector<Tensor> lora_parts_backward(const BackwardPass& pass);
 

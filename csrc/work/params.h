@@ -34,9 +34,9 @@ void place_partials(Params& p, const Pass& pass, const Tiling& tiling, float* pa
     const PassPart& sizes = pass.part[i];
     auto& part = p.part[i];
     part.dA.partial = partial;
-    partial += sizes.wants_dA ? partial_floats(tiling, sizes.cols) : 0;
+    partial += sizes.wants_dA ? partial_floats(tiling, pass, sizes.cols) : 0;
     part.dB.partial = partial;
-    partial += sizes.wants_dB ? partial_floats(tiling, sizes.depth) : 0;
+    partial += sizes.wants_dB ? partial_floats(tiling, pass, sizes.depth) : 0;
     part.dB.sums_partial = partial;
     partial += sizes.wants_dB ? kSums * partial_cols(tiling, sizes.depth) : 0;
   }

@@ -28,7 +28,11 @@ struct Pass {
   int64_t M;
   bool backward, drops, wants_out, gated;
   int parts, summed;  // summed: those that tiles are made of, which come first
+  int levels;         // rows have so many adapters of their own, and r is a window's; 0: the part's
   PassPart part[kMostParts];
+
+  bool segmented() const { return levels > 0; }
+  int sums() const { return std::max(levels, 1); }  // of a gradient that are under way at once
 
   bool needs_low(int i) const { return i < summed && part[i].r > 0 && (wants_out || part[i].wants_dA); }
   int64_t most_rank() const {
@@ -54,7 +58,7 @@ struct Pass {
   // Passes with the same one have the same list.
   using Key = std::array<int64_t, 3 + 4 * kMostParts>;
   Key key() const {
-    Key key{listed_rows(), backward | drops << 1 | wants_out << 2 | gated << 3, parts | summed << 8};
+    Key key{listed_rows(), backward | drops << 1 | wants_out << 2 | gated << 3 | levels << 4, parts | summed << 8};
     for (int i = 0; i < parts; ++i) {
       const int64_t of_part[4] = {part[i].cols, part[i].depth, part[i].r, part[i].wants_dA | part[i].wants_dB << 1 | part[i].reads_y << 2};
       std::copy_n(of_part, 4, key.begin() + 3 + 4 * i);
@@ -66,17 +70,26 @@ struct Pass {
 // Sums of dy, and of its products with y, come with dB.
 inline bool wants_dB(const BackwardPart& part) { return part.dB.data != nullptr || part.dbias.data != nullptr || part.dgain != nullptr; }
 
+template <typename Params>
+int levels_of(const Params& params) {
+  int levels = 0;
+  for (int i = 0; i < params.parts; ++i) levels = std::max(levels, params.part[i].segments.levels);
+  return levels;
+}
+
+inline int64_t ranks_of(int window, const Operand& A) { return window > 0 && A.rows > 0 ? window : A.rows; }
+
 inline Pass pass_of(const ForwardParams& f) {
-  Pass pass{f.x.rows, false, f.part[0].dropout.seed != nullptr, true, f.gated, f.parts, f.parts, {}};
-  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, f.part[i].A.rows, false, false, false};
+  Pass pass{f.x.rows, false, f.part[0].dropout.seed != nullptr, true, f.gated, f.parts, f.parts, levels_of(f), {}};
+  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, ranks_of(f.window, f.part[i].A), false, false, false};
   return pass;
 }
 
 inline Pass pass_of(const BackwardParams& b) {
-  Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.dx.data != nullptr || b.gated, b.gated, b.parts, b.summed, {}};
+  Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.dx.data != nullptr || b.gated, b.gated, b.parts, b.summed, levels_of(b), {}};
   for (int i = 0; i < b.parts; ++i) {
     const BackwardPart& part = b.part[i];
-    pass.part[i] = {part.x.cols, part.dy.cols, part.A.rows, part.dA.data != nullptr, wants_dB(part), part.dgain != nullptr};
+    pass.part[i] = {part.x.cols, part.dy.cols, ranks_of(b.window, part.A), part.dA.data != nullptr, wants_dB(part), part.dgain != nullptr};
   }
   return pass;
 }

@@ -37,7 +37,7 @@ class Planner {
       y_cols_ += part.reads_y ? gradient_cols(part.depth) : 0;
     }
     // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
-    rides_ = tiling.can_ride && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols_ <= 4;
+    rides_ = tiling.can_ride && !pass.segmented() && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols_ <= 4;
     order_ = order();
     for (int group = 0, first = 0; group < order_.groups; ++group) {
       const int count = rows_ / order_.groups + (group < rows_ % order_.groups);
@@ -63,8 +63,8 @@ class Planner {
   int gradient_cols(int64_t cols) const { return ceil_div(cols, tiling_.gradient_cols); }
 
   int64_t partials(const PassPart& part) const {
-    const int64_t of_A = part.wants_dA ? partial_floats(tiling_, part.cols) : 0;
-    return of_A + (part.wants_dB ? partial_floats(tiling_, part.depth) + kSums * partial_cols(tiling_, part.depth) : 0);
+    const int64_t of_A = part.wants_dA ? partial_floats(tiling_, pass_, part.cols) : 0;
+    return of_A + (part.wants_dB ? partial_floats(tiling_, pass_, part.depth) + kSums * partial_cols(tiling_, part.depth) : 0);
   }
 
   // Boxes and steps are 64 wide. Where ranks are masked, a tile is gone two steps a box before the next one's depth ends.

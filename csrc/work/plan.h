@@ -50,6 +50,8 @@ Plan make_plan(const Pass& pass, const Tiling& tiling);
 inline int64_t partial_cols(const Tiling& tiling, int64_t cols) {
   return int64_t{tiling.gradient_cols} * ceil_div(cols, tiling.gradient_cols);
 }
-inline int64_t partial_floats(const Tiling& tiling, int64_t cols) { return partial_cols(tiling, cols) * tiling.rank; }
+inline int64_t partial_floats(const Tiling& tiling, const Pass& pass, int64_t cols) {
+  return pass.sums() * partial_cols(tiling, cols) * tiling.rank;
+}
 
 }  // namespace fused_lora::work

@@ -72,11 +72,14 @@ def _for_kernels(*parts: Part) -> list[Tensor | None]:
 
 def _forward(x, tensors, p, act, keep, tables=None, window=0):
     parts, gated = unflatten(tensors), bool(act)
+    segments = segmented.unflatten(tables, window, len(parts))
+    if tables is not None and segmented.obstacle(x, parts, segments, gated) is None:
+        return segmented.csrc_forward(x, parts, segments)
     if tables is None and _in_csrc(x, parts, gated, p):
         results = ops.cuda_lora_parts_forward(x, _for_kernels(*parts), p, act, keep)
         own = len(results) - len(parts)
         return [*results[:own], *(xa.contiguous() for xa in results[own:])]
-    each = zip(parts, segmented.unflatten(tables, window, len(parts)), strict=True)
+    each = zip(parts, segments, strict=True)
     ys, xas = zip(*(_forward_alone(rows_of(x) if gated else x, part, p, of) for part, of in each), strict=True)
     if not gated:
         return [*ys, *xas]
@@ -100,8 +103,12 @@ def _forward_alone(x: Tensor, part: Part, p: float, segments: Segments | None) -
 
 def _forward_fake(x, tensors, p, act, keep, tables=None, window=0):
     parts, M = unflatten(tensors), math.prod(x.shape[:-1])
-    each = zip(parts, segmented.unflatten(tables, window, len(parts)), strict=True)
-    xas = [x.new_empty(M, part.r if of is None else of.ranks) for part, of in each]
+    segments = segmented.unflatten(tables, window, len(parts))
+    in_csrc = tables is not None and segmented.obstacle(x, parts, segments, bool(act)) is None
+    xas = [
+        x.new_empty((M, part.r) if of is None else segmented.low_shape(x, part, of, in_csrc))
+        for part, of in zip(parts, segments, strict=True)
+    ]
     if not act:
         return [x.new_empty((*x.shape[:-1], part.weight.shape[0])) for part in parts] + xas
     F = parts[0].weight.shape[0]
@@ -121,6 +128,8 @@ def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factor
         )
         return grads if act else _as_biases(grads, parts)
     segments = segmented.unflatten(tables, window, len(parts))
+    if tables is not None and segmented.obstacle(xs[0], parts, segments, bool(act)) is None:
+        return segmented.csrc_backward(dys, xs, parts, xas, dxas, need_dx, needs, segments)
     if act:
         return _backward_gated(dys[0], parts[0], xas[0], p, act, gated, factors, segments[0])
     each = zip(dys, xs, parts, xas, dxas, segments, *columns(needs, len(parts)), strict=True)
