@@ -125,7 +125,12 @@ FUSED_LORA_KERNELS
 }
 namespace sm90 {
 FUSED_LORA_KERNELS
-}
+
+// Forward passes of at most 64 rows, without a list of work (few_rows.cu). Whether that is the way of a part, not gated and without
+// dropout; and the launches.
+bool takes_few_rows(int64_t M, int64_t N, int64_t K, int64_t r, bool segmented);
+cudaError_t launch_few_rows(const ForwardParams& params, cudaStream_t stream);
+}  // namespace sm90
 #undef FUSED_LORA_KERNELS
 
 }  // namespace fused_lora

@@ -132,9 +132,11 @@ def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
     return next(filter(None, map(backends.csrc().gated_obstacle, ranks)), None)
 
 
-def torchs_passes(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, p: float) -> list[str]:
-    """Those of a linear that csrc leaves to torch's products (csrc/torch/few_rows.h)."""
-    if dtype is not torch.bfloat16 or p:
-        return []
+def way(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, r: int, p: float, backward: bool) -> str:
+    """How csrc computes a pass of a linear: by "tiles"; by kernels for "few rows" (csrc/sm90/few_rows.cu); or by
+    "torch", whose products take less time (csrc/torch/few_rows.h)."""
+    if p:
+        return "tiles"
     with torch.cuda.device(device):
-        return [name for name in ("forward", "backward") if backends.csrc().are_few_rows(M, K, N, name == "backward")]
+        found = backends.csrc().way(M, K, N, r, backward)
+    return "tiles" if found == "torch" and dtype is not torch.bfloat16 else found

@@ -53,9 +53,10 @@ def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: tor
 
 def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, reason: str, p: float) -> Explanation:
     M, K, N, r = shape
+    ways = [choices.way(device, dtype, M, K, N, r, p, backward) for backward in (False, True)]
     launches = [
-        ((f"lora_linear_kernel ({name})", backends.gpu(device).sm_count, backends.csrc_tile(device, M, columns, r)),)
-        for name, columns in (("forward", N), ("backward", K))
+        _csrc_launches(device, way, name, columns, M, r)
+        for way, name, columns in zip(ways, ("forward", "backward"), (N, K), strict=True)
     ]
     notes = ["x, dy or a weight whose rows do not start at multiples of 16 bytes is copied first"]
     for name, size, copied in (
@@ -64,15 +65,22 @@ def _explain_csrc(shape, dtype: torch.dtype, factor_dtype: torch.dtype, device, 
     ):
         if size % 8:
             notes.append(f"{name}={size} is not a multiple of 8: {copied} copied to padded rows")
-    few = choices.torchs_passes(device, dtype, M, K, N, p)
-    if few:
-        which = " and ".join(few)
+    torchs = [name for name, way in zip(("forward", "backward"), ways, strict=True) if way == "torch"]
+    if torchs:
+        which = " and ".join(torchs)
         notes.insert(0, f"{which} by torch's products: few rows leave most of these kernels' blocks without work")
     if factor_dtype != dtype:
         notes.append(_copied_factors(dtype, factor_dtype))
     elif r % 8:
         notes.append(f"r={r} is not a multiple of 8: B is copied to padded rows in each pass, N r elements")
     return Explanation(shape, dtype, str(device), "cuda", reason, *launches, tuple(notes))
+
+
+def _csrc_launches(device, way: str, name: str, columns: int, M: int, r: int) -> tuple:
+    sms = backends.gpu(device).sm_count
+    if way == "few rows":
+        return tuple((f"{kernel}_few_rows_kernel", sms, {}) for kernel in ("shrink", "expand"))
+    return ((f"lora_linear_kernel ({name})", sms, backends.csrc_tile(device, M, columns, r)),)
 
 
 def _copied_factors(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:

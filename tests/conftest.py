@@ -40,3 +40,13 @@ def card(monkeypatch, tmp_path):
 
     with pretended(monkeypatch, tmp_path / "cache") as pretend:
         yield pretend
+
+
+@pytest.fixture
+def on_hopper():
+    """For tests of csrc's kernels, which run nowhere else."""
+    from fused_lora import backends
+
+    obstacle = backends._cuda_obstacle(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+    if obstacle is not None:
+        pytest.skip(obstacle)

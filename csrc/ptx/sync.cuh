@@ -21,6 +21,12 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+// The launch behind this one may begin, if it was told to be beside it.
+__device__ __forceinline__ void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Until the launch before this one has ended, and what it wrote is seen.
+__device__ __forceinline__ void await_last_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
 // Orders no memory.
@@ -39,6 +45,11 @@ __device__ __forceinline__ void flag_raise(int* flag, int mark) {
 
 // Into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// So many bytes, a multiple of 16, as are the address's.
+__device__ __forceinline__ void prefetch(const void* address, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
 
 __device__ __forceinline__ bool flag_is(const int* flag, int mark) {
   int value;
@@ -76,6 +87,19 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
+// What lies where `source` does in block `rank` of the cluster.
+__device__ __forceinline__ float4 load_shared_at(const void* source, uint32_t rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(source))), "r"(rank)
+      : "memory");
+  return v;
+}
+
 __device__ __forceinline__ int load_shared_32(uint32_t address) {
   int v;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
@@ -100,6 +124,13 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
 __device__ __forceinline__ float4 load_l2(const float4* address) {
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
+  return v;
+}
+
+// 16 bytes that nobody writes meanwhile, in the order of the source, so that several are asked for before one is used.
+__device__ __forceinline__ uint4 load_now(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
   return v;
 }
 

@@ -40,7 +40,7 @@ std::vector<Tensor> by_dispatcher(const BackwardPass& pass) {
   for (const std::optional<Tensor>& y : pass.ys) ys.push_back(y);
   torch::jit::Stack stack;
   torch::jit::push(stack, pass.dys, pass.xs, flat_list(pass.parts), pass.xas, dxas, pass.p, pass.need_dx, bool_list(pass.needs),
-                   pass.act, pass.gated, pass.factors, ys);
+                   pass.act, pass.gated, pass.factors, ys, c10::IValue(), int64_t{0});  // without tables
   op.callBoxed(&stack);
   return stack[0].toTensorVector();
 }

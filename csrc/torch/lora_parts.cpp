@@ -133,6 +133,14 @@ void check_routing(const Routing& routing, const std::vector<Part>& parts, doubl
   }
 }
 
+// Of what architecture has a way of its own.
+bool takes_few_rows(int64_t M, const std::vector<Part>& parts, bool gated, const Routing& routing) {
+  if (gated || current_card().capability != 90) return false;
+  return std::all_of(parts.begin(), parts.end(), [&](const Part& part) {
+    return !part.seed && sm90::takes_few_rows(M, part.weight.size(0), part.weight.size(1), part.A.size(0), bool{routing});
+  });
+}
+
 // A launch, and torch's memory for its sums, which is free for what comes behind it on its stream.
 template <typename Params>
 void launch(const Params& params, const Tensor& x) {
@@ -181,7 +189,9 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>&
   const OnDevice here(x);
   check_count(parts.size());
   check(x.numel() < kMostRows * x.size(-1), "x must have fewer than 2^31 - 256 rows");
-  if (!routing && keep == "none" && are_few_rows(x.numel() / x.size(-1), parts, false)) return few_rows_forward(x, parts, act);
+  const int64_t M = x.numel() / x.size(-1);
+  const bool few = takes_few_rows(M, parts, !act.empty(), routing);
+  if (!few && !routing && keep == "none" && are_few_rows(M, parts, false)) return few_rows_forward(x, parts, act);
   Readable read(x.scalar_type());
   ForwardParams params{.x = read(flat(x)), .parts = static_cast<int>(parts.size())};
   check_routing(routing, parts, p, !act.empty(), params.x.rows);
@@ -203,7 +213,11 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>&
   } else {
     results = gate(params, x, parts, act, keep);
   }
-  launch(params, x);
+  if (few) {
+    check_cuda(sm90::launch_few_rows(params, stream_of(x)));
+  } else {
+    launch(params, x);
+  }
   results.insert(results.end(), xas.begin(), xas.end());
   return results;
 }

@@ -23,11 +23,15 @@ PyObject* rank_obstacle(PyObject*, PyObject* r) { return above(PyLong_AsLongLong
 
 PyObject* gated_obstacle(PyObject*, PyObject* r) { return above(PyLong_AsLongLong(r), kMaxGatedRank); }
 
-PyObject* few_rows(PyObject*, PyObject* arguments) {
-  long long M, K, N;
+// Of a linear in bfloat16, without dropout.
+PyObject* way(PyObject*, PyObject* arguments) {
+  long long M, K, N, r;
   int backward;
-  if (!PyArg_ParseTuple(arguments, "LLLp", &M, &K, &N, &backward)) return nullptr;
-  return guarded([&] { return PyBool_FromLong(are_few_rows(M, K, N, backward != 0)); });
+  if (!PyArg_ParseTuple(arguments, "LLLLp", &M, &K, &N, &r, &backward)) return nullptr;
+  return guarded([&] {
+    const bool own = !backward && current_card().capability == 90 && sm90::takes_few_rows(M, N, K, r, false);
+    return PyUnicode_FromString(own ? "few rows" : are_few_rows(M, K, N, backward != 0) ? "torch" : "tiles");
+  });
 }
 
 PyObject* tile(PyObject*, PyObject* arguments) {
@@ -52,8 +56,8 @@ PyObject* play(PyObject*, PyObject* capability) {
 PyMethodDef methods[] = {
     {"rank_obstacle", rank_obstacle, METH_O, "Why the kernels do not take a rank, in words; empty where they do."},
     {"gated_obstacle", gated_obstacle, METH_O, "The same of gated passes."},
-    {"are_few_rows", few_rows, METH_VARARGS,
-     "Whether torch's products take a pass (M, K, N, backward) of a linear in bfloat16 on the current device."},
+    {"way", way, METH_VARARGS,
+     "What computes a pass (M, K, N, r, backward) of a linear in bfloat16 on the current device: tiles, few rows or torch."},
     {"tile", tile, METH_VARARGS, "BLOCK_M, BLOCK_N and BLOCK_K of an (M, N) result of rank r on the current device."},
     {"play_as", play, METH_O, "Compute capability 80 or 86: whose kernels later cards run from now on; 0: their own."},
     {nullptr, nullptr, 0, nullptr},

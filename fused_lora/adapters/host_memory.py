@@ -31,6 +31,7 @@ class Blobs:
         self._host = torch.zeros(count, self._size, dtype=dtype)
         self._of: dict[str, int] = {}
         self._free = list(range(count))[::-1]
+        self._leaving: dict[int, torch.Event] = {}  # behind the last copy of a blob
         self._stream = self._staging = None
         if self._device.type == "cuda":
             _pin(self._host)
@@ -54,6 +55,8 @@ class Blobs:
         if not self._free:
             raise RuntimeError(f"the host's memory holds {len(self._host)} adapters, and has them: remove one")
         self._of[name] = self._free.pop()
+        if self._of[name] in self._leaving:  # what was there may still be on its way
+            self._leaving.pop(self._of[name]).synchronize()
         blob = self._host[self._of[name]].zero_()
         rows = self._rows(blob)
         for layer, pair in factors.items():
@@ -77,6 +80,7 @@ class Blobs:
             if after is not None:
                 self._stream.wait_event(after)
             self._staging.copy_(blob, non_blocking=True)
+            self._leaving[self._of[name]] = self.mark()
             self._spread(self._staging, places)
             return self.mark()
 

@@ -40,13 +40,14 @@ def check(M, K, sizes, bias=True, only_y=False):
         assert_accurate(name, got[name], exact[name], by_torch[name], roundings=2)
 
 
-@pytest.mark.parametrize("M", [1, 7, 64])
+@pytest.mark.parametrize("M", [1, 7, 64, 100])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("r", [12, 16])
 def test_linears(M, bias, r):
+    """Up to 64 rows kernels of their own take those of r that is a multiple of 8."""
     x, parts = test_lora_group.make_group(M, 14336, [(4008, r)], "cuda", DTYPE, bias)
     with torch.no_grad():
-        assert not own_kernels(lambda: lora_linear(x, **parts[0]))
+        assert own_kernels(lambda: lora_linear(x, **parts[0])) == (M <= 64 and r % 8 == 0)
     check(M, 14336, [(4008, r)], bias, only_y=M < 64)  # gradients of few tokens are few roundings
 
 
@@ -98,5 +99,7 @@ def test_explain_says_so():
     def told(M):
         return str(explain(in_features=14336, out_features=4096, r=16, tokens=M))
 
-    assert "forward and backward by torch's products" in told(16)
+    assert "forward and backward by torch's products" in told(100)
+    assert "note: backward by torch's products" in told(16)
+    assert "expand_few_rows_kernel" in told(16)
     assert "by torch's products" not in told(4096)

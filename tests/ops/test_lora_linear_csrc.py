@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from fused_lora import backends, lora_linear
-from fused_lora.reference import keep_mask
-from tests.ops.problem import SCALE, SEED, make_dy, make_inputs, run, seed_on, solve
+from fused_lora import backends, choices, lora_linear
+from fused_lora.reference import keep_mask, lora_linear_ref
+from tests.accuracy import assert_accurate
+from tests.ops.problem import SCALE, SEED, cast, make_dy, make_inputs, run, seed_on, solve, unfused
 from tests.ops.test_lora_linear_cuda import assert_same, capture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
@@ -31,6 +32,42 @@ def test_ranks(r, dtype):
 )
 def test_sizes(size, dtype):
     solve_in_csrc(*size, 24, dtype)
+
+
+# By kernels for few rows: each of their sizes, a depth and columns that end within a box, more depth than stages, few
+# columns and many.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 16, 17, 33, 64])
+@pytest.mark.parametrize(("K", "N", "r"), [
+    (72, 136, 16), (4104, 1032, 8), (264, 8, 8), (8, 264, 8), (8200, 392, 24), (200, 20000, 64), (1024, 16384, 256),
+])  # fmt: skip
+def test_few_rows(M, K, N, r, dtype):
+    if dtype is torch.bfloat16:
+        is_own = choices.way(torch.device("cuda:0"), dtype, M, K, N, r, 0.0, False) == "few rows"
+        assert is_own == (M * r <= N)
+    inputs = make_inputs(M, K, N, r, "cuda", dtype)
+    scale = torch.tensor(SCALE, device="cuda")
+    with torch.no_grad():  # gradients of few rows are few roundings
+        y, by_torch = (function(**inputs, scale=scale) for function in (lora_linear, unfused))
+        exact = lora_linear_ref(**cast(inputs, torch.float64), scale=scale.double())
+    assert_accurate("y", y, exact, by_torch, roundings=2)
+
+
+def test_few_rows_in_a_graph():
+    inputs = make_inputs(48, 520, 1032, 16, "cuda", torch.bfloat16)
+    scale = torch.tensor(SCALE, device="cuda")
+    with torch.no_grad():
+        want = lora_linear(**inputs, scale=scale)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = lora_linear(**inputs, scale=scale)
+            y = hidden + lora_linear(**inputs, scale=scale)
+        for _ in range(20):
+            y.fill_(float("nan"))
+            hidden.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(hidden, want)
+            assert torch.equal(y, want + want)
 
 
 # Rows that start anywhere: of x and the weight, of dy, y and dx, of all; one entry; a tile's last column alone.
