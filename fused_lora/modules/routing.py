@@ -186,14 +186,9 @@ class _OfBank:
         paths = [[name for name in path if name in places] for path in paths]
         self.plan = segments.make_plan([[places[name] for name in path] for path in paths], window)
         self.constants = segments.constants(self.plan, device)
-        begins: dict[str, list[int]] = {}
-        for depth, level in enumerate(self.plan.levels):
-            for path, begin in zip(paths, level.begins, strict=True):
-                # Neighbouring segments may have it in one window.
-                if begin is not None and begin not in begins.setdefault(path[depth], []):
-                    begins[path[depth]].append(begin)
-        self.adapters = [(name, places[name].rank, tuple(found)) for name, found in begins.items()]
-        self.names = tuple(begins)
+        named = {place: name for name, place in places.items()}
+        self.adapters = [(named[place], place.rank, begins) for place, begins in self.plan.begins().items()]
+        self.names = tuple(name for name, *_ in self.adapters)
 
     def check(self, bank) -> None:
         """Whether the bank's adapters are those that it had. By numbers, which compiled programs are guarded by."""

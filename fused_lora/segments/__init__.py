@@ -2,9 +2,10 @@
 
 from .formula import backward_ref, dxa_ref, forward_ref, lora_segments_ref, ranks_of
 from .plan import BLOCK, BOX, SIZES, SLICE, Level, Place, Plan, Window, make_plan, size_of
-from .tables import Constants, Tables, constants, tables
+from .tables import Constants, Tables, constants, on_device, tables
 
 __all__ = [
     "BLOCK", "BOX", "SIZES", "SLICE", "Constants", "Level", "Place", "Plan", "Tables", "Window", "backward_ref",
-    "constants", "dxa_ref", "forward_ref", "lora_segments_ref", "make_plan", "ranks_of", "size_of", "tables",
+    "constants", "dxa_ref", "forward_ref", "lora_segments_ref", "make_plan", "on_device", "ranks_of", "size_of",
+    "tables",
 ]  # fmt: skip

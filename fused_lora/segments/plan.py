@@ -61,6 +61,15 @@ class Plan:
         """Of all windows."""
         return self.window * len(self.windows)
 
+    def begins(self) -> dict[Place, tuple[int, ...]]:
+        """Where each place of a segment begins among the ranks of the windows: once in each that has it."""
+        found: dict[Place, dict[int, None]] = {}
+        for level in self.levels:
+            for place, begin in zip(level.places, level.begins, strict=True):
+                if place is not None:
+                    found.setdefault(place, {})[begin] = None
+        return {place: tuple(begins) for place, begins in found.items()}
+
 
 def make_plan(places: Sequence[Sequence[Place | None]], window: int = BOX) -> Plan:
     """The plan of segments whose adapters have these places, level by level; None where a segment has no adapter on a

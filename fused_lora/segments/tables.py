@@ -41,7 +41,7 @@ class Constants(NamedTuple):
 
 @lru_cache(maxsize=256)
 def constants(plan: Plan, device: torch.device) -> tuple[Constants, ...]:
-    """Of each level; copied without waiting for the device, and not while a CUDA graph is captured."""
+    """Of each level, as on_device has it."""
     return tuple(_constants(level, device) for level in plan.levels)
 
 
@@ -50,13 +50,14 @@ def _constants(level: Level, device: torch.device) -> Constants:
     words = [0 if place is None else begin // SLICE | place.size // SLICE << 24 for begin, place in each]
     slices = [0 if place is None else place.rank // SLICE for place in level.places]
     return Constants(
-        _on(device, [*words, 0]),
-        _on(device, [*slices, 0]),
-        *(_on(device, [window[i] for window in level.windows]) for i in range(3)),
+        on_device(device, [*words, 0]),
+        on_device(device, [*slices, 0]),
+        *(on_device(device, [window[i] for window in level.windows]) for i in range(3)),
     )
 
 
-def _on(device: torch.device, values: Sequence[int]) -> Tensor:
+def on_device(device: torch.device, values: Sequence[int]) -> Tensor:
+    """int32, copied without waiting for the device, and not while a CUDA graph is captured."""
     host = torch.tensor(values, dtype=torch.int32, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 

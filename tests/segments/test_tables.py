@@ -3,7 +3,7 @@ import torch
 
 from fused_lora.segments import BOX, SLICE, Place, constants, make_plan, tables
 
-from .divisions import DIVISIONS, tables_by_loops
+from .divisions import DIVISIONS, places_of, tables_by_loops
 
 
 @pytest.mark.parametrize("name", DIVISIONS)
@@ -68,3 +68,11 @@ def test_levels_of_a_plan():
     assert (second.windows, second.begins) == (((64, 1, 1),), (None, 64, None))
     assert (third.windows, third.begins) == (((64, 2, 2),), (None, None, 128))
     assert plan.ranks == 192
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_where_places_begin(name):
+    division = DIVISIONS[name]
+    places, _ = places_of(division.ranks)
+    wanted = {places[adapter]: tuple(begins) for adapter, begins in division.begins().items()}
+    assert division.plan().begins() == wanted
