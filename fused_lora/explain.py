@@ -172,7 +172,15 @@ def explain(
         return _explain_bank(layer, tokens)
     if layer is not None and not is_lora(layer):
         return _explain_model(layer, tokens=tokens, gpu=gpu)
-    return _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
+    found = _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
+    return _with_note(found, _by_name(layer))
+
+
+def _by_name(layer: LoRALayer | None) -> str | None:
+    """What is said of a layer of PEFT's whose samples may name their adapters."""
+    ask = getattr(type(layer), "why_not_by_name", None)
+    reason = None if ask is None or layer.why_not() else ask(layer)
+    return None if reason is None else f"where samples name their adapters, its own forward computes it: {reason}"
 
 
 def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:

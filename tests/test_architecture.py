@@ -49,7 +49,7 @@ ROOMS = {
     "relora": {"modules", "ops", "checks", "reference"},
     "adapters": {"modules", "ops", "segments", "checks", "whole_files"},
     "pretrain": {"extras", "whole_files", "relora", "modules", "ops", "checks", "reference"},
-    "integrations": {"whole_files", "relora", "modules", "ops", "checks", "reference"},
+    "integrations": {"whole_files", "relora", "modules", "segments", "ops", "checks", "reference"},
     "explain": {"explanations", "modules", "ops", "backends", "choices", "kernels", "predict", "cards", "checks"},
     "doctor": {"__init__", "backends", "choices"},
     "tune": {"integrations", "ops", "backends", "choices", "checks", "extras"},

@@ -67,6 +67,12 @@ def obstacle_on(device: torch.device, dtype: torch.dtype, window: int, readable:
     return None if capability == 90 else f"compute capability {capability / 10:.1f}: its kernels have segments on 9.0"
 
 
+def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:
+    """Why csrc has no kernel with segments for x, a weight and slabs in the weight's dtype, or None."""
+    dtype = of_parts.autocast_dtype(x) or x.dtype
+    return obstacle_on(x.device, dtype, window, backends.csrc_reads(weight, weight, weight))
+
+
 def low_shape(x: Tensor, part: Part, of: Segments, in_csrc: bool) -> tuple[int, int]:
     """Of xa: in csrc boxes of 64 ranks and a block's rows, as many as there can be (csrc/work/segments.h)."""
     if not in_csrc:

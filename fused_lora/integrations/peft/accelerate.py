@@ -11,17 +11,20 @@ from ...modules.lora_linear import LoRALinear
 from ...modules.mixins import Mixin, mix, unmix
 from ...modules.replace import FUSE
 from ...modules.unload import Model
+from .by_name import Copies
 from .linear import BASES, AcceleratedLinear, is_linear
 
 
 @dataclass
 class AccelerateReport:
     """Names of PEFT's LoRA linears that the kernels compute as the model is now, of those that keep PEFT's forward with
-    the reason (for as long as it holds; other layers of PEFT for good), and of what is computed together: groups of
-    layers that read one x, and gated MLPs."""
+    the reason (for as long as it holds; other layers of PEFT for good), of those served ones that keep it for batches
+    whose samples name their adapters (adapter_names), and of what is computed together: groups of layers that read one
+    x, and gated MLPs."""
 
     served: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    kept_by_name: dict[str, str] = field(default_factory=dict)
     groups: list[tuple[str, ...]] = field(default_factory=list)
     mlps: list[str] = field(default_factory=list)
 
@@ -29,6 +32,9 @@ class AccelerateReport:
         lines = [f"{len(self.served)} LoRA linears by the kernels, {len(self.kept)} by PEFT's own forward"]
         lines += [f"  + {name}" for name in self.served]
         lines += [f"  - {name}: {reason}" for name, reason in self.kept.items()]
+        for reason in dict.fromkeys(self.kept_by_name.values()):
+            names = [name for name, found in self.kept_by_name.items() if found == reason]
+            lines.append(f"  - {', '.join(names)}: where samples name their adapters, {reason}")
         lines += [f"  = {', '.join(names)}: together where they get one x" for names in self.groups]
         lines += [f"  = {name}: as one" for name in self.mlps]
         return "\n".join(lines)
@@ -58,12 +64,14 @@ def accelerate(model: nn.Module, fuse: str = "auto") -> AccelerateReport:
         if reason is None:
             layers.append(module)
             if not isinstance(module, AcceleratedLinear):  # as one that was sharded since is
-                module._scales = {}
+                module._scales, module._copies = {}, Copies()
                 mix(module, AcceleratedLinear)
             reason = module.why_not()
         if reason is None:
             module.ready()
             report.served.append(name)
+            by_name = module.why_not_by_name()
+            report.kept_by_name |= {name: by_name} if by_name else {}
         else:
             report.kept[name] = reason
     if not layers:

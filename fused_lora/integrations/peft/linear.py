@@ -1,5 +1,7 @@
 """AcceleratedLinear: what a LoRA linear of PEFT becomes, and the rule by which each of its calls is computed."""
 
+from collections.abc import Sequence
+
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -12,7 +14,9 @@ from ...modules.attributes import parameter
 from ...modules.magnitudes import gain
 from ...modules.mixins import Mixin
 from ...modules.protocol import PLAIN
+from ...modules.routing import BASE
 from ...modules.scaled import scale_beside
+from .by_name import Copies, Named, kernel_obstacle, obstacle
 
 # Modules that a layer holds and a kernel computes for, by the forwards that they are known for.
 BASES = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
@@ -31,16 +35,19 @@ class AcceleratedLinear(Mixin):
 
     Its children, parameters and attributes are PEFT's, and so are its other methods. In every call _active decides:
     what it has a word for is computed by the forward that PEFT gave the class. Where several adapters are active,
-    their factors are computed as one pair of the sum of their ranks.
+    their factors are computed as one pair of the sum of their ranks. Where samples name their adapters, it is
+    ops.lora_segments on copies of the factors (by_name.py).
     """
 
-    _adds = ("_scales",)
+    _adds = ("_copies", "_scales")
+    _copies: Copies
     # By adapter: the number that PEFT has, for a weight of which dtype and where, and the tensor that kernels read.
     _scales: dict[str, tuple[float, torch.dtype, torch.device, Tensor]]
 
     def forward(self, x: Tensor, *args, **kwargs):
         if args or kwargs or type(x) not in PLAIN:
-            return super().forward(x, *args, **kwargs)
+            routed = None if args or kwargs.keys() != {"adapter_names"} else self._routed(x, kwargs["adapter_names"])
+            return super().forward(x, *args, **kwargs) if routed is None else ops.lora_segments(x, [routed])[0]
         if siblings.thread.call is not None:
             y = siblings.output(self, x)
             if y is not None:
@@ -94,6 +101,36 @@ class AcceleratedLinear(Mixin):
             return adapters
         return hooks.why_alone(self, type(self).forward) or self._part(adapters)
 
+    # Samples that name their adapters.
+
+    def why_not_by_name(self) -> str | None:
+        """Why PEFT's own forward computes batches in evaluation whose samples name all of its adapters, or None."""
+        adapters, weight = self._named(list(self._modules["lora_A"]._modules)), self.frozen_weight
+        return adapters if isinstance(adapters, str) else kernel_obstacle(weight.new_empty(0), weight, adapters)
+
+    def _named(self, names: list[str]) -> list[Named] | str:
+        """Adapters of which each sample has one, or why PEFT's own forward computes them."""
+        found, named = self._active(names), []
+        for A, B, bias, name, p in () if isinstance(found, str) else found:
+            named.append(Named(name, A, B, self.scaling[name], p))
+            reason = obstacle(named[-1], bias, self.use_dora.get(name))
+            if reason is not None:
+                return reason
+        return named or found
+
+    def _routed(self, x: Tensor, names: Sequence[str] | None) -> ops.Routed | None:
+        """What x's samples have by their names; None where PEFT's own forward computes them, or has an error."""
+        if not names or type(x) not in PLAIN or x.dim() < 2 or len(x) != len(names) or _is_recorded(x):
+            return None
+        own = self._modules["lora_A"]._modules
+        adapters = self._named([name for name in dict.fromkeys(names) if name in own and name != BASE])
+        if isinstance(adapters, str) or any(adapter.dropping for adapter in adapters):
+            return None
+        weight, bias = self._weight(), parameter(self._modules["base_layer"], "bias")
+        if kernel_obstacle(x, weight, adapters) is not None:
+            return None
+        return self._copies.routed(x, weight, bias, names, adapters, own)
+
     # Which adapters take part. All of it runs in every call, so attributes are read where nn.Module keeps them: its own
     # way to them takes the host as long as the rest.
 
@@ -107,15 +144,16 @@ class AcceleratedLinear(Mixin):
     def _dropping(self, name: str) -> float:
         return _dropping(self._modules["lora_dropout"]._modules[name])
 
-    def _active(self) -> list[Adapter] | str:
-        """The adapters that a kernel computes, or why PEFT's own forward computes the layer."""
+    def _active(self, named: list[str] | None = None) -> list[Adapter] | str:
+        """The adapters that a kernel computes, or why PEFT's own forward computes the layer. named: others than the
+        active ones, that do not add up."""
         if not self.is_as_known():
             return "its class has another forward now"
         if self._disable_adapters:
             return "its adapters are disabled"
         if self.merged_adapters:
             return f"merged: {', '.join(self.merged_adapters)}"
-        names = self._names()
+        names = self._names() if named is None else named
         if not names:
             return "none of its adapters is active"
         reason = hooks.why_none_alone() or self._variant(names) or _base_obstacle(self._modules["base_layer"])
@@ -130,6 +168,8 @@ class AcceleratedLinear(Mixin):
                     return f"a module of its adapter {name} cannot be passed over: {found}"
             adapters.append((A, B, parameter(lora_B, "bias"), name, _dropping(dropout)))
             ranks += A.shape[0]
+        if named is not None:
+            return adapters
         if ranks > checks.MAX_RANK:
             return f"its active adapters have {ranks} ranks, more than {checks.MAX_RANK}"
         if len(names) > 1 and any(p for *_, p in adapters):
@@ -216,6 +256,11 @@ class AcceleratedLinear(Mixin):
 def is_linear(module: nn.Module) -> bool:
     """A LoRA linear of PEFT's own class, accelerated or not, and of no class made from it."""
     return getattr(type(module), "_plain", type(module)) is Linear
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether what is computed now is computed again elsewhere, where nobody sees that factors have changed."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _dropping(dropout: nn.Module) -> float:

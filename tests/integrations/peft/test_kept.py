@@ -10,7 +10,7 @@ from torch import nn
 from fused_lora import explain
 from fused_lora.integrations.peft import accelerate, restore
 
-from .models import LLAMA, assert_same, config_of, language_model, net, randomised, results, twin_of
+from .models import LLAMA, assert_same, config_of, language_model, net, randomised, results
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -163,19 +163,6 @@ def test_and_back(alone):
     model.unmerge_adapter()
     assert_same(results(model, x_of()), wanted, 1e-12)
     assert len(alone) == 2
-
-
-def test_adapters_by_sample(alone):
-    model = net().eval()
-    model.add_adapter("second", config_of())
-    randomised(model.double(), seed=4)
-    plain = twin_of(model)
-    accelerate(model)
-    names = ["default", "second", "__base__"]
-    x = x_of()[:1].expand(3, 4, 9)
-    with torch.no_grad():
-        assert torch.equal(model(x, adapter_names=names), plain(x, adapter_names=names))
-    assert not alone
 
 
 def test_the_input_is_not_cast_for_a_while(alone):
