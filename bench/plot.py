@@ -21,12 +21,18 @@ COLORS = {
     "peft_fp32": "#3f7040",
     "peft_dora": "#8a9a3c",
     "full_rank": "#b0aca6",
+    "one": "#f4bf9c",
+    "grouped": "#8fb8de",
+    "gathered": "#2b628f",
+    "loop": "#a9c9a4",
+    "accelerated": "#ec8453",
 }
 INK, FAINT = "#2b2b2b", "#d8d8d8"
 DASHED = {"color": INK, "linewidth": 1.4, "linestyle": (0, (3, 1.5))}
 
 
-def _draw_bar(axes, x: float, width: float, name: str, outcome: dict) -> None:
+def draw_bar(axes, x: float, width: float, name: str, outcome: dict) -> None:
+    """An arm's ratio, or its status where there is none."""
     ratio = outcome.get("ratio")
     if ratio is None:
         axes.text(x, 0.04, outcome["status"], rotation=90, ha="center", va="bottom", fontsize=7, color=INK)
@@ -48,7 +54,7 @@ def _draw_group(axes, center: float, record: dict, names: list[str], mode: str) 
     width = 0.84 / len(names)
     outcomes = record["times"][mode][FORWARD_BACKWARD]
     for i, name in enumerate(names):
-        _draw_bar(axes, center + (i - (len(names) - 1) / 2) * width, width, name, outcomes[name])
+        draw_bar(axes, center + (i - (len(names) - 1) / 2) * width, width, name, outcomes[name])
     floor = record["floors"][FORWARD_BACKWARD]["flops"]
     draw_limit(axes, center, floor)
 

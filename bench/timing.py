@@ -62,9 +62,9 @@ def interleave(calls: Calls, rounds: int, time_once: Callable) -> dict[str, list
     return {name: times[WARM_UP_ROUNDS:] for name, times in samples.items()}
 
 
-def capture(call: Callable[[], tuple[torch.Tensor, ...]], stream: torch.cuda.Stream | None = None):
+def capture(call: Callable[[], tuple[torch.Tensor, ...]], stream: torch.cuda.Stream | None = None, pool=None):
     """(graph, the tensors that the captured call returned): call() warmed up on a side stream, then captured; both on
-    `stream` where one is given, as backward passes want that of their forward.
+    `stream` where one is given, as backward passes want that of their forward. pool: memory that graphs share.
 
     The tensors belong to the CUDA graph: each replay writes them anew. They are detached, so that no autograd node of
     one capture lives to be met, on another stream, by the next.
@@ -77,7 +77,7 @@ def capture(call: Callable[[], tuple[torch.Tensor, ...]], stream: torch.cuda.Str
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         results = tuple(result.detach() for result in call())
     return graph, results
 

@@ -76,7 +76,7 @@ class Variant:
     kernels: dict[str, str] = field(default_factory=dict)
 
 
-def _frozen_linear(problem: Problem) -> nn.Linear:
+def frozen_linear(problem: Problem) -> nn.Linear:
     N, K = problem.weight.shape
     linear = nn.Linear(K, N, bias=False, device="meta")
     linear.weight = nn.Parameter(problem.weight, requires_grad=False)
@@ -85,7 +85,7 @@ def _frozen_linear(problem: Problem) -> nn.Linear:
 
 def frozen(problem: Problem) -> Variant:
     """y = x W^T, dx = dy W: an nn.Linear with no adapter at all."""
-    return Variant(_frozen_linear(problem))
+    return Variant(frozen_linear(problem))
 
 
 def full_rank(problem: Problem) -> Variant:
@@ -184,7 +184,7 @@ def _peft(problem: Problem, autocast_adapter_dtype: bool, use_dora: bool = False
         r=problem.shape.r, lora_alpha=problem.lora_alpha, lora_dropout=0.0, use_dora=use_dora, target_modules=["linear"]
     )
     model = nn.Sequential()
-    model.add_module("linear", _frozen_linear(problem))
+    model.add_module("linear", frozen_linear(problem))
     model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     layer = model.base_model.model.linear
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -214,7 +214,7 @@ def peft_dora(problem: Problem) -> Variant:
 
 
 def _layer(problem: Problem, **options) -> LoRALinear:
-    layer = LoRALinear.from_linear(_frozen_linear(problem), problem.shape.r, problem.lora_alpha, **options)
+    layer = LoRALinear.from_linear(frozen_linear(problem), problem.shape.r, problem.lora_alpha, **options)
     with torch.no_grad():
         layer.lora_A.copy_(problem.A)
         layer.lora_B.copy_(problem.B)
