@@ -34,7 +34,8 @@ class AccelerateReport:
         lines += [f"  - {name}: {reason}" for name, reason in self.kept.items()]
         for reason in dict.fromkeys(self.kept_by_name.values()):
             names = [name for name, found in self.kept_by_name.items() if found == reason]
-            lines.append(f"  - {', '.join(names)}: where samples name their adapters, {reason}")
+            which = "all of them" if len(names) == len(self.served) else ", ".join(names)
+            lines.append(f"  - {which}, where samples name their adapters: {reason}")
         lines += [f"  = {', '.join(names)}: together where they get one x" for names in self.groups]
         lines += [f"  = {name}: as one" for name in self.mlps]
         return "\n".join(lines)

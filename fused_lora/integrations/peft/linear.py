@@ -16,6 +16,7 @@ from ...modules.mixins import Mixin
 from ...modules.protocol import PLAIN
 from ...modules.routing import BASE
 from ...modules.scaled import scale_beside
+from ...ops.autograd import watched
 from .by_name import Copies, Named, kernel_obstacle, obstacle
 
 # Modules that a layer holds and a kernel computes for, by the forwards that they are known for.
@@ -259,8 +260,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _is_recorded(x: Tensor) -> bool:
-    """Whether what is computed now is computed again elsewhere, where nobody sees that factors have changed."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether what is computed now is computed again elsewhere, where nobody sees that factors have changed, or by
+    factors that have no memory."""
+    return torch.compiler.is_compiling() or watched() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _dropping(dropout: nn.Module) -> float:

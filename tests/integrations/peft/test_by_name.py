@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from fused_lora import explain, ops
 from fused_lora.integrations.peft import accelerate, linear, restore
@@ -149,6 +150,26 @@ def test_generation_copies_factors_once(beams, routed, monkeypatch):
     assert torch.equal(got, plain.generate(input_ids=ids, **options))
     assert len(routed) == 14 * 6
     assert len(copied) == 2 * (14 + 4)
+
+
+def test_beams_behind_an_encoder(routed):
+    """Whose samples are not repeated."""
+    config = T5Config(
+        vocab_size=32, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=3, decoder_start_token_id=0,
+        feed_forward_proj="gated-silu",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForSeq2SeqLM.from_config(config).double()
+    plain = peft.get_peft_model(base, config_of(target_modules=["q", "v", "wi_0"], task_type="SEQ_2_SEQ_LM"))
+    plain.add_adapter("second", config_of(r=8, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    randomised(plain.double(), seed=4).eval()
+    model = twin_of(plain)
+    accelerate(model)
+    ids, names = torch.randint(3, 32, (2, 4)), ["second", "default"]
+    options = {"adapter_names": names, "num_beams": 3, "do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(**options), plain.generate(**options))
+    assert len(routed) > 3
 
 
 # what changes between calls
@@ -330,8 +351,8 @@ def test_an_adapter_that_is_left_to_peft(change, reason, routed):
     up = "base_model.model.up"
     assert report.kept_by_name[up] == reason
     assert up in report.served
-    assert f"{up}" in str(report)
-    assert f"where samples name their adapters, {reason}" in str(report)
+    which = "all of them" if len(report.kept_by_name) == 2 else up
+    assert f"  - {which}, where samples name their adapters: {reason}" in str(report)
     assert f"where samples name their adapters, its own forward computes it: {reason}" in str(explain(model))
     layer, names = model.base_model.model.up, ["default", "other"]
     own = plain.base_model.model.up
@@ -452,3 +473,16 @@ def test_on_a_gpu():
             got, pefts = (results(each, ids, adapter_names=names)["y"].double() for each in (model, plain))
             assert (got - exact).norm() <= 1.2 * (pefts - exact).norm()
     assert len(calls) == 28
+
+
+def test_derivatives_of_torch_func_are_pefts(routed):
+    plain, model = both()
+    x, names = x_of(2), ["default", "second"]
+    parameters = {name: each.detach() for name, each in plain.named_parameters() if "lora_" in name}
+
+    def gradients(of):
+        loss = lambda tensors: torch.func.functional_call(of, tensors, (x,), {"adapter_names": names}).sum()  # noqa: E731
+        return torch.func.grad(loss)(parameters)
+
+    assert_same(gradients(model), gradients(plain), 1e-12)
+    assert not routed
