@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 
 import torch
@@ -109,21 +110,16 @@ def _ours(inputs: Inputs) -> Arm:
     return Arm(step, [factors.get_parameter(name) for factors in (bank.lora_A, bank.lora_B) for name in names])
 
 
-def _leaves(factors: list[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
-    """As and Bs, to be trained."""
-    return [[factor.clone().requires_grad_() for factor in column] for column in zip(*factors, strict=True)]
-
-
 def _loop(inputs: Inputs) -> Arm:
     """As everybody writes it, adapter by adapter."""
     case, weight = inputs.case, inputs.problem.weight
-    As, Bs = _leaves(inputs.factors)
+    As, Bs = ([each.clone().requires_grad_() for each in column] for column in zip(*inputs.factors, strict=True))
 
     def step(x: Tensor) -> Tensor:
-        updates = [
-            sum(SCALE * F.linear(F.linear(rows, As[i]), Bs[i]) for i in adapters)
-            for rows, (adapters, _) in zip(x.split(case.counts), case.rows, strict=True)
-        ]
+        updates = []
+        for rows, (adapters, _) in zip(x.split(case.counts), case.rows, strict=True):
+            each = [F.linear(SCALE * F.linear(rows, As[i]), Bs[i]) for i in adapters]
+            updates.append(reduce(torch.add, each))
         return F.linear(x, weight) + torch.cat(updates)
 
     return Arm(step, [*As, *Bs])
@@ -137,14 +133,14 @@ def _gathered(inputs: Inputs) -> Arm:
 
     def step(x: Tensor) -> Tensor:
         low = torch.bmm(x[:, None], As[index].transpose(1, 2))
-        return F.linear(x, weight) + SCALE * torch.bmm(low, Bs[index].transpose(1, 2))[:, 0]
+        return F.linear(x, weight) + torch.bmm(SCALE * low, Bs[index].transpose(1, 2))[:, 0]
 
     return Arm(step, [As, Bs], lambda grads: (*grads[0], *grads[1]))
 
 
 @dataclass
 class _Level:
-    """Of each group of rows one adapter, in stacks of padded ranks, or none."""
+    """Groups of rows that have one adapter each, with the factors in stacks of padded ranks."""
 
     A: Tensor  # (groups, r, K)
     B: Tensor  # (groups, N, r)
