@@ -162,7 +162,7 @@ class Keeping(nn.Module):
         first = next(iter(self.lora_A._parameters.values()), None)
         if first is not None:
             self._slab.move(first.device, first.dtype)
-        if not self._captured and not all(self._is_settled(name) for name in self.adapters if name not in self._held):
+        if not self._captured and not self._are_settled(name for name in self.adapters if name not in self._held):
             self._slab.renew()
         for name, adapter in self.adapters.items():
             self._slab.rescale(adapter.place, adapter.scaling)
@@ -178,14 +178,14 @@ class Keeping(nn.Module):
 
     def settle(self, names: Iterable[str]) -> None:
         """After whatever may have happened to the parameters of these adapters."""
-        if not watched() and not all(map(self._is_settled, names)):
+        if not watched() and not self._are_settled(names):
             self._settle()
 
     @torch.no_grad()
     def slabs_with(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """A and B^T of all adapters, where these adapters' factors are what stands for their parameters now, as
         torch.func.functional_call puts something there."""
-        if watched() or torch.compiler.is_compiling() or all(map(self._is_settled, names)):
+        if watched() or torch.compiler.is_compiling() or self._are_settled(names):
             return self._slab.A, self._slab.up
         A, up = torch.zeros_like(self._slab.A), torch.zeros_like(self._slab.up)
         for name in names:
@@ -198,7 +198,8 @@ class Keeping(nn.Module):
         """An adapter's A and B."""
         if name in self._held:
             return self._held[name]
-        return self.lora_A._parameters[name], self.lora_B._parameters[name]
+        modules = self._modules  # since nn.Module's own way there takes the host as long as the rest of a call
+        return modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -228,17 +229,15 @@ class Keeping(nn.Module):
         self._captured = True
 
     def _is_settled(self, name: str) -> bool:
-        adapter = self.adapters[name]
-        return all(map(_is_there, self.factors(name), self._slab.factors(adapter.place, adapter.r)))
+        return self._are_settled((name,))
+
+    def _are_settled(self, names: Iterable[str]) -> bool:
+        return self._slab.has_all((self.adapters[name].place, *self.factors(name)) for name in names)
 
 
 def _settle_loaded(bank: Keeping, _) -> None:
     """After load_state_dict, which may have put other parameters there."""
     bank._settle()
-
-
-def _is_there(factor: Tensor, own: Tensor) -> bool:
-    return factor.data_ptr() == own.data_ptr() and factor.dtype == own.dtype and factor.stride() == own.stride()
 
 
 def _listed(names) -> str:

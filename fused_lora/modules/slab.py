@@ -1,5 +1,7 @@
 """Slab: the memory in which the factors of all adapters of a linear lie side by side."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,23 @@ class Slab:
         rows = slice(place.rank, place.rank + r)
         return self.A[rows].data, self.up[rows].t().data
 
+    def has_all(self, each: Iterable[tuple[Place, Tensor, Tensor]]) -> bool:
+        """Whether every A and B is what factors() gives of its place. Asked of each adapter in each call, and so without
+        making views."""
+        if self.A.is_meta:  # which lies nowhere
+            return all(all(map(_is_there, (A, B), self.factors(place, len(A)))) for place, A, B in each)
+        dtype, size, N = self.A.dtype, self.A.element_size(), self.up.shape[1]
+        A_begin, A_row, B_begin, B_row = self.A.data_ptr(), self.A.shape[1] * size, self.up.data_ptr(), N * size
+        return all(
+            A.data_ptr() == A_begin + place.rank * A_row
+            and B.data_ptr() == B_begin + place.rank * B_row
+            and A.is_contiguous()
+            and B.stride() == (1, N)
+            and A.dtype is dtype
+            and B.dtype is dtype
+            for place, A, B in each
+        )
+
     def rescale(self, place: Place, scaling: float) -> None:
         self.scales[place.rank // SLICE : (place.rank + place.size) // SLICE].fill_(scaling)
 
@@ -86,6 +105,10 @@ class Slab:
         self.A, self.up = _moved(self.A, device, dtype), _moved(self.up, device, dtype)
         self.scales = _moved(self.scales, device, _scale_dtype(self.A))
         self.moved += 1
+
+
+def _is_there(factor: Tensor, own: Tensor) -> bool:
+    return factor.data_ptr() == own.data_ptr() and factor.dtype == own.dtype and factor.stride() == own.stride()
 
 
 def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
