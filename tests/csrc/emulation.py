@@ -26,18 +26,25 @@ class Activation(C.Structure):
     _fields_ = [("linear", C.c_float), ("cubic", C.c_float)]
 
 
+class Segments(C.Structure):
+    _fields_ = [(name, C.c_void_p) for name in ("blocks", "windows", "rows")] + [
+        (name, C.c_int) for name in ("windows_count", "levels", "blocks_count")
+    ]
+
+
 class ForwardPart(C.Structure):
     _fields_ = [(name, Operand) for name in ("weight", "A", "B", "bias", "xa", "y")] + [
         ("gain", C.c_void_p),
         ("scale", C.c_void_p),
         ("dropout", Dropout),
+        ("segments", Segments),
     ]
 
 
 class ForwardParams(C.Structure):
     _fields_ = [
-        ("x", Operand), ("parts", C.c_int), ("part", ForwardPart * 4), ("gated", C.c_bool), ("factors", C.c_bool),
-        ("activation", Activation), ("hidden", Operand),
+        ("x", Operand), ("parts", C.c_int), ("part", ForwardPart * 4), ("window", C.c_int), ("gated", C.c_bool),
+        ("factors", C.c_bool), ("activation", Activation), ("hidden", Operand),
     ]  # fmt: skip
 
 
@@ -49,13 +56,14 @@ class BackwardPart(C.Structure):
         ("y", Operand),
         ("bias", Operand),
         ("dgain", C.c_void_p),
+        ("segments", Segments),
     ]
 
 
 class BackwardParams(C.Structure):
     _fields_ = [
-        ("dx", Operand), ("parts", C.c_int), ("summed", C.c_int), ("part", BackwardPart * 4), ("gated", C.c_bool),
-        ("factors", C.c_bool), ("activation", Activation),
+        ("dx", Operand), ("parts", C.c_int), ("summed", C.c_int), ("part", BackwardPart * 4), ("window", C.c_int),
+        ("gated", C.c_bool), ("factors", C.c_bool), ("activation", Activation),
     ] + [(name, Operand) for name in ("gate", "up", "dgate", "dup", "hidden")]  # fmt: skip
 
 
