@@ -26,8 +26,10 @@ CARDS = [("80", "sm_80"), ("86", "sm_86"), ("89", "sm_89"), ("90a", "sm_90a")]
 # Of the folders of kernels: the cards that they are for. csrc/sm80's run on 9.0 where it plays an older card; the merge
 # by PTX on cards to come, too.
 TARGETS = {"csrc": [*CARDS, ("90", "compute_90")], "sm80": CARDS, "sm90": [("90a", "sm_90a")]}
-# ptxas's level of optimisation: at 3 it loads fragments too late for mma.sync (docs/sm80.md).
+# ptxas's level of optimisation: at 3 it loads fragments too late for mma.sync (docs/sm80.md), and at 1 it keeps sums in
+# memory where rows have adapters of their own.
 LEVELS = {"csrc": 3, "sm80": 1, "sm90": 3}
+SEGMENTS_LEVEL = {"sm80": 2, "sm90": 3}
 
 NAME = "fused_lora"  # of the ops and of the library: copies that meet in one process need different ones
 STABLE = "_C_stable"
@@ -78,9 +80,14 @@ def module_name(version: str) -> str:
     return "_C_torch" + re.sub(r"\W", "_", release[1] if release else version)
 
 
+def level_of(source: Path) -> int:
+    levels = SEGMENTS_LEVEL if source.stem.endswith("_segments") else LEVELS
+    return levels[source.parent.name]
+
+
 def kernel_flags(source: Path) -> list[str]:
     targets = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in TARGETS[source.parent.name]]
-    return ["-std=c++17", "-O3", f"-Xptxas=-O{LEVELS[source.parent.name]}", *targets]
+    return ["-std=c++17", "-O3", f"-Xptxas=-O{level_of(source)}", *targets]
 
 
 def in_parallel(function: Callable, items: Iterable) -> list:

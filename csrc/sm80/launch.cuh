@@ -23,28 +23,28 @@ inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
   return p;
 }
 
-template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented>
 cudaError_t launch(const KernelParams& p, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<kStages>);
-  constexpr auto kKernel = lora_linear_kernel<kStages, kBlockR, T, kBackward, kDrops, kGated>;
+  constexpr int kBytes = sizeof(std::conditional_t<kSegmented, SegmentedShared<kStages>, Shared<kStages>>);
+  constexpr auto kKernel = lora_linear_kernel<kStages, kBlockR, T, kBackward, kDrops, kGated, kSegmented>;
   const cudaError_t error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
   void* arguments[] = {const_cast<KernelParams*>(&p)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks), dim3(kThreads), arguments, kBytes, stream);
 }
 
-template <int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
+template <int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented>
 cudaError_t launch_stages(const KernelParams& p, const Tiling& tiling, cudaStream_t stream) {
   const int blocks = std::min(tiling.workers, p.items);
-  if (tiling.stages == kMostStages) return launch<kMostStages, kBlockR, T, kBackward, kDrops, kGated>(p, blocks, stream);
-  return launch<kFewStages, kBlockR, T, kBackward, kDrops, kGated>(p, blocks, stream);
+  if (tiling.stages == kMostStages) return launch<kMostStages, kBlockR, T, kBackward, kDrops, kGated, kSegmented>(p, blocks, stream);
+  return launch<kFewStages, kBlockR, T, kBackward, kDrops, kGated, kSegmented>(p, blocks, stream);
 }
 
 // Instantiated in several files, so that they compile beside each other.
-template <int kBlockR, bool kBackward, bool kDrops, bool kGated>
+template <int kBlockR, bool kBackward, bool kDrops, bool kGated, bool kSegmented = false>
 cudaError_t launch_rank(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::kBFloat16) return launch_stages<kBlockR, __nv_bfloat16, kBackward, kDrops, kGated>(p, tiling, stream);
-  return launch_stages<kBlockR, __half, kBackward, kDrops, kGated>(p, tiling, stream);
+  if (dtype == DType::kBFloat16) return launch_stages<kBlockR, __nv_bfloat16, kBackward, kDrops, kGated, kSegmented>(p, tiling, stream);
+  return launch_stages<kBlockR, __half, kBackward, kDrops, kGated, kSegmented>(p, tiling, stream);
 }
 
 #define FUSED_LORA_LAUNCH_RANK(rank, backward, drops, gated) \
@@ -62,6 +62,18 @@ FUSED_LORA_LAUNCH_RANKS(extern, true, true, false);
 FUSED_LORA_LAUNCH_RANKS(extern, true, false, true);
 FUSED_LORA_LAUNCH_RANKS(extern, true, true, true);
 
+// Whose items have a box of ranks.
+#define FUSED_LORA_LAUNCH_SEGMENTS(backward) \
+  template cudaError_t launch_rank<kSegmentedItemRanks, backward, false, false, true>(const KernelParams&, const Tiling&, DType, cudaStream_t)
+extern FUSED_LORA_LAUNCH_SEGMENTS(false);
+extern FUSED_LORA_LAUNCH_SEGMENTS(true);
+
+template <bool kBackward>
+cudaError_t launch_segments(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
+  if (p.items == 0) return cudaSuccess;
+  return launch_rank<kSegmentedItemRanks, kBackward, false, false, true>(p, tiling, dtype, stream);
+}
+
 template <bool kBackward, bool kDrops, bool kGated>
 cudaError_t launch_ranks(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
   if (p.items == 0) return cudaSuccess;
@@ -75,6 +87,7 @@ cudaError_t launch_ranks(const KernelParams& p, const Tiling& tiling, DType dtyp
 // The kernels of a pass.
 template <bool kBackward>
 auto launcher_of(const Pass& pass) {
+  if (pass.segmented()) return launch_segments<kBackward>;
   if (pass.gated) return pass.drops ? launch_ranks<kBackward, true, true> : launch_ranks<kBackward, false, true>;
   return pass.drops ? launch_ranks<kBackward, true, false> : launch_ranks<kBackward, false, false>;
 }

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
-#include "params.cuh"
+#include "runs.cuh"
 
 namespace fused_lora::sm80 {
 
@@ -17,6 +18,14 @@ struct Shared {
   uint8_t stages[kStages][kStageBytes];
   Item items[kSlots];
   int mark;  // the launch's
+};
+
+// Where rows have adapters of their own.
+template <int kStages>
+struct SegmentedShared : Shared<kStages> {
+  StepsOfItem steps[kSlots];
+  Run run;
+  WindowOfItem window;
 };
 
 // The next item of the list, by the first warp: its number is asked for, then its words are read, each some steps before it is needed.

@@ -6,17 +6,20 @@
 
 namespace fused_lora::sm80 {
 
-// kGates: tiles are of gate and up.
-template <int kStages, bool kBackward, bool kGates>
+// kGates: tiles are of gate and up. kSegmented: rows have adapters of their own, and segments are an item's runs.
+template <int kStages, bool kBackward, bool kGates, bool kSegmented>
 struct Loader {
-  Shared<kStages>& shared;
+  using Memory = std::conditional_t<kSegmented, SegmentedShared<kStages>, Shared<kStages>>;
+
+  Memory& shared;
   const KernelParams& p;
   List list;
   Copies<kBlockM> left;
   Copies<kBlockN> right;
   int item = -1, segment = 0;  // item: how many were taken before
   int steps = 0;               // until something else happens here
-  int rest = 0;                // of the sum, behind those steps
+  int rest = 0;                // of the sum, behind those steps; or kNothing
+  static constexpr int kNothing = -1;  // a step of zeros, of an item without runs: each has a step
   uint32_t target = 0;         // the stage for the next step
   uint32_t to_left, to_right;  // a thread's first chunks of a step in it
   int ahead = 0;               // steps that are copied and not multiplied
@@ -24,7 +27,7 @@ struct Loader {
   enum Next { kUnknown, kNumbered, kRead } next = kUnknown;  // what is known of the item after it, or under way
   enum State { kCopies, kCopied, kWaits, kEnds } state = kCopied;  // kCopied: the next step is copied already
 
-  __device__ Loader(Shared<kStages>& shared, const KernelParams& p) : shared(shared), p(p), list(p) {}
+  __device__ Loader(Memory& shared, const KernelParams& p) : shared(shared), p(p), list(p) {}
 
   __device__ __forceinline__ uint32_t stages() const { return ptx::shared_address(shared.stages); }
   // From one stage to the next one, in bytes.
@@ -78,10 +81,10 @@ struct Loader {
         --steps;
         --to_copy;
         copied = true;
-      } else if (state == kCopies && rest > 0) {
+      } else if (state == kCopies && rest != 0) {
         copy_rest();
       } else {
-        if (state != kWaits && ++segment >= segments()) take_item();
+        if (state != kWaits && !goes_on()) take_item();
         begin_segment();
         if (state == kWaits && ahead > 0) break;
       }
@@ -119,11 +122,17 @@ struct Loader {
     ++item;
     list.put(&at(item), shared.mark);
     __syncthreads();
+    if constexpr (kSegmented) {
+      if (threadIdx.x == 0) runs::count<kBackward>(p, at(item), shared.steps[item % kSlots]);
+      if (threadIdx.x == 32) runs::begin<kBackward>(p, at(item), shared.run);
+      __syncthreads();
+    }
     to_copy = steps_of(item);
   }
 
   // All of an item.
   __device__ int steps_of(int number) {
+    if constexpr (kSegmented) return uniform(shared.steps[number % kSlots].all);
     const Head head = head_of(number);
     if (head.work == Work::kEnd) return 0;
     if (head.work == Work::kShrink) return steps_of_depth(head, head.part);
@@ -165,6 +174,7 @@ struct Loader {
 
   // Of a tile, those over its depth.
   __device__ int steps_before_ranks(int number) {
+    if constexpr (kSegmented) return uniform(shared.steps[number % kSlots].depth);
     const Head head = head_of(number);
     if (kGates) return steps_of_depth(head, 0);
     int sum = 0;
@@ -174,6 +184,20 @@ struct Loader {
 
   __device__ Work work_of(int number) { return head_of(number).work; }
 
+  // To the item's next segment, if there is one.
+  __device__ bool goes_on() {
+    ++segment;
+    if constexpr (kSegmented) {
+      if (item < 0 || !shared.run.exists) return false;
+      __syncthreads();  // all have read the one before
+      if (threadIdx.x == 0) runs::advance<kBackward>(p, at(item), shared.run);
+      __syncthreads();
+      return shared.run.exists;
+    } else {
+      return segment < segments();
+    }
+  }
+
   __device__ int segments() {
     if (item < 0) return 0;
     return work_of(item) != Work::kTile ? 1 : kGates ? 3 : 2 * (kBackward ? p.summed : 1);
@@ -181,6 +205,7 @@ struct Loader {
 
   // What it reads may not be there yet.
   __device__ __forceinline__ void begin_segment() {
+    if constexpr (kSegmented) return begin_run();
     const Head head = head_of(item);
     const Work work = head.work;
     const Item of = at(item);
@@ -224,6 +249,41 @@ struct Loader {
     state = work == Work::kEnd ? kEnds : ready ? kCopies : kWaits;
   }
 
+  __device__ __forceinline__ void begin_run() {
+    const Item& of = at(item);
+    const Work work = work_of(item);
+    const Run& run = shared.run;
+    const bool exists = run.exists;
+    const int sum = exists ? uniform(run.sum) : 0;
+    const Part& part = p.part[exists ? uniform(run.part) : 0];
+    const uint32_t right_at = stages() + kLeftBytes;
+    bool ready = true;
+    if (!exists) {
+      left.begin_k_major(part.lhs, 0, p.M, stages());
+      begin_right(part.weight, 0, 0, part.cols);
+    } else if (work == Work::kShrink) {
+      const int first = uniform(run.first);
+      left.begin_k_major(part.lhs, of.row, p.M, stages());
+      right.begin_k_major(part.down, first, first + kLowBox, right_at);
+    } else if (work == Work::kTile && uniform(run.level) == Run::kOfDepth) {
+      left.begin_k_major(part.lhs, of.row, p.M, stages());
+      begin_right(part.weight, 0, of.col, part.cols);
+    } else if (work == Work::kTile) {
+      ready = is_raised(of.waits + (kBackward ? run.part * p.low_flags : 0), p.row_flags);
+      left.begin_k_major(from(low_at(part.low, run.low_row), run.column), 0, kSegmentRows, stages());
+      right.begin_mn_major(part.up, run.first, of.col, part.cols, right_at);
+    } else {
+      const Gradient& g = work == Work::kGradientA ? part.dA : part.dB;
+      if (uniform(of.waits) != work::kNone) ready = is_raised(of.waits, uniform(of.rows) / kBlockM * p.row_flags);
+      left.begin_mn_major(g.big, run.row, of.col, g.cols, stages());
+      right.begin_mn_major(low_at(g.low, run.low_row), 0, 0, kLowBox, right_at);
+    }
+    steps = sum / kDepth;
+    rest = work == Work::kEnd ? 0 : exists ? sum % kDepth : kNothing;
+    state = work == Work::kEnd ? kEnds : ready ? kCopies : kWaits;
+  }
+  static __device__ Matrix low_at(const Matrix& low, int row) { return {low.data + int64_t{row} * low.stride, low.stride}; }
+
   // Of the sum from `depth` on, columns `first` to `last`.
   __device__ __forceinline__ void begin_right(const Matrix& matrix, int depth, int first, int last) {
     const uint32_t target = stages() + kLeftBytes;
@@ -236,10 +296,13 @@ struct Loader {
 
   // The last step of a segment.
   __device__ void copy_rest() {
-    if (kBackward && work_of(item) >= Work::kGradientA) left.copy_end_mn_major(target, rest);
-    else left.copy_end_k_major(target, rest);
-    if constexpr (kBackward) right.copy_end_mn_major(target, rest);
-    else right.copy_end_k_major(target, rest);
+    const int left_rows = kSegmented ? max(rest, 0) : rest;
+    if (kBackward && work_of(item) >= Work::kGradientA) left.copy_end_mn_major(target, left_rows);
+    else left.copy_end_k_major(target, left_rows);
+    bool right_mn = kBackward;
+    if constexpr (kSegmented) right_mn = shared.run.right_mn;
+    if (right_mn) right.copy_end_mn_major(target, left_rows);
+    else right.copy_end_k_major(target, left_rows);
     steps = 1;
     state = kCopied;
   }

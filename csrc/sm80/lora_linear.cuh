@@ -9,20 +9,22 @@
 
 namespace fused_lora::sm80 {
 
-template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented>
 struct Worker {
   using Tile = Product<T, 4, 4, false, kBackward>;
-  using Low = Product<T, 2, kBlockR / 16, false, kBackward>;
+  using Low = Product<T, 2, kBlockR / 16, false, kBackward && !kSegmented>;  // a slab's ranks are its rows
   using Grad = Product<T, 2, kBlockR / 16, true, true>;
 
-  Shared<kStages>& shared;
+  using Memory = typename Loader<kStages, kBackward, kGated && !kBackward, kSegmented>::Memory;
+
+  Memory& shared;
   const KernelParams& p;
   static constexpr bool kGates = kGated && !kBackward, kGateGrads = kGated && kBackward;
   // Of a tile of gate and up, the columns of one.
   template <int kWhich>
   using Side = Product<T, 4, 2, false, false, 4, 2 * kWhich>;
 
-  Loader<kStages, kBackward, kGates> loader{shared, p};
+  Loader<kStages, kBackward, kGates, kSegmented> loader{shared, p};
   uint32_t source = 0;  // the stage that is multiplied next
 
   Sums sums;
@@ -38,6 +40,12 @@ struct Worker {
       loader.serve_if_needed();
       if (loader.head_of(number).work == Work::kEnd) return;
       clear();
+      if constexpr (kSegmented) {
+        if (loader.head_of(number).work != Work::kTile) {
+          run_segments(number);
+          continue;
+        }
+      }
       multiply_item(number);
       finish(number);
     }
@@ -68,7 +76,113 @@ struct Worker {
     }
   }
 
+  // Of slabs, whose ranks are rows.
+  using TileOfSlab = Product<T, 4, 4, false, true>;
+
+  __device__ __forceinline__ void multiply_segmented_tile(const Item& item, int steps, int number) {
+    if constexpr (kBackward) return multiply<Tile>(sums, steps, tile_row(), tile_col(), Nothing());
+    const int depth = loader.steps_before_ranks(number);
+    multiply_part<Tile>(sums, depth, tile_col(), Nothing());
+    if constexpr (kMakesRoom) scale_rows(item, [](float room) { return 1 / room; });
+    multiply_part<TileOfSlab>(sums, steps - depth, tile_col(), Nothing());
+    if constexpr (kMakesRoom) scale_rows(item, [](float room) { return room; });
+  }
+
+  // By what stayed out of low, of each row's adapter: they are of one level.
+  template <typename Of>
+  __device__ __forceinline__ void scale_rows(const Item& item, Of of) {
+    const Part& part = p.part[uniform(item.part)];
+    const work::Row* rows = part.segments.rows + item.row + tile_row() + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float by = of(room(__ldg(part.scale + __ldg(&rows[i * 16 + half * 8].place))));
+#pragma unroll
+        for (int j = 0; j < 2 * Tile::kCols; ++j) {
+          Tile::of(sums, i, j)[2 * half] *= by;
+          Tile::of(sums, i, j)[2 * half + 1] *= by;
+        }
+      }
+    }
+  }
+
+  // A shrink or gradient item, window by window.
+  __device__ __forceinline__ void run_segments(int number) {
+#pragma unroll 1
+    for (bool first = true;; first = false) {
+      __syncthreads();  // all have read the one before
+      if (threadIdx.x == 0) runs::find_window(p, loader.at(number), shared.steps[number % kSlots], shared.window, first);
+      __syncthreads();
+      if (!shared.window.exists) break;
+      clear();
+      const int steps = uniform(shared.window.steps);
+      if (loader.head_of(number).work == Work::kShrink) {
+        multiply_run<Low>(steps);
+        if (!shared.window.is_nothing) store_low(number);
+      } else if constexpr (kBackward) {
+        if (steps > 0) multiply_run<Grad>(steps);
+        if (!shared.window.is_nothing) finish_window(number);
+      }
+    }
+    if (shared.window.goes_on) raise(loader.at(number).raises);
+  }
+
+  template <typename P>
+  __device__ __forceinline__ void multiply_run(int steps) {
+    loader.serve_if_needed();
+    multiply<P>(sums, steps, warp() * 32, 0, Nothing());
+  }
+
+  // Of a window the ranks of each row's own adapter, by its own scale.
+  __device__ __forceinline__ void store_low(int number) {
+    const Item& item = loader.at(number);
+    const Part& part = p.part[uniform(item.part)];
+    const int first = (shared.window.at * p.rank + item.rank) / work::kSlice, row = item.row + warp() * 32 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2 * Low::kRows; ++i) {
+      const auto scale_of = [](float scale) { return kMakesRoom ? scale / room(scale) : scale; };
+      const RowRanks own(part.segments, part.scale, shared.window.level, row + i * 8, scale_of);
+#pragma unroll
+      for (int j = 0; j < 2 * Low::kCols; ++j) {
+        float(&four)[4] = Low::of(sums, i / 2, j);
+        four[i % 2 * 2] = own.choose(four[i % 2 * 2], first + j / 2);
+        four[i % 2 * 2 + 1] = own.choose(four[i % 2 * 2 + 1], first + j / 2);
+      }
+    }
+    store_rows<T, Low>(sums, slab(), loader.low_at(part.low, shared.window.low_row), warp() * 32, 0, kSegmentRows, kLowBox);
+  }
+
+  // Its sums may go on in the next slice, which waits for them. Each level has sums of its own.
+  __device__ __forceinline__ void finish_window(int number) {
+    const Item& item = loader.at(number);
+    const bool of_A = loader.head_of(number).work == Work::kGradientA;
+    const Part& part = p.part[uniform(item.part)];
+    const Gradient& g = of_A ? part.dA : part.dB;
+    float* partial = g.partial + (int64_t{item.col} * part.segments.levels + shared.window.level * kBlockM) * p.rank + item.rank * kBlockM;
+    const int bits = uniform(shared.window.bits);
+    if (kHasRoom<T> && !of_A) scale_ranks(part.scale + shared.window.slice);
+    if (!(bits & work::kFirst)) add<kGradSums>(partial, item.raises - p.chain_flags);
+    if (!(bits & work::kLast)) return keep_sums<kGradSums>(sums, partial);
+    const int first = shared.window.at * p.rank + item.rank;
+    store_gradient(item, g, first, first + kBlockR);
+  }
+
+  // By what stayed out of low, of each slice of ranks.
+  __device__ __forceinline__ void scale_ranks(const float* scale) {
+#pragma unroll
+    for (int slice = 0; slice < Grad::kCols; ++slice) {
+      const float by = room(__ldg(scale + slice));
+#pragma unroll
+      for (int i = 0; i < Grad::kRows; ++i) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) Grad::of(sums, i, 2 * slice + k / 4)[k % 4] *= by;
+      }
+    }
+  }
+
   __device__ __forceinline__ void multiply_tile(const Item& item, const Head& head, int steps, int number) {
+    if constexpr (kSegmented) return multiply_segmented_tile(item, steps, number);
     if constexpr (!kMasksRanks && !kMakesRoom && !kGates) return multiply<Tile>(sums, steps, tile_row(), tile_col(), Nothing());
     const int depth = loader.steps_before_ranks(number);
     if constexpr (kMasksRanks) {
@@ -235,7 +349,7 @@ struct Worker {
 
   template <typename P>
   __device__ __forceinline__ void finish_side(const Part& part, int col) {
-    if constexpr (kMakesRoom) scale_by<P>(sums, room(*part.scale));
+    if constexpr (kMakesRoom && !kSegmented) scale_by<P>(sums, room(*part.scale));
     finish_columns<P>(sums, slab(), part, col);
   }
 
@@ -245,7 +359,7 @@ struct Worker {
     if (kHasRoom<T> && item.work == Work::kGradientB) scale_by<Grad>(sums, room(*p.part[item.part].scale));
     if (!(bits & work::kFirst)) add<kGradSums>(partial, item.raises - p.chain_flags);
     if (uniform(adds_up(item))) finish_total(item, g, p.part[item.part].bias_dtype);
-    if (bits & work::kLast) return store_gradient(item, g, r);
+    if (bits & work::kLast) return store_gradient(item, g, item.rank, r);
     keep<kGradSums>(partial, item.raises);
   }
   static constexpr int kGradSums = Grad::kRows * 2 * Grad::kCols;
@@ -275,13 +389,14 @@ struct Worker {
     }
   }
 
-  __device__ __forceinline__ void store_gradient(const Item& item, const Gradient& g, int r) const {
+  // The sums of ranks from `first` on, as far as there are `r`.
+  __device__ __forceinline__ void store_gradient(const Item& item, const Gradient& g, int first, int r) const {
     if (g.out == nullptr) return;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kGradSums; ++i) {
       const int col = item.col + warp() * 32 + i / (2 * Grad::kCols) * 16 + lane / 4;
-      const int rank = item.rank + i % (2 * Grad::kCols) * 8 + lane % 4 * 2;
+      const int rank = first + i % (2 * Grad::kCols) * 8 + lane % 4 * 2;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int c = col + k / 2 * 8, own = rank + k % 2;
@@ -300,13 +415,14 @@ struct Worker {
   }
 };
 
-template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented>
 __device__ __forceinline__ void run_kernel(const KernelParams& p) {
   extern __shared__ __align__(128) uint8_t memory[];
-  auto& shared = *reinterpret_cast<Shared<kStages>*>(memory);
+  using Own = Worker<kStages, kBlockR, T, kBackward, kDrops, kGated, kSegmented>;
+  auto& shared = *reinterpret_cast<typename Own::Memory*>(memory);
   if (threadIdx.x == 0) shared.mark = p.counters->launches + 1;
   __syncthreads();
-  Worker<kStages, kBlockR, T, kBackward, kDrops, kGated>{shared, p}.run();
+  Own{shared, p}.run();
   if (threadIdx.x == 0) {
     __threadfence();
     if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {shared.mark, 0, 0, 0};
@@ -319,9 +435,9 @@ constexpr int kCapability = __CUDA_ARCH__ / 10;
 constexpr int kCapability = 90;
 #endif
 
-template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated>
+template <int kStages, int kBlockR, typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented>
 __global__ void __launch_bounds__(kThreads, 1) lora_linear_kernel(const __grid_constant__ KernelParams p) {
-  if constexpr (has_kernels(kStages, kCapability)) run_kernel<kStages, kBlockR, T, kBackward, kDrops, kGated>(p);
+  if constexpr (has_kernels(kStages, kCapability)) run_kernel<kStages, kBlockR, T, kBackward, kDrops, kGated, kSegmented>(p);
 }
 
 }  // namespace fused_lora::sm80

@@ -13,9 +13,14 @@ void set_part(Part& part, const BackwardPart& b, const Operand& dx) {
   part.out = matrix_of(dx);
   part.scale = b.scale;
   part.dropout = b.dropout;
+  part.segments = b.segments;
   part.dA = {matrix_of(b.x), part.low, b.dA.data, 1, b.x.cols, static_cast<int>(b.x.cols)};
+  // With segments, that of a slab of B^T.
+  const bool segmented = b.segments.levels > 0;
+  const int64_t stride_col = segmented ? 1 : b.A.rows, stride_rank = segmented ? b.dy.cols : 1;
   // Without factors: something that can be read, whose products nobody wants.
-  part.dB = {part.lhs, b.A.rows > 0 ? matrix_of(b.xa) : part.lhs, b.dB.data, b.A.rows, 1, static_cast<int>(b.dy.cols)};
+  part.dB = {part.lhs, b.A.rows > 0 ? matrix_of(b.xa) : part.lhs, b.dB.data, stride_col, stride_rank,
+             static_cast<int>(b.dy.cols)};
   part.dB.sums = b.dbias.data;
   part.bias_dtype = b.dbias.format;
 }

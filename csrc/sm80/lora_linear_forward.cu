@@ -13,6 +13,7 @@ void set_part(Part& part, const ForwardPart& f, const Operand& x) {
   part.out = matrix_of(f.y);
   part.scale = f.scale;
   part.dropout = f.dropout;
+  part.segments = f.segments;
   part.gain = f.gain;
   part.bias = f.bias.data;
   part.bias_dtype = f.bias.format;
@@ -20,7 +21,10 @@ void set_part(Part& part, const ForwardPart& f, const Operand& x) {
 
 }  // namespace
 
-work::Plan plan_pass(const Pass& pass, const Card& card) { return work::balanced(pass, work::make_plan(pass, tiling_of(pass, card))); }
+work::Plan plan_pass(const Pass& pass, const Card& card) {
+  const work::Plan plan = work::make_plan(pass, tiling_of(pass, card));
+  return pass.segmented() ? plan : work::balanced(pass, plan);  // whose items' depths do not say where a half is
+}
 
 Tile tile_of(const Pass&, const Card&) { return {kBlockM, kBlockN, kDepth}; }
 

@@ -22,7 +22,8 @@ struct Gradient {
   float* sums_partial;
 };
 
-// One linear of a group.
+// One linear of a group. With segments down and up are slabs whose rows are ranks, A and B^T or the other way round, and low is in
+// boxes (work/segments.h).
 struct Part {
   Matrix lhs, weight, down, low, up, out;
   int cols, depth, r;
@@ -32,6 +33,7 @@ struct Part {
   const void* bias;
   DType bias_dtype;
   Gradient dA, dB;
+  work::Segments segments;
 };
 
 struct KernelParams {
@@ -40,7 +42,7 @@ struct KernelParams {
   int low_flags, chain_flags;  // of each part, one part's after another's; of all gradients, a slice's after another's
   int half_flags;              // the first one of the items in two halves, of which each has one
   float* half_sums;            // and their places
-  int row_flags, rank;         // flags of an item's rows of low: one for each of its items; ranks of all of those
+  int row_flags, rank;         // flags of an item's rows of low: one for each of its items; ranks of all of those, or of a window
   work::Counters* counters;
   int* flags;
   int M, parts, summed;

@@ -238,7 +238,7 @@ struct Producer {
     int low_row = 0;  // of the step's block of rows
 #pragma unroll 1
     for (int step = 0; step < windows.steps(); ++step) {
-      const int row = windows.first_row() + step * kBox;
+      const int row = windows.first_step_row() + step * kBox;
       if (item.waits != work::kNone && (row % kBlockM == 0 || step == 0)) {
         wait_for_low(item.waits + (row / kBlockM * kBlockM - item.row) / kFlagRows, item.mark);
       }

@@ -117,7 +117,6 @@ void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
 
 void check_routing(const Routing& routing, const std::vector<Part>& parts, double p, bool gated, int64_t M) {
   if (!routing) return;
-  check(current_card().capability == 90, "the kernels of this card know no rows with adapters of their own");
   check(p == 0 && !gated, "rows with adapters of their own have neither dropout nor gated passes");
   check(routing.window == 64 || routing.window == 128 || routing.window == 256, "window must be 64, 128 or 256, got ", routing.window);
   check(routing.tables.size() == 3 * parts.size(), "tables must be three of each part");

@@ -62,8 +62,8 @@ class Slab:
         return self.A[rows].data, self.up[rows].t().data
 
     def has_all(self, each: Iterable[tuple[Place, Tensor, Tensor]]) -> bool:
-        """Whether every A and B is what factors() gives of its place. Asked of each adapter in each call, and so without
-        making views."""
+        """Whether every A and B is what factors() gives of its place. Asked of each adapter in each call, and so
+        without making views."""
         if self.A.is_meta:  # which lies nowhere
             return all(all(map(_is_there, (A, B), self.factors(place, len(A)))) for place, A, B in each)
         dtype, size, N = self.A.dtype, self.A.element_size(), self.up.shape[1]

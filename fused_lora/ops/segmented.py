@@ -60,11 +60,7 @@ def obstacle(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: 
 
 def obstacle_on(device: torch.device, dtype: torch.dtype, window: int, readable: bool) -> str | None:
     """Why csrc has no kernel with segments for a dtype on a device, or None; readable as by backends.csrc_reads."""
-    found = choices.together_obstacle(device, dtype, (window,), readable)
-    if found is not None:
-        return found
-    capability = backends.gpu(device).capability
-    return None if capability == 90 else f"compute capability {capability / 10:.1f}: its kernels have segments on 9.0"
+    return choices.together_obstacle(device, dtype, (window,), readable)
 
 
 def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:

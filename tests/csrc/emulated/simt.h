@@ -18,6 +18,7 @@
 #define __launch_bounds__(...)
 #undef __grid_constant__
 #define __grid_constant__
+#define __noinline__
 using std::max;
 using std::min;
 

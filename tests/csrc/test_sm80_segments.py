@@ -1,0 +1,109 @@
+"""csrc/sm80's kernels for rows with adapters of their own, played on the CPU, against float64."""
+
+import ctypes
+
+import pytest
+import torch
+
+from fused_lora import segments
+from tests.csrc import emulation
+from tests.csrc.emulation import BackwardParams, BackwardPart, Dropout, ForwardParams, ForwardPart, operand, result
+from tests.csrc.test_sm80 import BOUNDS, CARDS, empty, launches, padded, random  # noqa: F401
+from tests.segments.divisions import DIVISIONS, Division, places_of
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the compiler
+NOTHING = Dropout(None, 0, 1.0)
+MANY = {
+    # Several slices of a gradient, whose windows go on in the next one; more windows than a block has boxes.
+    "slices": Division((16, 64, 8), ((0, 2500), (None, 300), (1, 1700), (2, 100))),
+    "64 of 70": Division((16,) * 64, tuple((i, 70) for i in range(64))),
+}
+
+
+def assert_close(got, expected):
+    """Also where all is zero."""
+    assert (got.double() - expected).norm() <= BOUNDS[got.dtype] * expected.norm()
+
+
+class Linear:
+    """One of a pass, and its results."""
+
+    def __init__(self, division, K, N, dtype, scale):
+        self.plan, (self.places, R) = division.plan(), places_of(division.ranks)
+        self.weight, self.bias = random(N, K, dtype), torch.randn(1, N).to(dtype)
+        self.A, self.up = padded(R, K, dtype).zero_(), padded(R, N, dtype).zero_()
+        self.scales = torch.full((R // 16,), float("nan"))
+        for i, (place, r) in enumerate(zip(self.places, division.ranks, strict=True)):
+            self.A[place.rank : place.rank + r], self.up[place.rank : place.rank + r] = (
+                torch.randn(r, K),
+                torch.randn(r, N),
+            )
+            self.scales[place.rank // 16 : (place.rank + place.size) // 16] = scale * (0.5 + 0.25 * (i % 5))
+        of = segments.constants(self.plan, torch.device("cpu"))
+        self.tables = segments.tables(self.plan, of, division.ends(), division.M)
+        (levels, blocks, _), windows = self.tables.blocks.shape, len(self.tables.windows)
+        boxes = self.plan.window // segments.BOX * (levels * (blocks - 1) + windows)
+        self.xa, self.dxa = (empty(boxes * segments.BLOCK, segments.BOX, dtype) for _ in range(2))
+        self.y, self.dy = empty(division.M, N, dtype), random(division.M, N, dtype)
+        self.dA, self.dB = empty(self.plan.ranks, K, dtype), empty(self.plan.ranks, N, dtype)
+
+    def segments(self):
+        blocks, windows, _ = self.tables
+        pointers = (table.data_ptr() for table in self.tables)
+        return emulation.Segments(*pointers, len(windows), len(blocks), blocks.shape[1])
+
+    def forward(self):
+        matrices = (operand(tensor) for tensor in (self.weight, self.A, self.up))
+        results = (operand(self.xa), result(self.y))
+        return ForwardPart(
+            *matrices, result(self.bias), *results, None, self.scales.data_ptr(), NOTHING, self.segments()
+        )
+
+    def backward(self, x):
+        matrices = (self.dy, x, self.weight, self.A, self.up, self.xa, self.dxa)
+        grads = (result(self.dA), result(self.dB), result(None))
+        part = BackwardPart(*map(operand, matrices), *grads, None, self.scales.data_ptr(), NOTHING)
+        part.segments = self.segments()
+        return part
+
+    def check(self, x):
+        """What it adds to dx."""
+        of = (torch.nan_to_num(self.scales).double(), self.tables, self.plan.window)
+        x, weight, A, B, bias, dy = (t.double() for t in (x, self.weight, self.A, self.up.t(), self.bias[0], self.dy))
+        y, xa = segments.forward_ref(x, weight, A, B, bias, *of)
+        dxa = segments.dxa_ref(dy, B, *of)
+        dx, dA, dB = segments.backward_ref(dy, x, weight, A, B, xa, dxa, *of, (True, True, True))
+        assert_close(self.y, y)
+        assert_close(self.dA, dA)
+        assert_close(self.dB, dB.t())
+        return dx
+
+
+def check(launches, card, division, K, widths, scale=1.5):  # noqa: F811
+    dtype, sms, shared_bytes = CARDS[card]
+    torch.manual_seed(0)
+    launches.play_on(sms, shared_bytes, False)
+    x, dx = random(division.M, K, dtype), empty(division.M, K, dtype)
+    parts = [Linear(division, K, N, dtype, scale) for N in widths]
+    window = parts[0].plan.window
+    forward = ForwardParams(x=operand(x), parts=len(parts), window=window)
+    backward = BackwardParams(dx=result(dx), parts=len(parts), summed=len(parts), window=window)
+    for i, part in enumerate(parts):
+        forward.part[i], backward.part[i] = part.forward(), part.backward(x)
+    assert launches.forward(ctypes.byref(forward)) == 0
+    assert launches.backward(ctypes.byref(backward)) == 0
+    assert_close(dx, sum(part.check(x) for part in parts))
+
+
+@pytest.mark.parametrize("card", range(len(CARDS)), ids=["A100", "Ada"])
+@pytest.mark.parametrize("name", [name for name in DIVISIONS if name != "nothing but rows behind"])
+def test_divisions(launches, name, card):  # noqa: F811
+    division = DIVISIONS[name]
+    if CARDS[card][0] is torch.float16 and len(division.plan().levels) > 1:
+        pytest.skip("rows with several adapters have no room of one size")
+    check(launches, card, division, 72, (136, 40) if name == "mixed" else (72,))
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_rows(launches, name):  # noqa: F811
+    check(launches, 0, MANY[name], 40, (72,))
