@@ -48,6 +48,7 @@ ROOMS = {
     "modules": {"segments", "ops", "checks", "reference", "padding", "whole_files"},
     "relora": {"modules", "ops", "checks", "reference"},
     "adapters": {"modules", "ops", "segments", "checks", "whole_files"},
+    "tasks": {"adapters", "relora", "modules", "checks", "whole_files"},
     "pretrain": {"extras", "whole_files", "relora", "modules", "ops", "checks", "reference"},
     "integrations": {"whole_files", "relora", "modules", "segments", "ops", "checks", "reference"},
     "explain": {"explanations", "modules", "ops", "backends", "choices", "kernels", "predict", "cards", "checks"},

@@ -1,0 +1,81 @@
+"""Sequences of several tasks side by side, and the loss of each."""
+
+import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100  # the label of a token that nobody learns
+
+
+class Tokens(NamedTuple):
+    """A sequence: input_ids (T,) and labels (T,), int64."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+    @property
+    def labelled(self) -> int:
+        """How many tokens are predicted from those before them."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+class Batch(NamedTuple):
+    """input_ids, labels and attention_mask (sequences, T), of the longest T; mask and labels say what is padding. The
+    mask is None where nothing is: models have faster attention then."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None
+
+
+def tokens_of(item, place: str) -> Tokens:
+    """What a task's data has at a place."""
+    is_dict = hasattr(item, "keys")
+    input_ids = _ints(item["input_ids"] if is_dict else item, f"{place}: input_ids")
+    has_labels = is_dict and "labels" in item.keys()  # noqa: SIM118 (a BatchEncoding's `in` is of something else)
+    labels = _ints(item["labels"], f"{place}: labels") if has_labels else input_ids
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"{place}: labels must be as many as input_ids, got {len(labels)} and {len(input_ids)}")
+    return Tokens(input_ids, labels)
+
+
+def _ints(values, name: str) -> Tensor:
+    tensor = torch.as_tensor(values)
+    if tensor.dim() != 1 or len(tensor) < 2 or tensor.is_floating_point():
+        raise ValueError(f"{name} must be at least two ints in a row, got {tuple(tensor.shape)} {tensor.dtype}")
+    return tensor.to("cpu", torch.int64)
+
+
+def collate(sequences: Sequence[Tokens], device: torch.device) -> Batch:
+    """On a device, padded at their ends to the longest."""
+    lengths = torch.tensor([len(each.input_ids) for each in sequences])
+    T = int(lengths.max())
+    mask = torch.arange(T) < lengths[:, None] if int(lengths.min()) < T else None
+    input_ids = pad_sequence([each.input_ids for each in sequences], batch_first=True)
+    labels = pad_sequence([each.labels for each in sequences], batch_first=True, padding_value=IGNORED)
+    return Batch(*(None if each is None else _to(device, each) for each in (input_ids, labels, mask)))
+
+
+def _to(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """(sequences,): the sum over a sequence's labelled tokens of -log p(token | those before it), float32 or wider.
+
+    model(input_ids=, attention_mask=).logits of models that take a mask, as those of Hugging Face; else model(tokens),
+    which are logits (sequences, T, vocabulary) themselves.
+    """
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    else:
+        logits = model(batch.input_ids)
+    logits, targets = logits[:, :-1], batch.labels[:, 1:]
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets).sum(1)
