@@ -28,13 +28,14 @@ from fused_lora import AdapterCache, AdapterTree, route
 from fused_lora.extras import needs
 from fused_lora.pretrain import python_text
 from fused_lora.pretrain.llama import Llama, LlamaConfig
-from fused_lora.tasks import Batch, Task, TaskTrainer, next_token_losses
 
 from . import text
 
 with needs("demo"):
     from matplotlib.figure import Figure
     from tqdm import trange
+
+    from fused_lora.tasks import Batch, Task, TaskTrainer, next_token_losses
 
     from .training import Schedule, train
 
@@ -245,7 +246,7 @@ def picture(result: Result, path: Path) -> None:
     left.spines[["top", "right"]].set_visible(False)
 
     limit = result.change.abs().max().item()
-    right.imshow(result.change, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    right.imshow(result.change.tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit)
     for i, row in enumerate(result.change.tolist()):
         for j, change in enumerate(row):
             color = "white" if abs(change) > 0.6 * limit else "black"

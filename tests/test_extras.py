@@ -10,6 +10,7 @@ from fused_lora.extras import needs
 PROGRAMS = [
     ("fused_lora.pretrain", "pretrain", "numpy"),
     ("examples.demo", "demo", "matplotlib"),
+    ("examples.many", "demo", "tqdm"),
     ("examples.table1", "pretrain", "tokenizers"),
     ("bench.steps", "bench", "tqdm"),
     ("fused_lora.tune", "tune", "tqdm"),

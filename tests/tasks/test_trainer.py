@@ -78,7 +78,7 @@ def gradients(dtype, each):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_together_are_those_alone_bit_for_bit(dtype):
-    """Where lengths and layers are the same, lengths are whole blocks of a product and rows so few that it adds them up in one go."""
+    """Where lengths and layers are the same, rows whole blocks of a product, and so few that it adds them in one go."""
     each = [Task(name, sequences(i, [16] * 3), config(3 + i), 1, 1.0) for i, name in enumerate("abc")]
     together = gradients(dtype, each)
     for task in each:
