@@ -91,7 +91,7 @@ def sources(package: str, size: Size) -> tuple[list[Tensor], Tensor]:
     folder = Path(sysconfig.get_path("stdlib")) / package
     content = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))[: 1 << 18]
     learned, held_out = (
-        part[: len(part) // (size.seq_len + 1) * (size.seq_len + 1)].view(-1, size.seq_len + 1)
+        part[: len(part) // size.seq_len * size.seq_len].view(-1, size.seq_len)
         for part in text.split(text.encode(content))
     )
     return list(learned), held_out[: size.held_out]
@@ -206,7 +206,7 @@ def run(size: Size, output: Path) -> Result:
         together=after.diagonal().tolist(),
         apart=apart,
         change=after - torch.tensor(before),
-        tokens=len(tasks) * size.batch_size * (size.seq_len + 1),
+        tokens=len(tasks) * size.batch_size * size.seq_len,
         seconds=(seconds, seconds_apart),
         tree=tree,
         switches={"to another node of a tree": 1e3 * switch}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100  # the label of a token that nobody learns
+BLOCK = 16  # tokens: products and attention compute as many in one go, by the same bits wherever they are
 
 
 class Tokens(NamedTuple):
@@ -25,8 +26,8 @@ class Tokens(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """input_ids, labels and attention_mask (sequences, T), of the longest T; mask and labels say what is padding. The
-    mask is None where nothing is: models have faster attention then."""
+    """input_ids, labels and attention_mask (sequences, T), T the longest's up to a multiple of 16; mask and labels say
+    what is padding. The mask is None where nothing is: models have faster attention then."""
 
     input_ids: Tensor
     labels: Tensor
@@ -52,13 +53,18 @@ def _ints(values, name: str) -> Tensor:
 
 
 def collate(sequences: Sequence[Tokens], device: torch.device) -> Batch:
-    """On a device, padded at their ends to the longest."""
+    """On a device, padded at their ends."""
     lengths = torch.tensor([len(each.input_ids) for each in sequences])
-    T = int(lengths.max())
+    T = -(-int(lengths.max()) // BLOCK) * BLOCK
     mask = torch.arange(T) < lengths[:, None] if int(lengths.min()) < T else None
-    input_ids = pad_sequence([each.input_ids for each in sequences], batch_first=True)
-    labels = pad_sequence([each.labels for each in sequences], batch_first=True, padding_value=IGNORED)
+    input_ids = _padded([each.input_ids for each in sequences], T, 0)
+    labels = _padded([each.labels for each in sequences], T, IGNORED)
     return Batch(*(None if each is None else _to(device, each) for each in (input_ids, labels, mask)))
+
+
+def _padded(rows: list[Tensor], T: int, value: int) -> Tensor:
+    padded = pad_sequence(rows, batch_first=True, padding_value=value)
+    return F.pad(padded, (0, T - padded.shape[1]), value=value)
 
 
 def _to(device: torch.device, tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class TaskTrainer:
         trainer.run()                           # until all have their steps
 
     In a pass the sequences of all tasks lie side by side, padded to the longest, a task's in one segment; in one
-    backward pass all have the gradients of
+    backward pass all get the gradients of
 
         loss = sum over tasks of 1 / n_t (sum over the pass's labelled tokens of task t of -log p)
 

@@ -34,6 +34,6 @@ def test_end_to_end(device, dtype, tmp_path, capsys, monkeypatch):
 
 def test_sources_are_windows_of_text():
     learned, held_out = many.sources("json", many.CPU)
-    assert {len(each) for each in (*learned, *held_out)} == {129}
+    assert {len(each) for each in (*learned, *held_out)} == {128}
     assert "json" in many.text.decode(torch.cat(learned))
     assert len(held_out) <= many.CPU.held_out

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fused_lora import adapter_parameters, load_adapter, route
 from fused_lora.modules.protocol import is_bank
 from fused_lora.tasks import Task, TaskTrainer, next_token_losses
+from fused_lora.tasks.batches import collate, tokens_of
 from tests.tasks.problem import Alone, base, config, factors, layers, near, sequences, tasks
 
 
@@ -78,8 +79,9 @@ def gradients(dtype, each):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_together_are_those_alone_bit_for_bit(dtype):
-    """Where lengths and layers are the same, rows whole blocks of a product, and so few that it adds them in one go."""
-    each = [Task(name, sequences(i, [16] * 3), config(3 + i), 1, 1.0) for i, name in enumerate("abc")]
+    """Of other lengths and ranks, where layers are the same, and rows so few that a product adds them in one go."""
+    lengths = {"a": 5, "b": 40, "c": 33}
+    each = [Task(name, sequences(T, [T]), config(3 + T % 7), 1, 1.0) for name, T in lengths.items()]
     together = gradients(dtype, each)
     for task in each:
         assert all(map(torch.equal, together[task.name], gradients(dtype, [task])[task.name]))
@@ -87,7 +89,7 @@ def test_gradients_together_are_those_alone_bit_for_bit(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_together_are_those_alone_within_rounding(dtype):
-    """Of other lengths and layers: as far from what is exact, up to the luck of few numbers."""
+    """Of other layers too: as far from what is exact, up to the luck of few numbers."""
     each = list(tasks(accumulate=1).values())
     together, exact = gradients(dtype, each), gradients(torch.float64, each)
     for task in each:
@@ -237,6 +239,16 @@ def test_a_step_without_labelled_tokens_is_skipped():
     assert all(step.skipped and step.tokens == 0 for step in done["n"])
     assert all(map(torch.equal, factors(model, "n"), before))
     assert not any(step.skipped for step in done["c"])
+
+
+def test_batches_are_padded_at_their_ends():
+    each = [tokens_of(item, "x") for item in ([1, 2, 3], {"input_ids": list(range(17)), "labels": [-100] * 16 + [5]})]
+    batch = collate(each, torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[1, 2, 3] + [0] * 29, [*range(17)] + [0] * 15]
+    assert batch.labels.tolist() == [[1, 2, 3] + [-100] * 29, [-100] * 16 + [5] + [-100] * 15]
+    assert batch.attention_mask.sum(1).tolist() == [3, 17]
+    assert [one.labelled for one in each] == [2, 1]
+    assert collate([tokens_of(list(range(16)), "x")] * 2, torch.device("cpu")).attention_mask is None
 
 
 def hugging_face():
