@@ -64,9 +64,9 @@ class Size:
         return self.warm_start.seq_len
 
 
-CPU = Size(LlamaConfig(128, 352, 2, 4), Schedule(300, 8, 128, 5e-3), 100, 2, 4e-3, 8, 12, 1000)
+CPU = Size(LlamaConfig(128, 352, 2, 4), Schedule(300, 8, 128, 5e-3), 100, 2, 4e-3, 8, 16, 1000)
 GPU = Size(
-    LlamaConfig(1024, 2816, 8, 16), Schedule(300, 16, 512, 6e-4), 150, 4, 1e-3, 16, 12, 1000, torch.bfloat16, "cuda"
+    LlamaConfig(1024, 2816, 8, 16), Schedule(300, 16, 512, 6e-4), 150, 4, 1e-3, 16, 16, 1000, torch.bfloat16, "cuda"
 )
 
 
@@ -87,14 +87,12 @@ class Result:
 
 
 def sources(package: str, size: Size) -> tuple[list[Tensor], Tensor]:
-    """(windows to learn, windows held out) of a package's files, one after another, from its first 256 KiB."""
+    """(windows to learn, windows held out) of the first 256 KiB of a package's files, held out at equal distances."""
     folder = Path(sysconfig.get_path("stdlib")) / package
     content = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))[: 1 << 18]
-    learned, held_out = (
-        part[: len(part) // size.seq_len * size.seq_len].view(-1, size.seq_len)
-        for part in text.split(text.encode(content))
-    )
-    return list(learned), held_out[: size.held_out]
+    windows = text.encode(content)[: len(content) // size.seq_len * size.seq_len].view(-1, size.seq_len)
+    is_held_out = torch.arange(len(windows)) % (len(windows) // size.held_out) == 0
+    return list(windows[~is_held_out]), windows[is_held_out]
 
 
 def warm_start(size: Size) -> nn.Module:

@@ -161,7 +161,7 @@ class TaskTrainer:
             job.load_state_dict(state)
         path = self._place(LOGS, f"{task.name}.jsonl")
         self._logs[task.name] = Log(task.name, path, job.steps, task.steps, self.progress)
-        self._jobs[task.name], self._route = job, None
+        self._jobs[task.name] = job
 
     def _end(self, job: Job) -> None:
         name = job.task.name
@@ -170,7 +170,6 @@ class TaskTrainer:
         self._logs.pop(name).close(f"{job.steps} of {job.task.steps} steps")
         del self._jobs[name]
         self.ended.append(name)
-        self._route = None
         if not self.keep_adapters:
             delete_adapter(self.model, name)
 
@@ -229,8 +228,9 @@ class TaskTrainer:
         return sums.split(counts)
 
     def _routed(self, names: list[str], T: int) -> route:
-        """One is kept, since batches of one kind follow one another: a route has tables of every length it met."""
-        key = (*names, T)
+        """The last one, where batches of one kind follow one another and no layer has become a bank: to make one takes
+        the host some milliseconds, and one for all lengths would keep the tables of each that it met."""
+        key = (*names, T, sum(map(is_bank, self.model.modules())))
         if self._route is None or self._route[0] != key:
             self._route = key, route(self.model, names)
         return self._route[1]

@@ -1,12 +1,14 @@
 """The loop: every task learns what it would alone, whatever happens to the others."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_lora import adapter_parameters, load_adapter, route
+from fused_lora import adapter_parameters, add_adapter, load_adapter, route
 from fused_lora.modules.protocol import is_bank
 from fused_lora.tasks import Task, TaskTrainer, next_token_losses
 from fused_lora.tasks.batches import collate, tokens_of
@@ -166,6 +168,20 @@ def test_one_is_removed():
         trainer.remove("a")
 
 
+def test_layers_that_come_between_passes():
+    """Of a task that never ran, and of what is no task."""
+    model, each = base(), tasks(batch_size=3)
+    trainer = trainer_of(model, each["b"])
+    single = alone(model, each["b"]).run()
+    trainer.step()
+    trainer.add(Task("x", each["a"].data, config(4, ["v_proj"]), 1, 1.0))
+    trainer.remove("x")
+    trainer.step()
+    add_adapter(model, "own", config=config(4))
+    run(trainer)
+    assert near(factors(model, "b"), single.factors)
+
+
 MARK = 60  # the first token of what one task's loss makes much of
 
 
@@ -221,13 +237,16 @@ def test_no_number_in_one_pass_of_a_step():
     """Passes of the step that follow are whole."""
     model, each = base(), tasks()
     b, c = marked(each["b"], [0]), marked(each["c"], [])
-    trainer = trainer_of(model, b, c, loss=times(float("nan")))
+    calls = []
+    trainer = trainer_of(model, b, c, loss=lambda *args: (calls.append(1), times(float("nan"))(*args))[1])
     bad = {step for step in range(4) if 0 in b.numbers(step)}
     single, other = alone(model, b).run(skipped=bad), alone(model, c).run()
     done = run(trainer)
     assert 0 < len(bad) < 4
     assert near(factors(model, "b"), single.factors)
     assert_as_alone(model, other, done["c"])
+    passes = sum(b.numbers(step).count(0) for step in range(4))
+    assert len(calls) == 9 + 2 * passes  # one more for each of two halves, of those passes alone
 
 
 def test_a_step_without_labelled_tokens_is_skipped():
@@ -249,6 +268,17 @@ def test_batches_are_padded_at_their_ends():
     assert batch.attention_mask.sum(1).tolist() == [3, 17]
     assert [one.labelled for one in each] == [2, 1]
     assert collate([tokens_of(list(range(16)), "x")] * 2, torch.device("cpu")).attention_mask is None
+
+
+def test_a_model_that_takes_a_mask_gets_it():
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            self.mask = attention_mask
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
+
+    model, batch = Model(), collate([tokens_of([1, 2, 3], "x"), tokens_of([1, 2], "x")], torch.device("cpu"))
+    assert next_token_losses(model, batch).tolist() == pytest.approx([2 * math.log(4), math.log(4)])
+    assert torch.equal(model.mask, batch.attention_mask)
 
 
 def hugging_face():
