@@ -125,7 +125,18 @@ struct Worker {
         if (!shared.window.is_nothing) finish_window(number);
       }
     }
-    if (shared.window.goes_on) raise(loader.at(number).raises);
+    const Item& item = loader.at(number);
+    const bool shrinks = loader.head_of(number).work == Work::kShrink;
+    if (!shrinks && uniform(item.bits) & work::kLast) return;
+    if (!shrinks) await_slice_before(item);
+    raise(item.raises);
+  }
+
+  // Slices finish in their order, those that leave nothing too: what goes on in the next one lies where that of all slices lies.
+  __device__ __forceinline__ void await_slice_before(const Item& item) const {
+    if (uniform(item.bits) & work::kFirst) return;
+    if (threadIdx.x == 0) ptx::flag_wait(p.flags + item.raises - p.chain_flags, shared.mark);
+    __syncthreads();
   }
 
   template <typename P>
@@ -162,7 +173,8 @@ struct Worker {
     float* partial = g.partial + (int64_t{item.col} * part.segments.levels + shared.window.level * kBlockM) * p.rank + item.rank * kBlockM;
     const int bits = uniform(shared.window.bits);
     if (kHasRoom<T> && !of_A) scale_ranks(part.scale + shared.window.slice);
-    if (!(bits & work::kFirst)) add<kGradSums>(partial, item.raises - p.chain_flags);
+    if (bits != (work::kFirst | work::kLast)) await_slice_before(item);
+    if (!(bits & work::kFirst)) add_sums<kGradSums>(sums, partial);
     if (!(bits & work::kLast)) return keep_sums<kGradSums>(sums, partial);
     const int first = shared.window.at * p.rank + item.rank;
     store_gradient(item, g, first, first + kBlockR);

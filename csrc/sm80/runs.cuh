@@ -27,7 +27,6 @@ struct WindowOfItem {
   int steps;
   int low_row;      // of a shrink item, where its low goes
   int bits, slice;  // of a gradient; and its first slice of ranks in the slabs
-  bool goes_on;     // whether sums of some go on in the next slice
 };
 
 // How many steps an item has, those before its ranks, and whether there is something in them.
@@ -200,7 +199,7 @@ __noinline__ __device__ inline void find_window(const KernelParams& p, const Ite
   const Finder find{p, item};
   const int levels = p.part[item.part].segments.levels;
   const bool shrinks = item.work == Work::kShrink, begins = first;
-  if (begins) window = {true, false, 0, 0, 0, 0, 0, 0, shrinks};
+  if (begins) window = {true, false, 0, 0, 0, 0, 0, 0};
   for (; window.level < levels; ++window.level, first = true) {
     const Span of = find.span(item.part, window.level);
     if (shrinks) {
@@ -217,7 +216,6 @@ __noinline__ __device__ inline void find_window(const KernelParams& p, const Ite
     window.steps = begins && !steps.are_some ? 1 : find.steps_of_window(own);
     window.bits = own.bits();
     window.slice = (own.rank() + item.rank) / work::kSlice;
-    window.goes_on |= !(window.bits & work::kLast);
     return;
   }
   window.is_nothing = begins;

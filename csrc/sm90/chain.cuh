@@ -18,7 +18,7 @@ struct Chain {
   const Warpgroup& self;
   const Gradient& g;
   const int first_col;
-  const int turn;  // the flag to raise, and an item's bits where it is a multiple of 4: registers are scarce
+  const int turn;  // the flag to raise, and an item's or a window's bits where it is a multiple of 4: registers are scarce
   const int writer;
   const int level = 0;  // of segments: each has sums of its own
 
@@ -26,6 +26,7 @@ struct Chain {
   __device__ bool last() const { return turn & work::kLast; }
   __device__ int flag() const { return (turn & -kChainFlags) + writer; }
 
+  // For the slice before, unless this is the first one.
   __device__ __forceinline__ void await_turn(uint32_t mark) const {
     if (first()) return;
     if (self.thread() == 0) ptx::flag_wait(p.flags + flag() - p.chain_flags, ptx::load_shared_32(mark));

@@ -516,26 +516,24 @@ struct Consumer {
 
   // ---- dA = dxa^T x, dB = gain dy^T xa, dbias = sum of dy, dgain = sum of dy (y - bias) / gain -------------------------------
 
-  // Of each level at most the last window goes on in the next slice.
+  // Of each level at most the last window goes on in the next slice. Slices finish in their order, those that leave nothing too: what goes
+  // on lies where that of all slices lies.
   __device__ __forceinline__ void gradient_segments(const Item& item) {
     const Part& of = p.part[item.part];
     outbox.send_flag();
-    int goes_on = work::kNone;  // the flag to raise
 #pragma unroll 1
     for (int level = 0; level < of.segments.levels; ++level) {
 #pragma unroll 1
-      for (Windows<C> windows(of.segments, level, item, p.M); windows.exist(); windows.advance()) {
-        const int flag = gradient_window(item, of, windows);
-        if (flag != work::kNone) goes_on = flag;
-      }
+      for (Windows<C> windows(of.segments, level, item, p.M); windows.exist(); windows.advance()) gradient_window(item, of, windows);
     }
-    if (goes_on == work::kNone) return;
+    const Chain<C, T> slice{p, of, self, of.dA, 0, item.raises | item.bits, own_flag(0)};
+    if (slice.last()) return;
+    slice.await_turn(ptx::shared_address(&shared.mark));
     outbox.send_all();
-    outbox.hold_flag(goes_on);
+    outbox.hold_flag(slice.flag());
   }
 
-  // The flag to raise where its sums are not whole here.
-  __device__ __forceinline__ int gradient_window(const Item& item, const Part& of, const Windows<C>& windows) {
+  __device__ __forceinline__ void gradient_window(const Item& item, const Part& of, const Windows<C>& windows) {
     constexpr int kBlocks = C::kGradientBlocks;
     const bool of_A = item.work == Work::kGradientA;
     const Gradient& g = of_A ? of.dA : of.dB;
@@ -550,16 +548,18 @@ struct Consumer {
     }
     outbox.empty();
     const Chain<C, T> chain{p, of, self, g, first_col, item.raises | windows.bits(), own_flag(0), windows.level};
-    chain.await_turn(ptx::shared_address(&shared.mark));
+    if (!chain.first() || !chain.last()) {
+      const Chain<C, T> slice{p, of, self, g, first_col, item.raises | item.bits, own_flag(0)};
+      slice.await_turn(ptx::shared_address(&shared.mark));
+    }
     chain.add(acc);
-    if (!chain.last()) return chain.flag();
+    if (!chain.last()) return;
     const int first_rank = windows.index * C::kBlockR;
     if (g.copied) {
       outbox.keep_gradient(acc, g, first_col, first_rank);
     } else {
       chain.store(acc, first_rank);
     }
-    return work::kNone;
   }
 
   // Of this warpgroup's columns in a step, the rows from `first` to `end` alone: others may hold what is no number, times which 0

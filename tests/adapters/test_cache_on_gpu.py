@@ -106,7 +106,7 @@ def copies_in(kinds):
 def test_prefetching_is_beside_what_computes_and_waits_for_nothing(tmp_path):
     """Read from a trace: one copy an adapter, on another stream, while kernels run; the host waits for no device."""
     cache, _ = make(slots=4)
-    x = torch.randn(16384, SIZE, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2**17, SIZE, device="cuda", dtype=torch.bfloat16)  # the device is behind the host
     with cache.route("n0"):
         cache.model(x)
 

@@ -16,6 +16,8 @@ NOTHING = Dropout(None, 0, 1.0)
 MANY = {
     # Several slices of a gradient, whose windows go on in the next one; more windows than a block has boxes.
     "slices": Division((16, 64, 8), ((0, 2500), (None, 300), (1, 1700), (2, 100))),
+    # Windows of two slices, which end where those of the next ones begin; with so many blocks all slices run at once.
+    "meeting slices": Division((64,) * 3, ((0, 4096), (1, 4096))),
     "64 of 70": Division((16,) * 64, tuple((i, 70) for i in range(64))),
 }
 
@@ -79,10 +81,10 @@ class Linear:
         return dx
 
 
-def check(launches, card, division, K, widths, scale=1.5):  # noqa: F811
+def check(launches, card, division, K, widths, scale=1.5, blocks=None):  # noqa: F811
     dtype, sms, shared_bytes = CARDS[card]
     torch.manual_seed(0)
-    launches.play_on(sms, shared_bytes, False)
+    launches.play_on(blocks or sms, shared_bytes, False)
     x, dx = random(division.M, K, dtype), empty(division.M, K, dtype)
     parts = [Linear(division, K, N, dtype, scale) for N in widths]
     window = parts[0].plan.window
@@ -106,4 +108,7 @@ def test_divisions(launches, name, card):  # noqa: F811
 
 @pytest.mark.parametrize("name", MANY)
 def test_many_rows(launches, name):  # noqa: F811
-    check(launches, 0, MANY[name], 40, (72,))
+    if name == "meeting slices":
+        check(launches, 0, MANY[name], 8, (8,), blocks=64)
+    else:
+        check(launches, 0, MANY[name], 40, (72,))

@@ -19,6 +19,7 @@ LARGE = {
     "a tree": Division(
         (64,) + (16,) * 6, tuple(((0, 1 + i % 3, *([4 + i % 2] * (i % 2))), 150 + i) for i in range(20))
     ),
+    "windows that end where slices do": Division((16,) * 16, tuple((i, 1024) for i in range(16))),
     "mostly base": Division((16,) * 5, ((None, 3000), (2, 1), (None, 2000), (4, 300), (None, 7)), behind=900),
 }
 
@@ -132,6 +133,11 @@ def test_divisions(name, K, Ns):
 @pytest.mark.parametrize("name", LARGE)
 def test_many_rows(name):
     check(Problem(LARGE[name], 1024, (768,)))
+
+
+def test_groups_of_many_rows():
+    """Shrink items of two blocks of rows, and sums over many slices, of several parts."""
+    check(Problem(Division((16,) * 8, tuple((i, 1024) for i in range(8))), 1024, (1024, 1024, 1032)))
 
 
 @pytest.mark.parametrize(("dtype", "lora_dtype", "scale"), [
