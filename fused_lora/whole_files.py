@@ -2,7 +2,8 @@
 
 A rename replaces one file at once; there is none for several. So the new files are first made whole in a folder of
 their own, and one rename of that folder decides: from then on they are what is read, wherever they still lie. After it
-they move to their places, and what a killed process left to move, the next one moves.
+they move to their places, and what a killed process left to move, the next one moves. Files may be in folders of the
+folder, one deep, each of which may be written and read by itself too.
 """
 
 import os
@@ -33,18 +34,22 @@ def flush(path: Path) -> None:
 
 
 def write_together(folder: Path, files: dict[str, Callable[[Path], object]]) -> None:
-    """Puts files into a folder, which is made where it is missing; others in it stay. If writing fails, nothing is
-    changed. Who reads without files_of sees the files move, one after another, in the last moment."""
+    """Puts files, by their paths in it, into a folder, which is made where it is missing; others in it stay. If writing
+    fails, nothing is changed. Who reads without files_of sees the files move, one after another, in the last moment."""
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _settle(folder)
+        for inner in {(folder / name).parent for name in files} - {folder}:
+            _settle(inner)
         begun = folder / BEGUN
         shutil.rmtree(begun, ignore_errors=True)  # a killed process's: others would hold the lock
         try:
             begun.mkdir()
             for name, writer in files.items():
+                (begun / name).parent.mkdir(exist_ok=True)
                 write(begun / name, writer)
-            flush(begun)
+            for path in {(begun / name).parent for name in files} | {begun}:
+                flush(path)
         except BaseException:
             shutil.rmtree(begun, ignore_errors=True)
             raise
@@ -56,8 +61,14 @@ def write_together(folder: Path, files: dict[str, Callable[[Path], object]]) -> 
 @contextmanager
 def files_of(folder: Path) -> Iterator[Callable[[str], Path]]:
     """Where the file of a name lies, for as long as the block lasts. The folder is only read."""
-    with _locked(folder, shared=True):
-        yield lambda name: path if (path := folder / DECIDED / name).exists() else folder / name
+    with _locked(folder if folder.is_dir() else folder.parent, shared=True):
+        decided = folder.parent / DECIDED / folder.name, folder / DECIDED
+        yield lambda name: next((path for each in decided if (path := each / name).exists()), folder / name)
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a folder, or one that a killed process left to move."""
+    return folder.is_dir() or (folder.parent / DECIDED / folder.name).is_dir()
 
 
 def _settle(folder: Path) -> None:
@@ -65,9 +76,13 @@ def _settle(folder: Path) -> None:
     decided = folder / DECIDED
     if not decided.exists():
         return
-    for path in sorted(decided.iterdir()):
-        path.replace(folder / path.name)
-    flush(folder)
+    for path in sorted(path for path in decided.rglob("*") if path.is_file()):
+        place = folder / path.relative_to(decided)
+        place.parent.mkdir(exist_ok=True)
+        path.replace(place)
+        flush(place.parent)
+    for inner in [path for path in decided.iterdir() if path.is_dir()]:
+        inner.rmdir()
     decided.rmdir()
 
 

@@ -48,8 +48,10 @@ def kill_at(monkeypatch, call):
     return left
 
 
-def test_killed_at_any_change(tmp_path, monkeypatch):
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("a", "x/a", "x/b", "y/a")], ids=["flat", "folders"])
+def test_killed_at_any_change(tmp_path, monkeypatch, names):
     """From one point on it is the new one, before it the old one, and the next save goes through."""
+    monkeypatch.setattr(sys.modules[__name__], "NAMES", names)
     found, call, done = [], 0, False
     while not done:
         folder = tmp_path / str(call)
@@ -61,11 +63,13 @@ def test_killed_at_any_change(tmp_path, monkeypatch):
             done = left[0] >= 0
         found.append(words(folder))
         save(folder, "next")
-        assert words(folder) == ["next"] * 3
-        assert sorted(path.name for path in folder.iterdir()) == list(NAMES)
+        assert words(folder) == ["next"] * len(NAMES)
+        assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == list(NAMES)
+        assert not list(folder.rglob(".*"))
         call += 1
-    point = found.index(["new"] * 3)
-    assert found == [["old"] * 3] * point + [["new"] * 3] * (len(found) - point)
+    old, new = (["old"] * len(NAMES), ["new"] * len(NAMES))
+    point = found.index(new)
+    assert found == [old] * point + [new] * (len(found) - point)
     assert 5 < point < len(found) - 4
 
 

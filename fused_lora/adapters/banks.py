@@ -80,7 +80,9 @@ def load(
         dtypes = {tensor.dtype for pair in factors.values() for tensor in pair.values()}
         dtypes |= {modules[layer].weight.dtype for layer in factors}
         asked = dataclasses.asdict(_exact(config, factors))
-        report = add_adapter(model, name, config=asked, lora_dtype=lora_dtype or reduce(torch.promote_types, dtypes))
+        dtype = lora_dtype or reduce(torch.promote_types, dtypes)
+        # What trains beside adapters that are there already is somebody's wish.
+        report = add_adapter(model, name, config=asked, lora_dtype=dtype, freeze=not has_banks(model))
     for layer, bank in _banks_of(model, name).items():
         with torch.no_grad():
             for factor, which in zip(bank.factors(name), files.FACTORS, strict=True):

@@ -1,8 +1,10 @@
 """A folder with adapter_config.json and adapter_model.safetensors, read and written; and the names of the tensors."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .. import whole_files
@@ -28,21 +30,26 @@ def bias_key_of(name: str, is_adapted: bool) -> str:
     return PREFIX + ".".join(part for part in (name, "base_layer" if is_adapted else "", "bias") if part)
 
 
-def write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Both files, the weights first; a kill leaves those that were there, or these."""
+def writers(config: dict, tensors: dict[str, Tensor]) -> dict[str, Callable[[Path], object]]:
+    """Both files by their names, for whole_files."""
     library = _safetensors()
     # Not sort_keys: of the entries of a pattern the first that matches counts.
     text = json.dumps(dict(sorted(config.items())), indent=2)
-    whole_files.write_together(folder, {
-        WEIGHTS: lambda path: library.save_file(tensors, path, metadata={"format": "pt"}),
+    return {
+        WEIGHTS: lambda path: library.save_file(_dense(tensors), path, metadata={"format": "pt"}),
         CONFIG: lambda path: path.write_text(text),
-    })  # fmt: skip
+    }
+
+
+def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Clones share no memory, which safetensors would refuse."""
+    return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
 
 
 def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """(all fields of the config, the tensors by keys with PREFIX); ValueError for a folder without both, or damaged."""
     library = _safetensors()
-    if not folder.is_dir():
+    if not whole_files.exists(folder):
         raise ValueError(f"{folder} is no folder with an adapter")
     with whole_files.files_of(folder) as place:
         config, weights = parse(place(CONFIG)), place(WEIGHTS)

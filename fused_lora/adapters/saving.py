@@ -2,11 +2,12 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from .. import whole_files
 from ..modules import LoRALinear
 from . import banks, files
 from .config import config_of
@@ -33,6 +34,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
     layers or with both kinds of use_rslora, ValueError or TypeError for factors that are offloaded or sharded, and
     ImportError without safetensors.
     """
+    whole_files.write_together(Path(folder), writers_of(model, name))
+
+
+def writers_of(model: nn.Module, name: str | None) -> dict[str, Callable[[Path], object]]:
+    """What save_adapter writes, by the files' names."""
     model = bare(model)
     if banks.has_banks(model):
         layers = banks.layers_of_adapter(model, name)
@@ -51,9 +57,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
     }
     tensors |= _biases({"none": {}, "lora_only": layers, "all": modules}[config["bias"]], layers)
     _warn_of_others(model, tensors)
-    # Clones share no memory, which safetensors would refuse.
-    dense = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    files.write(Path(folder), config, dense)
+    return files.writers(config, tensors)
 
 
 def _biases(modules: dict[str, nn.Module], layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
@@ -69,5 +73,5 @@ def _warn_of_others(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         warnings.warn(
             f"an adapter does not hold {', '.join(others[:3])}{more}, which train: save them too, or freeze them",
-            stacklevel=3,
+            stacklevel=4,
         )

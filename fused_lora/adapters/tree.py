@@ -16,7 +16,7 @@ from ..modules.routing import BASE, check_name
 from ..ops import merge_
 from .joining import join
 from .loading import load_adapter
-from .saving import save_adapter
+from .saving import writers_of
 
 INDEX = "tree.json"
 
@@ -214,14 +214,14 @@ class AdapterTree:
     # ---- files
 
     def save(self, folder: str | os.PathLike) -> None:
-        """A folder with an adapter of PEFT's for each delta, and tree.json, which says what is under what."""
-        folder = Path(folder)
-        for name in self._parents:
-            if self.has_delta(name):
-                save_adapter(self.model, folder / name, name)
+        """A folder with an adapter of PEFT's for each delta, and tree.json, which says what is under what: whenever the
+        process is killed, load finds the tree that was there or this one."""
         nodes = {name: {"parent": self._parents[name], "delta": self.has_delta(name)} for name in self._in_order()}
         text = json.dumps({"nodes": nodes}, indent=2)
-        whole_files.write_together(folder, {INDEX: lambda path: path.write_text(text)})
+        every = {INDEX: lambda path: path.write_text(text)}
+        for name in filter(self.has_delta, nodes):
+            every |= {f"{name}/{file}": writer for file, writer in writers_of(self.model, name).items()}
+        whole_files.write_together(Path(folder), every)
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | os.PathLike, lora_dtype: torch.dtype | None = None) -> "AdapterTree":
@@ -235,15 +235,19 @@ class AdapterTree:
         if known:
             raise ValueError(f"model must have no adapters of the tree's names, got {', '.join(known)}")
         try:
-            for name, node in nodes.items():
-                if node["delta"]:
-                    load_adapter(model, folder / name, name, lora_dtype)
-                tree.add(name, node["parent"])
+            with whole_files.files_of(folder):
+                tree._load_nodes(folder, nodes, lora_dtype)
         except BaseException:
             for name in reversed(list(tree._parents)):
                 tree.remove(name)
             raise
         return tree
+
+    def _load_nodes(self, folder: Path, nodes: dict[str, dict], lora_dtype: torch.dtype | None) -> None:
+        for name, node in nodes.items():
+            if node["delta"]:
+                load_adapter(self.model, folder / name, name, lora_dtype)
+            self.add(name, node["parent"])
 
 
 def _check_folder(argument: str, name: str) -> None:

@@ -13,6 +13,7 @@ from . import recomputing
 from .protocol import is_bank
 
 BASE = "__base__"  # PEFT's name for none
+MOST_SIZES = 64  # of batches, whose tables a route keeps
 
 
 class _Thread(threading.local):
@@ -75,7 +76,8 @@ class route:
             self._paths, counts = paths, rows
         self._is_divided, self.division = rows is not None, 0
         self._ends = _ends(counts, len(self._paths), self._device)
-        self._tables: dict[tuple, segments.Tables] = {}
+        self._tables: dict[tuple, segments.Tables] = {}  # of the sizes that batches had last
+        self._captured: dict[tuple, segments.Tables] = {}  # those that graphs read
         self._of_bank = self._plans(banks)
 
     def _plans(self, banks: dict) -> dict[int, "_OfBank"]:
@@ -93,7 +95,7 @@ class route:
             raise ValueError("rows can change where route() was given rows")
         self.division += 1
         self._ends.copy_(_ends(rows, len(self._paths), self._device), non_blocking=True)
-        for (plan, M), found in self._tables.items():
+        for (plan, M), found in (self._tables | self._captured).items():
             of = next(each.constants for each in self._of_bank.values() if each.plan == plan)
             for table, new in zip(found, segments.tables(plan, of, self._ends, M), strict=True):
                 table.copy_(new)
@@ -119,12 +121,17 @@ class route:
         M = x.shape[:-1].numel()
         if torch.compiler.is_compiling():
             return segments.tables(plan, of, self._ends_of(M), M)
-        found = self._tables.get((plan, M))
+        found, captures = self._tables.get((plan, M)), x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if found is None and captures:
+            raise RuntimeError("a route must have computed a batch of this size before a CUDA graph is captured")
         if found is None:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("a route must have computed a batch of this size before a CUDA graph is captured")
             with torch.inference_mode(False):
-                found = self._tables[plan, M] = segments.tables(plan, of, self._ends_of(M), M)
+                found = self._captured.get((plan, M)) or segments.tables(plan, of, self._ends_of(M), M)
+            self._tables[plan, M] = found
+            if len(self._tables) > MOST_SIZES:
+                del self._tables[next(iter(self._tables))]
+        if captures:
+            self._captured[plan, M] = found
         return found
 
     def _ends_of(self, M: int) -> Tensor:
@@ -165,6 +172,8 @@ def _path(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Tensor:
+    if isinstance(rows, Tensor) and rows.dtype is torch.bool:
+        raise ValueError("rows must be ints, got a tensor of torch.bool")
     if not isinstance(rows, Tensor):
         rows = list(rows)
         if any(type(count) is not int or count < 0 for count in rows):

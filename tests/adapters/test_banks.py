@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from fused_lora import add_adapter, load_adapter, route, save_adapter
+from fused_lora import add_adapter, load_adapter, route, save_adapter, whole_files
 from fused_lora.adapters import files
 from tests.adapters.models import by_peft, net, randomised, x_of
 
@@ -102,7 +102,7 @@ def _changed(folders, tmp_path, change):
     config, tensors = files.read(folders["one"][0])
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     change(config, tensors)
-    files.write(tmp_path / "changed", config, tensors)
+    whole_files.write_together(tmp_path / "changed", files.writers(config, tensors))
     return tmp_path / "changed"
 
 
@@ -151,3 +151,18 @@ def test_dropout_is_said(folders, tmp_path):
     folder = _changed(folders, tmp_path, lambda config, tensors: config.update(lora_dropout=0.1))
     with pytest.warns(UserWarning, match="lora_dropout=0.1 is not served: banks drop nothing"):
         load_adapter(net(), folder, "one")
+
+
+def test_the_first_adapter_that_is_loaded_freezes_the_rest(tmp_path):
+    """As without a name; what trains beside adapters that are there stays as it is."""
+    model = net()
+    add_adapter(model, "a", r=4, lora_alpha=8, target_modules=["up"])
+    save_adapter(model, tmp_path / "a", "a")
+    new = net()
+    load_adapter(new, tmp_path / "a", "a")
+    assert {name for name, each in new.named_parameters() if each.requires_grad} == {
+        f"layers.{i}.up.{factors}.a" for i in range(2) for factors in ("lora_A", "lora_B")
+    }
+    new.out.requires_grad_(True)
+    load_adapter(new, tmp_path / "a", "b")
+    assert new.out.weight.requires_grad

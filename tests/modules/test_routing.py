@@ -23,6 +23,7 @@ from fused_lora import (
     route,
     set_adapter,
 )  # fmt: skip
+from fused_lora.modules import routing
 from fused_lora.modules.siblings import LoRASiblings
 from fused_lora.ops import lora_segments
 
@@ -706,3 +707,17 @@ def test_an_empty_bank_moves_with_its_model():
 def test_names_that_are_none(names, rows, error, words):
     with pytest.raises(error, match=words):
         route(make(), names, rows)
+
+
+def test_a_route_keeps_few_sizes():
+    model = make()
+    routed = route(model, NAMES)
+    with torch.no_grad(), routed:
+        for length in range(1, 200):
+            model(torch.zeros(3, length, K, dtype=torch.float64))
+    assert len(routed._tables) <= routing.MOST_SIZES
+
+
+def test_rows_are_no_truths():
+    with pytest.raises(ValueError, match="rows must be ints"):
+        route(make(), NAMES, rows=torch.tensor([True, True, False]))
