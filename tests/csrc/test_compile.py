@@ -95,8 +95,8 @@ PLAIN = ("lora_linear_forward", "lora_linear_backward")
 
 def compiled_for(path):
     """(architecture, kernels): both kinds of cards; and for Hopper, which plays them, the plain ones."""
-    if path.stem.endswith("segments"):  # of one rank
-        return ("86", 2), ("80", 2), ("90", 4)
+    if path.stem.endswith("segments"):  # of one rank; Hopper keeps words of a step in memory (docs/sm80.md)
+        return ("86", 2), ("80", 2)
     return (("86", 6), ("80", 6), ("90", 12)) if path.stem in PLAIN else (("86", 6), ("80", 6))
 
 
