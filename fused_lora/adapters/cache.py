@@ -2,7 +2,8 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,6 +228,35 @@ class AdapterCache:
             raise ValueError(f"name must be pinned, got {name!r}")
         self._pins[name] -= 1
 
+    @contextmanager
+    def pinning(self, names: Iterable[str]) -> Iterator[None]:
+        """Pins names, unless what follows fails."""
+        pinned = []
+        try:
+            # Those that are there first, so that they do not leave for the others.
+            for name in sorted(names, key=lambda name: name not in self._resident):
+                self.pin(name)
+                pinned.append(name)
+            yield
+        except BaseException:
+            for name in pinned:
+                self.unpin(name)
+            raise
+
+    def await_arrival(self, names: Iterable[str]) -> None:
+        """What the current stream computes from now on finds them in their slots."""
+        for name in names:
+            if (ready := self._resident[name].ready) is not None:
+                torch.cuda.current_stream().wait_event(ready)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Unpins what the current stream has computed with."""
+        for name in names:
+            slot = self._resident[name]
+            slot.used = self._blobs.mark()
+            slot.is_differentiated |= torch.is_grad_enabled()
+            self.unpin(name)
+
     # ---- computing
 
     def route(self, names: str | Sequence[str], rows: Sequence[int] | Tensor | None = None) -> "CacheRoute":
@@ -247,29 +277,15 @@ class CacheRoute:
         self._route: route | None = None
 
     def __enter__(self) -> route:
-        cache, pinned = self._cache, []
-        try:
-            # Those that are there first, so that they do not leave for the others.
-            for name in sorted(self._used, key=lambda name: name not in cache._resident):
-                cache.pin(name)
-                pinned.append(name)
+        cache = self._cache
+        with cache.pinning(self._used):
             self._route = route(cache.model, self._names, self._rows)
-        except BaseException:
-            for name in pinned:
-                cache.unpin(name)
-            raise
-        for name in self._used:
-            if (ready := cache._resident[name].ready) is not None:
-                torch.cuda.current_stream().wait_event(ready)
+        cache.await_arrival(self._used)
         return self._route.__enter__()
 
     def __exit__(self, *error) -> None:
         self._route.__exit__(*error)
-        for name in self._used:
-            slot = self._cache._resident[name]
-            slot.used = self._cache._blobs.mark()
-            slot.is_differentiated |= torch.is_grad_enabled()
-            self._cache.unpin(name)
+        self._cache.release(self._used)
 
 
 def _layers_of(config: LoRAConfig, factors: dict) -> dict[str, tuple[int, float, bool]]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +12,15 @@ from .. import whole_files
 from ..modules import adapter_parameters, add_adapter, delete_adapter, rename_adapter, route, set_adapter
 from ..modules.banks import banks_with
 from ..modules.protocol import is_bank
-from ..modules.routing import BASE, check_name
+from ..modules.routing import BASE
 from ..ops import merge_
 from .joining import join
 from .loading import load_adapter
+from .nodes import INDEX, Nodes, check_folder, read_index
 from .saving import writers_of
 
-INDEX = "tree.json"
 
-
-class AdapterTree:
+class AdapterTree(Nodes):
     """Nodes over one base. A node has a delta, which is an adapter of the model's banks under the node's name, or none;
     a model at a node computes W + the sum of the deltas from the root down to it. There may be several roots.
 
@@ -38,12 +37,9 @@ class AdapterTree:
     """
 
     def __init__(self, model: nn.Module):
+        super().__init__()
         self.model = model
-        self._parents: dict[str, str | None] = {}
         self._at: str | None = None  # where switch() has brought the model
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._parents
 
     def __str__(self) -> str:
         """A line a node, children under their parents."""
@@ -55,47 +51,12 @@ class AdapterTree:
         ranks = sorted({bank.adapters[name].r for bank in banks_with(self.model, name).values()})
         return f" (r = {', '.join(map(str, ranks))})"
 
-    def _in_order(self) -> list[str]:
-        """Depth first."""
-
-        def below(parent: str | None) -> Iterable[str]:
-            for name in self.children(parent):
-                yield name
-                yield from below(name)
-
-        return list(below(None))
-
     # ---- what there is
-
-    def children(self, name: str | None) -> list[str]:
-        """Of a node; of None the roots."""
-        return [child for child, parent in self._parents.items() if parent == name]
-
-    def parent(self, name: str) -> str | None:
-        """Of a node; None of a root."""
-        self._check("name", name)
-        return self._parents[name]
-
-    def path(self, name: str) -> list[str]:
-        """The nodes from the root down to it."""
-        self._check("name", name)
-        path = [name]
-        while (above := self._parents[path[0]]) is not None:
-            path.insert(0, above)
-        return path
 
     def has_delta(self, name: str) -> bool:
         """Whether the model has an adapter of a node's name."""
         self._check("name", name)
         return any(is_bank(bank) and name in bank.adapters for bank in self.model.modules())
-
-    def deltas(self, name: str) -> tuple[str, ...]:
-        """The adapters that a node computes with."""
-        return tuple(node for node in self.path(name) if self.has_delta(node))
-
-    def _check(self, argument: str, name: str) -> None:
-        if name not in self._parents:
-            raise ValueError(f"{argument} must be a node ({', '.join(self._parents) or 'there is none'}), got {name!r}")
 
     # ---- computing
 
@@ -133,7 +94,7 @@ class AdapterTree:
     def add(self, name: str, parent: str | None = None, **options) -> None:
         """A node under another one, or a root. Its delta is a new adapter where options are given, which are
         add_adapter's; else the model's adapter of this name, or none."""
-        _check_folder("name", name)
+        check_folder("name", name)
         if name in self._parents:
             raise ValueError(f"name must be new, got {name!r}, which is a node")
         if parent is not None:
@@ -156,7 +117,7 @@ class AdapterTree:
     def rename(self, old: str, new: str) -> None:
         """A node, and its delta: the same parameters."""
         self._check("old", old)
-        _check_folder("new", new)
+        check_folder("new", new)
         if new in self._parents:
             raise ValueError(f"new must be the name of no node, got {new!r}")
         if self.has_delta(old):
@@ -228,7 +189,7 @@ class AdapterTree:
         """What save wrote, over a model that has no adapters of these names. ValueError where it has, and where the
         index or an adapter is damaged or of another base: the model has none of them then."""
         folder, tree = Path(folder), cls(model)
-        nodes = _read_index(folder)
+        nodes = read_index(folder)
         known = sorted(
             name for name in nodes if any(name in bank.adapters for bank in filter(is_bank, model.modules()))
         )
@@ -248,30 +209,3 @@ class AdapterTree:
             if node["delta"]:
                 load_adapter(self.model, folder / name, name, lora_dtype)
             self.add(name, node["parent"])
-
-
-def _check_folder(argument: str, name: str) -> None:
-    """Whether an adapter and its folder may be called so."""
-    check_name(argument, name)
-    if "/" in name or "\\" in name:
-        raise ValueError(f"{argument} must have no slashes, since its folder has its name, got {name!r}")
-
-
-def _read_index(folder: Path) -> dict[str, dict]:
-    """Nodes by name, parents before their children."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder with a tree of adapters")
-    with whole_files.files_of(folder) as place:
-        try:
-            nodes = json.loads(place(INDEX).read_text())["nodes"]
-            known: set[str | None] = {None}
-            for name, node in nodes.items():
-                _check_folder("a node", name)
-                if node["parent"] not in known or type(node["delta"]) is not bool:
-                    raise ValueError(f"{name} has the parent {node['parent']!r}")
-                known.add(name)
-        except FileNotFoundError:
-            raise ValueError(f"{folder} is no tree of adapters: it has no {INDEX}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged: {error}") from None
-    return nodes
