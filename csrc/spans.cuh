@@ -80,7 +80,7 @@ struct Windows {
   __device__ int end_row() const { return min(own.z, end); }
 
   // Whether its sums begin here, and are whole here: the bits that an item has otherwise.
-  __device__ int bits() const { return (own.y >= begin ? work::kFirst : 0) | (own.z <= end ? work::kLast : 0); }
+  __device__ int bits() const { return (own.y >= begin ? work::kFirst : 0) | (own.z <= end || last ? work::kLast : 0); }
 
  private:
   __device__ void load() {

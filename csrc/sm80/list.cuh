@@ -20,6 +20,8 @@ struct Shared {
   int mark;  // the launch's
 };
 
+static_assert(kSlots >= kMostStages + 2, "one that is multiplied, and those of all stages");
+
 // Where rows have adapters of their own.
 template <int kStages>
 struct SegmentedShared : Shared<kStages> {

@@ -264,7 +264,7 @@ struct Loader {
     } else if (work == Work::kShrink) {
       const int first = uniform(run.first);
       left.begin_k_major(part.lhs, of.row, p.M, stages());
-      right.begin_k_major(part.down, first, first + kLowBox, right_at);
+      right.begin_k_major(part.down, first, min(first + kLowBox, part.segments.ranks), right_at);
     } else if (work == Work::kTile && uniform(run.level) == Run::kOfDepth) {
       left.begin_k_major(part.lhs, of.row, p.M, stages());
       begin_right(part.weight, 0, of.col, part.cols);

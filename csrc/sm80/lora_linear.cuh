@@ -172,7 +172,7 @@ struct Worker {
     const Gradient& g = of_A ? part.dA : part.dB;
     float* partial = g.partial + (int64_t{item.col} * part.segments.levels + shared.window.level * kBlockM) * p.rank + item.rank * kBlockM;
     const int bits = uniform(shared.window.bits);
-    if (kHasRoom<T> && !of_A) scale_ranks(part.scale + shared.window.slice);
+    if (kHasRoom<T> && !of_A) scale_ranks(part, shared.window.slice);
     if (bits != (work::kFirst | work::kLast)) await_slice_before(item);
     if (!(bits & work::kFirst)) add_sums<kGradSums>(sums, partial);
     if (!(bits & work::kLast)) return keep_sums<kGradSums>(sums, partial);
@@ -181,10 +181,11 @@ struct Worker {
   }
 
   // By what stayed out of low, of each slice of ranks.
-  __device__ __forceinline__ void scale_ranks(const float* scale) {
+  __device__ __forceinline__ void scale_ranks(const Part& part, int first) {
+    const int last = part.segments.ranks / work::kSlice - 1;
 #pragma unroll
     for (int slice = 0; slice < Grad::kCols; ++slice) {
-      const float by = room(__ldg(scale + slice));
+      const float by = room(__ldg(part.scale + min(first + slice, last)));
 #pragma unroll
       for (int i = 0; i < Grad::kRows; ++i) {
 #pragma unroll

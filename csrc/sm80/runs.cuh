@@ -57,7 +57,10 @@ struct Finder {
     for (int row = own.first_row(); row < own.end_row(); row = run_end(own, row)) sum += steps_of(run_end(own, row) - row);
     return sum;
   }
-  static __device__ int ranks_of_box(const Span& of, int box) { return (of.end_slice(box) - of.first_slice(box)) * work::kSlice; }
+  // None of a box behind the slab's end, which lies among a block's where its windows do.
+  static __device__ int ranks_of_box(const Span& of, int box) {
+    return of.rank_of_box(box) < of.segments.ranks ? (of.end_slice(box) - of.first_slice(box)) * work::kSlice : 0;
+  }
 };
 
 template <bool kBackward>
@@ -107,6 +110,7 @@ struct Runs : Finder {
   __device__ void find_box(int box) {
     for (;;) {
       const Span of = span(run.part, run.level);
+      while (!of.is_empty() && box < of.end_box() && ranks_of_box(of, box) == 0) ++box;
       if (!of.is_empty() && box < of.end_box()) {
         run.at = box;
         run.sum = ranks_of_box(of, box);

@@ -115,6 +115,7 @@ struct Consumer {
   // Of each window the ranks of a row's own adapter, by its own scale.
   __device__ __forceinline__ void shrink_segments(const Item& item) {
     const Part& part = p.part[item.part];
+    keep_mark(item);
     int flag = own_flag(item.raises);
 #pragma unroll 1
     for (int done = 0; done < item.rows; done += item.stride, flag += item.stride / kFlagRows) {
@@ -134,6 +135,11 @@ struct Consumer {
       outbox.send_all();
       outbox.hold_flag(flag);
     }
+  }
+
+  // For the thread that waits for flags and raises them: an item without rows shows it no stage, behind which the producer's would be.
+  __device__ __forceinline__ void keep_mark(const Item& item) {
+    if (self.thread() == 0) shared.mark = item.mark;
   }
 
   // The adapters of a thread's two rows, on a level.
@@ -520,6 +526,7 @@ struct Consumer {
   // on lies where that of all slices lies.
   __device__ __forceinline__ void gradient_segments(const Item& item) {
     const Part& of = p.part[item.part];
+    keep_mark(item);
     outbox.send_flag();
 #pragma unroll 1
     for (int level = 0; level < of.segments.levels; ++level) {
@@ -544,7 +551,7 @@ struct Consumer {
       multiply_gradient(acc, stage);
     });
     if constexpr (kHasRoom<T>) {
-      if (!of_A) scale_ranks(acc, of.scale + windows.rank() / work::kSlice);
+      if (!of_A) scale_ranks(acc, of, windows.rank() / work::kSlice);
     }
     outbox.empty();
     const Chain<C, T> chain{p, of, self, g, first_col, item.raises | windows.bits(), own_flag(0), windows.level};
@@ -575,10 +582,11 @@ struct Consumer {
   }
 
   // By what stayed out of low, of each slice of ranks.
-  static __device__ void scale_ranks(float (&acc)[C::kGradientBlocks][C::kBlockR / 2], const float* scale) {
+  static __device__ void scale_ranks(float (&acc)[C::kGradientBlocks][C::kBlockR / 2], const Part& of, int first) {
+    const int last = of.segments.ranks / work::kSlice - 1;
 #pragma unroll
     for (int slice = 0; slice < C::kBlockR / work::kSlice; ++slice) {
-      const float room = fused_lora::room(__ldg(scale + slice));
+      const float room = fused_lora::room(__ldg(of.scale + min(first + slice, last)));
 #pragma unroll
       for (auto& block : acc) {
 #pragma unroll

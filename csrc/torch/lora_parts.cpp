@@ -99,7 +99,7 @@ Tensor empty_low(const Tensor& x, int64_t M, int64_t r, const Routing& routing, 
   return padded_like(x, low_boxes(routing, part) * kSegmentRows, 64);
 }
 
-work::Segments segments_of(const Routing& routing, size_t part) {
+work::Segments segments_of(const Routing& routing, size_t part, const Tensor& A) {
   if (!routing) return {};
   const Tensor &blocks = routing.blocks(part), &windows = routing.windows(part), &rows = routing.rows(part);
   return {.blocks = static_cast<const work::Block*>(blocks.data_ptr()),
@@ -107,7 +107,8 @@ work::Segments segments_of(const Routing& routing, size_t part) {
           .rows = static_cast<const work::Row*>(rows.data_ptr()),
           .windows_count = static_cast<int>(windows.size(0)),
           .levels = static_cast<int>(blocks.size(0)),
-          .blocks_count = static_cast<int>(blocks.size(1))};
+          .blocks_count = static_cast<int>(blocks.size(1)),
+          .ranks = static_cast<int>(A.size(0))};
 }
 
 void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
@@ -115,17 +116,19 @@ void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
   check(std::equal(sizes.begin(), sizes.end(), table.sizes().begin(), table.sizes().end()), "tables must be of x's rows");
 }
 
-void check_routing(const Routing& routing, const std::vector<Part>& parts, double p, bool gated, int64_t M) {
+void check_routing(const Routing& routing, const std::vector<Part>& parts, double p, bool gated, const Tensor& x) {
   if (!routing) return;
   check(p == 0 && !gated, "rows with adapters of their own have neither dropout nor gated passes");
   check(routing.window == 64 || routing.window == 128 || routing.window == 256, "window must be 64, 128 or 256, got ", routing.window);
   check(routing.tables.size() == 3 * parts.size(), "tables must be three of each part");
-  const int64_t blocks = (M + kSegmentRows - 1) / kSegmentRows;
+  const int64_t blocks = (x.numel() / x.size(-1) + kSegmentRows - 1) / kSegmentRows;
   for (size_t i = 0; i < parts.size(); ++i) {
     check(parts[i].scale.numel() * work::kSlice >= parts[i].A.size(0), "scale must have an entry for each 16 ranks");
+    check(parts[i].A.size(0) % 64 == 0, "slabs must have a multiple of 64 ranks, got ", parts[i].A.size(0));
     check(!parts[i].gain, "rows with adapters of their own have no gain");
     const int64_t levels = routing.blocks(i).size(0), windows = routing.windows(i).size(0);
     check(windows > 0, "rows with adapters of their own must have one");
+    check(levels == 1 || x.scalar_type() != ScalarType::Half, "rows whose adapters add up have no room of one size in float16");
     check_table(routing.blocks(i), {levels, blocks, 4});
     check_table(routing.windows(i), {windows, 4});
     check_table(routing.rows(i), {levels, blocks * kSegmentRows, 2});
@@ -193,13 +196,13 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>&
   if (!few && !routing && keep == "none" && are_few_rows(M, parts, false)) return few_rows_forward(x, parts, act);
   Readable read(x.scalar_type());
   ForwardParams params{.x = read(flat(x)), .parts = static_cast<int>(parts.size())};
-  check_routing(routing, parts, p, !act.empty(), params.x.rows);
+  check_routing(routing, parts, p, !act.empty(), x);
   params.window = static_cast<int>(routing.window);
   std::vector<Tensor> xas;
   for (size_t i = 0; i < parts.size(); ++i) {
     xas.push_back(empty_low(x, params.x.rows, parts[i].A.size(0), routing, i));
     params.part[i] = read_part(parts[i], xas[i], p, read);
-    params.part[i].segments = segments_of(routing, i);
+    params.part[i].segments = segments_of(routing, i, parts[i].A);
   }
   std::vector<Tensor> results;
   if (act.empty()) {
@@ -236,7 +239,7 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
   if (few) return few_rows_backward(dys, x, parts, xas, need_dx, needs);
   Readable read(x.scalar_type());
   BackwardParams params{.parts = static_cast<int>(count)};
-  check_routing(routing, parts, p, !act.empty(), x.numel() / x.size(-1));
+  check_routing(routing, parts, p, !act.empty(), x);
   params.window = static_cast<int>(routing.window);
   std::vector<Tensor> grads(3 * count + ys.size()), made;  // dAs, dBs, dbiases, dgains; dxas of this pass
   Tensor rows;
@@ -274,7 +277,7 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
         .scale = scale_of(part),
         .dropout = dropout_of(part.seed, p),
     };
-    params.part[i].segments = segments_of(routing, i);
+    params.part[i].segments = segments_of(routing, i, parts[i].A);
     if (!ys.empty()) grads[3 * count + i] = read_gain(params.part[i], part, ys[i], read);
   }
   if (!act.empty()) {

@@ -43,6 +43,7 @@ struct Segments {
   int windows_count;
   int levels;
   int blocks_count;  // of a level
+  int ranks;         // of the slabs, a multiple of 64: they may end within a window
 };
 
 }  // namespace fused_lora::work

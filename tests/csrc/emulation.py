@@ -28,7 +28,7 @@ class Activation(C.Structure):
 
 class Segments(C.Structure):
     _fields_ = [(name, C.c_void_p) for name in ("blocks", "windows", "rows")] + [
-        (name, C.c_int) for name in ("windows_count", "levels", "blocks_count")
+        (name, C.c_int) for name in ("windows_count", "levels", "blocks_count", "ranks")
     ]
 
 

@@ -75,7 +75,7 @@ def test_hopper_kernels(source, tmp_path):
     said = compile_to(HOPPER, source, tmp_path / "out.cubin")
     segmented = source.stem.endswith("segments")
     count = 6 if "gated" in source.stem else 10 if segmented else 14
-    assert assert_no_spills(said, 64 if segmented else 0) == count  # what an item is known by, once an item
+    assert assert_no_spills(said, 80 if segmented else 0) == count  # what an item is known by, once an item
     # C7510, C7512 and their like: the compiler waits after every product. C7519: it had to add a fence of its own.
     assert not re.findall(r"\(C75\d\d\)", said)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]

@@ -1,6 +1,7 @@
 """csrc/sm80's kernels for rows with adapters of their own, played on the CPU, against float64."""
 
 import ctypes
+import mmap
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.segments.divisions import DIVISIONS, Division, places_of
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the compiler
 NOTHING = Dropout(None, 0, 1.0)
+NO_ACCESS = 0
 MANY = {
     # Several slices of a gradient, whose windows go on in the next one; more windows than a block has boxes.
     "slices": Division((16, 64, 8), ((0, 2500), (None, 300), (1, 1700), (2, 100))),
@@ -27,19 +29,30 @@ def assert_close(got, expected):
     assert (got.double() - expected).norm() <= BOUNDS[got.dtype] * expected.norm()
 
 
+def guarded(rows, cols, dtype):
+    """Zeros at the end of memory, behind which nobody may read."""
+    size = rows * cols * dtype.itemsize
+    pages = -(-size // mmap.PAGESIZE) + 1
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    last = ctypes.c_void_p(begin + (pages - 1) * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(last, mmap.PAGESIZE, NO_ACCESS) == 0
+    end = (pages - 1) * mmap.PAGESIZE
+    return torch.frombuffer(memory, dtype=dtype, offset=end - size, count=rows * cols).view(rows, cols)
+
+
 class Linear:
     """One of a pass, and its results."""
 
-    def __init__(self, division, K, N, dtype, scale):
-        self.plan, (self.places, R) = division.plan(), places_of(division.ranks)
+    def __init__(self, division, K, N, dtype, scale, places, R):
+        window = max([segments.BOX, *(places[a].size for path in division.paths() for a in path)])
+        self.plan = segments.make_plan([[places[a] for a in path] for path in division.paths()], window)
         self.weight, self.bias = random(N, K, dtype), torch.randn(1, N).to(dtype)
-        self.A, self.up = padded(R, K, dtype).zero_(), padded(R, N, dtype).zero_()
-        self.scales = torch.full((R // 16,), float("nan"))
-        for i, (place, r) in enumerate(zip(self.places, division.ranks, strict=True)):
-            self.A[place.rank : place.rank + r], self.up[place.rank : place.rank + r] = (
-                torch.randn(r, K),
-                torch.randn(r, N),
-            )
+        self.A, self.up, self.scales = guarded(R, K, dtype), guarded(R, N, dtype), guarded(R // 16, 1, torch.float32)
+        self.scales = self.scales.flatten()
+        for i, (place, r) in enumerate(zip(places, division.ranks, strict=True)):
+            rows = slice(place.rank, place.rank + r)
+            self.A[rows], self.up[rows] = torch.randn(r, K), torch.randn(r, N)
             self.scales[place.rank // 16 : (place.rank + place.size) // 16] = scale * (0.5 + 0.25 * (i % 5))
         of = segments.constants(self.plan, torch.device("cpu"))
         self.tables = segments.tables(self.plan, of, division.ends(), division.M)
@@ -52,7 +65,7 @@ class Linear:
     def segments(self):
         blocks, windows, _ = self.tables
         pointers = (table.data_ptr() for table in self.tables)
-        return emulation.Segments(*pointers, len(windows), len(blocks), blocks.shape[1])
+        return emulation.Segments(*pointers, len(windows), len(blocks), blocks.shape[1], len(self.A))
 
     def forward(self):
         matrices = (operand(tensor) for tensor in (self.weight, self.A, self.up))
@@ -70,7 +83,7 @@ class Linear:
 
     def check(self, x):
         """What it adds to dx."""
-        of = (torch.nan_to_num(self.scales).double(), self.tables, self.plan.window)
+        of = (self.scales.double(), self.tables, self.plan.window)
         x, weight, A, B, bias, dy = (t.double() for t in (x, self.weight, self.A, self.up.t(), self.bias[0], self.dy))
         y, xa = segments.forward_ref(x, weight, A, B, bias, *of)
         dxa = segments.dxa_ref(dy, B, *of)
@@ -81,12 +94,13 @@ class Linear:
         return dx
 
 
-def check(launches, card, division, K, widths, scale=1.5, blocks=None):  # noqa: F811
+def check(launches, card, division, K, widths, scale=1.5, blocks=None, slab=None):  # noqa: F811
     dtype, sms, shared_bytes = CARDS[card]
     torch.manual_seed(0)
     launches.play_on(blocks or sms, shared_bytes, False)
     x, dx = random(division.M, K, dtype), empty(division.M, K, dtype)
-    parts = [Linear(division, K, N, dtype, scale) for N in widths]
+    places, R = slab or places_of(division.ranks)
+    parts = [Linear(division, K, N, dtype, scale, places, R) for N in widths]
     window = parts[0].plan.window
     forward = ForwardParams(x=operand(x), parts=len(parts), window=window)
     backward = BackwardParams(dx=result(dx), parts=len(parts), summed=len(parts), window=window)
@@ -112,3 +126,11 @@ def test_many_rows(launches, name):  # noqa: F811
         check(launches, 0, MANY[name], 8, (8,), blocks=64)
     else:
         check(launches, 0, MANY[name], 40, (72,))
+
+
+@pytest.mark.parametrize("card", range(len(CARDS)), ids=["A100", "Ada"])
+def test_a_slab_that_ends_within_a_window(launches, card):  # noqa: F811
+    """As one has grown in which adapters came one by one."""
+    division = Division((16, 128, 64, 64), ((1, 200), (3, 120), (0, 30)))
+    places = [segments.Place(*each) for each in ((0, 16), (128, 128), (64, 64), (256, 64))]
+    check(launches, card, division, 64, (64,), slab=(places, 320))
