@@ -100,7 +100,7 @@ class AdapterCache:
     def add(self, name: str, folder: str | os.PathLike) -> None:
         """An adapter of PEFT's, which is read and checked when it is first wanted."""
         self._check_new(name)
-        if not (Path(folder) / CONFIG).exists():
+        if not files.is_there(Path(folder)):
             raise ValueError(f"{folder} is no adapter: it has no {CONFIG}")
         self._entries[name] = _Entry(Path(folder))
 
@@ -274,17 +274,18 @@ class CacheRoute:
             cache._check(name)
         if len(self._used) > len(cache._slots):
             raise ValueError(f"names must be at most {len(cache._slots)} adapters, as there are slots")
-        self._route: route | None = None
+        self._entered: list[route] = []
 
     def __enter__(self) -> route:
         cache = self._cache
         with cache.pinning(self._used):
-            self._route = route(cache.model, self._names, self._rows)
-        cache.await_arrival(self._used)
-        return self._route.__enter__()
+            cache.await_arrival(self._used)
+            found = route(cache.model, self._names, self._rows).__enter__()
+        self._entered.append(found)
+        return found
 
     def __exit__(self, *error) -> None:
-        self._route.__exit__(*error)
+        self._entered.pop().__exit__(*error)
         self._cache.release(self._used)
 
 

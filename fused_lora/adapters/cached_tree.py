@@ -34,15 +34,22 @@ class CachedTree(Nodes):
         known = sorted(name for name in nodes if name in cache)
         if known:
             raise ValueError(f"cache must have no adapters of the tree's names, got {', '.join(known)}")
-        for name, node in nodes.items():
-            if node["delta"]:
+        self._parents = {name: node["parent"] for name, node in nodes.items()}
+        self._deltas = {name for name, node in nodes.items() if node["delta"]}
+        added = []
+        try:
+            for name in filter(self._deltas.__contains__, nodes):
                 cache.add(name, Path(folder) / name)
-            self._parents[name] = node["parent"]
+                added.append(name)
+        except BaseException:
+            for name in added:
+                cache.remove(name)
+            raise
 
     def has_delta(self, name: str) -> bool:
-        """Whether the cache has an adapter of a node's name."""
+        """Whether a node has a delta, which the cache then must have."""
         self._check("name", name)
-        return name in self._cache
+        return name in self._deltas
 
     def route(self, names: str | Sequence[str], rows: Sequence[int] | Tensor | None = None) -> CacheRoute:
         """The cache's route by nodes: "__base__" is W alone."""

@@ -46,6 +46,14 @@ def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a folder has an adapter."""
+    if not whole_files.exists(folder):
+        return False
+    with whole_files.files_of(folder) as place:
+        return place(CONFIG).exists()
+
+
 def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """(all fields of the config, the tensors by keys with PREFIX); ValueError for a folder without both, or damaged."""
     library = _safetensors()

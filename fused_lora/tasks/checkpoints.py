@@ -12,6 +12,7 @@ from pathlib import Path
 from ..whole_files import flush, write
 
 INDEX, BEGUN = "index.json", ".being-written"
+NUMBERED = "[0-9]" * 7  # whoever keeps something beside them calls it otherwise
 
 
 def save(folder: Path, index: dict, tasks: dict[str, Callable[[Path], object]], keep: int = 2) -> Path:
@@ -28,7 +29,7 @@ def save(folder: Path, index: dict, tasks: dict[str, Callable[[Path], object]], 
     flush(begun)
     begun.rename(place)
     flush(folder)
-    for old in set(folder.glob("[0-9]*")) - set(_all(folder)[-keep:]):
+    for old in set(folder.glob(NUMBERED)) - set(_all(folder)[-keep:]):
         (old / INDEX).unlink(missing_ok=True)  # so that half of one is none
         shutil.rmtree(old)
     return place
@@ -52,4 +53,4 @@ def _number(folder: Path) -> int:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[0-9]*") if (path / INDEX).exists())
+    return sorted(path for path in folder.glob(NUMBERED) if (path / INDEX).exists())

@@ -44,7 +44,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return self.steps == self.task.steps
+        return self.steps >= self.task.steps
 
     @property
     def _tokens(self) -> int:
@@ -63,7 +63,9 @@ class Job:
 
     def with_accumulated(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """A pass's gradients and those of the step's passes before it."""
-        return list(grads) if self._grads is None else [a + b for a, b in zip(self._grads, grads, strict=True)]
+        if self._grads is None:  # views of what a pass has of all tasks
+            return [grad.clone() for grad in grads] if self.task.accumulate > 1 else list(grads)
+        return [a + b for a, b in zip(self._grads, grads, strict=True)]
 
     def take(self, grads: list[Tensor], loss: float, norm: Tensor, norm_read: float) -> Step | None:
         """A pass: with_accumulated's gradients, their norm on the device and as it was read. With the last pass of a

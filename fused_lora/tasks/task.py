@@ -61,6 +61,7 @@ class Task:
             checks.check_scale(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            object.__setattr__(self, name, float(getattr(self, name)))  # numpy's too
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.warmup > self.steps:
@@ -83,9 +84,18 @@ class Task:
 
     def remembered(self) -> dict:
         """All that its results depend on, but for the sequences themselves: what a checkpoint keeps of it."""
-        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("data", "config")}
-        return plain | {"config": fields_of(self.config), "sequences": len(self.data)}
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("data", "config")}
+        return _plain(own | {"config": fields_of(self.config), "sequences": len(self.data)})
 
 
 def _order(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _plain(value):
+    """numpy's numbers are Python's, and a checkpoint that is read without trust takes those alone."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return float(value) if isinstance(value, float) else value

@@ -163,6 +163,10 @@ class TaskTrainer:
         self._logs[task.name] = Log(task.name, path, job.steps, task.steps, self.progress)
         self._jobs[task.name] = job
 
+    def _end_all(self) -> None:
+        for job in [job for job in self._jobs.values() if job.is_done]:
+            self._end(job)
+
     def _end(self, job: Job) -> None:
         name = job.task.name
         if self.folder is not None:
@@ -189,14 +193,16 @@ class TaskTrainer:
         if not self._jobs:
             raise RuntimeError("no task runs: add one")
         done = {}
+        self._end_all()  # whose end failed before
+        if not self._jobs:
+            return done
         for job, *found in self._computed([self._jobs[name] for name in self.running]):
             step = job.take(*found)
             if step is not None:
                 done[job.task.name] = step
                 self._logs[job.task.name].add(step)
         self.passes += 1
-        for job in [job for job in self._jobs.values() if job.is_done]:
-            self._end(job)
+        self._end_all()
         if self.folder is not None and self.passes % self.save_every == 0:
             self.save()
         return done
@@ -207,7 +213,13 @@ class TaskTrainer:
         sums = self._summed_losses(jobs, [sequences for sequences, _ in shares])
         losses = torch.stack([each.sum() * weight for each, (_, weight) in zip(sums, shares, strict=True)])
         factors = [factor for job in jobs for factor in job.parameters]
-        grads = iter(torch.autograd.grad(losses.sum(), factors, allow_unused=True, materialize_grads=True))
+        found = torch.autograd.grad(losses.sum(), factors, allow_unused=True)
+        if all(grad is None for grad in found):
+            raise RuntimeError(
+                "no task's loss depends on its factors: gradient checkpointing must be with use_reentrant=False, and "
+                "loss must be made of the model's output"
+            )
+        grads = iter([torch.zeros_like(f) if g is None else g for f, g in zip(factors, found, strict=True)])
         totals = [job.with_accumulated([next(grads) for _ in job.parameters]) for job in jobs]
         norms = [get_total_norm(each) for each in totals]
         numbers = torch.stack([losses.detach(), torch.stack(norms).to(losses.dtype)]).tolist()

@@ -122,3 +122,36 @@ def test_prefetching(saved, moved):
     assert moved == ["root", "left", "deep"]
     tree.switch("deep")
     assert len(moved) == 3
+
+
+def test_what_the_cache_loses_or_gets_is_no_other_nodes(saved):
+    tree = cached(saved[1])
+    tree._cache.remove("root")
+    with pytest.raises(ValueError, match="must be an adapter of the cache, got 'root'"):
+        tree.route("left")
+    factors = {
+        f"layers.0.{name}": (torch.ones(2, K), torch.ones(N, 2)) for name, K, N in (("up", 9, 7), ("down", 7, 9))
+    }
+    tree._cache.put("bare", factors, lora_alpha=2.0)
+    assert "bare" not in tree.deltas("below")
+
+
+def test_a_folder_that_is_missing_leaves_the_cache_as_it_was(saved):
+    (saved[1] / "deep").rename(saved[1] / "gone")
+    cache = AdapterCache(net(), 4, 16, 20, target_modules=TARGETS)
+    with pytest.raises(ValueError, match="is no adapter"):
+        CachedTree(cache, saved[1])
+    assert len(cache) == 0
+
+
+@torch.no_grad()
+def test_a_route_within_itself(saved):
+    tree, x = cached(saved[1]), x_of()
+    routed = tree.route("left")
+    with routed:
+        with routed:
+            want = model_of(tree)(x)
+        assert torch.equal(model_of(tree)(x), want)
+    with pytest.raises(RuntimeError, match="within"):
+        model_of(tree)(x)
+    assert not any(tree._cache._pins.values())
