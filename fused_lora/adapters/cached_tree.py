@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..modules import set_adapter
-from ..modules.routing import BASE
 from .cache import AdapterCache, CacheRoute
 from .nodes import Nodes, read_index
 
@@ -53,13 +52,12 @@ class CachedTree(Nodes):
 
     def route(self, names: str | Sequence[str], rows: Sequence[int] | Tensor | None = None) -> CacheRoute:
         """The cache's route by nodes: "__base__" is W alone."""
-        each = [names] if isinstance(names, str) else names
-        return self._cache.route([self._path(name) for name in each], rows)
+        return self._cache.route(self.paths(names), rows)
 
     def switch(self, name: str) -> None:
         """Outside of route() all rows are at this node ("__base__": at none). What its path has and the one before had
         not is brought into slots, behind what the current stream computes."""
-        path = self._path(name)
+        (path,) = self.paths(name)
         with self._cache.pinning(path):
             set_adapter(self._cache.model, path)
         self._cache.await_arrival(path)
@@ -68,7 +66,4 @@ class CachedTree(Nodes):
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Begins to bring nodes' deltas into slots, and does not wait."""
-        self._cache.prefetch(delta for name in names for delta in self._path(name))
-
-    def _path(self, name: str) -> tuple[str, ...]:
-        return () if name == BASE else self.deltas(name)
+        self._cache.prefetch(delta for path in self.paths(names) for delta in path)

@@ -1,11 +1,11 @@
 """The nodes of a tree of adapters, and the file that says what is under what."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import whole_files
-from ..modules.routing import check_name
+from ..modules.routing import BASE, check_name
 
 INDEX = "tree.json"
 
@@ -49,6 +49,11 @@ class Nodes:
     def has_delta(self, name: str) -> bool:
         """Whether there is an adapter of a node's name."""
         raise NotImplementedError
+
+    def paths(self, names: str | Sequence[str]) -> list[tuple[str, ...]]:
+        """What each entry of a route's names computes with: nothing for "__base__"."""
+        each = [names] if isinstance(names, str) else names
+        return [() if name == BASE else self.deltas(name) for name in each]
 
     def deltas(self, name: str) -> tuple[str, ...]:
         """The adapters that a node computes with."""

@@ -62,12 +62,11 @@ class AdapterTree(Nodes):
 
     def route(self, names: str | Sequence[str], rows: Sequence[int] | Tensor | None = None) -> route:
         """fused_lora.route by nodes, of the tree as it is now: "__base__" is W alone."""
-        each = [names] if isinstance(names, str) else names
-        return route(self.model, [() if name == BASE else self.deltas(name) for name in each], rows)
+        return route(self.model, self.paths(names), rows)
 
     def switch(self, name: str) -> None:
         """Outside of route() all rows are at this node ("__base__": at none), also when the tree changes."""
-        set_adapter(self.model, () if name == BASE else self.deltas(name))
+        set_adapter(self.model, *self.paths(name))
         self._at = name
 
     def _changed(self) -> None:
