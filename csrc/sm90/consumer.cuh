@@ -126,8 +126,7 @@ struct Consumer {
         for (int window = span.first_window(); window < span.end_window(); ++window) {
           float acc[C::kBlockR / 2] = {};
           consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
-          const OwnRows rows(part, level, own_row(item.row + done) + self.row());
-          rows.choose(acc, window * (C::kBlockR / work::kSlice));
+          choose_ranks(acc, part, level, own_row(item.row + done) + self.row(), window * (C::kBlockR / work::kSlice));
           outbox.keep(acc, &part.low, span.low_row_of(window) + own_row(0), 0, work::kNone);
           outbox.send_boxes();
         }
@@ -142,32 +141,13 @@ struct Consumer {
     if (self.thread() == 0) shared.mark = item.mark;
   }
 
-  // The adapters of a thread's two rows, on a level.
-  struct OwnRows {
-    int first[2], count[2];
-    float scale[2];
-
-    __device__ OwnRows(const Part& part, int level, int row) {
-      const work::Row* rows = part.segments.rows + level * part.segments.blocks_count * kPairRows + row;
+  // Of a thread's two rows those ranks of a window that are their adapters'.
+  __device__ __forceinline__ void choose_ranks(float (&acc)[C::kBlockR / 2], const Part& part, int level, int row, int first_slice) const {
+    const auto scale_of = [](float scale) { return low_scale(scale); };
+    const RowRanks own[2] = {{part.segments, part.scale, level, row, scale_of}, {part.segments, part.scale, level, row + 8, scale_of}};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint2 words = __ldg(reinterpret_cast<const uint2*>(rows + 8 * i));
-        first[i] = words.x & 0xFFFFFF;
-        count[i] = words.x >> 24;
-        scale[i] = low_scale(__ldg(part.scale + words.y));
-      }
-    }
-
-    // What is chosen, since what is not may be no number.
-    __device__ __forceinline__ void choose(float (&acc)[C::kBlockR / 2], int first_slice) const {
-#pragma unroll
-      for (int i = 0; i < C::kBlockR / 2; ++i) {
-        const int slice = first_slice + i / 8 - first[i / 2 % 2];  // 8 registers have a row's and the other's of 16 ranks
-        const bool own = static_cast<unsigned>(slice) < static_cast<unsigned>(count[i / 2 % 2]);
-        acc[i] = own ? acc[i] * scale[i / 2 % 2] : 0;
-      }
-    }
-  };
+    for (int i = 0; i < C::kBlockR / 2; ++i) acc[i] = own[i / 2 % 2].choose(acc[i], first_slice + i / 8);  // 8 registers have both rows' of 16 ranks
+  }
 
   __device__ int shrink_steps(const Part& part) const { return ceil_div(part.depth, C::kShrinkHalves * kBox); }
   __device__ uint32_t left_box(uint32_t stage, int i) const { return stage + (2 * i + self.index) * kBoxBytes; }

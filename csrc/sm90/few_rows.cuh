@@ -3,7 +3,7 @@
 
 #include "../dtype.h"
 #include "../elements.cuh"
-#include "../work/segments.h"
+#include "../spans.cuh"
 #include "fragments.cuh"
 #include "pipeline.cuh"
 
@@ -40,9 +40,8 @@ struct Adapter {
   __device__ Adapter(const FewRows& p, int level, int row) : rank(0), ranks(p.r), slice(0), scale(0), block{} {
     int place = 0;
     if (p.segmented()) {
-      const int4 words = __ldg(reinterpret_cast<const int4*>(p.segments.blocks + level * p.segments.blocks_count));
       const uint2 own = __ldg(reinterpret_cast<const uint2*>(p.segments.rows + level * p.segments.blocks_count * kPairRows + row));
-      block = {words.x, words.y, words.z, words.w};
+      block = fused_lora::Span(p.segments, p.r, level, 0).block;  // the first one has all rows
       place = static_cast<int>(own.y);
       ranks = static_cast<int>(own.x >> 24) * work::kSlice;
       rank = place * work::kSlice;
@@ -59,7 +58,6 @@ struct Adapter {
   }
 
   __device__ uint16_t* low_of_slice(const FewRows& p, int row, int of) const {
-    constexpr int kBoxSlices = kBox / work::kSlice;
     const int64_t low_row = static_cast<int64_t>(block.low + of / kBoxSlices) * kPairRows + row;
     return p.low + low_row * kBox + of % kBoxSlices * work::kSlice;
   }
