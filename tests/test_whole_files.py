@@ -48,10 +48,9 @@ def kill_at(monkeypatch, call):
     return left
 
 
-@pytest.mark.parametrize("names", [("a", "b", "c"), ("a", "x/a", "x/b", "y/a")], ids=["flat", "folders"])
-def test_killed_at_any_change(tmp_path, monkeypatch, names):
-    """From one point on it is the new one, before it the old one, and the next save goes through."""
-    monkeypatch.setattr(sys.modules[__name__], "NAMES", names)
+def found_by_kills(tmp_path, monkeypatch, save, read, check):
+    """What a reader finds where "new" was saved over "old" and killed at its first change, at its second, and so on to
+    the end; check() a folder after the save that follows."""
     found, call, done = [], 0, False
     while not done:
         folder = tmp_path / str(call)
@@ -61,12 +60,24 @@ def test_killed_at_any_change(tmp_path, monkeypatch, names):
             with suppress(Killed):
                 save(folder, "new")
             done = left[0] >= 0
-        found.append(words(folder))
+        found.append(read(folder))
         save(folder, "next")
+        check(folder)
+        call += 1
+    return found
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("a", "x/a", "x/b", "y/a")], ids=["flat", "folders"])
+def test_killed_at_any_change(tmp_path, monkeypatch, names):
+    """From one point on it is the new one, before it the old one, and the next save goes through."""
+    monkeypatch.setattr(sys.modules[__name__], "NAMES", names)
+
+    def check(folder):
         assert words(folder) == ["next"] * len(NAMES)
         assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == list(NAMES)
         assert not list(folder.rglob(".*"))
-        call += 1
+
+    found = found_by_kills(tmp_path, monkeypatch, save, words, check)
     old, new = (["old"] * len(NAMES), ["new"] * len(NAMES))
     point = found.index(new)
     assert found == [old] * point + [new] * (len(found) - point)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from contextlib import suppress
 
 import peft
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from fused_lora import AdapterTree, LoRABank, add_adapter, load_adapter
 from tests.adapters.models import net, x_of
-from tests.test_whole_files import Killed, kill_at
+from tests.test_whole_files import found_by_kills
 
 NODES = {"root": (None, 4, 8.0), "left": ("root", 8, 4.0), "right": ("root", 3, 9.0), "deep": ("left", 16, 20.0)}
 
@@ -270,29 +269,25 @@ def test_names_with_slashes(tmp_path):
 @pytest.mark.filterwarnings("ignore:an adapter does not hold")
 def test_killed_while_saving(tmp_path, monkeypatch):
     """The whole tree that was there, or the whole new one."""
-    tree, found, call, done = make(), [], 0, False
+    tree = make()
 
-    def fill(value):
+    def save(folder, word):
         with torch.no_grad():
-            for name in NODES:
-                for bank in tree.model.modules():
-                    if isinstance(bank, LoRABank) and name in bank.adapters:
-                        bank.lora_B.get_parameter(name).fill_(value)
+            for name, parameter in tree.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_({"old": 1.0, "new": 2.0, "next": 3.0}[word])
+        tree.save(folder)
 
-    while not done:
-        fill(1.0)
-        tree.save(tmp_path / str(call))
-        fill(2.0)
-        with monkeypatch.context() as patch:
-            left = kill_at(patch, call)
-            with suppress(Killed):
-                tree.save(tmp_path / str(call))
-            done = left[0] >= 0
-        loaded = AdapterTree.load(net(torch.float64), tmp_path / str(call))
+    def read(folder):
+        loaded = AdapterTree.load(net(torch.float64), folder)
         values = {p.detach().mean().item() for name, p in loaded.model.named_parameters() if "lora_B" in name}
         assert len(values) == 1
-        found.append(values.pop())
-        call += 1
+        return values.pop()
+
+    def check(folder):
+        assert read(folder) == 3.0
+
+    found = found_by_kills(tmp_path, monkeypatch, save, read, check)
     assert found == sorted(found)
     assert found[0] == 1.0
     assert found[-1] == 2.0

@@ -10,26 +10,17 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_lora import adapter_parameters, add_adapter, explain, route
 from fused_lora.modules.siblings import LoRASiblings
+from tests.modules.blocks import Block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*Profiler clears events")]
 K, T = 264, 96
 NAMES = ("a", "b", "c")
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(K, K) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return x + self.out(torch.tanh(q) * torch.sigmoid(k) + v)
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block(K) for _ in range(2))
         self.checkpoints = False
 
     def forward(self, x):

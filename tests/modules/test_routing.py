@@ -26,25 +26,16 @@ from fused_lora import (
 from fused_lora.modules import routing
 from fused_lora.modules.siblings import LoRASiblings
 from fused_lora.ops import lora_segments
+from tests.modules.blocks import Block
 
 K = 24
 DYNAMO = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(K, K) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return x + self.out(torch.tanh(q) * torch.sigmoid(k) + v)
-
-
 class Model(nn.Module):
     def __init__(self, checkpoints=None):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block(K) for _ in range(2))
         self.head = nn.Linear(K, 5)
         self.checkpoints = checkpoints
 

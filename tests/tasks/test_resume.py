@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import fused_lora
 from fused_lora.tasks import Task, TaskTrainer, checkpoints
 from fused_lora.tasks.logs import Log, read
 from tests.tasks.problem import base, config, factors, tasks
-from tests.test_whole_files import Killed, kill_at
+from tests.test_whole_files import found_by_kills
 
 JOINS = {"a": 0, "b": 3, "c": 5}  # before which pass
 
@@ -160,20 +159,12 @@ def word(folder):
 
 def test_killed_at_any_change(tmp_path, monkeypatch):
     """From one point on it is the new one, before it the old one, and the next save goes through."""
-    found, call, done = [], 0, False
-    while not done:
-        folder = tmp_path / str(call)
-        save(folder, "old")
-        with monkeypatch.context() as patch:
-            left = kill_at(patch, call)
-            with suppress(Killed):
-                save(folder, "new")
-            done = left[0] >= 0
-        found.append(word(folder))
-        save(folder, "next")
+
+    def check(folder):
         assert word(folder) == "next"
         assert len(list(folder.iterdir())) == 1
-        call += 1
+
+    found = found_by_kills(tmp_path, monkeypatch, save, word, check)
     point = found.index("new")
     assert found == ["old"] * point + ["new"] * (len(found) - point)
     assert 5 < point < len(found) - 2
