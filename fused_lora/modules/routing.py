@@ -76,6 +76,7 @@ class route:
             self._paths, counts = paths, rows
         self._is_divided, self.division = rows is not None, 0
         self._ends = _ends(counts, len(self._paths), self._device)
+        self._counted = _total(counts)
         self._tables: dict[tuple, segments.Tables] = {}  # of the sizes that batches had last
         self._captured: dict[tuple, segments.Tables] = {}  # those that graphs read
         self._of_bank = self._plans(banks)
@@ -95,6 +96,7 @@ class route:
             raise ValueError("rows can change where route() was given rows")
         self.division += 1
         self._ends.copy_(_ends(rows, len(self._paths), self._device), non_blocking=True)
+        self._counted = _total(rows)
         for (plan, M), found in (self._tables | self._captured).items():
             of = next(each.constants for each in self._of_bank.values() if each.plan == plan)
             for table, new in zip(found, segments.tables(plan, of, self._ends, M), strict=True):
@@ -119,6 +121,7 @@ class route:
     def tables(self, plan: segments.Plan, of: Sequence[segments.Constants], x: Tensor) -> segments.Tables:
         """Of x's rows, the same object for all banks of one plan."""
         M = x.shape[:-1].numel()
+        self._check_rows(x, M)
         if torch.compiler.is_compiling():
             return segments.tables(plan, of, self._ends_of(M), M)
         found, captures = self._tables.get((plan, M)), x.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -134,12 +137,18 @@ class route:
             self._captured[plan, M] = found
         return found
 
-    def _ends_of(self, M: int) -> Tensor:
+    def _check_rows(self, x: Tensor, M: int) -> None:
+        """Whether names are of whole sequences, or of rows, and x has the rows that were counted on the host."""
         if self._is_divided:
-            return self._ends
-        if M % self._shares:
+            if self._counted is not None and not torch.compiler.is_compiling() and self._counted > M:
+                raise ValueError(f"rows must add up to x's {M} rows at most, got {self._counted}: a sequence has many")
+        elif M % self._shares:
             raise ValueError(f"x's {M} rows cannot be shared equally by {self._shares} names: give rows")
-        return self._ends * (M // self._shares)
+        elif x.dim() > 2 and x.shape[0] % self._shares and self._shares != M:
+            raise ValueError(f"names must be of x's {x.shape[0]} sequences or {M} rows, got {self._shares}: give rows")
+
+    def _ends_of(self, M: int) -> Tensor:
+        return self._ends if self._is_divided else self._ends * (M // self._shares)
 
 
 def set_adapter(model: nn.Module, name: str | tuple[str, ...] | None) -> None:
@@ -185,6 +194,11 @@ def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Ten
     if rows.shape != (names,) or rows.is_floating_point():
         raise ValueError(f"rows must be {names} ints, one for each of the names, got {tuple(rows.shape)} {rows.dtype}")
     return rows.to(device, torch.int32, non_blocking=True).cumsum(0, dtype=torch.int32)
+
+
+def _total(rows: Sequence[int] | Tensor) -> int | None:
+    """Known without asking a device."""
+    return None if isinstance(rows, Tensor) else sum(rows)
 
 
 class _OfBank:

@@ -712,3 +712,26 @@ def test_a_route_keeps_few_sizes():
 def test_rows_are_no_truths():
     with pytest.raises(ValueError, match="rows must be ints"):
         route(make(), NAMES, rows=torch.tensor([True, True, False]))
+
+
+@torch.no_grad()
+def test_names_are_of_whole_sequences():
+    """Rows that could be shared equally would change their adapter within a sequence."""
+    model, x = make(), torch.zeros(4, 12, K, dtype=torch.float64)
+    for count in (3, 8, 6, 16):
+        with route(model, ["a"] * count), pytest.raises(ValueError, match=f"4 sequences or 48 rows, got {count}"):
+            model(x)
+    for count in (1, 2, 4, 48):
+        with route(model, ["a"] * count):
+            model(x)
+
+
+@torch.no_grad()
+def test_more_rows_than_there_are():
+    model, x = make(), torch.zeros(4, 12, K, dtype=torch.float64)
+    routed = route(model, ["a", "b"], rows=[48, 12])
+    with routed, pytest.raises(ValueError, match="at most, got 60"):
+        model(x)
+    routed.divide([20, 12])
+    with routed:
+        model(x)
