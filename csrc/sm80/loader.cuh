@@ -262,9 +262,8 @@ struct Loader {
       left.begin_k_major(part.lhs, 0, p.M, stages());
       begin_right(part.weight, 0, 0, part.cols);
     } else if (work == Work::kShrink) {
-      const int first = uniform(run.first);
       left.begin_k_major(part.lhs, of.row, p.M, stages());
-      right.begin_k_major(part.down, first, min(first + kLowBox, part.segments.ranks), right_at);
+      right.begin_k_major(part.down, uniform(run.first), uniform(run.end), right_at);
     } else if (work == Work::kTile && uniform(run.level) == Run::kOfDepth) {
       left.begin_k_major(part.lhs, of.row, p.M, stages());
       begin_right(part.weight, 0, of.col, part.cols);

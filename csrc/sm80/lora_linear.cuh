@@ -83,9 +83,10 @@ struct Worker {
     if constexpr (kBackward) return multiply<Tile>(sums, steps, tile_row(), tile_col(), Nothing());
     const int depth = loader.steps_before_ranks(number);
     multiply_part<Tile>(sums, depth, tile_col(), Nothing());
-    if constexpr (kMakesRoom) scale_rows(item, [](float room) { return 1 / room; });
+    const bool makes_room = kMakesRoom && steps > depth;  // behind a branch, or it begins among the products before it
+    if (makes_room) scale_rows(item, [](float room) { return 1 / room; });
     multiply_part<TileOfSlab>(sums, steps - depth, tile_col(), Nothing());
-    if constexpr (kMakesRoom) scale_rows(item, [](float room) { return room; });
+    if (makes_room) scale_rows(item, [](float room) { return room; });
   }
 
   // By what stayed out of low, of each row's adapter: they are of one level.

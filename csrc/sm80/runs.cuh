@@ -15,6 +15,7 @@ struct Run {
   int at, row;         // its box or window; and of a gradient its first token
   int sum;             // what it sums over
   int low_row, first;  // of low; its first rank in the slabs
+  int end;             // of a shrink item's ranks, which the slabs may not have all
   int column;          // of low's box, the first one
   bool right_mn;       // whether what it sums over are the right operand's rows
   static constexpr int kOfDepth = -1;
@@ -110,13 +111,13 @@ struct Runs : Finder {
   __device__ void find_box(int box) {
     for (;;) {
       const Span of = span(run.part, run.level);
-      while (!of.is_empty() && box < of.end_box() && ranks_of_box(of, box) == 0) ++box;
       if (!of.is_empty() && box < of.end_box()) {
-        run.at = box;
-        run.sum = ranks_of_box(of, box);
-        run.column = of.first_slice(box) * work::kSlice;
-        run.low_row = of.low_row(box);
-        run.first = of.rank_of_box(box) + run.column;
+        run.at = box++;
+        run.sum = ranks_of_box(of, run.at);
+        if (run.sum == 0) continue;
+        run.column = of.first_slice(run.at) * work::kSlice;
+        run.low_row = of.low_row(run.at);
+        run.first = of.rank_of_box(run.at) + run.column;
         return;
       }
       if (++run.level == levels()) {
@@ -135,6 +136,7 @@ struct Runs : Finder {
         run.at = window;
         run.sum = part(run.part).depth;
         run.first = of.rank(window) + item.rank;
+        run.end = min(run.first + kLowBox, of.segments.ranks);
         return;
       }
       if (++run.level == levels()) break;

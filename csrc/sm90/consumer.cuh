@@ -137,9 +137,8 @@ struct Consumer {
   }
 
   // For the thread that waits for flags and raises them: an item without rows shows it no stage, behind which the producer's would be.
-  __device__ __forceinline__ void keep_mark(const Item& item) {
-    if (self.thread() == 0) shared.mark = item.mark;
-  }
+  // All threads store it: after what only some do here, the compiler takes the loops of products for divergent.
+  __device__ __forceinline__ void keep_mark(const Item& item) { shared.mark = item.mark; }
 
   // Of a thread's two rows those ranks of a window that are their adapters'.
   __device__ __forceinline__ void choose_ranks(float (&acc)[C::kBlockR / 2], const Part& part, int level, int row, int first_slice) const {

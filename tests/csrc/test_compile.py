@@ -119,9 +119,9 @@ def in_long(path, arch):
 def test_ampere_kernels(source, arch, kernels, build, tmp_path):
     level = build["level_of"](source)
     said = compile_to(f"-arch=sm_{arch}", source, tmp_path / "out.cubin", f"-Xptxas=-O{level}")
-    # A few words are kept in memory, once an item: with dropout and segments some more.
+    # A few words are kept in memory, once an item: with dropout some more, with segments also those of a function.
     drops, segmented = "dropout" in source.stem, "segments" in source.stem
-    assert_no_spills(said, 40 if drops or segmented else 24)
+    assert_no_spills(said, 48 if segmented else 40 if drops else 24)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
     assert sum(number > 200 for number in registers) == kernels
     assert max(registers) <= 65536 // 256 - 1
@@ -136,10 +136,8 @@ def test_ampere_kernels(source, arch, kernels, build, tmp_path):
         steps = loops(listing, "HMMA")
         assert len(steps) >= 2
         # Steps that mask what they multiply are the long ones: with 128 ranks they read a few words of it from memory.
-        most = [3 if drops and len(step) > 140 else int(segmented) for step in steps]
-        assert all(
-            step.count("STL") <= segmented and step.count("LDL") <= n for step, n in zip(steps, most, strict=True)
-        )
+        most = [3 if drops and len(step) > 140 else 0 for step in steps]
+        assert all("STL" not in step and step.count("LDL") <= n for step, n in zip(steps, most, strict=True))
 
 
 @needs_nvcc
