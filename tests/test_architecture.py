@@ -28,7 +28,7 @@ ROOMS = {
     "cards": set(),
     "predict": {"cards"},
     "explanations": {"predict"},
-    "kernels": {"cards", "checks", "reference", "padding", "measured_file", "recent", "layout"},
+    "kernels": {"cards", "checks", "reference", "segments", "padding", "measured_file", "recent", "layout"},
     "extension": set(),
     "backends": {"extension", "kernels"},
     "choices": {"backends", "measured_file"},

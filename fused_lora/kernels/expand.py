@@ -21,7 +21,7 @@ GROUP_M = 8
 
 
 @triton.jit
-def _finish_tile(
+def finish_tile(
     out, acc, gain_ptr, bias_ptr, row, col, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def one_loop_tiles(
             a = step_lhs.load([row, k])
             b = step_rhs.load([col, k]).T if RHS_T else step_rhs.load([k, col])
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        _finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, True)
+        finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, True)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _two_loop_tiles(
             acc, lhs, weight, row, col, M, N, K, 0, K, 0, 1, 0, 1, 0, 0,
             BLOCK_M, BLOCK_N, BLOCK_K, RHS_T, False, True, True, PRECISION,
         )  # fmt: skip
-        _finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, True)
+        finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, True)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _strided_tile(
         stride_lhs_row, stride_lhs_k, stride_weight_k, stride_weight_col, 0, 0,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE, "", PRECISION,
     )  # fmt: skip
-    _finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, False)
+    finish_tile(out, acc, gain_ptr, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, HAS_GAIN, HAS_BIAS, False)
 
 
 @triton.jit(do_not_specialize=["threshold"])

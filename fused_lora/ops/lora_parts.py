@@ -104,9 +104,9 @@ def _forward_alone(x: Tensor, part: Part, p: float, segments: Segments | None) -
 def _forward_fake(x, tensors, p, act, keep, tables=None, window=0):
     parts, M = unflatten(tensors), math.prod(x.shape[:-1])
     segments = segmented.unflatten(tables, window, len(parts))
-    in_csrc = tables is not None and segmented.obstacle(x, parts, segments, bool(act)) is None
+    in_kernels = tables is not None and segmented.backend(x, parts, segments, bool(act)) != "reference"
     xas = [
-        x.new_empty((M, part.r) if of is None else segmented.low_shape(x, part, of, in_csrc))
+        x.new_empty((M, part.r) if of is None else segmented.low_shape(x, part, of, in_kernels))
         for part, of in zip(parts, segments, strict=True)
     ]
     if not act:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import backends, choices, segments
 from . import parts as of_parts
 from .alone import kernel_bias, like, no_autocast, rows_of
-from .library import ops
+from .library import launching, ops
 from .parts import Part, columns
 
 
@@ -63,15 +63,36 @@ def obstacle_on(device: torch.device, dtype: torch.dtype, window: int, readable:
     return choices.together_obstacle(device, dtype, (window,), readable)
 
 
+def choice_on(device: torch.device, dtype: torch.dtype, window: int, readable: bool) -> backends.Choice:
+    """Which backend computes segments of a dtype on a device, and why not one before it; readable as obstacle_on's."""
+    found = obstacle_on(device, dtype, window, readable)
+    if found is None:
+        return backends.Choice("cuda", f"{device.type} tensor of {dtype}")
+    if backends.forced_backend() in (None, "triton"):
+        triton = backends.triton_obstacle(device, dtype)
+        return backends.Choice("reference" if triton else "triton", found)
+    return backends.Choice("reference", found)
+
+
+def backend(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool = False) -> str:
+    """Of a pass of parts that read x: "cuda" takes all at once, others one after another."""
+    if obstacle(x, parts, each, gated) is None:
+        return "cuda"
+    is_nothing = x.numel() == 0 or any(len(of.tables.windows) == 0 for of in each)
+    chosen = choice_on(x.device, x.dtype, each[0].window, False).name
+    return "reference" if is_nothing else chosen
+
+
 def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:
-    """Why csrc has no kernel with segments for x, a weight and slabs in the weight's dtype, or None."""
+    """Why no kernel has segments for x, a weight and slabs in the weight's dtype, or None."""
     dtype = of_parts.autocast_dtype(x) or x.dtype
-    return obstacle_on(x.device, dtype, window, backends.csrc_reads(weight, weight, weight))
+    found = choice_on(x.device, dtype, window, backends.csrc_reads(weight, weight, weight))
+    return found.reason if found.name == "reference" else None
 
 
-def low_shape(x: Tensor, part: Part, of: Segments, in_csrc: bool) -> tuple[int, int]:
-    """Of xa: in csrc boxes of 64 ranks and a block's rows, as many as there can be (csrc/work/segments.h)."""
-    if not in_csrc:
+def low_shape(x: Tensor, part: Part, of: Segments, in_kernels: bool) -> tuple[int, int]:
+    """Of xa: in kernels boxes of 64 ranks and a block's rows, as many as there can be (csrc/work/segments.h)."""
+    if not in_kernels:
         return x.shape[:-1].numel(), of.ranks
     (levels, blocks, _), windows = of.tables.blocks.shape, len(of.tables.windows)
     return of.window // segments.BOX * (levels * (blocks - 1) + windows) * segments.BLOCK, segments.BOX
@@ -113,15 +134,16 @@ def _dbias(dy: Tensor, bias: Tensor) -> Tensor:
 
 def _for_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments]) -> tuple[list, list[Tensor]]:
     """Parts with the slab of B^T for B, and tables."""
-    pairs = [
-        _gathered(part, of) if part.A.dtype != x.dtype else (part, of) for part, of in zip(parts, each, strict=True)
-    ]
+    pairs = [_as_read(x, part, of) for part, of in zip(parts, each, strict=True)]
     tensors = [part._replace(B=part.B.t(), bias=kernel_bias(part.bias)) for part, _ in pairs]
     return of_parts.flatten(tensors), flatten([of.tables for _, of in pairs])
 
 
-def _gathered(part: Part, of: Segments) -> tuple[Part, Segments]:
-    """With slabs of the windows' ranks alone: kernels cast factors of another dtype, and cast all of a slab."""
+def _as_read(x: Tensor, part: Part, of: Segments, changes: bool = False) -> tuple[Part, Segments]:
+    """With slabs of the windows' ranks alone, where a pass changes factors: it changes all of a slab. It casts those of
+    another dtype than x's."""
+    if part.A.dtype == x.dtype and not changes:
+        return part, of
     blocks, windows, rows = of.tables
     ranks = segments.ranks_of(part.A, *of)
     scale = part.scale[ranks[:: segments.SLICE] // segments.SLICE]
@@ -135,7 +157,9 @@ def _gathered(part: Part, of: Segments) -> tuple[Part, Segments]:
 
 
 def forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:
-    """(y, xa)."""
+    """(y, xa) of a part by itself, in Triton or in plain torch."""
+    if backend(x, [part], [of]) == "triton":
+        return _triton_forward(x, part, of)
     weight, A, B, bias, scales, *_ = part
     with no_autocast(x):
         y, xa = segments.forward_ref(rows_of(x), weight, A, B, bias, scales, *of)
@@ -144,9 +168,38 @@ def forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, x: Tensor, part: Part, xa: Tensor, dxa: Tensor | None, needs: Sequence[bool], of: Segments):
     """(dx, dA, dB, dxa), of the first three None where `needs` says so."""
+    if backend(x, [part], [of]) == "triton":
+        return *_triton_backward(dy, x, part, xa, needs, of), dxa
     weight, A, B, _, scales, *_ = part
     rows = rows_of(dy)
     with no_autocast(x):
         dxa = segments.dxa_ref(rows, B, scales, *of) if dxa is None else dxa
         dx, dA, dB = segments.backward_ref(rows, rows_of(x), weight, A, B, xa, dxa, scales, *of, needs)
     return None if dx is None else like(dx, x), dA, dB, dxa
+
+
+def _triton_forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:
+    from ..kernels.lora_segments import lora_segments_forward
+
+    part, of = _as_read(x, part, of, x.dtype is torch.float16)
+    with launching("forward", x):
+        y, xa = lora_segments_forward(
+            rows_of(x), part.weight, part.A, part.B, kernel_bias(part.bias), part.scale, *of, *_machine(x)
+        )
+    return like(y, x), xa
+
+
+def _triton_backward(dy: Tensor, x: Tensor, part: Part, xa: Tensor, needs: Sequence[bool], of: Segments):
+    """(dx, dA, dB), None where `needs` says so."""
+    from ..kernels.lora_segments import lora_segments_backward
+
+    part, of = _as_read(x, part, of, x.dtype is torch.float16)
+    with launching("backward", x):
+        dx, dA, dB = lora_segments_backward(
+            rows_of(dy), rows_of(x), part.weight, part.A, part.B, xa, part.scale, *of, *_machine(x), needs
+        )
+    return None if dx is None else like(dx, x), dA, dB
+
+
+def _machine(x: Tensor) -> tuple:
+    return backends.gpu(x.device), backends.precision(x.dtype)

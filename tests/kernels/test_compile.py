@@ -11,10 +11,12 @@ from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.gain_backward import gain_backward
 from fused_lora.kernels.launch import record_launches
 from fused_lora.kernels.lora_linear import lora_linear_backward, lora_linear_forward
+from fused_lora.kernels.lora_segments import lora_segments_backward, lora_segments_forward
 from fused_lora.kernels.merge import merge_
 from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
 from fused_lora.kernels.row_norms import row_norms
 from fused_lora.kernels.tiles import KNOWN_GPUS, Gpu
+from fused_lora.segments import Tables
 from tests.conftest import INTERPRETING
 from tests.kernels.compiling import compile_launch, compiling_for
 
@@ -86,6 +88,19 @@ def record_dora(gpu: Gpu):
     return launches
 
 
+def record_segments(M, K, N, window, dtype, gpu: Gpu, precision="ieee", levels=1):
+    """Of rows with adapters of their own, in eight windows of a slab of 1,024 ranks."""
+    x, weight, dy = _empty(M, K, dtype=dtype), _empty(N, K, dtype=dtype), _empty(M, N, dtype=dtype)
+    A, B, bias = _empty(1024, K, dtype=dtype), _empty(1024, N, dtype=dtype).t(), _empty(N, dtype=dtype)
+    scales, blocks = _empty(64, dtype=torch.float32), -(-M // 256)
+    shapes = ((levels, blocks, 4), (8, 4), (levels, 256 * blocks, 2))
+    of = (Tables(*(_empty(*shape, dtype=torch.int32) for shape in shapes)), window, gpu, precision)
+    with record_launches() as launches:
+        _, xa = lora_segments_forward(x, weight, A, B, bias, scales, *of)
+        lora_segments_backward(dy, x, weight, A, B, xa, scales, *of, (True, True, True))
+    return launches
+
+
 def _rows_for_each_expand_tile(gpu: Gpu, tma: bool, precision: str, itemsize: int):
     """One M for each tile that the table can choose at N = K = 512."""
     chosen = {
@@ -110,6 +125,13 @@ def default_launches(name: str):
     # Widths of no whole number of steps, and offsets beyond 2^31.
     launches += record(8000, 1000, 1048, 24, torch.bfloat16, gpu)
     launches += record(2**17, 2**15, 2**15, 16, torch.bfloat16, gpu)
+    for M in _rows_for_each_expand_tile(gpu, gpu.has_tma, "ieee", 2):
+        launches += record_segments(M, 512, 512, 64, torch.bfloat16, gpu)
+    launches += record_segments(8192, 4096, 4096, 256, torch.bfloat16, gpu, levels=2)
+    launches += record_segments(8000, 1000, 1048, 128, torch.float16, gpu)
+    launches += record_segments(2**17, 2**15, 2**15, 64, torch.bfloat16, gpu)
+    for precision in ("ieee", "tf32"):
+        launches += record_segments(8192, 512, 512, 64, torch.float32, gpu, precision)
     for precision in ("ieee", "tf32"):
         for M in _rows_for_each_expand_tile(gpu, False, precision, 4):
             launches += record(M, 512, 512, 64, torch.float32, gpu, precision)
