@@ -126,6 +126,28 @@ def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int
     return _together_obstacle(device, dtype, ranks, readable, backends.forced_backend())
 
 
+@cache
+def _choose_segments(device, dtype, window: int, readable: bool, forced: str | None) -> Choice:
+    found = _together_obstacle(device, dtype, (window,), readable, forced)
+    if found is None:
+        return Choice("cuda", f"{device.type} tensor of {dtype}")
+    if forced not in (None, "triton"):
+        return Choice("reference", found)
+    for_triton = backends.triton_obstacle(device, dtype)
+    if forced is None:
+        found = backends.lora_linear_obstacle("cuda", device, dtype, window, readable)
+    if for_triton is None:
+        return Choice("triton", found)
+    return Choice("reference", found if for_triton == found else f"{found}; Triton: {for_triton}")
+
+
+@_constant_when_compiled
+def choose_segments(device: torch.device, dtype: torch.dtype, window: int, readable: bool) -> Choice:
+    """The backend of rows with adapters of their own in windows of so many ranks, and why not one before it; readable
+    as by csrc_reads."""
+    return _choose_segments(device, dtype, window, readable, backends.forced_backend())
+
+
 @_constant_when_compiled
 def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
     """Why csrc's gated passes do not take ranks that its others do, or None."""

@@ -5,13 +5,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from . import backends, checks, choices
+from . import backends, checks, choices, segments
 from .cards import CARDS
 from .explanations import Explanation, MLPExplanation, ModelExplanation
 from .modules import LoRABank, LoRAMLP
 from .modules.protocol import LoRALayer, is_bank, is_lora, together
 from .modules.siblings import LoRASiblings
-from .ops import segmented
 from .ops.lora_parts import measured_obstacle
 from .predict import Prediction, predict_triton
 
@@ -31,7 +30,29 @@ def _record(x, weight, A, B, bias, p: float, gpu):
         lora_linear_backward(
             torch.empty_like(y), x, weight, A, B, xa, scale, dropout, gpu, precision, (True, True, True)
         )
-    return tuple(tuple((plan.name, plan.grid[0], plan.meta) for plan, _ in part) for part in (forward, backward))
+    return _in_short(forward), _in_short(backward)
+
+
+def _in_short(launches) -> tuple[tuple[str, int, dict], ...]:
+    return tuple((plan.name, plan.grid[0], plan.meta) for plan, _ in launches)
+
+
+def _record_segments(tokens: int, part, windows: int, window: int, gpu):
+    """As _record, of rows with adapters in so many windows of a part's slabs."""
+    from .kernels.launch import record_launches
+    from .kernels.lora_segments import lora_segments_backward, lora_segments_forward
+
+    weight, A, B, scales = (each.to("meta") for each in (part.weight, part.A, part.B, part.scale))
+    x, dy = (torch.empty(tokens, size, dtype=weight.dtype, device="meta") for size in reversed(weight.shape))
+    A, B, blocks = A.to(x.dtype), B.to(x.dtype), -(-tokens // segments.BLOCK)
+    shapes = ((1, blocks, 4), (windows, 4), (1, blocks * segments.BLOCK, 2))
+    tables = segments.Tables(*(torch.empty(*shape, dtype=torch.int32, device="meta") for shape in shapes))
+    of = (tables, window, gpu, backends.precision(x.dtype))
+    with record_launches() as forward:
+        _, xa = lora_segments_forward(x, weight, A, B, part.bias, scales, *of)
+    with record_launches() as backward:
+        lora_segments_backward(dy, x, weight, A, B, xa, scales, *of, (True, True, True))
+    return _in_short(forward), _in_short(backward)
 
 
 def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype, gpu) -> tuple[str, ...]:
@@ -190,11 +211,16 @@ def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:
     N, K = weight.shape
     of = ((tokens, K, N, r), weight.dtype, str(weight.device))
     readable = backends.csrc_reads(weight, part.A, part.B)
-    found = segmented.obstacle_on(weight.device, weight.dtype, max(r, 1), readable)
-    if found is not None:
-        return Explanation(*of, "reference", f"{len(adapters)} adapters: {found}")
-    launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})
-    return Explanation(*of, "cuda", f"{len(adapters)} adapters, each row by its own", (launch,), (launch,))
+    window = max(segments.BOX, segments.size_of(max(r, 1)))
+    choice = choices.choose_segments(weight.device, weight.dtype, window, readable)
+    reason = f"{len(adapters)} adapters, each row by its own"
+    if choice.name == "cuda":
+        launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})
+        return Explanation(*of, "cuda", reason, (launch,), (launch,))
+    if choice.name == "reference" or not adapters:
+        return Explanation(*of, "reference", f"{len(adapters)} adapters: {choice.reason}")
+    launches = _record_segments(tokens, part, len(adapters), window, backends.gpu(weight.device))
+    return Explanation(*of, "triton", f"{reason}; {choice.reason}", *launches)
 
 
 def _explain_own(layer: LoRALayer, tokens: int, reason: str) -> Explanation:

@@ -26,7 +26,7 @@ def forget():
     """As in a new process."""
     for function in (
         backends._gpu, backends._choose, backends._choose_lora_linear, choices.measured, choices.any_measured,
-        choices._choose, choices._together_obstacle,
+        choices._choose, choices._together_obstacle, choices._choose_segments,
     ):  # fmt: skip
         function.cache_clear()
 

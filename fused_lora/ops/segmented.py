@@ -46,9 +46,9 @@ def unflatten(tensors: Sequence[Tensor] | None, window: int, parts: int) -> list
 def obstacle(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> str | None:
     """Why csrc has no kernel for parts that read x, or None."""
     readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in parts)
-    found = obstacle_on(x.device, x.dtype, each[0].window, readable)
-    if found is not None:
-        return found
+    choice = choices.choose_segments(x.device, x.dtype, each[0].window, readable)
+    if choice.name != "cuda":
+        return choice.reason
     if gated:
         return "a gated MLP whose rows have adapters of their own"
     if any(len(of.tables.windows) == 0 for of in each):
@@ -58,35 +58,19 @@ def obstacle(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: 
     return None
 
 
-def obstacle_on(device: torch.device, dtype: torch.dtype, window: int, readable: bool) -> str | None:
-    """Why csrc has no kernel with segments for a dtype on a device, or None; readable as by backends.csrc_reads."""
-    return choices.together_obstacle(device, dtype, (window,), readable)
-
-
-def choice_on(device: torch.device, dtype: torch.dtype, window: int, readable: bool) -> backends.Choice:
-    """Which backend computes segments of a dtype on a device, and why not one before it; readable as obstacle_on's."""
-    found = obstacle_on(device, dtype, window, readable)
-    if found is None:
-        return backends.Choice("cuda", f"{device.type} tensor of {dtype}")
-    if backends.forced_backend() in (None, "triton"):
-        triton = backends.triton_obstacle(device, dtype)
-        return backends.Choice("reference" if triton else "triton", found)
-    return backends.Choice("reference", found)
-
-
 def backend(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool = False) -> str:
     """Of a pass of parts that read x: "cuda" takes all at once, others one after another."""
     if obstacle(x, parts, each, gated) is None:
         return "cuda"
-    is_nothing = x.numel() == 0 or any(len(of.tables.windows) == 0 for of in each)
-    chosen = choice_on(x.device, x.dtype, each[0].window, False).name
-    return "reference" if is_nothing else chosen
+    if x.numel() == 0 or any(len(of.tables.windows) == 0 for of in each):
+        return "reference"
+    return choices.choose_segments(x.device, x.dtype, each[0].window, False).name
 
 
 def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:
     """Why no kernel has segments for x, a weight and slabs in the weight's dtype, or None."""
     dtype = of_parts.autocast_dtype(x) or x.dtype
-    found = choice_on(x.device, dtype, window, backends.csrc_reads(weight, weight, weight))
+    found = choices.choose_segments(x.device, dtype, window, backends.csrc_reads(weight, weight, weight))
     return found.reason if found.name == "reference" else None
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
-from fused_lora import explain
+from fused_lora import choices, explain
 from fused_lora.integrations.peft import accelerate
-from fused_lora.ops import segmented
 
 from .models import assert_same, config_of, net, randomised, twin_of
 from .naming import BATCHES, both, check, with_others, x_of
@@ -84,7 +83,7 @@ def test_without_a_kernel_it_is_pefts():
     plain, model = both()
     check(plain, model, BATCHES["in order"], 0)
     reason = accelerate(model).kept_by_name["base_model.model.up"]
-    assert reason == segmented.obstacle_on(torch.device("cpu"), torch.float64, 128, True)
+    assert reason == choices.choose_segments(torch.device("cpu"), torch.float64, 128, True).reason
     assert reason in str(explain(model))
 
 
