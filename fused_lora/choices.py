@@ -127,25 +127,27 @@ def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int
 
 
 @cache
-def _choose_segments(device, dtype, window: int, readable: bool, forced: str | None) -> Choice:
-    found = _together_obstacle(device, dtype, (window,), readable, forced)
-    if found is None:
+def _choose_segments(device, dtype, window: int, readable: bool, drops: bool, forced: str | None) -> Choice:
+    reason = _together_obstacle(device, dtype, (window,), readable, forced)
+    if reason is None and not drops:
         return Choice("cuda", f"{device.type} tensor of {dtype}")
+    if reason is None:
+        reason = "csrc has no dropout where rows have adapters of their own"
+    elif forced is None:
+        reason = backends.lora_linear_obstacle("cuda", device, dtype, window, readable)
     if forced not in (None, "triton"):
-        return Choice("reference", found)
+        return Choice("reference", reason)
     for_triton = backends.triton_obstacle(device, dtype)
-    if forced is None:
-        found = backends.lora_linear_obstacle("cuda", device, dtype, window, readable)
     if for_triton is None:
-        return Choice("triton", found)
-    return Choice("reference", found if for_triton == found else f"{found}; Triton: {for_triton}")
+        return Choice("triton", reason)
+    return Choice("reference", reason if for_triton == reason else f"{reason}; Triton: {for_triton}")
 
 
 @_constant_when_compiled
-def choose_segments(device: torch.device, dtype: torch.dtype, window: int, readable: bool) -> Choice:
+def choose_segments(device: torch.device, dtype: torch.dtype, window: int, readable: bool, drops: bool) -> Choice:
     """The backend of rows with adapters of their own in windows of so many ranks, and why not one before it; readable
-    as by csrc_reads."""
-    return _choose_segments(device, dtype, window, readable, backends.forced_backend())
+    as by csrc_reads, drops: whether some of the adapters drop."""
+    return _choose_segments(device, dtype, window, readable, drops, backends.forced_backend())
 
 
 @_constant_when_compiled

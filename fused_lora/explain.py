@@ -47,7 +47,7 @@ def _record_segments(tokens: int, part, windows: int, window: int, gpu):
     A, B, blocks = A.to(x.dtype), B.to(x.dtype), -(-tokens // segments.BLOCK)
     shapes = ((1, blocks, 4), (windows, 4), (1, blocks * segments.BLOCK, 2))
     tables = segments.Tables(*(torch.empty(*shape, dtype=torch.int32, device="meta") for shape in shapes))
-    of = (tables, window, gpu, backends.precision(x.dtype))
+    of = (tables, window, None, gpu, backends.precision(x.dtype))
     with record_launches() as forward:
         _, xa = lora_segments_forward(x, weight, A, B, part.bias, scales, *of)
     with record_launches() as backward:
@@ -212,7 +212,7 @@ def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:
     of = ((tokens, K, N, r), weight.dtype, str(weight.device))
     readable = backends.csrc_reads(weight, part.A, part.B)
     window = max(segments.BOX, segments.size_of(max(r, 1)))
-    choice = choices.choose_segments(weight.device, weight.dtype, window, readable)
+    choice = choices.choose_segments(weight.device, weight.dtype, window, readable, bank.dropping > 0)
     reason = f"{len(adapters)} adapters, each row by its own"
     if choice.name == "cuda":
         launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})

@@ -25,10 +25,13 @@ def mask_threshold(p: float) -> int:
 
 def keep_mask(M: int, K: int, p: float, seed: Tensor, first: int = 0) -> Tensor:
     """(M, K) bool, True with probability 1 - p."""
-    keeps, first_picked = divmod(mask_threshold(p), 2**16)
-    numbers = mask_numbers(M, K, seed, first)
-    picked = (numbers >= first_picked) & (numbers <= _LAST_PICKED)
-    return picked if keeps else ~picked
+    return kept(mask_numbers(M, K, seed, first), mask_threshold(p))
+
+
+def kept(numbers: Tensor, threshold: int | Tensor) -> Tensor:
+    """Which of mask_numbers' entries are kept, by mask_threshold's numbers."""
+    picked = (numbers >= (threshold & 0xFFFF)) & (numbers <= _LAST_PICKED)
+    return picked == (threshold > 0xFFFF)
 
 
 def uniform(rows: int, cols: int, bound: float, seed: Tensor) -> Tensor:

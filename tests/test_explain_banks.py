@@ -41,16 +41,18 @@ def test_of_a_card(card, monkeypatch):
     """csrc where it has a kernel, else Triton with the reason, and what is forced."""
     card(86)
     args = (CUDA, torch.bfloat16, 64)
-    assert choices.choose_segments(*args, True) == backends.Choice("triton", "not built")
-    assert choices.choose_segments(CUDA, torch.float64, 64, True).name == "reference"
+    assert choices.choose_segments(*args, True, False) == backends.Choice("triton", "not built")
+    assert choices.choose_segments(CUDA, torch.float64, 64, True, False).name == "reference"
     for forced, name in (("triton", "triton"), ("addmm", "reference"), ("reference", "reference")):
         with backends.forcing(forced):
-            assert choices.choose_segments(*args, True).name == name
+            assert choices.choose_segments(*args, True, False).name == name
     pretend_extension(monkeypatch)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
     card(86)
-    assert choices.choose_segments(*args, True).name == "cuda"
-    unreadable = choices.choose_segments(*args, False)
+    assert choices.choose_segments(*args, True, False).name == "cuda"
+    unreadable = choices.choose_segments(*args, False, False)
     assert unreadable.name == "triton"
     assert "not adjacent" in unreadable.reason
-    assert choices.choose_segments(CUDA, torch.float32, 64, True).name == "triton"
+    assert choices.choose_segments(CUDA, torch.float32, 64, True, False).name == "triton"
+    dropping = choices.choose_segments(*args, True, True)
+    assert dropping == backends.Choice("triton", "csrc has no dropout where rows have adapters of their own")

@@ -10,6 +10,8 @@ import triton.language as tl
 
 from ..segments import BLOCK, BOX, SLICE
 
+NOTHING = (None, None)  # is dropped: neither seed nor thresholds
+
 
 @triton.jit
 def block_of(blocks_ptr, blocks, level, row, ROWS: tl.constexpr = BLOCK):
@@ -45,6 +47,15 @@ def own_slices(
     entries = rows_ptr + (tl.cast(level * blocks, tl.int64) * ROWS + row + tl.arange(0, BLOCK_M)) * 2
     words, places = tl.load(entries), tl.load(entries + 1)
     return (words & 0xFFFFFF) - window * (BOXES * SLICES), words >> 24, places
+
+
+@triton.jit
+def thresholds_of(
+    thresholds_ptr, rows_ptr, blocks, level, row, BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr = BLOCK
+):  # fmt: skip
+    """(rows, 1): which numbers each of some rows drops, by its adapter on a level."""
+    entries = rows_ptr + (tl.cast(level * blocks, tl.int64) * ROWS + row + tl.arange(0, BLOCK_ROWS)) * 2
+    return tl.load(thresholds_ptr + tl.load(entries + 1))[:, None]
 
 
 @triton.jit

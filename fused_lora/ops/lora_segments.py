@@ -31,12 +31,15 @@ class Routed(NamedTuple):
     part: A (R, K), B (N, R) are slabs of all adapters, scale is (R / 16,) in float32, of each slice of 16 ranks.
     tables: which ranks each row has, from segments.tables, of a plan of windows of `window` ranks.
     adapters: those that have a segment.
+    thresholds: (R / 16,) int32 where adapters drop entries of x on their way to A: segments.Drops'; scale then has
+    1 / (1 - p) in it. The masks come of a seed drawn from torch's generator.
     """
 
     part: Part
     tables: segments.Tables
     window: int
     adapters: tuple[Adapter, ...]
+    thresholds: Tensor | None = None
 
 
 def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
@@ -58,9 +61,13 @@ def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
     window = routed[0].window
     if any(each.window != window for each in routed):
         raise ValueError(f"window must be the same for all parts, got {sorted({each.window for each in routed})}")
+    drawn = [
+        part if each.thresholds is None else part._replace(seed=of_parts.drawn_seed(x, 1.0, None))
+        for part, each in zip(parts, routed, strict=True)
+    ]
     call = _Call(
-        parts,
-        segmented.flatten([each.tables for each in routed]),
+        drawn,
+        segmented.flatten([segmented.Segments(each.tables, window, each.thresholds) for each in routed]),
         [factor for each in routed for adapter in each.adapters for factor in (adapter.A, adapter.B)],
         tuple(tuple((adapter.rank, adapter.begins) for adapter in each.adapters) for each in routed),
         window,
@@ -107,7 +114,7 @@ class _Call(NamedTuple):
     def of(cls, tensors: Sequence, layout: tuple, window: int) -> "_Call":
         """From tensors(), or from what stands in their places."""
         count = len(layout)
-        parts, tables = count * len(Part._fields), count * len(segments.Tables._fields)
+        parts, tables = count * len(Part._fields), count * segmented.TENSORS
         first, second, third = tensors[:parts], tensors[parts : parts + tables], tensors[parts + tables :]
         return cls(of_parts.unflatten(first), list(second), list(third), layout, window)
 
@@ -122,14 +129,14 @@ class _Call(NamedTuple):
 
     def by_formula(self, x: Tensor) -> tuple[Tensor, ...]:
         """The ys in plain torch, in x's dtype."""
-        rows = self.tables[2::3]
-        each = zip(self.parts, self.adapters(), rows, strict=True)
+        found = segmented.unflatten(self.tables, self.window, len(self.parts))
         return tuple(
             segments.lora_segments_ref(
                 x, part.weight, part.bias,
-                [(A.to(x.dtype), B.to(x.dtype), begins) for A, B, _, begins in adapters], part.scale, of_rows,
+                [(A.to(x.dtype), B.to(x.dtype), begins) for A, B, _, begins in adapters], part.scale, of.tables.rows,
+                segmented.drops_of(part, of),
             )
-            for part, adapters, of_rows in each
+            for part, adapters, of in zip(self.parts, self.adapters(), found, strict=True)
         )  # fmt: skip
 
     def with_slabs(self, slabs: Sequence[tuple[Tensor, Tensor]]) -> "_Call":

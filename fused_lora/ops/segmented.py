@@ -21,32 +21,49 @@ from .parts import Part, columns
 
 
 class Segments(NamedTuple):
-    """Of one part's rows."""
+    """Of one part's rows. thresholds are segments.Drops' where adapters drop, by the part's seed."""
 
     tables: segments.Tables
     window: int
+    thresholds: Tensor | None = None
 
     @property
     def ranks(self) -> int:
         return self.window * self.tables.windows.shape[0]
 
 
-def flatten(each: Sequence[segments.Tables]) -> list[Tensor]:
-    return [table for tables in each for table in tables]
+TENSORS = len(segments.Tables._fields) + 1  # of a part
+
+
+def flatten(each: Sequence[Segments]) -> list[Tensor]:
+    """Tables and thresholds, none as an empty tensor."""
+    return [tensor for of in each for tensor in (*of.tables, _or_empty(of.thresholds, of.tables.rows))]
+
+
+def _or_empty(thresholds: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if thresholds is None else thresholds
 
 
 def unflatten(tensors: Sequence[Tensor] | None, window: int, parts: int) -> list[Segments | None]:
     """Of each part; None for parts whose rows all have the same factors."""
     if tensors is None:
         return [None] * parts
-    size = len(segments.Tables._fields)
-    return [Segments(segments.Tables(*tensors[i * size : (i + 1) * size]), window) for i in range(parts)]
+    return [_segments(tensors[i * TENSORS : (i + 1) * TENSORS], window) for i in range(parts)]
+
+
+def _segments(tensors: Sequence[Tensor], window: int) -> Segments:
+    *tables, thresholds = tensors
+    return Segments(segments.Tables(*tables), window, thresholds if thresholds.numel() else None)
+
+
+def drops_of(part: Part, of: Segments) -> segments.Drops | None:
+    return None if of.thresholds is None else segments.Drops(part.seed, of.thresholds)
 
 
 def obstacle(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> str | None:
     """Why csrc has no kernel for parts that read x, or None."""
     readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in parts)
-    choice = choices.choose_segments(x.device, x.dtype, each[0].window, readable)
+    choice = choices.choose_segments(x.device, x.dtype, each[0].window, readable, _drop(each))
     if choice.name != "cuda":
         return choice.reason
     if gated:
@@ -64,13 +81,17 @@ def backend(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: b
         return "cuda"
     if x.numel() == 0 or any(len(of.tables.windows) == 0 for of in each):
         return "reference"
-    return choices.choose_segments(x.device, x.dtype, each[0].window, False).name
+    return choices.choose_segments(x.device, x.dtype, each[0].window, False, _drop(each)).name
+
+
+def _drop(each: Sequence[Segments]) -> bool:
+    return any(of.thresholds is not None for of in each)
 
 
 def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:
     """Why no kernel has segments for x, a weight and slabs in the weight's dtype, or None."""
     dtype = of_parts.autocast_dtype(x) or x.dtype
-    found = choices.choose_segments(x.device, dtype, window, backends.csrc_reads(weight, weight, weight))
+    found = choices.choose_segments(x.device, dtype, window, backends.csrc_reads(weight, weight, weight), False)
     return found.reason if found.name == "reference" else None
 
 
@@ -120,7 +141,7 @@ def _for_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments]) -> 
     """Parts with the slab of B^T for B, and tables."""
     pairs = [_as_read(x, part, of) for part, of in zip(parts, each, strict=True)]
     tensors = [part._replace(B=part.B.t(), bias=kernel_bias(part.bias)) for part, _ in pairs]
-    return of_parts.flatten(tensors), flatten([of.tables for _, of in pairs])
+    return of_parts.flatten(tensors), [table for _, of in pairs for table in of.tables]
 
 
 def _as_read(x: Tensor, part: Part, of: Segments, changes: bool = False) -> tuple[Part, Segments]:
@@ -129,15 +150,17 @@ def _as_read(x: Tensor, part: Part, of: Segments, changes: bool = False) -> tupl
     if part.A.dtype == x.dtype and not changes:
         return part, of
     blocks, windows, rows = of.tables
-    ranks = segments.ranks_of(part.A, *of)
-    scale = part.scale[ranks[:: segments.SLICE] // segments.SLICE]
+    ranks = segments.ranks_of(part.A, of.tables, of.window)
+    slices = ranks[:: segments.SLICE] // segments.SLICE
+    thresholds = None if of.thresholds is None else of.thresholds[slices]
     first = torch.arange(len(windows), dtype=torch.int32, device=windows.device) * of.window
     tables = segments.Tables(
         blocks,
         torch.cat([first[:, None], windows[:, 1:]], 1),
         torch.stack([rows[..., 0], rows[..., 0] & 0xFFFFFF], 2),
     )
-    return part._replace(A=part.A[ranks], B=part.B.t()[ranks].t(), scale=scale), of._replace(tables=tables)
+    part = part._replace(A=part.A[ranks], B=part.B.t()[ranks].t(), scale=part.scale[slices])
+    return part, of._replace(tables=tables, thresholds=thresholds)
 
 
 def forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:
@@ -146,7 +169,7 @@ def forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:
         return _triton_forward(x, part, of)
     weight, A, B, bias, scales, *_ = part
     with no_autocast(x):
-        y, xa = segments.forward_ref(rows_of(x), weight, A, B, bias, scales, *of)
+        y, xa = segments.forward_ref(rows_of(x), weight, A, B, bias, scales, of.tables, of.window, drops_of(part, of))
     return like(y, x), xa
 
 
@@ -157,8 +180,10 @@ def backward(dy: Tensor, x: Tensor, part: Part, xa: Tensor, dxa: Tensor | None, 
     weight, A, B, _, scales, *_ = part
     rows = rows_of(dy)
     with no_autocast(x):
-        dxa = segments.dxa_ref(rows, B, scales, *of) if dxa is None else dxa
-        dx, dA, dB = segments.backward_ref(rows, rows_of(x), weight, A, B, xa, dxa, scales, *of, needs)
+        dxa = segments.dxa_ref(rows, B, scales, of.tables, of.window) if dxa is None else dxa
+        dx, dA, dB = segments.backward_ref(
+            rows, rows_of(x), weight, A, B, xa, dxa, scales, of.tables, of.window, needs, drops_of(part, of)
+        )
     return None if dx is None else like(dx, x), dA, dB, dxa
 
 
@@ -168,8 +193,9 @@ def _triton_forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor
     part, of = _as_read(x, part, of, x.dtype is torch.float16)
     with launching("forward", x):
         y, xa = lora_segments_forward(
-            rows_of(x), part.weight, part.A, part.B, kernel_bias(part.bias), part.scale, *of, *_machine(x)
-        )
+            rows_of(x), part.weight, part.A, part.B, kernel_bias(part.bias), part.scale, of.tables, of.window,
+            drops_of(part, of), *_machine(x),
+        )  # fmt: skip
     return like(y, x), xa
 
 
@@ -180,8 +206,9 @@ def _triton_backward(dy: Tensor, x: Tensor, part: Part, xa: Tensor, needs: Seque
     part, of = _as_read(x, part, of, x.dtype is torch.float16)
     with launching("backward", x):
         dx, dA, dB = lora_segments_backward(
-            rows_of(dy), rows_of(x), part.weight, part.A, part.B, xa, part.scale, *of, *_machine(x), needs
-        )
+            rows_of(dy), rows_of(x), part.weight, part.A, part.B, xa, part.scale, of.tables, of.window,
+            drops_of(part, of), *_machine(x), needs,
+        )  # fmt: skip
     return None if dx is None else like(dx, x), dA, dB
 
 

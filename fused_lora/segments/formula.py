@@ -1,14 +1,29 @@
 """What the tables mean: every adapter's product with all rows, of which each row keeps its own."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference import compute_dtype, room
+from ..hashing import mask_numbers
+from ..reference import compute_dtype, kept, room
 from .plan import SLICE
 from .tables import Tables
+
+
+class Drops(NamedTuple):
+    """What adapters drop of x: seed, a 0-dim int64, and thresholds (R / 16,), reference.mask_threshold's of each slice
+    of the slabs. Each level has a mask of its own, by seed + level. What is kept counts 1 / (1 - p) times by way of the
+    scales, which whoever gives thresholds multiplies so."""
+
+    seed: Tensor
+    thresholds: Tensor
+
+    def mask(self, rows: Tensor, level: int, M: int, columns: int) -> Tensor:
+        """(M, columns): which entries are kept of x on a level, of the tables' rows."""
+        return kept(mask_numbers(M, columns, self.seed + level), self.thresholds[rows[level, :M, 1]][:, None])
 
 
 def ranks_of(A: Tensor, tables: Tables, window: int) -> Tensor:
@@ -26,13 +41,26 @@ def _own(tables: Tables, M: int, window: int) -> tuple[Tensor, Tensor]:
     return (slices >= 0) & (slices < words >> 24), places[:, levels]
 
 
-def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
+def _by_level(M: int, columns: int, tables: Tables, window: int, drops: Drops | None) -> list[tuple]:
+    """(which of the windows' ranks are a level's, the mask there of x) for each level; where nothing is dropped both
+    are None, for all levels at once."""
+    if drops is None:
+        return [(None, None)]
+    levels = tables.windows[:, 3].repeat_interleave(window)
+    return [(levels == level, drops.mask(tables.rows, level, M, columns)) for level in range(len(tables.rows))]
+
+
+def _only(tensor: Tensor, which: Tensor | None) -> Tensor:
+    return tensor if which is None else torch.where(which, tensor, 0)
+
+
+def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int, drops: Drops | None = None):
     """(y, xa) with y = x W^T + xa B^T + bias; xa = scale x A^T where the ranks are a row's own, else 0, rounded to x's
     dtype: of the windows' ranks.
 
         x (M, K)   weight (N, K)   A (R, K), B (N, R) slabs   scales (R / 16,)   ->   y (M, N), xa (M, windows' ranks)
 
-    In float16 xa is scale / room of it, and room enters y and dB.
+    In float16 xa is scale / room of it, and room enters y and dB. With drops x is masked on its way to xa.
     """
     compute = compute_dtype(x.dtype)
     ranks, (own, places) = ranks_of(A, tables, window), _own(tables, len(x), window)
@@ -40,7 +68,9 @@ def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int):
     more = room(scales, x.dtype)
     if more is not None:
         scales, up = scales / more, up * more[ranks // SLICE]
-    xa = torch.where(own, (xc @ low.T) * scales[places], 0).to(x.dtype)
+    each = _by_level(*x.shape, tables, window, drops)
+    products = (_only(_only(xc, mask) @ low.T, of_level) for of_level, mask in each)
+    xa = torch.where(own, sum(products) * scales[places], 0).to(x.dtype)
     y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
     return y.addmm_(xa.to(compute), up.T).to(x.dtype), xa
 
@@ -53,21 +83,28 @@ def dxa_ref(dy, B, scales, tables: Tables, window: int):
     return torch.where(own, dxa, 0).to(dy.dtype)
 
 
-def backward_ref(dy, x, weight, A, B, xa, dxa, scales, tables: Tables, window: int, needs: Sequence[bool]):
+def backward_ref(
+    dy, x, weight, A, B, xa, dxa, scales, tables: Tables, window: int, needs: Sequence[bool], drops: Drops | None = None
+):
     """(dx, dA, dB), each None where `needs` (three bools) says so; dA and dB of the windows' ranks, dB by columns.
 
-    dx = dy W + dxa A,  dA = dxa^T x,  dB = dy^T xa.
+    dx = dy W + mask(dxa A),  dA = dxa^T mask(x),  dB = dy^T xa.
     """
     need_dx, need_dA, need_dB = needs
     compute, ranks = compute_dtype(x.dtype), ranks_of(A, tables, window)
     dyc, low = dy.to(compute), dxa.to(compute)
+    each = _by_level(*x.shape, tables, window, drops)
     dx = dA = dB = None
     if need_dx:
-        dx = torch.addmm(dyc @ weight.to(compute), low, A[ranks].to(compute)).to(x.dtype)
+        dx, factor = dyc @ weight.to(compute), A[ranks].to(compute)
+        for of_level, mask in each:
+            dx += _only(_only(low, of_level) @ factor, mask)
+        dx = dx.to(x.dtype)
     # Rows without an adapter may hold what is no number, times which 0 is none.
     has_adapter = (tables.rows[:, : len(x), 0] > 0xFFFFFF).any(0)[:, None]
     if need_dA:
-        dA = (low.T @ torch.where(has_adapter, x, 0).to(compute)).to(A.dtype)
+        own = torch.where(has_adapter, x, 0).to(compute)
+        dA = sum(_only(low, of_level).T @ _only(own, mask) for of_level, mask in each).to(A.dtype)
     if need_dB:
         more = room(scales, x.dtype)
         dB = xa.to(compute).T @ torch.where(has_adapter, dyc, 0)
@@ -75,7 +112,7 @@ def backward_ref(dy, x, weight, A, B, xa, dxa, scales, tables: Tables, window: i
     return dx, dA, dB
 
 
-def lora_segments_ref(x, weight, bias, adapters, scales, rows: Tensor):
+def lora_segments_ref(x, weight, bias, adapters, scales, rows: Tensor, drops: Drops | None = None):
     """y = x W^T + bias, and of each adapter scale x A^T B^T for its rows, by torch's own autograd.
 
     adapters: (A, B, begins) of each, by whose begins among the windows' ranks `rows`, of the tables, knows its rows.
@@ -86,8 +123,12 @@ def lora_segments_ref(x, weight, bias, adapters, scales, rows: Tensor):
     y = flat @ weight.T
     for A, B, begins in adapters:
         own = has_any & torch.stack([first == begin // SLICE for begin in begins]).any(0)  # on each level
-        scale = torch.where(own, scales[places], 0).sum(0)[:, None]
-        low = torch.where(own.any(0)[:, None], (flat @ A.T * scale).to(x.dtype), 0)
-        y = y + low @ B.T
+        scale = torch.where(own, scales[places], 0)
+        if drops is None:
+            product = flat @ A.T * scale.sum(0)[:, None]
+        else:
+            masked = (_only(flat, drops.mask(rows, level, *flat.shape)) for level in range(len(rows)))
+            product = sum(each @ A.T * of_level[:, None] for each, of_level in zip(masked, scale, strict=True))
+        y = y + torch.where(own.any(0)[:, None], product.to(x.dtype), 0) @ B.T
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], weight.shape[0])

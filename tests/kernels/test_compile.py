@@ -16,7 +16,7 @@ from fused_lora.kernels.merge import merge_
 from fused_lora.kernels.merge_and_reinit import Layer, merge_and_reinit_
 from fused_lora.kernels.row_norms import row_norms
 from fused_lora.kernels.tiles import KNOWN_GPUS, Gpu
-from fused_lora.segments import Tables
+from fused_lora.segments import Drops, Tables
 from tests.conftest import INTERPRETING
 from tests.kernels.compiling import compile_launch, compiling_for
 
@@ -88,13 +88,14 @@ def record_dora(gpu: Gpu):
     return launches
 
 
-def record_segments(M, K, N, window, dtype, gpu: Gpu, precision="ieee", levels=1):
+def record_segments(M, K, N, window, dtype, gpu: Gpu, precision="ieee", levels=1, drops=False):
     """Of rows with adapters of their own, in eight windows of a slab of 1,024 ranks."""
     x, weight, dy = _empty(M, K, dtype=dtype), _empty(N, K, dtype=dtype), _empty(M, N, dtype=dtype)
     A, B, bias = _empty(1024, K, dtype=dtype), _empty(1024, N, dtype=dtype).t(), _empty(N, dtype=dtype)
     scales, blocks = _empty(64, dtype=torch.float32), -(-M // 256)
     shapes = ((levels, blocks, 4), (8, 4), (levels, 256 * blocks, 2))
-    of = (Tables(*(_empty(*shape, dtype=torch.int32) for shape in shapes)), window, gpu, precision)
+    dropped = Drops(_empty(1, dtype=torch.int64), _empty(64, dtype=torch.int32)) if drops else None
+    of = (Tables(*(_empty(*shape, dtype=torch.int32) for shape in shapes)), window, dropped, gpu, precision)
     with record_launches() as launches:
         _, xa = lora_segments_forward(x, weight, A, B, bias, scales, *of)
         lora_segments_backward(dy, x, weight, A, B, xa, scales, *of, (True, True, True))
@@ -127,7 +128,9 @@ def default_launches(name: str):
     launches += record(2**17, 2**15, 2**15, 16, torch.bfloat16, gpu)
     for M in _rows_for_each_expand_tile(gpu, gpu.has_tma, "ieee", 2):
         launches += record_segments(M, 512, 512, 64, torch.bfloat16, gpu)
+        launches += record_segments(M, 512, 512, 64, torch.bfloat16, gpu, drops=True)
     launches += record_segments(8192, 4096, 4096, 256, torch.bfloat16, gpu, levels=2)
+    launches += record_segments(8192, 512, 512, 64, torch.bfloat16, gpu, levels=2, drops=True)
     launches += record_segments(8000, 1000, 1048, 128, torch.float16, gpu)
     launches += record_segments(2**17, 2**15, 2**15, 64, torch.bfloat16, gpu)
     for precision in ("ieee", "tf32"):

@@ -4,12 +4,15 @@ import torch
 
 from fused_lora import segments
 from fused_lora.ops import Adapter, Part, Routed, lora_segments, segmented
+from fused_lora.reference import mask_threshold
 from tests.kernels.problem import DEVICE
 from tests.segments.divisions import places_of
 
+SEED = 5
+
 
 class Linear:
-    def __init__(self, division, K, N, dtype, lora_dtype, scale, generator):
+    def __init__(self, division, K, N, dtype, lora_dtype, scale, generator, drops):
         rnd = lambda *sizes, std=1.0: torch.randn(*sizes, generator=generator, device=DEVICE) * std  # noqa: E731
         self.division, self.plan = division, division.plan()
         self.places, R = places_of(division.ranks)
@@ -24,24 +27,36 @@ class Linear:
             self.scales[place.rank // 16 : (place.rank + place.size) // 16] = scale * (0.5 + 0.25 * (adapter % 5))
             self.factors.append((torch.nn.Parameter(self.A[rows].data), torch.nn.Parameter(up[rows].data.t())))
         self.B = up.t()
+        self.thresholds = self._drop(R) if drops else None
         of = segments.constants(self.plan, torch.device(DEVICE))
         self.tables = segments.tables(self.plan, of, division.ends(DEVICE), division.M)
+
+    def _drop(self, R):
+        """Thresholds; the scales get 1 / (1 - p)."""
+        thresholds = torch.zeros(R // 16, dtype=torch.int32, device=DEVICE)
+        for adapter, place in enumerate(self.places):
+            p, slices = (0.25, 0.0, 0.9)[adapter % 3], slice(place.rank // 16, (place.rank + place.size) // 16)
+            thresholds[slices] = mask_threshold(p)
+            self.scales[slices] /= 1 - p
+        return thresholds
 
     def routed(self):
         begins = self.division.begins().items()
         adapters = tuple(Adapter(*self.factors[a], self.places[a].rank, tuple(found)) for a, found in begins)
         return Routed(
-            Part(self.weight, self.A, self.B, self.bias, self.scales), self.tables, self.plan.window, adapters
-        )
+            Part(self.weight, self.A, self.B, self.bias, self.scales), self.tables, self.plan.window, adapters,
+            self.thresholds,
+        )  # fmt: skip
 
-    def by_formula(self, x, dy, dtype):
+    def by_formula(self, x, dy, dtype, seed):
         """(y, dx, dA, dB, dbias) in a dtype, dA and dB of the windows' ranks; factors as kernels read them."""
         of = (self.scales, self.tables, self.plan.window)
+        drops = None if self.thresholds is None else segments.Drops(seed, self.thresholds)
         A, B = (each.to(x.dtype).to(dtype) for each in (self.A, self.B))
         x, dy, weight, bias = (each.detach().to(dtype) for each in (x, dy, self.weight, self.bias))
-        y, xa = segments.forward_ref(x, weight, A, B, bias, *of)
+        y, xa = segments.forward_ref(x, weight, A, B, bias, *of, drops)
         dxa = segments.dxa_ref(dy, B, *of)
-        dx, dA, dB = segments.backward_ref(dy, x, weight, A, B, xa, dxa, *of, (True, True, True))
+        dx, dA, dB = segments.backward_ref(dy, x, weight, A, B, xa, dxa, *of, (True, True, True), drops)
         return y, dx, dA, dB, dy.sum(0)
 
     def gradients(self, dA, dB):
@@ -52,18 +67,19 @@ class Linear:
 
 
 class Problem:
-    def __init__(self, division, K, Ns, dtype=torch.bfloat16, lora_dtype=None, scale=1.0, backend="cuda"):
+    def __init__(self, division, K, Ns, dtype=torch.bfloat16, lora_dtype=None, scale=1.0, backend="cuda", drops=False):
         self.backend = backend
         generator = torch.Generator(DEVICE).manual_seed(0)
         self.x = torch.randn(division.M, K, generator=generator, device=DEVICE).to(dtype).requires_grad_()
-        self.linears = [Linear(division, K, N, dtype, lora_dtype or dtype, scale, generator) for N in Ns]
+        self.linears = [Linear(division, K, N, dtype, lora_dtype or dtype, scale, generator, drops) for N in Ns]
         self.dys = [torch.randn(division.M, N, generator=generator, device=DEVICE).to(dtype) for N in Ns]
 
     def run(self):
         """ys; dx; and of each linear its bias's gradient and its adapters'."""
         routed = [linear.routed() for linear in self.linears]
-        of = [segmented.Segments(each.tables, each.window) for each in routed]
+        of = [segmented.Segments(each.tables, each.window, each.thresholds) for each in routed]
         assert segmented.backend(self.x, [each.part for each in routed], of) == self.backend
+        torch.manual_seed(SEED)
         ys = lora_segments(self.x, routed)
         inputs = [self.x]
         for linear, each in zip(self.linears, routed, strict=True):
@@ -71,7 +87,10 @@ class Problem:
         return [*ys, *torch.autograd.grad(ys, inputs, self.dys)]
 
     def by_formula(self, dtype):
-        each = [linear.by_formula(self.x, dy, dtype) for linear, dy in zip(self.linears, self.dys, strict=True)]
+        torch.manual_seed(SEED)
+        seeds = [torch.randint(2**62, (), device=DEVICE) for _ in self.linears]
+        linears = zip(self.linears, self.dys, seeds, strict=True)
+        each = [linear.by_formula(self.x, dy, dtype, seed) for linear, dy, seed in linears]
         grads = []
         for linear, (_, _, dA, dB, dbias) in zip(self.linears, each, strict=True):
             grads += [dbias, *(grad for pair in linear.gradients(dA, dB) for grad in pair)]

@@ -6,27 +6,33 @@ import torch._dynamo.testing
 
 from fused_lora import segments
 from fused_lora.ops import Adapter, Part, Routed, lora_segments
+from fused_lora.reference import dropout, mask_threshold
 from tests.segments.divisions import DIVISIONS, Division, places_of
 
 K, WIDTHS = 40, (24, 33)
 
 
 class Linear:
-    """Factors in slabs, with tables of a division."""
+    """Factors in slabs, with tables of a division. Adapter i drops by ps[i]."""
 
-    def __init__(self, division, N, dtype, seed):
+    def __init__(self, division, N, dtype, seed, ps=None):
         generator = torch.Generator().manual_seed(seed)
         self.rnd = lambda *sizes: torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
         self.division, self.plan = division, division.plan()
         self.places, R = places_of(division.ranks)
         self.weight, self.bias = self.rnd(N, K), self.rnd(N).requires_grad_()
         self.A, up = torch.zeros(R, K, dtype=dtype), torch.zeros(R, N, dtype=dtype)
-        self.scales = torch.zeros(R // 16)
+        self.scales, self.ps, self.thresholds = torch.zeros(R // 16), ps, None
+        if ps is not None:
+            self.thresholds = torch.zeros(R // 16, dtype=torch.int32)
         self.factors = []
         for adapter, (place, r) in enumerate(zip(self.places, division.ranks, strict=True)):
             rows = slice(place.rank, place.rank + r)
             self.A[rows], up[rows] = self.rnd(r, K), self.rnd(r, N)
-            self.scales[place.rank // 16 : (place.rank + place.size) // 16] = self.scale(adapter)
+            slices = slice(place.rank // 16, (place.rank + place.size) // 16)
+            self.scales[slices] = self.scale(adapter) / (1 - (ps[adapter] if ps else 0))
+            if ps is not None:
+                self.thresholds[slices] = mask_threshold(ps[adapter])
             self.factors.append((torch.nn.Parameter(self.A[rows].data), torch.nn.Parameter(up[rows].data.t())))
         self.B = up.t()
 
@@ -39,16 +45,18 @@ class Linear:
         tables = segments.tables(self.plan, of, self.division.ends(), self.division.M)
         adapters = [Adapter(*self.factors[a], self.places[a].rank, tuple(found)) for a, found in begins.items()]
         return Routed(
-            Part(self.weight, self.A, self.B, self.bias, self.scales), tables, self.plan.window, tuple(adapters)
-        )
+            Part(self.weight, self.A, self.B, self.bias, self.scales), tables, self.plan.window, tuple(adapters),
+            self.thresholds,
+        )  # fmt: skip
 
-    def by_rows(self, x):
+    def by_rows(self, x, seed=None):
+        dropped = lambda adapter, level: x if seed is None else dropout(x, self.ps[adapter], seed + level)  # noqa: E731
         ys = []
-        for row, adapters in zip(x, self.division.adapters, strict=True):
-            y = self.weight @ row + self.bias
-            for adapter in adapters:
+        for i, adapters in enumerate(self.division.adapters):
+            y = self.weight @ x[i] + self.bias
+            for level, adapter in enumerate(adapters):
                 A, B = self.factors[adapter]
-                y = y + self.scale(adapter) * (B @ (A @ row))
+                y = y + self.scale(adapter) * (B @ (A @ dropped(adapter, level)[i]))
             ys.append(y)
         return torch.stack(ys)
 
@@ -58,8 +66,8 @@ class Linear:
 
 
 class Problem:
-    def __init__(self, division, dtype=torch.float64):
-        self.linears = [Linear(division, N, dtype, seed) for seed, N in enumerate(WIDTHS)]
+    def __init__(self, division, dtype=torch.float64, ps=None):
+        self.linears = [Linear(division, N, dtype, seed, ps) for seed, N in enumerate(WIDTHS)]
         rnd = self.linears[0].rnd
         self.x = rnd(division.M, K).requires_grad_()
         self.dys = [rnd(division.M, N) for N in WIDTHS]
@@ -92,6 +100,30 @@ def test_values_and_gradients(name):
     assert_near(grads(ys, problem), grads(expected, problem))
     with torch.no_grad():
         assert_near(problem(), expected)
+
+
+@pytest.mark.parametrize("name", ["sums of two", "without adapters in between"])
+def test_dropout(name):
+    """Linears have masks of their own, and a backward pass those of its forward."""
+    division = DIVISIONS[name]
+    problem = Problem(division, ps=[(0.5, 0.0, 0.75)[adapter % 3] for adapter in range(len(division.ranks))])
+    torch.manual_seed(3)
+    ys = problem()
+    torch.manual_seed(3)
+    expected = [linear.by_rows(problem.x, torch.randint(2**62, ())) for linear in problem.linears]
+    assert_near(ys, expected)
+    assert not torch.equal(ys[0], problem()[0])
+    assert_near(grads(ys, problem), grads(expected, problem))
+
+
+def test_second_derivatives_of_dropout():
+    problem = Problem(SMALL, ps=(0.5, 0.25, 0.0))
+
+    def run(*_):
+        torch.manual_seed(0)
+        return problem()
+
+    assert torch.autograd.gradgradcheck(run, problem.inputs[:4] + problem.linears[0].trained[2:4])
 
 
 SMALL = Division((3, 20, 16), ((1, 3), (None, 2), (0, 2), (2, 0), (1, 2)), behind=1)

@@ -56,6 +56,12 @@ def test_dtypes(name, dtype, lora_dtype, scale):
     of_triton(name, 40, (33, 24) if dtype is BF16 else (24,), dtype, lora_dtype, scale)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("odd", BF16), ("sums of two", BF16), ("a tree", FP16), ("odd", FP32)])
+def test_dropout(name, dtype):
+    """Adapters by p of their own, on levels with masks of their own."""
+    of_triton(name, 72, (40,), dtype, drops=True)
+
+
 @pytest.mark.parametrize(("K", "N"), [(8, 8), (100, 72), (63, 65), (24, 300)])
 def test_sizes(K, N):
     of_triton("odd", K, (N,))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fused_lora import segments
+from fused_lora import reference, segments
+from fused_lora.ops import segmented as of_segments
 from tests.ops.problem import DEVICES, SCALE, make_inputs
 from tests.ops.test_lora_parts import backward_arguments, flatten, make_parts
 from tests.ops.test_merge_and_reinit import SHAPES, make_layers, zeros_beside
@@ -18,17 +19,21 @@ def parts_of(device, dtype=torch.float32, K=10):
 def forward(device):
     x, parts = parts_of(device)
     yield x, flatten(parts), 0.0, [], "none"
-    yield segmented(device)
+    yield segmented(device, False)
+    yield segmented(device, True)
 
 
-def segmented(device):
+def segmented(device, drops):
     """Rows with adapters of their own: two of 12 rows, one of them with both."""
     x, parts = make_parts(12, 10, [(7, 64)], device, torch.float32, None)
     plan = segments.make_plan([[segments.Place(0, 16)], [], [segments.Place(0, 16), segments.Place(32, 32)]])
     ends = torch.tensor([4, 6, 11], dtype=torch.int32, device=device)
     tables = segments.tables(plan, segments.constants(plan, x.device), ends, 12)
-    part = parts[0]._replace(scale=torch.rand(4, device=device))
-    return x, flatten([part]), 0.0, [], "none", list(tables), plan.window
+    thresholds = torch.full((4,), reference.mask_threshold(0.25), dtype=torch.int32, device=device) if drops else None
+    seed = torch.tensor(3, device=device) if drops else None
+    part = parts[0]._replace(scale=torch.rand(4, device=device), seed=seed)
+    tensors = of_segments.flatten([of_segments.Segments(tables, plan.window, thresholds)])
+    return x, flatten([part]), 0.0, [], "none", tensors, plan.window
 
 
 def backward(device):
@@ -36,11 +41,11 @@ def backward(device):
     for each in (parts, [parts[0]._replace(gain=torch.rand(7, device=device)), parts[1]]):
         *ys, xa, other = ops.lora_parts_forward(x, flatten(each), 0.0, [], "none")
         yield backward_arguments(x, each, [xa, other], 0.0, (True, True, True, True), ys)
-    x, part, *rest = segmented(device)
-    y, xa = ops.lora_parts_forward(x, part, *rest)
-    tables = rest[-2:]
-    for needs in ([True, True, True], [True, False, False]):
-        yield [torch.ones_like(y)], [x], part, [xa], [None], 0.0, True, needs, [], [], False, [], *tables
+    for drops in (False, True):
+        x, part, *rest = segmented(device, drops)
+        y, xa = ops.lora_parts_forward(x, part, *rest)
+        for needs in ([True, True, True], [True, False, False]):
+            yield [torch.ones_like(y)], [x], part, [xa], [None], 0.0, True, needs, [], [], False, [], *rest[-2:]
 
 
 def again(device):

@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from fused_lora.segments import backward_ref, constants, dxa_ref, forward_ref, lora_segments_ref, tables
+from fused_lora.reference import keep_mask, mask_threshold
+from fused_lora.segments import Drops, backward_ref, constants, dxa_ref, forward_ref, lora_segments_ref, tables
 
 from .divisions import DIVISIONS, places_of
 
 K, N = 40, 24
+PS = (0.25, 0.0, 0.99, 0.5, 1.0)  # by which adapters drop
 
 
 class Problem:
-    def __init__(self, division, dtype=torch.float64):
+    def __init__(self, division, dtype=torch.float64, drops=False):
+        self.ps = [PS[adapter % len(PS)] if drops else 0.0 for adapter in range(len(division.ranks))]
         generator = torch.Generator().manual_seed(0)
         rnd = lambda *sizes: torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
         self.division, self.plan = division, division.plan()
@@ -24,19 +27,36 @@ class Problem:
             self.scales[place.rank // 16 : (place.rank + place.size) // 16] = 0.5 + 0.25 * (adapter % 5)
         self.scales = self.scales.nan_to_num(7.0)
         self.tables = tables(self.plan, constants(self.plan, torch.device("cpu")), division.ends(), division.M)
+        self.drops = Drops(torch.tensor(77), self._drop(R)) if drops else None
+        self.of = (self.scales, self.tables, self.plan.window)
+
+    def _drop(self, R):
+        """Thresholds; the scales get 1 / (1 - p)."""
+        thresholds = torch.zeros(R // 16, dtype=torch.int32)
+        for place, p in zip(self.places, self.ps, strict=True):
+            slices = slice(place.rank // 16, (place.rank + place.size) // 16)
+            thresholds[slices] = mask_threshold(p)
+            self.scales[slices] *= 0 if p == 1 else 1 / (1 - p)
+        return thresholds
+
+    def mask(self, adapter, level):
+        seed = 0 if self.drops is None else self.drops.seed + level
+        return keep_mask(len(self.x), K, self.ps[adapter], torch.as_tensor(seed)).double()
 
     def by_loops(self):
         """y, dx, and dA and dB by place."""
         y, dx = self.x @ self.weight.T + self.bias, self.dy @ self.weight
         dA, dB = torch.zeros_like(self.A), torch.zeros_like(self.B)
-        for row, adapter in ((row, each) for row, own in enumerate(self.division.adapters) for each in own):
-            place = self.places[adapter]
-            own = slice(place.rank, place.rank + place.size)
-            xa = self.scales[place.rank // 16] * (self.A[own] @ self.x[row])
+        masks = {(adapter, level): self.mask(adapter, level) for adapter in range(len(self.ps)) for level in range(4)}
+        each = ((row, place) for row, own in enumerate(self.division.adapters) for place in enumerate(own))
+        for row, (level, adapter) in each:
+            place, mask = self.places[adapter], masks[adapter, level][row]
+            own, x = slice(place.rank, place.rank + place.size), self.x[row] * mask
+            xa = self.scales[place.rank // 16] * (self.A[own] @ x)
             dxa = self.scales[place.rank // 16] * (self.dy[row] @ self.B[:, own])
             y[row] += self.B[:, own] @ xa
-            dx[row] += dxa @ self.A[own]
-            dA[own] += torch.outer(dxa, self.x[row])
+            dx[row] += dxa @ self.A[own] * mask
+            dA[own] += torch.outer(dxa, x)
             dB[:, own] += torch.outer(self.dy[row], xa)
         return y, dx, dA, dB
 
@@ -55,23 +75,25 @@ def near(got, want, tolerance=1e-10):
     return (got - want).abs().max().item() <= tolerance * max(1, want.abs().max().item())
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("name", DIVISIONS)
-def test_forward_and_backward(name):
-    problem = Problem(DIVISIONS[name])
-    of = (problem.scales, problem.tables, problem.plan.window)
-    y, xa = forward_ref(problem.x, problem.weight, problem.A, problem.B, problem.bias, *of)
+def test_forward_and_backward(name, drops):
+    problem = Problem(DIVISIONS[name], drops=drops)
+    of = problem.of
+    y, xa = forward_ref(problem.x, problem.weight, problem.A, problem.B, problem.bias, *of, problem.drops)
     dxa = dxa_ref(problem.dy, problem.B, *of)
     operands = (problem.dy, problem.x, problem.weight, problem.A, problem.B, xa, dxa)
-    dx, dA, dB = backward_ref(*operands, *of, (True, True, True))
+    dx, dA, dB = backward_ref(*operands, *of, (True, True, True), problem.drops)
     assert dA.shape == (problem.plan.ranks, K)
     assert dB.shape == (N, problem.plan.ranks)
     for got, want in zip((y, dx, *problem.by_place(dA, dB)), problem.by_loops(), strict=True):
         assert near(got, want)
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("name", DIVISIONS)
-def test_by_autograd(name):
-    problem = Problem(DIVISIONS[name])
+def test_by_autograd(name, drops):
+    problem = Problem(DIVISIONS[name], drops=drops)
     x, A, B = (each.clone().requires_grad_() for each in (problem.x, problem.A, problem.B))
     begins = {place: [] for place in problem.places}
     for level in problem.plan.levels:
@@ -83,7 +105,7 @@ def test_by_autograd(name):
         for place, found in begins.items()
         if found
     ]
-    y = lora_segments_ref(x, problem.weight, problem.bias, adapters, problem.scales, problem.tables.rows)
+    y = lora_segments_ref(x, problem.weight, problem.bias, adapters, problem.scales, problem.tables.rows, problem.drops)
     want_y, *want = problem.by_loops()
     assert near(y, want_y)
     grads = torch.autograd.grad(y, (x, A, B), problem.dy, materialize_grads=True)

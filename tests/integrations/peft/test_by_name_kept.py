@@ -83,7 +83,7 @@ def test_without_a_kernel_it_is_pefts():
     plain, model = both()
     check(plain, model, BATCHES["in order"], 0)
     reason = accelerate(model).kept_by_name["base_model.model.up"]
-    assert reason == choices.choose_segments(torch.device("cpu"), torch.float64, 128, True).reason
+    assert reason == choices.choose_segments(torch.device("cpu"), torch.float64, 128, True, False).reason
     assert reason in str(explain(model))
 
 
