@@ -57,3 +57,19 @@ def mask_numbers(M: int, K: int, seed: Tensor, first: int = 0) -> Tensor:
     group_keys = _fold(row_keys[:, None] ^ (groups * 0x9E3779B9 & _U32), 0x7FEB352D)
     words = torch.stack([_fold(group_keys, factor) for factor in _FACTORS], dim=-1)
     return torch.stack((words & 0x7FFF, words >> 16 & 0x7FFF), dim=-1).flatten(1)[:, :K]
+
+
+_LAST_PICKED = 0x7C00  # infinity, where numbers are read as float16, which is how CUDA compares them, two at once
+
+
+def mask_threshold(p: float) -> int:
+    """Which entries are dropped, p to the nearest 2^-15: those whose numbers are from this one to 0x7C00. For p above
+    31 / 32, where no interval is as long, these are the kept ones, 1 - p of all, and 2^16 is added."""
+    keeps = p > 31 / 32
+    return _LAST_PICKED + 1 - round((1 - p if keeps else p) * 2**15) + (keeps << 16)
+
+
+def kept(numbers: Tensor, threshold: int | Tensor) -> Tensor:
+    """Which of mask_numbers' entries are kept, by one threshold or by one of each."""
+    picked = (numbers >= (threshold & 0xFFFF)) & (numbers <= _LAST_PICKED)
+    return picked == (threshold > 0xFFFF)

@@ -11,27 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .hashing import half_bits, hash_bits, mask_numbers
-
-_LAST_PICKED = 0x7C00  # infinity, where numbers are read as float16, which is how CUDA compares them, two at once
-
-
-def mask_threshold(p: float) -> int:
-    """Which entries are dropped, p to the nearest 2^-15: those whose numbers are from this one to 0x7C00. For p above
-    31 / 32, where no interval is as long, these are the kept ones, 1 - p of all, and 2^16 is added."""
-    keeps = p > 31 / 32
-    return _LAST_PICKED + 1 - round((1 - p if keeps else p) * 2**15) + (keeps << 16)
+from .hashing import half_bits, hash_bits, kept, mask_numbers, mask_threshold
 
 
 def keep_mask(M: int, K: int, p: float, seed: Tensor, first: int = 0) -> Tensor:
     """(M, K) bool, True with probability 1 - p."""
     return kept(mask_numbers(M, K, seed, first), mask_threshold(p))
-
-
-def kept(numbers: Tensor, threshold: int | Tensor) -> Tensor:
-    """Which of mask_numbers' entries are kept, by mask_threshold's numbers."""
-    picked = (numbers >= (threshold & 0xFFFF)) & (numbers <= _LAST_PICKED)
-    return picked == (threshold > 0xFFFF)
 
 
 def uniform(rows: int, cols: int, bound: float, seed: Tensor) -> Tensor:

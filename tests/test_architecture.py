@@ -18,7 +18,7 @@ ROOMS = {
     "checks": set(),
     "hashing": set(),
     "reference": {"hashing"},
-    "segments": {"reference"},
+    "segments": {"reference", "hashing"},
     "padding": set(),
     "extras": set(),
     "whole_files": set(),

@@ -1,7 +1,6 @@
 """Adapters of LoRABank layers as files: one adapter a folder, as PEFT has them."""
 
 import dataclasses
-import warnings
 from functools import reduce
 from types import SimpleNamespace
 
@@ -30,7 +29,7 @@ def layers_of_adapter(model: nn.Module, name: str | None) -> dict[str, SimpleNam
         adapter, (A, B) = bank.adapters[name], bank.factors(name)
         found[bare_name(layer)] = SimpleNamespace(
             r=adapter.r, lora_alpha=adapter.lora_alpha, use_rslora=adapter.use_rslora, lora_A=A, lora_B=B,
-            use_dora=False, lora_dropout=0.0, bias=None,
+            use_dora=False, lora_dropout=adapter.lora_dropout, bias=None,
         )  # fmt: skip
     return found
 
@@ -72,8 +71,6 @@ def load(
     model: nn.Module, name: str, config: LoRAConfig, factors: dict, lora_dtype: torch.dtype | None
 ) -> ReplaceReport | None:
     """What errors_of has nothing against. The report of linears that became banks, if the adapter is new."""
-    if config.lora_dropout:
-        warnings.warn(f"lora_dropout={config.lora_dropout} is not served: banks drop nothing", stacklevel=3)
     report = None
     if not _banks_of(model, name):
         modules = modules_of(model)
@@ -88,6 +85,7 @@ def load(
             for factor, which in zip(bank.factors(name), files.FACTORS, strict=True):
                 factor.copy_(factors[layer][which])
         bank.set_lora_alpha(name, config.of(layer)[1], config.use_rslora)
+        bank.set_lora_dropout(name, config.lora_dropout)
     return report
 
 
@@ -101,5 +99,5 @@ def _exact(config: LoRAConfig, factors: dict) -> LoRAConfig:
     return dataclasses.replace(
         config, target_modules=exactly(factors), exclude_modules=None, layers_to_transform=None, layers_pattern=None,
         rank_pattern=of_any(factors, config.rank_pattern), alpha_pattern=of_any(factors, config.alpha_pattern),
-        lora_dropout=0.0, bias="none", task_type=None,
+        bias="none", task_type=None,
     )  # fmt: skip

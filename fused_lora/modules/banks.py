@@ -26,6 +26,7 @@ def add_adapter(
     target_modules: str | Iterable[str] | None = None,
     exclude_modules: str | Iterable[str] | None = None,
     use_rslora: bool = False,
+    lora_dropout: float = 0.0,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
     config=None,
@@ -38,15 +39,16 @@ def add_adapter(
     LoRABank layers, in place, and those that are some get it beside the ones that they have.
 
     target_modules, exclude_modules, rank_pattern, alpha_pattern and config choose the layers and their r and lora_alpha
-    as in replace_linear, each time anew: adapters may differ in all of it. lora_dtype and capacity (ranks) are those of
-    new banks, and fuse is replace_linear's. The bases stop requiring gradients; everything else is left as it was, but
-    with freeze=True all but adapters stops too.
+    as in replace_linear, each time anew: adapters may differ in all of it, and in lora_dropout. lora_dtype and capacity
+    (ranks) are those of new banks, and fuse is replace_linear's. The bases stop requiring gradients; everything else is
+    left as it was, but with freeze=True all but adapters stops too.
 
     Raises ValueError naming the argument, RuntimeError where a captured CUDA graph leaves no room; nothing has changed
     then. LoRA: Hu et al. 2021, arXiv:2106.09685.
     """
     asked = _config(config, r=r, lora_alpha=lora_alpha, target_modules=target_modules, exclude_modules=exclude_modules,
-                    use_rslora=use_rslora, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)  # fmt: skip
+                    use_rslora=use_rslora, lora_dropout=lora_dropout, rank_pattern=rank_pattern,
+                    alpha_pattern=alpha_pattern)  # fmt: skip
     report, linears, banks = find_targets(model, asked.selection)
     if not linears and not banks:
         raise_none(report, asked.selection)
@@ -56,7 +58,7 @@ def add_adapter(
     found = banks | made
     every = {layer: found[layer] for layer, _ in model.named_modules() if layer in found}
     for layer, bank in every.items():
-        bank.check_new(name, *asked.of(layer))
+        bank.check_new(name, *asked.of(layer), asked.lora_dropout)
     for entry in asked.unmatched(list(every)):
         warnings.warn(f"{entry} matches no layer that gets the adapter", stacklevel=2)
         report.unmatched.append(entry)
@@ -103,11 +105,11 @@ def _config(config, **given) -> LoRAConfig:
             given["lora_alpha"] = 1.0
             warnings.warn("lora_alpha was left out, and is 1.0: scale is 1 / r (PEFT's default is 8)", stacklevel=3)
         return LoRAConfig(**given)
-    beside = [name for name, value in given.items() if value not in (None, False)]
+    beside = [name for name, value in given.items() if value not in (None, False, 0.0)]
     if beside:
         raise ValueError(f"give config or {', '.join(beside)}, not both")
     asked = asked_for(fields_of(config))
-    unserved = [f"{name}={getattr(asked, name)!r}" for name in ("lora_dropout", "use_dora") if getattr(asked, name)]
+    unserved = [f"use_dora={asked.use_dora!r}"] if asked.use_dora else []
     if asked.bias != "none":
         unserved.append(f"bias={asked.bias!r}")
     if unserved:
@@ -120,7 +122,7 @@ def _add_to_all(banks: dict[str, LoRABank], name: str, asked: LoRAConfig) -> Non
     done = []
     try:
         for layer, bank in banks.items():
-            bank.add_adapter(name, *asked.of(layer), asked.use_rslora)
+            bank.add_adapter(name, *asked.of(layer), asked.use_rslora, asked.lora_dropout)
             done.append(bank)
     except BaseException:
         for bank in done:

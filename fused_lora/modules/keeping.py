@@ -26,6 +26,7 @@ class Adapter:
     lora_alpha: float
     use_rslora: bool
     place: Place
+    lora_dropout: float = 0.0
     serial: int = field(default_factory=itertools.count().__next__)  # no other adapter's
 
     @property
@@ -49,25 +50,28 @@ class Keeping(nn.Module):
         self._default: route | None = None
         self.register_load_state_dict_post_hook(_settle_loaded)
 
-    def add_adapter(self, name: str, r: int, lora_alpha: float = 1.0, use_rslora: bool = False) -> None:
-        """A new one: A kaiming-uniform with a = sqrt 5, B zero."""
-        self.check_new(name, r, lora_alpha)
+    def add_adapter(
+        self, name: str, r: int, lora_alpha: float = 1.0, use_rslora: bool = False, lora_dropout: float = 0.0
+    ) -> None:
+        """A new one: A kaiming-uniform with a = sqrt 5, B zero. lora_dropout acts on its input in training."""
+        self.check_new(name, r, lora_alpha, lora_dropout)
         place = self._room(size_of(r))
         self._slab.take(place)
-        self.adapters[name] = Adapter(r, lora_alpha, use_rslora, place)
+        self.adapters[name] = Adapter(r, lora_alpha, use_rslora, place, lora_dropout)
         A, B = self._slab.factors(place, r)
         self.lora_A.register_parameter(name, nn.Parameter(A))
         self.lora_B.register_parameter(name, nn.Parameter(B))
-        self._slab.rescale(place, self.adapters[name].scaling)
+        self._rescale(name)
         self.reset_lora_parameters(name)
 
-    def check_new(self, name: str, r: int, lora_alpha: float) -> None:
+    def check_new(self, name: str, r: int, lora_alpha: float, lora_dropout: float = 0.0) -> None:
         """Whether add_adapter would succeed, but for memory."""
         self.check_name(name)
         checks.check_rank(r)
         if r > SIZES[-1]:
             raise ValueError(f"r must be at most {SIZES[-1]} in a bank, got {r}")
         checks.check_scale("lora_alpha", lora_alpha)
+        checks.check_probability("lora_dropout", lora_dropout)
         if self._captured and self._slab.find(size_of(r)) is None:
             raise RuntimeError(
                 "a captured CUDA graph reads the adapters where they lie, and there is no room for another one: "
@@ -101,7 +105,7 @@ class Keeping(nn.Module):
         self.check_name(name)
         self.adapters[name] = adapter
         self._held[name] = self._slab.factors(adapter.place, adapter.r)
-        self._slab.rescale(adapter.place, adapter.scaling)
+        self._rescale(name)
 
     def drop(self, name: str) -> None:
         """Undoes hold. Passes that saved the factors and routes that were made before raise RuntimeError."""
@@ -151,7 +155,17 @@ class Keeping(nn.Module):
         adapter = self.adapter(name)
         adapter.lora_alpha = lora_alpha
         adapter.use_rslora = adapter.use_rslora if use_rslora is None else use_rslora
-        self._slab.rescale(adapter.place, adapter.scaling)
+        self._rescale(name)
+
+    def set_lora_dropout(self, name: str, lora_dropout: float) -> None:
+        """The probability changes in place: captured CUDA graphs see it, if they were captured with another than 0."""
+        checks.check_probability("lora_dropout", lora_dropout)
+        self.adapter(name).lora_dropout = lora_dropout
+        self._rescale(name)
+
+    def _rescale(self, name: str) -> None:
+        adapter = self.adapters[name]
+        self._slab.rescale(adapter.place, adapter.scaling, adapter.lora_dropout)
 
     # ---- where factors lie
 
@@ -165,7 +179,7 @@ class Keeping(nn.Module):
         if not self._captured and not self._are_settled(name for name in self.adapters if name not in self._held):
             self._slab.renew()
         for name, adapter in self.adapters.items():
-            self._slab.rescale(adapter.place, adapter.scaling)
+            self._rescale(name)
             own = self._slab.factors(adapter.place, adapter.r)
             if self._is_settled(name):
                 continue

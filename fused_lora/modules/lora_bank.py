@@ -93,8 +93,8 @@ class LoRABank(Keeping):
 
     @property
     def dropping(self) -> float:
-        """Nothing is dropped."""
-        return 0.0
+        """The largest probability by which one of its adapters drops now."""
+        return max([0.0, *(each.lora_dropout for each in self.adapters.values())]) if self.training else 0.0
 
     def lora_sources(self) -> tuple:
         """All that a result depends on, but for x."""
@@ -118,6 +118,14 @@ class LoRABank(Keeping):
         """The linear with the slabs, in which the factors of these adapters are what their parameters are now."""
         A, up = self.slabs_with(tuple(names))
         return ops.Part(parameter(self, "weight"), A, up.t(), parameter(self, "bias"), self._slab.scales)
+
+    def routed(self, names: tuple[str, ...], tables, window: int, adapters: tuple[ops.Adapter, ...]) -> ops.Routed:
+        """What it computes of rows that have these adapters by the tables."""
+        routed = ops.Routed(self.part(names), tables, window, adapters)
+        if not (self.training and any(self.adapters[name].lora_dropout for name in names)):
+            return routed
+        scale = self._slab.scales * self._slab.keeps
+        return routed._replace(part=routed.part._replace(scale=scale), thresholds=self._slab.thresholds)
 
     def extra_repr(self) -> str:
         return (

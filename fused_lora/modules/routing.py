@@ -221,8 +221,7 @@ class _OfBank:
     def routed(self, bank, route: route, x: Tensor) -> Routed:
         self.check(bank)
         adapters = tuple(Adapter(*bank.factors(name), rank, begins) for name, rank, begins in self.adapters)
-        part = bank.part(self.names)
-        return Routed(part, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
+        return bank.routed(self.names, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
 
 
 def _serial(bank, name: str) -> int:

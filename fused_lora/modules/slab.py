@@ -5,13 +5,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..reference import mask_threshold
 from ..segments import SIZES, SLICE, Place
 
 LEAST = 64  # ranks
 
 
 class Slab:
-    """A (R, K) and up (R, N), the transpose of B, with a row for each rank; scales (R / 16,) in float32.
+    """A (R, K) and up (R, N), the transpose of B, with a row for each rank; of each slice of 16 ranks its adapter's
+    scales and keeps, 1 / (1 - p), in float32, and thresholds, by which its mask drops (hashing.mask_threshold).
 
     Places begin at multiples of their size, and rows that no adapter has are zero. Where there is no room, R doubles,
     and everything moves: `moved` counts that.
@@ -23,6 +25,8 @@ class Slab:
         self.A = torch.zeros(ranks, K, device=device, dtype=dtype)
         self.up = torch.zeros(ranks, N, device=device, dtype=dtype)
         self.scales = torch.zeros(ranks // SLICE, device=device, dtype=_scale_dtype(self.A))
+        self.keeps = torch.zeros_like(self.scales)
+        self.thresholds = torch.zeros(ranks // SLICE, device=device, dtype=torch.int32)
         self.taken = [False] * (ranks // SLICE)
         self.moved = 0
 
@@ -78,8 +82,12 @@ class Slab:
             for place, A, B in each
         )
 
-    def rescale(self, place: Place, scaling: float) -> None:
-        self.scales[place.rank // SLICE : (place.rank + place.size) // SLICE].fill_(scaling)
+    def rescale(self, place: Place, scaling: float, p: float) -> None:
+        """p: by which the adapter drops."""
+        slices = slice(place.rank // SLICE, (place.rank + place.size) // SLICE)
+        self.scales[slices].fill_(scaling)
+        self.keeps[slices].fill_(0 if p == 1 else 1 / (1 - p))
+        self.thresholds[slices].fill_(mask_threshold(p))
 
     @torch.inference_mode(False)
     def grow(self) -> None:
@@ -87,7 +95,9 @@ class Slab:
         more = max(self.ranks, SIZES[-1])
         self.A = torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])])
         self.up = torch.cat([self.up, self.up.new_zeros(more, self.up.shape[1])])
-        self.scales = torch.cat([self.scales, self.scales.new_zeros(more // SLICE)])
+        self.scales, self.keeps, self.thresholds = (
+            torch.cat([each, each.new_zeros(more // SLICE)]) for each in (self.scales, self.keeps, self.thresholds)
+        )
         self.taken += [False] * (more // SLICE)
         self.moved += 1
 
@@ -103,7 +113,8 @@ class Slab:
         if (self.A.device, self.A.dtype) == (device, dtype):
             return
         self.A, self.up = _moved(self.A, device, dtype), _moved(self.up, device, dtype)
-        self.scales = _moved(self.scales, device, _scale_dtype(self.A))
+        self.scales, self.keeps = (_moved(each, device, _scale_dtype(self.A)) for each in (self.scales, self.keeps))
+        self.thresholds = _moved(self.thresholds, device, torch.int32)
         self.moved += 1
 
 

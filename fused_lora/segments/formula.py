@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..hashing import mask_numbers
-from ..reference import compute_dtype, kept, room
+from ..hashing import kept, mask_numbers
+from ..reference import compute_dtype, room
 from .plan import SLICE
 from .tables import Tables
 
 
 class Drops(NamedTuple):
-    """What adapters drop of x: seed, a 0-dim int64, and thresholds (R / 16,), reference.mask_threshold's of each slice
+    """What adapters drop of x: seed, a 0-dim int64, and thresholds (R / 16,), hashing.mask_threshold's of each slice
     of the slabs. Each level has a mask of its own, by seed + level. What is kept counts 1 / (1 - p) times by way of the
     scales, which whoever gives thresholds multiplies so."""
 

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..adapters import load_adapter, save_adapter
 from ..modules import adapter_parameters, add_adapter, delete_adapter, route
 from ..modules.freezing import freeze_all_but_updates
 from ..modules.protocol import is_bank
+from ..relora.seeds import mix
 from . import checkpoints
 from .batches import Batch, Tokens, collate, next_token_losses, tokens_of
 from .job import Job, Step
@@ -54,7 +56,10 @@ class TaskTrainer:
                         bit for bit where they were; those that had ended do nothing. Files of tasks that have not
                         begun there are written anew
 
-    All of the model but adapters stops requiring gradients. Raises ValueError or TypeError naming the argument.
+    All of the model but adapters stops requiring gradients, and it is in training mode from the first pass on. What
+    dropout drops depends on who else is in a pass, and not on what was drawn before.
+
+    Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. Many jobs over one base: Ye et al. 2023, arXiv:2312.02515 (ASPEN).
     """
 
@@ -134,9 +139,7 @@ class TaskTrainer:
 
     def _begin(self, task: Task) -> None:
         """With the values of its seed, whatever else is in the model."""
-        device = self._device
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
-            torch.manual_seed(task.seed)
+        with self._seeded(task.seed):
             add_adapter(self.model, task.name, config=task.config, lora_dtype=self.lora_dtype, freeze=True)
         self._run(task, None)
 
@@ -196,7 +199,10 @@ class TaskTrainer:
         self._end_all()  # whose end failed before
         if not self._jobs:
             return done
-        for job, *found in self._computed([self._jobs[name] for name in self.running]):
+        self.model.train()
+        with self._seeded(mix(self.passes)):  # a resumed run drops what it would have dropped
+            computed = self._computed([self._jobs[name] for name in self.running])
+        for job, *found in computed:
             step = job.take(*found)
             if step is not None:
                 done[job.task.name] = step
@@ -250,6 +256,14 @@ class TaskTrainer:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """torch's generators, which are as they were afterwards."""
+        device = self._device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
+            torch.manual_seed(seed)
+            yield
 
     # ---- files
 

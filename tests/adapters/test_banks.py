@@ -1,12 +1,13 @@
 """Adapters of banks as files, against PEFT."""
 
 import copy
+import json
 
 import peft
 import pytest
 import torch
 
-from fused_lora import add_adapter, load_adapter, route, save_adapter, whole_files
+from fused_lora import LoRABank, add_adapter, load_adapter, route, save_adapter, whole_files
 from fused_lora.adapters import files
 from tests.adapters.models import by_peft, net, randomised, x_of
 
@@ -147,10 +148,15 @@ def test_names(folders, tmp_path):
         save_adapter(net(), tmp_path / "x", "one")
 
 
-def test_dropout_is_said(folders, tmp_path):
+def test_dropout_is_loaded_and_saved(folders, tmp_path):
     folder = _changed(folders, tmp_path, lambda config, tensors: config.update(lora_dropout=0.1))
-    with pytest.warns(UserWarning, match="lora_dropout=0.1 is not served: banks drop nothing"):
-        load_adapter(net(), folder, "one")
+    model = net()
+    for _ in range(2):  # as a new one, and into what is there
+        load_adapter(model, folder, "one")
+        banks = [module for module in model.modules() if isinstance(module, LoRABank)]
+        assert {bank.adapters["one"].lora_dropout for bank in banks} == {0.1}
+    save_adapter(model, tmp_path / "again", "one")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_dropout"] == 0.1
 
 
 def test_the_first_adapter_that_is_loaded_freezes_the_rest(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fused_lora import LoRABank, LoRALinear, route
+from fused_lora.reference import dropout
 
 K, N = 40, 24
 RANKS = {"a": 8, "b": 16, "c": 3, "d": 64}
@@ -51,6 +52,26 @@ def test_each_adapter_computes_as_by_itself():
     assert_as_alone(bank)
     bank.set_lora_alpha("b", 11.0)
     assert_as_alone(bank)
+
+
+def test_adapters_drop_what_enters_them_by_their_own_p():
+    bank = make_bank(bias=False)
+    for name, p in {"a": 0.5, "b": 0.0, "c": 0.75}.items():
+        bank.set_lora_dropout(name, p)
+    x = torch.randn(8, K, dtype=torch.float64)
+    torch.manual_seed(9)
+    seed = torch.randint(2**62, ())
+    torch.manual_seed(9)
+    with route(bank, ["a", "b", ("b", "c"), "__base__"]):
+        y = bank(x)
+    want = x @ bank.weight.T
+    for rows, level, name in (((0, 2), 0, "a"), ((2, 6), 0, "b"), ((4, 6), 1, "c")):
+        (A, B), adapter = bank.factors(name), bank.adapters[name]
+        dropped = dropout(x, adapter.lora_dropout, seed + level)
+        want[slice(*rows)] += (adapter.scaling * dropped @ A.T @ B.T)[slice(*rows)]
+    assert near(y, want)
+    assert bank.dropping == 0.75
+    assert bank.eval().dropping == 0.0
 
 
 def test_rows_have_their_adapters_and_the_base():

@@ -221,6 +221,28 @@ def test_a_checkpoint_computes_again_by_the_routing_of_its_forward(inside):
     assert_gradients(got, gradients_alone(model, MIXED, x.detach()))
 
 
+def test_dropout_is_of_training_and_of_the_forward_pass_that_a_checkpoint_repeats():
+    model, again = make(lora_dropout=0.5), make({"use_reentrant": False}, lora_dropout=0.5)
+    results = []
+    for each in (model, again):
+        x = batch(("a", "c", "__base__")).requires_grad_()
+        torch.manual_seed(5)
+        with route(each, ["a", "c", "__base__"]):
+            y = each(x)
+        results.append([y, *torch.autograd.grad(y.sum(), [x, *adapter_parameters(each, "a")])])
+    assert all(map(torch.equal, *results))
+    with route(model, ["a", "c", "__base__"]):
+        assert not torch.equal(model(x)[:2], results[0][0][:2])
+        assert torch.equal(model(x)[2], results[0][0][2])
+        model.eval()
+        assert torch.equal(model(x), model(x))
+        for bank in model.modules():
+            if isinstance(bank, LoRABank):
+                bank.set_lora_dropout("a", 0.0)
+        kept = model(x)
+        assert torch.equal(model.train()(x)[0], kept[0])
+
+
 def test_two_checkpointed_passes_and_one_backward():
     model, x = make({"use_reentrant": False}), batch(MIXED).requires_grad_()
     others = ("a", "b", "b", "b", "b", "b")
@@ -429,8 +451,10 @@ def test_compiled_programs_see_what_changes():
     (lambda model: add_adapter(model, "e", 4, 4.0, target_modules=["w"]), ValueError, "no nn.Linear that can be"),
     (lambda model: add_adapter(model, "e", 400, 4.0, target_modules=["q"]), ValueError, "r must be at most 256"),
     (lambda model: add_adapter(model, "e", 4, config={"r": 3}), ValueError, "give config or r, not both"),
-    (lambda model: add_adapter(model, "e", config={"r": 3, "target_modules": ["q"], "lora_dropout": 0.1}), ValueError,
-     "what banks do not serve: lora_dropout=0.1"),
+    (lambda model: add_adapter(model, "e", config={"r": 3, "target_modules": ["q"], "use_dora": True}), ValueError,
+     "what banks do not serve: use_dora=True"),
+    (lambda model: add_adapter(model, "e", 4, 4.0, ["q"], lora_dropout=1.5), ValueError, "lora_dropout must be"),
+    (lambda model: add_adapter(model, "e", config={}, lora_dropout=0.1), ValueError, "give config or lora_dropout"),
     (lambda model: delete_adapter(model, "z"), ValueError, r"adapter of the model \(a, b, c\), got 'z'"),
     (lambda model: rename_adapter(model, "a", "c"), ValueError, "name must be new, got 'c'"),
     (lambda model: replace_linear(model, 4, 4.0, target_modules=["q"]), ValueError, "a LoRABank already"),

@@ -1,5 +1,6 @@
 """Checkpoints: a run that was killed and resumed is the uninterrupted one, bit for bit, and all tasks' are whole."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -236,3 +237,31 @@ def test_places_in_the_banks_are_none_of_the_results(tmp_path):
     trainer.step()
     resumed.step()
     assert all(map(torch.equal, factors(resumed.model, "c"), factors(trainer.model, "c")))
+
+
+def test_dropout_is_the_same_when_resumed(tmp_path):
+    """Whatever was drawn meanwhile."""
+
+    def begun(folder, p, **options):
+        trainer = start(folder, **options)
+        trainer.model.eval()
+        for task in tasks(steps=6).values():
+            trainer.add(dataclasses.replace(task, config=task.config | {"lora_dropout": p}))
+        return trainer
+
+    whole, other = begun(tmp_path / "whole", 0.5), begun(None, 0.0)
+    for trainer in (whole, other):
+        for _ in range(6):
+            trainer.step()
+    part = begun(tmp_path / "part", 0.5)
+    for _ in range(4):
+        part.step()
+    torch.rand(7)
+    part = begun(tmp_path / "part", 0.5, resume=True)
+    assert part.passes == 4
+    for _ in range(2):
+        part.step()
+    assert part.model.training
+    for name in ("a", "b", "c"):
+        assert all(map(torch.equal, factors(part.model, name), factors(whole.model, name)))
+        assert not any(map(torch.equal, factors(other.model, name), factors(whole.model, name)))
