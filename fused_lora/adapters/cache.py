@@ -198,7 +198,10 @@ class AdapterCache:
             return empty
         victim = next((name for name in self._resident if not self._pins.get(name)), None)
         if victim is None:
-            raise RuntimeError(f"all {len(self._slots)} slots have adapters that are pinned or in a route")
+            raise RuntimeError(
+                f"all {len(self._slots)} slots have adapters that are pinned or in a route: unpin some, route fewer at "
+                "once, or ask for more by slots="
+            )
         return self._evict(victim)
 
     def _evict(self, name: str) -> _Slot:

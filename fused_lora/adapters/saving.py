@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -34,11 +34,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
     layers or with both kinds of use_rslora, ValueError or TypeError for factors that are offloaded or sharded, and
     ImportError without safetensors.
     """
-    whole_files.write_together(Path(folder), writers_of(model, name))
+    config, tensors = contents_of(model, name)
+    warn_of_others(model, tensors.values(), stacklevel=3)
+    whole_files.write_together(Path(folder), files.writers(config, tensors))
 
 
-def writers_of(model: nn.Module, name: str | None) -> dict[str, Callable[[Path], object]]:
-    """What save_adapter writes, by the files' names."""
+def contents_of(model: nn.Module, name: str | None) -> tuple[dict, dict[str, Tensor]]:
+    """What save_adapter writes: the config and the tensors by their keys."""
     model = bare(model)
     if banks.has_banks(model):
         layers = banks.layers_of_adapter(model, name)
@@ -56,8 +58,7 @@ def writers_of(model: nn.Module, name: str | None) -> dict[str, Callable[[Path],
         for which in files.tensors_of(layer.use_dora)
     }
     tensors |= _biases({"none": {}, "lora_only": layers, "all": modules}[config["bias"]], layers)
-    _warn_of_others(model, tensors)
-    return files.writers(config, tensors)
+    return config, tensors
 
 
 def _biases(modules: dict[str, nn.Module], layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
@@ -66,12 +67,14 @@ def _biases(modules: dict[str, nn.Module], layers: dict[str, LoRALinear]) -> dic
     return {files.bias_key_of(name, name in layers): bias for name, bias in biases.items() if bias is not None}
 
 
-def _warn_of_others(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    written = {id(tensor) for tensor in (*tensors.values(), *banks.factors_of_all(model))}
+def warn_of_others(model: nn.Module, tensors: Iterable[Tensor], stacklevel: int) -> None:
+    """Of what trains and is in no adapter, where these tensors are written."""
+    model = bare(model)
+    written = {id(tensor) for tensor in (*tensors, *banks.factors_of_all(model))}
     others = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in written]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         warnings.warn(
             f"an adapter does not hold {', '.join(others[:3])}{more}, which train: save them too, or freeze them",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

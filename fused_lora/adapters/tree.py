@@ -14,10 +14,11 @@ from ..modules.banks import banks_with
 from ..modules.protocol import is_bank
 from ..modules.routing import BASE
 from ..ops import merge_
+from . import files
 from .joining import join
 from .loading import load_adapter
 from .nodes import INDEX, Nodes, check_folder, read_index
-from .saving import writers_of
+from .saving import contents_of, warn_of_others
 
 
 class AdapterTree(Nodes):
@@ -179,8 +180,10 @@ class AdapterTree(Nodes):
         nodes = {name: {"parent": self._parents[name], "delta": self.has_delta(name)} for name in self._in_order()}
         text = json.dumps({"nodes": nodes}, indent=2)
         every = {INDEX: lambda path: path.write_text(text)}
-        for name in filter(self.has_delta, nodes):
-            every |= {f"{name}/{file}": writer for file, writer in writers_of(self.model, name).items()}
+        deltas = {name: contents_of(self.model, name) for name in filter(self.has_delta, nodes)}
+        warn_of_others(self.model, (tensor for _, tensors in deltas.values() for tensor in tensors.values()), 3)
+        for name, contents in deltas.items():
+            every |= {f"{name}/{file}": writer for file, writer in files.writers(*contents).items()}
         whole_files.write_together(Path(folder), every)
 
     @classmethod

@@ -177,6 +177,8 @@ def _path(names: str | Sequence[str]) -> tuple[str, ...]:
     for name in path:
         if name != BASE:
             check_name("names", name)
+    if len(set(path)) < len(path):
+        raise ValueError(f"names must not have one twice for the same rows, got {path}")
     return tuple(name for name in path if name != BASE)
 
 
@@ -266,7 +268,10 @@ def _find(bank) -> route | str:
     if now is None and bank._default is not None:
         return bank._default if compiling else _left(bank, bank._default)
     if now is None:
-        return "a LoRABank computes within `with route(model, names)`, which says what adapter a row has"
+        return (
+            "a LoRABank computes within `with route(model, names)`, which says what adapter a row has, or after "
+            "set_adapter(model, name), for all rows"
+        )
     recalled = recomputing.recalled(bank._key)
     if recalled is None:
         return "a checkpoint computes a LoRABank again, and does not know which route it had: pass use_reentrant=False"

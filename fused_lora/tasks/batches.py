@@ -42,7 +42,21 @@ def tokens_of(item, place: str) -> Tokens:
     labels = _ints(item["labels"], f"{place}: labels") if has_labels else input_ids
     if labels.shape != input_ids.shape:
         raise ValueError(f"{place}: labels must be as many as input_ids, got {len(labels)} and {len(input_ids)}")
+    if is_dict and "attention_mask" in item.keys():  # noqa: SIM118
+        own = _without_padding(_ints(item["attention_mask"], f"{place}: attention_mask"), len(input_ids), place)
+        return Tokens(input_ids[own], labels[own])
     return Tokens(input_ids, labels)
+
+
+def _without_padding(mask: Tensor, count: int, place: str) -> slice:
+    """The tokens between the padding at both ends."""
+    (own,) = mask.nonzero(as_tuple=True)
+    if len(mask) != count or len(own) < 2 or len(own) != own[-1] - own[0] + 1:
+        raise ValueError(
+            f"{place}: attention_mask must be as many as input_ids, 1 for at least two tokens that follow one another, "
+            f"got {mask.tolist()}"
+        )
+    return slice(int(own[0]), int(own[-1]) + 1)
 
 
 def _ints(values, name: str) -> Tensor:

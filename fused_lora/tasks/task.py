@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,12 +63,15 @@ class Task:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
             object.__setattr__(self, name, float(getattr(self, name)))  # numpy's too
+        if self.max_grad_norm == 0:
+            raise ValueError("max_grad_norm must be above 0, got 0.0: None is for gradients of any norm")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.warmup > self.steps:
             raise ValueError(f"warmup must be at most steps={self.steps}, got {self.warmup}")
         if len(self.data) == 0:
             raise ValueError("data must have at least one sequence")
+        object.__setattr__(self, "config", fields_of(self.config))  # a folder may be gone when it is asked again
 
     def lr_after(self, steps: int) -> float:
         """The rate of the step that follows so many."""
@@ -85,9 +89,10 @@ class Task:
     def remembered(self) -> dict:
         """All that its results depend on, but for the sequences themselves: what a checkpoint keeps of it."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("data", "config")}
-        return _plain(own | {"config": fields_of(self.config), "sequences": len(self.data)})
+        return _plain(own | {"config": self.config, "sequences": len(self.data)})
 
 
+@lru_cache(maxsize=64)  # a step asks for that of the last one
 def _order(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from .. import checks, whole_files
+from .. import checks
 from ..adapters import load_adapter, save_adapter
-from ..modules import adapter_parameters, add_adapter, delete_adapter, route
+from ..modules import LoRABank, adapter_parameters, add_adapter, delete_adapter, route
 from ..modules.freezing import freeze_all_but_updates
 from ..modules.protocol import is_bank
 from ..relora.seeds import mix
@@ -23,7 +23,7 @@ from .job import Job, Step
 from .logs import Log
 from .task import Task
 
-ADAPTERS, LOGS, CHECKPOINTS, STATE = "adapters", "logs", "checkpoints", "training.pt"
+ADAPTERS, LOGS, CHECKPOINTS = "adapters", "logs", "checkpoints"
 
 
 class TaskTrainer:
@@ -52,8 +52,8 @@ class TaskTrainer:
         save_every      passes, and there is a checkpoint when run() ends
         keep_adapters   whether the model keeps those of tasks that have ended
         progress        whether there is a bar for each running task
-        resume          goes on from the folder's newest checkpoint: tasks that it has, when they are added again, go on
-                        bit for bit where they were; those that had ended do nothing. Files of tasks that have not
+        resume          goes on from the folder's newest checkpoint, of the same base: tasks that it has, added again,
+                        go on bit for bit where they were; those that had ended do nothing. Files of tasks that have not
                         begun there are written anew
 
     All of the model but adapters stops requiring gradients, and it is in training mode from the first pass on. What
@@ -91,6 +91,7 @@ class TaskTrainer:
             raise ValueError(f"folder must have no checkpoints unless they are to be resumed, got {found}: resume=True")
         if found is not None:
             index = checkpoints.read_index(found)
+            checkpoints.check_same(found, index, model, lora_dtype)
             self.passes = index["passes"]
             self._waiting = {name: found / name for name in index["running"]} | dict.fromkeys(index["ended"])
 
@@ -134,8 +135,11 @@ class TaskTrainer:
                 f"name must be a running task ({', '.join(self.running) or 'there is none'}), got {name!r}"
             )
 
+    def _banks(self) -> Iterator[tuple[str, LoRABank]]:
+        return ((layer, module) for layer, module in self.model.named_modules() if is_bank(module))
+
     def _has_adapter(self, name: str) -> bool:
-        return any(name in bank.adapters for bank in filter(is_bank, self.model.modules()))
+        return any(name in bank.adapters for _, bank in self._banks())
 
     def _begin(self, task: Task) -> None:
         """With the values of its seed, whatever else is in the model."""
@@ -145,7 +149,7 @@ class TaskTrainer:
 
     def _go_on(self, task: Task, place: Path) -> None:
         """From a checkpoint."""
-        state = self._read(task, place)
+        state = checkpoints.read_state(place, task.remembered(), self._device)
         self._load_adapter(task.name, place)
         self._run(task, state)
 
@@ -159,11 +163,15 @@ class TaskTrainer:
         freeze_all_but_updates(self.model)
 
     def _run(self, task: Task, state: dict | None) -> None:
-        job = Job(task, adapter_parameters(self.model, task.name))
-        if state is not None:
-            job.load_state_dict(state)
-        path = self._place(LOGS, f"{task.name}.jsonl")
-        self._logs[task.name] = Log(task.name, path, job.steps, task.steps, self.progress)
+        try:
+            job = Job(task, adapter_parameters(self.model, task.name))
+            if state is not None:
+                job.load_state_dict(state)
+            path = self._place(LOGS, f"{task.name}.jsonl")
+            self._logs[task.name] = Log(task.name, path, job.steps, task.steps, self.progress)
+        except BaseException:
+            delete_adapter(self.model, task.name)
+            raise
         self._jobs[task.name] = job
 
     def _end_all(self) -> None:
@@ -184,6 +192,8 @@ class TaskTrainer:
 
     def run(self) -> None:
         """Until all tasks have ended."""
+        if not (self._jobs or self._waiting or self.ended):
+            raise RuntimeError("no task runs: add one")
         while self._jobs or self.waiting:
             self.step()
         if self.folder is not None:
@@ -206,8 +216,9 @@ class TaskTrainer:
             step = job.take(*found)
             if step is not None:
                 done[job.task.name] = step
-                self._logs[job.task.name].add(step)
         self.passes += 1
+        for name, step in done.items():  # behind the pass, which a log that cannot be written must not split
+            self._logs[name].add(step)
         self._end_all()
         if self.folder is not None and self.passes % self.save_every == 0:
             self.save()
@@ -248,7 +259,7 @@ class TaskTrainer:
     def _routed(self, names: list[str], T: int) -> route:
         """The last one, where batches of one kind follow one another and no layer has become a bank: to make one takes
         the host some milliseconds, and one for all lengths would keep the tables of each that it met."""
-        key = (*names, T, sum(map(is_bank, self.model.modules())))
+        key = (*names, T, sum(1 for _ in self._banks()))
         if self._route is None or self._route[0] != key:
             self._route = key, route(self.model, names)
         return self._route[1]
@@ -276,23 +287,13 @@ class TaskTrainer:
         if self.folder is None or self.waiting:
             raise RuntimeError(f"cannot save: {'tasks wait to be added' if self.waiting else 'there is no folder'}")
         ended = [*self.ended, *self._waiting]
-        index = {"passes": self.passes, "running": self.running, "ended": ended}
+        index = {
+            "passes": self.passes, "running": self.running, "ended": ended, "lora_dtype": str(self.lora_dtype),
+            "base": checkpoints.marks(dict(self._banks())),
+        }  # fmt: skip
         fill = {name: lambda path, name=name: self._write(path, name) for name in self.running}
         checkpoints.save(self.folder / CHECKPOINTS, index, fill)
 
     def _write(self, place: Path, name: str) -> None:
         save_adapter(self.model, place, name)
-        state = self._jobs[name].state_dict()
-        whole_files.write(place / STATE, lambda path: torch.save(state, path))
-
-    def _read(self, task: Task, place: Path) -> dict:
-        """What a checkpoint has beside the adapter."""
-        try:
-            state = torch.load(place / STATE, map_location=self._device, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{place / STATE} is damaged: {error}") from None
-        now = task.remembered()
-        for argument, value in state["task"].items():
-            if now.get(argument) != value:
-                raise ValueError(f"{argument} must be {value!r} as in {place}, got {now.get(argument)!r}")
-        return state
+        checkpoints.write_state(place, self._jobs[name].state_dict())

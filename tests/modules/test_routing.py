@@ -444,6 +444,7 @@ def test_compiled_programs_see_what_changes():
     (lambda model: route(model, [3]), TypeError, "names must be a str, got int"),
     (lambda model: route(nn.Linear(2, 2), "a"), ValueError, "model must have a LoRABank, got none"),
     (lambda model: route(model, ["a", "b"], rows=[1]), ValueError, "rows must be 2 ints"),
+    (lambda model: route(model, [("a", "b", "a")]), ValueError, "names must not have one twice for the same rows"),
     (lambda model: route(model, ["a"], rows=[-1]), ValueError, "rows must be ints of at least 0"),
     (lambda model: route(model, ["a"], rows=torch.tensor([1.0])), ValueError, "rows must be 1 ints"),
     (lambda model: route(model, ["a"]).divide([1]), ValueError, "rows can change where"),

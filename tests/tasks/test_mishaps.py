@@ -1,5 +1,7 @@
 """What goes wrong around tasks: nothing of it goes on in silence."""
 
+import shutil
+
 import numpy
 import pytest
 import torch
@@ -72,3 +74,85 @@ def test_what_lies_beside_checkpoints_stays(tmp_path):
         trainer.step()
         trainer.save()
     assert kept.exists()
+
+
+def test_a_log_that_cannot_be_written_splits_no_pass(tmp_path):
+    """The passes and steps of all tasks are those of one that could be."""
+    trainer = TaskTrainer(base(torch.float32), tmp_path, progress=False)
+    trainer.add(task())
+    trainer.add(task("b"))
+    (tmp_path / "logs" / "a.jsonl").unlink()
+    (tmp_path / "logs" / "a.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"a\.jsonl"):
+        trainer.step()
+    assert trainer.passes == 1
+    assert [job.steps for job in trainer._jobs.values()] == [1, 1]
+
+
+def test_a_task_whose_log_cannot_be_made_leaves_no_adapter(tmp_path):
+    trainer = TaskTrainer(base(torch.float32), tmp_path, progress=False)
+    trainer.add(task("b"))
+    (tmp_path / "logs" / "a.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"a\.jsonl"):
+        trainer.add(task())
+    assert trainer.running == ["b"]
+    (tmp_path / "logs" / "a.jsonl").rmdir()
+    trainer.add(task())
+    assert trainer.running == ["a", "b"]
+
+
+def test_a_run_of_nothing(tmp_path):
+    trainer = TaskTrainer(base(torch.float32), tmp_path, progress=False)
+    with pytest.raises(RuntimeError, match="no task runs: add one"):
+        trainer.run()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_configs_folder_may_be_gone_later(tmp_path):
+    trainer = TaskTrainer(base(torch.float32), tmp_path / "runs", progress=False)
+    trainer.add(task(steps=1))
+    trainer.run()
+    shutil.copytree(tmp_path / "runs" / "adapters" / "a", tmp_path / "given")
+    trainer.add(task("b", config=tmp_path / "given"))
+    shutil.rmtree(tmp_path / "given")
+    trainer.step()
+    trainer.save()
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+def test_padding_in_the_data_is_none_of_a_task(mask):
+    tokens = torch.tensor([3, 4, 5, 6, 7, 8])
+    own = torch.tensor(mask).bool()
+    padded, labelled = ({"input_ids": tokens, "attention_mask": mask}, {"input_ids": tokens[own]})
+    steps = []
+    for item in (padded, labelled, labelled | {"labels": tokens[own], "attention_mask": [1] * 4}):
+        trainer = TaskTrainer(base(torch.float32), progress=False)
+        trainer.add(task(data=[item]))
+        steps.append(trainer.step()["a"])
+    assert steps[0] == steps[1] == steps[2]
+    assert steps[0].tokens == 3
+
+
+@pytest.mark.parametrize("mask", [[1, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1]])
+def test_masks_of_something_else(mask):
+    trainer = TaskTrainer(base(torch.float32), progress=False)
+    with pytest.raises(ValueError, match="a, sequence 0: attention_mask must be as many as input_ids, 1 for at least"):
+        trainer.add(task(data=[{"input_ids": [1, 2, 3, 4], "attention_mask": mask}]))
+
+
+def test_another_base_is_not_resumed(tmp_path):
+    trainer = TaskTrainer(base(torch.float32), tmp_path, progress=False)
+    trainer.add(task())
+    trainer.step()
+    trainer.save()
+    again = lambda model, **options: TaskTrainer(model, tmp_path, progress=False, resume=True, **options)  # noqa: E731
+    other = base(torch.float32)
+    with torch.no_grad():
+        other.layers[1].mlp.up_proj.weight[0, 5] += 1
+    with pytest.raises(ValueError, match=r"model must be that of .*, and layers\.1\.mlp\.up_proj\.weight is another"):
+        again(other)
+    with pytest.raises(ValueError, match=r"model must be that of .*, and has no layers\."):
+        again(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"lora_dtype must be None as in .*, got torch\.float64"):
+        again(base(torch.float32), lora_dtype=torch.float64)
+    again(base(torch.float32)).add(task())

@@ -46,6 +46,8 @@ def test_rates(schedule, expected):
     ({"max_grad_norm": -0.1}, ValueError, "max_grad_norm must be at least 0"),
     ({"schedule": "step"}, ValueError, "schedule must be one of constant, linear, cosine, got 'step'"),
     ({"warmup": 9}, ValueError, "warmup must be at most steps=8, got 9"),
+    ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be above 0, got 0.0: None is for"),
+    ({"config": "nowhere"}, ValueError, "nowhere is no folder with an adapter"),
     ({"data": []}, ValueError, "data must have at least one sequence"),
 ])  # fmt: skip
 def test_errors(changes, error, words):
