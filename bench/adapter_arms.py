@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import groupby
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_lora import LoRABank, route
+from fused_lora import LoRABank, backends, choices, route, segments
 from fused_lora.integrations.peft import accelerate
 from fused_lora.reference import lora_linear_ref
 
@@ -19,7 +20,8 @@ from .check import reference_results
 from .shapes import Shape
 from .variants import FLOOR, PACKAGE, SCALE, Problem, frozen_linear, fused_lora, make_problem
 
-ONE, GROUPED, LOOP, GATHERED, PEFT, ACCELERATED = "one", "grouped", "loop", "gathered", "peft", "accelerated"
+ONE, TRITON, GROUPED, LOOP, GATHERED = "one", "triton", "grouped", "loop", "gathered"
+PEFT, ACCELERATED = "peft", "accelerated"
 ADAPTERS = "adapters"  # the work of all but the frozen linear and one adapter
 
 
@@ -65,16 +67,22 @@ class Inputs:
 @dataclass
 class Arm:
     """step(x) -> y, and what it trains, of whose gradients `unpack` makes dA of each adapter and then dB of each.
-    trains: whether it can; the others are for inference alone."""
+    trains: whether it can; the others are for inference alone. forced: the backend of both passes, if not fused_lora's
+    choice."""
 
     step: Callable[[Tensor], Tensor]
     trained: list[Tensor] = field(default_factory=list)
     unpack: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
     work: str = ADAPTERS
     trains: bool = True
+    forced: str | None = None
 
     def run(self, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
         """(y,) as in inference, or (y, dx, dAs, dBs)."""
+        with backends.forcing(self.forced) if self.forced else nullcontext():
+            return self._run(problem, backward)
+
+    def _run(self, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
         if not backward:
             with torch.no_grad():
                 return (self.step(problem.x),)
@@ -108,6 +116,15 @@ def _ours(inputs: Inputs) -> Arm:
             return bank(x)
 
     return Arm(step, [factors.get_parameter(name) for factors in (bank.lora_A, bank.lora_B) for name in names])
+
+
+def _by_triton(inputs: Inputs) -> Arm:
+    x = inputs.problem.x
+    with backends.forcing(TRITON):
+        choice = choices.choose_segments(x.device, x.dtype, segments.BOX, True, False)
+    if choice.name != TRITON:
+        raise NotImplementedError(choice.reason)
+    return replace(_ours(inputs), forced=TRITON)
 
 
 def _loop(inputs: Inputs) -> Arm:
@@ -231,6 +248,7 @@ ARMS: dict[str, tuple[str, Callable[[Inputs], Arm]]] = {
     FLOOR: ("frozen, no adapter (the floor)", _frozen),
     ONE: ("one adapter of the largest r", _one),
     PACKAGE: ("**fused_lora**, LoRABank and route", _ours),
+    TRITON: ("fused_lora, Triton", _by_triton),
     GROUPED: ("torch._grouped_mm", _grouped),
     LOOP: ("a loop over adapters", _loop),
     GATHERED: ("bmm over gathered factors", _gathered),

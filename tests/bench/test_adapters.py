@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import adapter_step, adapters
-from bench.adapter_arms import ACCELERATED, ADAPTERS, ARMS, GATHERED, GROUPED, LOOP, ONE, PEFT, Inputs
+from bench.adapter_arms import ACCELERATED, ADAPTERS, ARMS, GATHERED, GROUPED, LOOP, ONE, PEFT, TRITON, Inputs
 from bench.adapter_cases import FEW_CASES, GPU_CASES, TINY_CASES, TINY_FEW_CASES, Case, each, tree
 from bench.adapter_report import CALLS, markdown
 from bench.adapters import main, measure, prepare
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def test_every_arm_computes_what_the_reference_does(case):
     inputs = Inputs.make(case, CPU, torch.float32)
     arms, reasons, expected = prepare(inputs, [name for name in ARMS if name != GATHERED], backward=True)
-    cannot = {ACCELERATED, PEFT} if case.has_sums else {ACCELERATED}  # which has no kernel on a CPU
+    cannot = {ACCELERATED, TRITON} | ({PEFT} if case.has_sums else set())  # a CPU has no kernels
     assert reasons.keys() == cannot
     assert arms.keys() == ARMS.keys() - cannot - {GATHERED}
     assert len(expected[ADAPTERS]) == 2 + 2 * len(case.ranks)
@@ -51,7 +51,7 @@ def test_what_is_expected_by_hand():
 def test_few_rows(case):
     inputs = Inputs.make(case, CPU, torch.float32)
     arms, reasons, _ = prepare(inputs, list(ARMS), backward=False)
-    assert reasons.keys() == {ACCELERATED}
+    assert reasons.keys() == {ACCELERATED, TRITON}
     assert {PACKAGE, LOOP, GATHERED, GROUPED, PEFT} < arms.keys()
 
 
