@@ -120,3 +120,25 @@ def check(problem, times=3):
         for one, other in zip(got, problem.run(), strict=True):
             assert torch.equal(one, other)
     return got
+
+
+def check_graph(backend):
+    """One captured graph replays any division of its rows."""
+    division = Division((16, 16, 64), ((0, 300), (None, 200), (1, 500), (2, 24)))
+    problem = Problem(division, 256, (384,), backend=backend)
+    linear = problem.linears[0]
+    problem.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [result.detach() for result in problem.run()]
+    of = segments.constants(linear.plan, torch.device("cuda"))
+    for counts in ((300, 200, 500, 24), (0, 0, 1024, 0), (1024, 0, 0, 0), (1, 1, 1, 1), (0, 1000, 0, 24)):
+        other = Division(division.ranks, tuple(zip((0, None, 1, 2), counts, strict=True)), behind=1024 - sum(counts))
+        new = segments.tables(linear.plan, of, other.ends("cuda"), 1024)
+        for table, values in zip(linear.tables, new, strict=True):
+            table.copy_(values)
+        graph.replay()
+        linear.division = other
+        for one, want in zip(got, problem.run(), strict=True):
+            assert torch.equal(one, want)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from fused_lora import segments
 from fused_lora.ops import segmented
-from tests.ops.segments_problem import Problem, check
+from tests.ops.segments_problem import Problem, check, check_graph
 from tests.segments.divisions import DIVISIONS, Division
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
@@ -121,21 +120,4 @@ def test_rows_with_several_adapters_in_float16_are_not_for_csrc():
 
 
 def test_one_graph_replays_any_division():
-    division = Division((16, 16, 64), ((0, 300), (None, 200), (1, 500), (2, 24)))
-    problem = Problem(division, 256, (384,))
-    linear = problem.linears[0]
-    problem.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = [result.detach() for result in problem.run()]
-    of = segments.constants(linear.plan, torch.device("cuda"))
-    for counts in ((300, 200, 500, 24), (0, 0, 1024, 0), (1024, 0, 0, 0), (1, 1, 1, 1), (0, 1000, 0, 24)):
-        other = Division(division.ranks, tuple(zip((0, None, 1, 2), counts, strict=True)), behind=1024 - sum(counts))
-        new = segments.tables(linear.plan, of, other.ends("cuda"), 1024)
-        for table, values in zip(linear.tables, new, strict=True):
-            table.copy_(values)
-        graph.replay()
-        linear.division = other
-        for one, want in zip(got, problem.run(), strict=True):
-            assert torch.equal(one, want)
+    check_graph("cuda")

@@ -5,7 +5,7 @@ import torch
 
 from fused_lora import backends
 from tests.kernels.problem import DEVICE
-from tests.ops.segments_problem import Problem, check
+from tests.ops.segments_problem import Problem, check, check_graph
 from tests.segments.divisions import DIVISIONS, Division
 
 pytestmark = pytest.mark.interpreter
@@ -110,3 +110,19 @@ def test_x_and_dy_of_any_strides():
         else:
             problem.x = view.requires_grad_()
         check(problem, times=0)
+
+
+@pytest.mark.gpu
+def test_one_graph_replays_any_division():
+    check_graph("triton")
+
+
+@pytest.mark.gpu
+def test_many_rows():
+    """More tiles than a wave has, windows of uneven rows, and sums of several slices."""
+    check(Problem(Division((16,) * 8, tuple(enumerate((4000, 1999, 1001, 500, 300, 192, 100, 100)))), 1024, (768,),
+                  backend="triton"))  # fmt: skip
+    check(Problem(Division((16,) * 64, tuple((i, 128) for i in range(64))), 512, (1032,), backend="triton"))
+    check(
+        Problem(Division((8, 128, 64), ((0, 3000), (1, 2000), (2, 3000))), 1024, (512,), backend="triton", drops=True)
+    )
