@@ -40,7 +40,9 @@ def factors_of_all(model: nn.Module) -> list[nn.Parameter]:
     return [factor for bank in banks for name in bank.adapters for factor in bank.factors(name)]
 
 
-def errors_of(model: nn.Module, name: str, config: LoRAConfig, factors: dict, biases: dict) -> list[str]:
+def errors_of(
+    model: nn.Module, name: str, config: LoRAConfig, factors: dict, biases: dict, lora_dtype: torch.dtype | None
+) -> list[str]:
     """What of a file does not fit as the adapter of a name, new or one that the model has."""
     errors = ["use_dora=True: banks have no magnitudes"] if config.use_dora else []
     errors += [f"unexpected bias of {layer}: those of banks are the base's" for layer in biases]
@@ -50,9 +52,16 @@ def errors_of(model: nn.Module, name: str, config: LoRAConfig, factors: dict, bi
         errors += [f"missing {files.key_of(layer, which)}" for which in files.FACTORS]
     for layer, pair in factors.items():
         errors += _layer_errors(layer, pair, modules.get(layer), known, config, name)
-        # They would spoil the results of other adapters.
-        errors += [f"{files.key_of(layer, w)} is not finite" for w, each in pair.items() if not each.isfinite().all()]
+        errors += _infinite(layer, pair, modules.get(layer), lora_dtype)
     return errors if known else errors + missing(modules, config, factors)
+
+
+def _infinite(layer: str, pair: dict, module, lora_dtype: torch.dtype | None) -> list[str]:
+    """What is no number where it will be held: it would spoil the results of other adapters."""
+    dtype = module.lora_dtype if is_bank(module) else lora_dtype
+    held = {which: each if dtype is None else each.to(dtype) for which, each in pair.items()}
+    words = "" if dtype is None else f" in {dtype}"
+    return [f"{files.key_of(layer, w)} is not finite{words}" for w, each in held.items() if not each.isfinite().all()]
 
 
 def _layer_errors(layer: str, pair: dict, module, known: dict, config: LoRAConfig, name: str) -> list[str]:

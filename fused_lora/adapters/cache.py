@@ -157,7 +157,7 @@ class AdapterCache:
         config = served(given)
         factors, biases, weights, errors = sort(tensors, config.use_dora)
         errors += weight_errors(self.model, weights)
-        errors += of_banks.errors_of(self.model, name, config, factors, biases)
+        errors += of_banks.errors_of(self.model, name, config, factors, biases, None)
         if errors:
             raise ValueError(f"{entry.folder} does not fit the model:\n  " + "\n  ".join(errors))
         self._keep(name, entry, _layers_of(config, factors), factors)
@@ -171,7 +171,8 @@ class AdapterCache:
             errors = shape_errors(layer, factors[layer], r, self._banks[layer].weight.shape)
             if errors:
                 raise ValueError(f"{name}: {errors[0]}")
-            if not all(tensor.isfinite().all() for tensor in factors[layer].values()):
+            dtype = self._banks[layer].lora_dtype
+            if not all(tensor.to(dtype).isfinite().all() for tensor in factors[layer].values()):
                 raise ValueError(
                     f"the factors of {name} in {layer} must be finite: they would spoil other adapters' rows"
                 )

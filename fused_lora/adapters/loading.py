@@ -48,7 +48,7 @@ def load_adapter(
     factors, biases, weights, errors = sort(tensors, config.use_dora)
     errors += weight_errors(model, weights)
     if name is not None or banks.has_banks(model):
-        errors += banks.errors_of(model, _checked(name), config, factors, biases)
+        errors += banks.errors_of(model, _checked(name), config, factors, biases, lora_dtype)
         _raise_if_any(errors, folder)
         report = banks.load(model, name, config, factors, lora_dtype)
         remember(model, given, name)

@@ -46,6 +46,7 @@ class Keeping(nn.Module):
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # factors that are no parameters: a cache's
         self._slab = Slab(K, N, ranks, device, dtype)
         self._captured = False
+        self.changes = 0  # of lora_alpha and lora_dropout, which checkpoints do not survive
         self._key = next(_keys)  # by which routes know it
         self._default: route | None = None
         self.register_load_state_dict_post_hook(_settle_loaded)
@@ -155,17 +156,26 @@ class Keeping(nn.Module):
         adapter = self.adapter(name)
         adapter.lora_alpha = lora_alpha
         adapter.use_rslora = adapter.use_rslora if use_rslora is None else use_rslora
-        self._rescale(name)
+        self._change(name)
 
     def set_lora_dropout(self, name: str, lora_dropout: float) -> None:
         """The probability changes in place: captured CUDA graphs see it, if they were captured with another than 0."""
         checks.check_probability("lora_dropout", lora_dropout)
         self.adapter(name).lora_dropout = lora_dropout
+        self._change(name)
+
+    def _change(self, name: str) -> None:
+        self.changes += 1
         self._rescale(name)
 
     def _rescale(self, name: str) -> None:
         adapter = self.adapters[name]
         self._slab.rescale(adapter.place, adapter.scaling, adapter.lora_dropout)
+
+    @property
+    def lora_dtype(self) -> torch.dtype:
+        """The adapters'."""
+        return self._slab.A.dtype
 
     # ---- where factors lie
 

@@ -275,12 +275,14 @@ def _find(bank) -> route | str:
     recalled = recomputing.recalled(bank._key)
     if recalled is None:
         return "a checkpoint computes a LoRABank again, and does not know which route it had: pass use_reentrant=False"
-    found, division = recalled
+    found, division, changes = recalled
     if found.division != division:
         return "a checkpoint computes a LoRABank again, and its route has divided the rows anew since"
+    if bank.changes != changes:
+        return "a checkpoint computes a LoRABank again, whose lora_alpha or lora_dropout has been set since"
     return found
 
 
 def _left(bank, found: route) -> route:
-    recomputing.leave(bank._key, (found, found.division))
+    recomputing.leave(bank._key, (found, found.division, bank.changes))
     return found

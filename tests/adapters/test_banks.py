@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from fused_lora import LoRABank, add_adapter, load_adapter, route, save_adapter, whole_files
+from fused_lora import LoRABank, adapter_parameters, add_adapter, load_adapter, route, save_adapter, whole_files
 from fused_lora.adapters import files
 from tests.adapters.models import by_peft, net, randomised, x_of
 
@@ -146,6 +146,23 @@ def test_names(folders, tmp_path):
         load_adapter(model, folders["two"][0], "one")
     with pytest.raises(ValueError, match="name is of adapters of LoRABank layers"):
         save_adapter(net(), tmp_path / "x", "one")
+
+
+@pytest.mark.filterwarnings("default")
+def test_factors_that_are_finite_in_their_file_alone_are_refused(tmp_path):
+    model = net()
+    add_adapter(model, "a", r=4, lora_alpha=8, target_modules=["up"])
+    with torch.no_grad():
+        adapter_parameters(model, "a")[0][0, 0] = 1e6
+    save_adapter(model, tmp_path / "a", "a")
+    other = net()
+    with pytest.raises(ValueError, match=r"lora_A\.weight is not finite in torch\.float16"):
+        load_adapter(other, tmp_path / "a", "a", torch.float16)
+    assert not [name for name, _ in other.named_parameters() if "lora_" in name]
+    add_adapter(other, "b", r=4, lora_alpha=8, target_modules=["up"], lora_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"lora_A\.weight is not finite in torch\.float16"):
+        load_adapter(other, tmp_path / "a", "a")
+    load_adapter(model, tmp_path / "a", "b")
 
 
 def test_dropout_is_loaded_and_saved(folders, tmp_path):

@@ -243,6 +243,19 @@ def test_dropout_is_of_training_and_of_the_forward_pass_that_a_checkpoint_repeat
         assert torch.equal(model.train()(x)[0], kept[0])
 
 
+@pytest.mark.parametrize(
+    "change", [lambda bank: bank.set_lora_alpha("a", 9.0), lambda bank: bank.set_lora_dropout("a", 0.3)]
+)
+def test_a_checkpoint_does_not_compute_again_by_another_scale_or_dropout(change):
+    model = make({"use_reentrant": False})
+    x = batch(("a",)).requires_grad_()
+    with route(model, "a"):
+        y = model(x)
+    getattr(model.blocks[1].q, change)("a", 0.3)
+    with pytest.raises(RuntimeError, match="whose lora_alpha or lora_dropout has been set since"):
+        y.sum().backward()
+
+
 def test_two_checkpointed_passes_and_one_backward():
     model, x = make({"use_reentrant": False}), batch(MIXED).requires_grad_()
     others = ("a", "b", "b", "b", "b", "b")
