@@ -37,6 +37,9 @@ def write_together(folder: Path, files: dict[str, Callable[[Path], object]]) -> 
     """Puts files, by their paths in it, into a folder, which is made where it is missing; others in it stay. If writing
     fails, nothing is changed. Who reads without files_of sees the files move, one after another, in the last moment."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder.parent / DECIDED / folder.name).is_dir():  # which would be read in place of what is written now
+        with _locked(folder.parent):
+            _settle(folder.parent)
     with _locked(folder):
         _settle(folder)
         for inner in {(folder / name).parent for name in files} - {folder}:

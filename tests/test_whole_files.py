@@ -84,6 +84,26 @@ def test_killed_at_any_change(tmp_path, monkeypatch, names):
     assert 5 < point < len(found) - 4
 
 
+def test_a_folder_that_is_written_by_itself_after_its_parent_was_killed(tmp_path, monkeypatch):
+    """Is the newer one, wherever the parent's files were left."""
+    names = ("x/a", "x/b", "y/a")
+    monkeypatch.setattr(sys.modules[__name__], "NAMES", names)
+
+    def save_inner(folder, word):
+        """The save that follows a kill is left to check."""
+        if word != "next":
+            save(folder, word)
+
+    def check_after_kill(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "NAMES", ("a", "b"))
+            save(folder / "x", "newest")
+            assert words(folder / "x") == ["newest"] * 2
+        assert words(folder)[:2] == ["newest"] * 2
+
+    found_by_kills(tmp_path, monkeypatch, save_inner, words, check_after_kill)
+
+
 def test_fifty_kills(tmp_path):
     """Real ones, at any moment of a process that does nothing else than save."""
     save(tmp_path, "0")
