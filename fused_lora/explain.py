@@ -37,7 +37,7 @@ def _in_short(launches) -> tuple[tuple[str, int, dict], ...]:
     return tuple((plan.name, plan.grid[0], plan.meta) for plan, _ in launches)
 
 
-def _record_segments(tokens: int, part, windows: int, window: int, gpu):
+def _record_segments(tokens: int, part, windows: int, window: int, drops: bool, gpu):
     """As _record, of rows with adapters in so many windows of a part's slabs."""
     from .kernels.launch import record_launches
     from .kernels.lora_segments import lora_segments_backward, lora_segments_forward
@@ -47,7 +47,8 @@ def _record_segments(tokens: int, part, windows: int, window: int, gpu):
     A, B, blocks = A.to(x.dtype), B.to(x.dtype), -(-tokens // segments.BLOCK)
     shapes = ((1, blocks, 4), (windows, 4), (1, blocks * segments.BLOCK, 2))
     tables = segments.Tables(*(torch.empty(*shape, dtype=torch.int32, device="meta") for shape in shapes))
-    of = (tables, window, None, gpu, backends.precision(x.dtype))
+    numbers = (torch.empty(1, dtype=dtype, device="meta") for dtype in (torch.int64, torch.int32))
+    of = (tables, window, segments.Drops(*numbers) if drops else None, gpu, backends.precision(x.dtype))
     with record_launches() as forward:
         _, xa = lora_segments_forward(x, weight, A, B, part.bias, scales, *of)
     with record_launches() as backward:
@@ -212,14 +213,15 @@ def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:
     of = ((tokens, K, N, r), weight.dtype, str(weight.device))
     readable = backends.csrc_reads(weight, part.A, part.B)
     window = max(segments.BOX, segments.size_of(max(r, 1)))
-    choice = choices.choose_segments(weight.device, weight.dtype, window, readable, bank.dropping > 0)
+    drops = bank.dropping > 0
+    choice = choices.choose_segments(weight.device, weight.dtype, window, readable, drops)
     reason = f"{len(adapters)} adapters, each row by its own"
     if choice.name == "cuda":
         launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})
         return Explanation(*of, "cuda", reason, (launch,), (launch,))
     if choice.name == "reference" or not adapters:
         return Explanation(*of, "reference", f"{len(adapters)} adapters: {choice.reason}")
-    launches = _record_segments(tokens, part, len(adapters), window, backends.gpu(weight.device))
+    launches = _record_segments(tokens, part, len(adapters), window, drops, backends.gpu(weight.device))
     return Explanation(*of, "triton", f"{reason}; {choice.reason}", *launches)
 
 

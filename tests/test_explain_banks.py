@@ -1,9 +1,12 @@
 """explain() of a LoRABank: which backend rows with adapters of their own get, and why."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from fused_lora import LoRABank, backends, choices, explain
+from fused_lora import LoRABank, backends, choices, explain, segments
+from fused_lora.ops import Part, segmented
 from tests.cards import CUDA, pretend_extension
 from tests.kernels.problem import DEVICE
 
@@ -24,6 +27,15 @@ def test_triton():
     assert [name for name, _, _ in told.forward] == ["segments_shrink_kernel", "segments_expand_kernel"]
     assert "segments_factor_grads_kernel" in str(told)
     assert "2 adapters, each row by its own; FUSED_LORA_BACKEND=triton" in str(told)
+
+
+@pytest.mark.interpreter
+def test_triton_with_dropout():
+    bank = make_bank()
+    bank.set_lora_dropout("adapter 1", 0.1)
+    with backends.forcing("triton"):
+        assert "DROPOUT" in str(explain(bank))
+        assert "DROPOUT" not in str(explain(bank.eval()))
 
 
 def test_plain_torch():
@@ -56,3 +68,26 @@ def test_of_a_card(card, monkeypatch):
     assert choices.choose_segments(CUDA, torch.float32, 64, True, False).name == "triton"
     dropping = choices.choose_segments(*args, True, True)
     assert dropping == backends.Choice("triton", "csrc has no dropout where rows have adapters of their own")
+
+
+@pytest.mark.parametrize("what", ["a linear that drops", "several levels in float16"])
+def test_linears_of_one_x_that_csrc_has_not_all_kernels_for(what, card, monkeypatch):
+    """Each is then computed by what it gets by itself, and none of them in plain torch."""
+    built = pretend_extension(monkeypatch)
+    monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
+    monkeypatch.setattr(backends, "csrc", lambda: built)
+    card(90)
+    dtype = torch.float16 if "float16" in what else torch.bfloat16
+    x = SimpleNamespace(device=CUDA, dtype=dtype, numel=lambda: 1)
+    part = Part(*(torch.zeros(64, 64, dtype=dtype) for _ in range(2)), torch.zeros(64, 64, dtype=dtype).t())
+
+    def of(levels, thresholds):
+        shapes = ((levels, 1, 4), (1, 4), (levels, 256, 2))
+        return segmented.Segments(segments.Tables(*map(torch.zeros, shapes)), 64, thresholds)
+
+    one, other = of(1, None), of(2, None) if "float16" in what else of(1, torch.zeros(4))
+    assert segmented.in_kernels(x, [part, part], [one, other], False) == [True, True]
+    assert [segmented.backend(x, part, each) for each in (one, other)] == ["cuda", "triton"]
+    with backends.forcing("cuda"):
+        assert [segmented.backend(x, part, each) for each in (one, other)] == ["cuda", "reference"]
+        assert segmented.in_kernels(x, [part, part], [one, other], False) == [True, False]

@@ -13,6 +13,7 @@ def lora_segments_forward(
     x, weight, A, B, bias, scales, tables: Tables, window: int, drops: Drops | None, gpu: Gpu, precision: str
 ):
     """(y, xa): two launches, shrink and expand. A (R, K), B (N, R) slabs."""
+    scales = scales.float()
     up, more = B.t(), room(scales, x.dtype)
     if more is not None:
         scales, up = scales / more, up * more.repeat_interleave(SLICE)[:, None]
@@ -25,6 +26,7 @@ def lora_segments_backward(
 ):
     """(dx, dA, dB), None where needs says so; dA and dB of the windows' ranks, dB by columns."""
     need_dx, need_dA, need_dB = needs
+    scales = scales.float()
     dxa = dx = dA = dB = None
     if need_dx or need_dA:
         dxa = segments_shrink(dy, B.t().to(x.dtype), scales, tables, window, None, gpu, precision)

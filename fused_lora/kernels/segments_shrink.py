@@ -77,7 +77,7 @@ def segments_shrink(
 ):  # fmt: skip
     """low = scale * dropout(lhs) @ factor^T of each row's adapter, rounded once to lhs's dtype: boxes of 64 ranks.
 
-    lhs (M, depth)   factor (R, depth) a slab   scales (R / 16,)   ->   low (boxes * 256, 64)
+    lhs (M, depth)   factor (R, depth) a slab   scales (R / 16,) in float32   ->   low (boxes * 256, 64)
     """
     levels, blocks, windows = tables.blocks.shape[0], tables.blocks.shape[1], tables.windows.shape[0]
     key = (Layout.of(lhs), Layout.of(factor), levels, windows, window, drops is not None, gpu, precision)

@@ -104,11 +104,12 @@ def _forward_alone(x: Tensor, part: Part, p: float, segments: Segments | None) -
 def _forward_fake(x, tensors, p, act, keep, tables=None, window=0):
     parts, M = unflatten(tensors), math.prod(x.shape[:-1])
     segments = segmented.unflatten(tables, window, len(parts))
-    in_kernels = tables is not None and segmented.backend(x, parts, segments, bool(act)) != "reference"
-    xas = [
-        x.new_empty((M, part.r) if of is None else segmented.low_shape(x, part, of, in_kernels))
-        for part, of in zip(parts, segments, strict=True)
-    ]
+    if tables is None:
+        shapes = [(M, part.r) for part in parts]
+    else:
+        in_kernels = segmented.in_kernels(x, parts, segments, bool(act))
+        shapes = [segmented.low_shape(x, of, found) for of, found in zip(segments, in_kernels, strict=True)]
+    xas = [x.new_empty(shape) for shape in shapes]
     if not act:
         return [x.new_empty((*x.shape[:-1], part.weight.shape[0])) for part in parts] + xas
     F = parts[0].weight.shape[0]

@@ -180,8 +180,11 @@ class LoRASegmentsFunction(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.slabs = [(part.A, part.B) for part in call.parts]
             call = call._replace(parts=[part._replace(A=None, B=None) for part in call.parts])
-        # Scales are of all adapters, and a change of another's is none of this pass's.
-        call = call._replace(parts=[part._replace(scale=part.scale.clone()) for part in call.parts])
+        # Scales and thresholds are of all adapters, and a change of another's is none of this pass's.
+        call = call._replace(
+            parts=[part._replace(scale=part.scale.clone()) for part in call.parts],
+            tables=segmented.with_own_thresholds(call.tables),
+        )
         ctx.save_for_backward(x, *xas, *call.tensors())
         ctx.set_materialize_grads(False)
         return tuple(ys)

@@ -40,6 +40,11 @@ def flatten(each: Sequence[Segments]) -> list[Tensor]:
     return [tensor for of in each for tensor in (*of.tables, _or_empty(of.thresholds, of.tables.rows))]
 
 
+def with_own_thresholds(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What flatten gave, with thresholds that nobody else has."""
+    return [each.clone() if i % TENSORS == TENSORS - 1 else each for i, each in enumerate(tensors)]
+
+
 def _or_empty(thresholds: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if thresholds is None else thresholds
 
@@ -75,13 +80,19 @@ def obstacle(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: 
     return None
 
 
-def backend(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool = False) -> str:
-    """Of a pass of parts that read x: "cuda" takes all at once, others one after another."""
-    if obstacle(x, parts, each, gated) is None:
+def backend(x: Tensor, part: Part, of: Segments) -> str:
+    """Of a part by itself."""
+    if obstacle(x, [part], [of], False) is None:
         return "cuda"
-    if x.numel() == 0 or any(len(of.tables.windows) == 0 for of in each):
-        return "reference"
-    return choices.choose_segments(x.device, x.dtype, each[0].window, False, _drop(each)).name
+    may_be_triton = backends.forced_backend() in (None, "triton") and x.numel() > 0 and len(of.tables.windows) > 0
+    return "triton" if may_be_triton and backends.triton_obstacle(x.device, x.dtype) is None else "reference"
+
+
+def in_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> list[bool]:
+    """Of each part: csrc takes all at once, or else one after another is asked for a backend."""
+    if obstacle(x, parts, each, gated) is None:
+        return [True] * len(parts)
+    return [backend(x, part, of) != "reference" for part, of in zip(parts, each, strict=True)]
 
 
 def _drop(each: Sequence[Segments]) -> bool:
@@ -95,7 +106,7 @@ def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:
     return found.reason if found.name == "reference" else None
 
 
-def low_shape(x: Tensor, part: Part, of: Segments, in_kernels: bool) -> tuple[int, int]:
+def low_shape(x: Tensor, of: Segments, in_kernels: bool) -> tuple[int, int]:
     """Of xa: in kernels boxes of 64 ranks and a block's rows, as many as there can be (csrc/work/segments.h)."""
     if not in_kernels:
         return x.shape[:-1].numel(), of.ranks
@@ -164,8 +175,12 @@ def _as_read(x: Tensor, part: Part, of: Segments, changes: bool = False) -> tupl
 
 
 def forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:
-    """(y, xa) of a part by itself, in Triton or in plain torch."""
-    if backend(x, [part], [of]) == "triton":
+    """(y, xa) of a part by itself."""
+    chosen = backend(x, part, of)
+    if chosen == "cuda":
+        y, xa = csrc_forward(x, [part], [of])
+        return y, xa
+    if chosen == "triton":
         return _triton_forward(x, part, of)
     weight, A, B, bias, scales, *_ = part
     with no_autocast(x):
@@ -175,7 +190,12 @@ def forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, x: Tensor, part: Part, xa: Tensor, dxa: Tensor | None, needs: Sequence[bool], of: Segments):
     """(dx, dA, dB, dxa), of the first three None where `needs` says so."""
-    if backend(x, [part], [of]) == "triton":
+    chosen = backend(x, part, of)
+    if chosen == "cuda":
+        need_dx, need_dA, need_dB = needs
+        dx, dA, dB, _ = csrc_backward([dy], [x], [part], [xa], [dxa], need_dx, (need_dA, need_dB, False), [of])
+        return *(grad if need else None for grad, need in zip((dx, dA, dB), needs, strict=True)), dxa
+    if chosen == "triton":
         return *_triton_backward(dy, x, part, xa, needs, of), dxa
     weight, A, B, _, scales, *_ = part
     rows = rows_of(dy)

@@ -42,7 +42,7 @@ def tokens_of(item, place: str) -> Tokens:
     labels = _ints(item["labels"], f"{place}: labels") if has_labels else input_ids
     if labels.shape != input_ids.shape:
         raise ValueError(f"{place}: labels must be as many as input_ids, got {len(labels)} and {len(input_ids)}")
-    if is_dict and "attention_mask" in item.keys():  # noqa: SIM118
+    if is_dict and "attention_mask" in item.keys() and item["attention_mask"] is not None:  # noqa: SIM118
         own = _without_padding(_ints(item["attention_mask"], f"{place}: attention_mask"), len(input_ids), place)
         return Tokens(input_ids[own], labels[own])
     return Tokens(input_ids, labels)

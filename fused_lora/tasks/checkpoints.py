@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..adapters.layers import modules_of
 from ..whole_files import flush, write
 
 INDEX, STATE, BEGUN = "index.json", "training.pt", ".being-written"
+FIELDS = ("passes", "running", "ended", "lora_dtype", "base")  # of the index
 MARKED = 64  # entries of a weight, by which it is known again
 NUMBERED = "[0-9]" * 7  # whoever keeps something beside them calls it otherwise
 
@@ -64,14 +66,17 @@ def marks(modules: dict[str, nn.Module]) -> dict[str, int]:
 
 def check_same(place: Path, index: dict, model: nn.Module, lora_dtype: torch.dtype | None) -> None:
     """Whether a checkpoint is of tasks over this model; ValueError naming the argument where it is not."""
+    lacking = [field for field in FIELDS if field not in index]
+    if lacking:
+        raise ValueError(f"{place / INDEX} is damaged, or of another version: it has no {lacking[0]}")
     if index["lora_dtype"] != str(lora_dtype):
         raise ValueError(f"lora_dtype must be {index['lora_dtype']} as in {place}, got {lora_dtype}")
-    modules = dict(model.named_modules())
-    missing = sorted(name for name in index["base"] if not hasattr(modules.get(name), "weight"))
+    modules, base = modules_of(model), index["base"]
+    missing = sorted(name for name in base if not hasattr(modules.get(name), "weight"))
     if missing:
         raise ValueError(f"model must be that of {place}, and has no {missing[0]}")
-    for name, mark in marks({name: modules[name] for name in index["base"]}).items():
-        if mark != index["base"][name]:
+    for name, mark in marks({name: modules[name] for name in base}).items():
+        if mark != base[name]:
             raise ValueError(f"model must be that of {place}, and {name}.weight is another")
 
 

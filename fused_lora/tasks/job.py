@@ -71,17 +71,17 @@ class Job:
         """A pass: with_accumulated's gradients, their norm on the device and as it was read. With the last pass of a
         step the optimizer steps."""
         is_finite = math.isfinite(loss) and math.isfinite(norm_read)
-        self._grads = grads if is_finite else None  # what is no number would spoil the passes that follow
-        self._is_spoilt |= not is_finite
-        self._passes, self._loss = self._passes + 1, self._loss + loss
-        if self._passes < self.task.accumulate:
+        is_spoilt, passes, loss = self._is_spoilt or not is_finite, self._passes + 1, self._loss + loss
+        if passes < self.task.accumulate:
+            self._grads = grads if is_finite else None  # what is no number would spoil the passes that follow
+            self._is_spoilt, self._passes, self._loss = is_spoilt, passes, loss
             return None
         lr, tokens = self.task.lr_after(self.steps), self._tokens
-        skipped = self._is_spoilt or tokens == 0
+        skipped = is_spoilt or tokens == 0
         if not skipped:
-            self._step(grads, norm, lr)
+            self._step(grads, norm, lr)  # where it fails, nothing of the pass is counted
         self.steps += 1
-        done = Step(self.steps, self._loss, lr, norm_read, tokens, skipped)
+        done = Step(self.steps, loss, lr, norm_read, tokens, skipped)
         self._begin()
         return done
 

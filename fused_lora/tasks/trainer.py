@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from .. import checks
 from ..adapters import load_adapter, save_adapter
+from ..adapters.layers import modules_of
 from ..modules import LoRABank, adapter_parameters, add_adapter, delete_adapter, route
 from ..modules.freezing import freeze_all_but_updates
 from ..modules.protocol import is_bank
@@ -21,6 +21,7 @@ from . import checkpoints
 from .batches import Batch, Tokens, collate, next_token_losses, tokens_of
 from .job import Job, Step
 from .logs import Log
+from .seeding import seeded
 from .task import Task
 
 ADAPTERS, LOGS, CHECKPOINTS = "adapters", "logs", "checkpoints"
@@ -136,14 +137,14 @@ class TaskTrainer:
             )
 
     def _banks(self) -> Iterator[tuple[str, LoRABank]]:
-        return ((layer, module) for layer, module in self.model.named_modules() if is_bank(module))
+        return ((layer, module) for layer, module in modules_of(self.model).items() if is_bank(module))
 
     def _has_adapter(self, name: str) -> bool:
         return any(name in bank.adapters for _, bank in self._banks())
 
     def _begin(self, task: Task) -> None:
         """With the values of its seed, whatever else is in the model."""
-        with self._seeded(task.seed):
+        with seeded(self._device, task.seed):
             add_adapter(self.model, task.name, config=task.config, lora_dtype=self.lora_dtype, freeze=True)
         self._run(task, None)
 
@@ -210,7 +211,7 @@ class TaskTrainer:
         if not self._jobs:
             return done
         self.model.train()
-        with self._seeded(mix(self.passes)):  # a resumed run drops what it would have dropped
+        with seeded(self._device, mix(self.passes)):  # a resumed run drops what it would have dropped
             computed = self._computed([self._jobs[name] for name in self.running])
         for job, *found in computed:
             step = job.take(*found)
@@ -267,14 +268,6 @@ class TaskTrainer:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @contextmanager
-    def _seeded(self, seed: int) -> Iterator[None]:
-        """torch's generators, which are as they were afterwards."""
-        device = self._device
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
-            torch.manual_seed(seed)
-            yield
 
     # ---- files
 

@@ -74,6 +74,25 @@ def test_adapters_drop_what_enters_them_by_their_own_p():
     assert bank.eval().dropping == 0.0
 
 
+@pytest.mark.parametrize("change", [
+    lambda bank: bank.set_lora_alpha("b", 3.0), lambda bank: bank.set_lora_dropout("b", 0.1),
+    lambda bank: bank.set_lora_dropout("a", 0.1), lambda bank: bank.add_adapter("z", 4), lambda bank: bank.cpu(),
+])  # fmt: skip
+def test_what_is_set_after_a_forward_pass_is_none_of_its_backward_pass(change):
+    grads = []
+    for changes in (False, True):
+        bank = make_bank()
+        bank.set_lora_dropout("a", 0.5)
+        x = torch.randn(8, K, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(1)
+        with route(bank, "a"):
+            y = bank(x)
+        if changes:
+            change(bank)
+        grads.append(torch.autograd.grad(y.sum(), [x, *bank.factors("a")]))
+    assert all(map(torch.equal, *grads))
+
+
 def test_rows_have_their_adapters_and_the_base():
     bank = make_bank()
     x = torch.randn(3, 5, K, dtype=torch.float64)

@@ -78,7 +78,9 @@ class Problem:
         """ys; dx; and of each linear its bias's gradient and its adapters'."""
         routed = [linear.routed() for linear in self.linears]
         of = [segmented.Segments(each.tables, each.window, each.thresholds) for each in routed]
-        assert segmented.backend(self.x, [each.part for each in routed], of) == self.backend
+        assert [segmented.backend(self.x, each.part, own) for each, own in zip(routed, of, strict=True)] == [
+            self.backend
+        ] * len(routed)
         if self.linears[0].thresholds is not None:
             torch.manual_seed(SEED)
         ys = lora_segments(self.x, routed)

@@ -1,5 +1,6 @@
 """What goes wrong around tasks: nothing of it goes on in silence."""
 
+import json
 import shutil
 
 import numpy
@@ -8,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_lora.tasks import Task, TaskTrainer
-from tests.tasks.problem import VOCABULARY, base, config, sequences
+from tests.tasks.problem import VOCABULARY, base, config, factors, sequences
 
 
 def task(name="a", **options):
@@ -156,3 +157,37 @@ def test_another_base_is_not_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"lora_dtype must be None as in .*, got torch\.float64"):
         again(base(torch.float32), lora_dtype=torch.float64)
     again(base(torch.float32)).add(task())
+
+
+def test_a_compiled_model_is_resumed_as_it_is(tmp_path):
+    trainer = TaskTrainer(torch.compile(base(torch.float32), backend="eager"), tmp_path, progress=False)
+    trainer.add(task(steps=1))
+    trainer.save()
+    TaskTrainer(base(torch.float32), tmp_path, progress=False, resume=True).add(task(steps=1))
+
+
+def test_an_index_of_another_version(tmp_path):
+    trainer = TaskTrainer(base(torch.float32), tmp_path, progress=False)
+    trainer.add(task())
+    trainer.save()
+    path = tmp_path / "checkpoints" / "0000001" / "index.json"
+    index = json.loads(path.read_text())
+    del index["base"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json is damaged, or of another version: it has no base"):
+        TaskTrainer(base(torch.float32), tmp_path, progress=False, resume=True)
+
+
+def test_a_step_that_fails_is_taken_again(monkeypatch):
+    """As an optimizer that finds no memory."""
+    trainers = [TaskTrainer(base(torch.float32), progress=False) for _ in range(2)]
+    for trainer in trainers:
+        trainer.add(task(accumulate=2))
+        trainer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainers[0].step()
+    first, second = (trainer.step()["a"] for trainer in trainers)
+    assert first == second
+    assert all(map(torch.equal, *(factors(trainer.model, "a") for trainer in trainers)))
