@@ -231,6 +231,8 @@ class AdapterCache:
         if not self._pins.get(name):
             raise ValueError(f"name must be pinned, got {name!r}")
         self._pins[name] -= 1
+        if not self._pins[name]:
+            del self._pins[name]
 
     @contextmanager
     def pinning(self, names: Iterable[str]) -> Iterator[None]:

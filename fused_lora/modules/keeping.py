@@ -246,6 +246,7 @@ class Keeping(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._key, self._captured, self._default = next(_keys), False, None
+        self._slab.keep(adapter.place for adapter in self.adapters.values())
         self._settle()
 
     def note_capture(self) -> None:

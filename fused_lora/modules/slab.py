@@ -56,6 +56,13 @@ class Slab:
         self.A[place.rank : place.rank + place.size].zero_()
         self.up[place.rank : place.rank + place.size].zero_()
 
+    def keep(self, places: Iterable[Place]) -> None:
+        """Gives back all but these."""
+        kept = {slice_ for place in places for slice_ in range(place.rank // SLICE, (place.rank + place.size) // SLICE)}
+        for slice_, taken in enumerate(self.taken):
+            if taken and slice_ not in kept:
+                self.give_back(Place(slice_ * SLICE, SLICE))
+
     def _mark(self, place: Place, taken: bool) -> None:
         slices = place.size // SLICE
         self.taken[place.rank // SLICE : place.rank // SLICE + slices] = [taken] * slices

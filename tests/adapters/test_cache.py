@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fused_lora import AdapterCache, add_adapter, route
+from fused_lora import AdapterCache, LoRABank, add_adapter, route
 from tests.adapters.models import by_peft, net, randomised, x_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # PEFT warns of its own affairs
@@ -231,6 +231,11 @@ def test_copies_of_the_model_have_no_cache():
     cache = filled()
     cache.prefetch(["n0"])
     twin = copy.deepcopy(cache.model)
+    banks = [module for module in twin.modules() if isinstance(module, LoRABank)]
+    assert banks
+    for bank in banks:  # nothing of it is taken
+        assert not any(bank._slab.taken)
+        assert not bank._slab.A.any()
     with pytest.raises(ValueError, match="names must be adapters of the model"):
         route(twin, "n0")
     assert_is(cache, 0)
