@@ -89,7 +89,7 @@ class Slab:
             for place, A, B in each
         )
 
-    def rescale(self, place: Place, scaling: float, p: float) -> None:
+    def rescale(self, place: Place, scaling: float, p: float = 0.0) -> None:
         """p: by which the adapter drops."""
         slices = slice(place.rank // SLICE, (place.rank + place.size) // SLICE)
         self.scales[slices].fill_(scaling)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 
 import peft
@@ -51,8 +52,12 @@ def test_saved_and_loaded(tmp_path):
     each(zip((plain, model), ("plain", "ours"), strict=True), lambda pair: pair[0].save_pretrained(tmp_path / pair[1]))
     files = sorted(path.name for path in (tmp_path / "plain").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "ours").iterdir())
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    assert (tmp_path / "ours" / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()
+    ours, plains = (json.loads((tmp_path / name / config).read_text()) for name in ("ours", "plain"))
+    for each_config in (ours, plains):  # target_modules is a set of PEFT's, in any order
+        each_config["target_modules"] = sorted(each_config["target_modules"])
+    assert ours == plains
     torch.manual_seed(0)
     loaded = peft.PeftModel.from_pretrained(Net().double(), tmp_path / "ours", is_trainable=True).double()
     assert accelerated(loaded) == []
