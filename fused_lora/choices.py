@@ -135,7 +135,12 @@ def _choose_segments(device, dtype, window: int, readable: bool, drops: bool, fo
         reason = "csrc has no dropout where rows have adapters of their own"
     elif forced is None:
         reason = backends.lora_linear_obstacle("cuda", device, dtype, window, readable)
-    if forced not in (None, "triton"):
+    return choose_without_csrc(device, dtype, reason)
+
+
+def choose_without_csrc(device: torch.device, dtype: torch.dtype, reason: str) -> Choice:
+    """The backend of rows with adapters of their own where csrc has no kernel, for a reason."""
+    if backends.forced_backend() not in (None, "triton"):
         return Choice("reference", reason)
     for_triton = backends.triton_obstacle(device, dtype)
     if for_triton is None:

@@ -37,23 +37,13 @@ def _in_short(launches) -> tuple[tuple[str, int, dict], ...]:
     return tuple((plan.name, plan.grid[0], plan.meta) for plan, _ in launches)
 
 
-def _record_segments(tokens: int, part, windows: int, window: int, drops: bool, gpu):
-    """As _record, of rows with adapters in so many windows of a part's slabs."""
-    from .kernels.launch import record_launches
-    from .kernels.lora_segments import lora_segments_backward, lora_segments_forward
+def _record_segments(tokens: int, bank: LoRABank, gpu):
+    """As _record, of rows that have a bank's adapters, each in a window of its own."""
+    from .kernels.lora_segments import record
 
-    weight, A, B, scales = (each.to("meta") for each in (part.weight, part.A, part.B, part.scale))
-    x, dy = (torch.empty(tokens, size, dtype=weight.dtype, device="meta") for size in reversed(weight.shape))
-    A, B, blocks = A.to(x.dtype), B.to(x.dtype), -(-tokens // segments.BLOCK)
-    shapes = ((1, blocks, 4), (windows, 4), (1, blocks * segments.BLOCK, 2))
-    tables = segments.Tables(*(torch.empty(*shape, dtype=torch.int32, device="meta") for shape in shapes))
-    numbers = (torch.empty(1, dtype=dtype, device="meta") for dtype in (torch.int64, torch.int32))
-    of = (tables, window, segments.Drops(*numbers) if drops else None, gpu, backends.precision(x.dtype))
-    with record_launches() as forward:
-        _, xa = lora_segments_forward(x, weight, A, B, part.bias, scales, *of)
-    with record_launches() as backward:
-        lora_segments_backward(dy, x, weight, A, B, xa, scales, *of, (True, True, True))
-    return _in_short(forward), _in_short(backward)
+    part, windows = bank.part(()), len(bank.adapters)
+    passes = record(tokens, part, windows, _window(bank), bank.dropping > 0, gpu, backends.precision(part.weight.dtype))
+    return tuple(map(_in_short, passes))
 
 
 def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype, gpu) -> tuple[str, ...]:
@@ -126,6 +116,11 @@ def _like(layer: nn.Module) -> torch.Tensor:
 
 
 def _how(layers: list[LoRALayer], tokens: int) -> str:
+    if all(map(is_bank, layers)):  # whatever adapters rows have now
+        reason = next((choice.reason for choice in map(_choice_of, layers) if choice.name != "cuda"), None)
+        return "in one launch" if reason is None else f"one by one: {reason}"
+    if any(map(is_bank, layers)):
+        return "one by one: only some of them are LoRABank layers"
     found = together(layers, _like(layers[0]))
     reason = found if isinstance(found, str) else _measured_apart(layers, tokens)
     return "in one launch" if reason is None else f"one by one: {reason}"
@@ -208,21 +203,28 @@ def _by_name(layer: LoRALayer | None) -> str | None:
 def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:
     """Of a route of its largest adapter; other routes may say more."""
     part, adapters = bank.part(()), bank.adapters.values()
-    weight, r = part.weight, max((adapter.r for adapter in adapters), default=0)
+    weight, choice, r = part.weight, _choice_of(bank), max((adapter.r for adapter in adapters), default=0)
     N, K = weight.shape
     of = ((tokens, K, N, r), weight.dtype, str(weight.device))
-    readable = backends.csrc_reads(weight, part.A, part.B)
-    window = max(segments.BOX, segments.size_of(max(r, 1)))
-    drops = bank.dropping > 0
-    choice = choices.choose_segments(weight.device, weight.dtype, window, readable, drops)
     reason = f"{len(adapters)} adapters, each row by its own"
     if choice.name == "cuda":
         launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})
         return Explanation(*of, "cuda", reason, (launch,), (launch,))
     if choice.name == "reference" or not adapters:
         return Explanation(*of, "reference", f"{len(adapters)} adapters: {choice.reason}")
-    launches = _record_segments(tokens, part, len(adapters), window, drops, backends.gpu(weight.device))
+    launches = _record_segments(tokens, bank, backends.gpu(weight.device))
     return Explanation(*of, "triton", f"{reason}; {choice.reason}", *launches)
+
+
+def _window(bank: LoRABank) -> int:
+    return segments.window_of(adapter.place.size for adapter in bank.adapters.values())
+
+
+def _choice_of(bank: LoRABank) -> backends.Choice:
+    """The backend of rows that have any of its adapters."""
+    part = bank.part(())
+    weight, readable = part.weight, backends.csrc_reads(part.weight, part.A, part.B)
+    return choices.choose_segments(weight.device, weight.dtype, _window(bank), readable, bank.dropping > 0)
 
 
 def _explain_own(layer: LoRALayer, tokens: int, reason: str) -> Explanation:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_lora import LoRABank, backends, choices, explain, segments
+from fused_lora import LoRABank, add_adapter, backends, choices, explain, route, segments, set_adapter
 from fused_lora.ops import Part, segmented
+from fused_lora.pretrain.llama import Llama, LlamaConfig
 from tests.cards import CUDA, pretend_extension
 from tests.kernels.problem import DEVICE
 
@@ -91,3 +92,16 @@ def test_linears_of_one_x_that_csrc_has_not_all_kernels_for(what, card, monkeypa
     with backends.forcing("cuda"):
         assert [segmented.backend(x, part, each) for each in (one, other)] == ["cuda", "reference"]
         assert segmented.in_kernels(x, [part, part], [one, other], False) == [True, False]
+
+
+def test_what_is_said_of_a_model_does_not_depend_on_a_route():
+    model = Llama(LlamaConfig(32, 48, 2, 2, vocab_size=61))
+    add_adapter(model, "a", 4, 8.0, target_modules="all-linear")
+    told = str(explain(model, tokens=64))
+    assert "called with one x, computed one by one: no kernel" in told
+    set_adapter(model, "a")
+    assert str(explain(model, tokens=64)) == told
+    with route(model, ["a", "__base__"]):
+        assert str(explain(model, tokens=64)) == told
+    with route(model, ["a", "__base__"], rows=[32, 32]):
+        assert str(explain(model, tokens=64)) == told

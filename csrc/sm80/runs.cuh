@@ -107,17 +107,23 @@ struct Runs : Finder {
  private:
   static constexpr int kNone = -1;
 
-  // From a box on, of this level, the next ones and the next parts.
+  // From a box on, of this level, the next ones and the next parts: the first that has ranks.
   __device__ void find_box(int box) {
+    do {
+      find_any_box(box);
+      box = run.at + 1;
+    } while (run.exists && run.sum == 0);
+  }
+
+  __device__ void find_any_box(int box) {
     for (;;) {
       const Span of = span(run.part, run.level);
       if (!of.is_empty() && box < of.end_box()) {
-        run.at = box++;
-        run.sum = ranks_of_box(of, run.at);
-        if (run.sum == 0) continue;
-        run.column = of.first_slice(run.at) * work::kSlice;
-        run.low_row = of.low_row(run.at);
-        run.first = of.rank_of_box(run.at) + run.column;
+        run.at = box;
+        run.sum = ranks_of_box(of, box);
+        run.column = of.first_slice(box) * work::kSlice;
+        run.low_row = of.low_row(box);
+        run.first = of.rank_of_box(box) + run.column;
         return;
       }
       if (++run.level == levels()) {

@@ -1,8 +1,13 @@
 """The LoRA linear in Triton whose rows have adapters of their own: matrices in, matrices out, no autograd. Equations
 and symbols as in segments/formula.py, but for xa, which lies in boxes (segment_tables.py)."""
 
+from math import ceil
+
+import torch
+
 from ..reference import room
-from ..segments import SLICE, Drops, Tables, ranks_of
+from ..segments import BLOCK, SLICE, Drops, Tables, ranks_of
+from .launch import record_launches
 from .segments_expand import segments_expand
 from .segments_factor_grads import segments_factor_grads
 from .segments_shrink import segments_shrink
@@ -39,3 +44,20 @@ def lora_segments_backward(
     if more is not None:
         dB.mul_(more[ranks_of(A, tables, window) // SLICE][:, None])
     return dx, dA, dB.t() if need_dB else None
+
+
+def record(tokens: int, part, windows: int, window: int, drops: bool, gpu: Gpu, precision: str):
+    """The launches of forward and of backward of so many tokens by a linear's slabs, found on the `meta` device."""
+    empty = lambda *sizes, dtype=part.weight.dtype: torch.empty(*sizes, dtype=dtype, device="meta")  # noqa: E731
+    blocks, numbers = ceil(tokens / BLOCK), (empty(1, dtype=torch.int64), empty(1, dtype=torch.int32))
+    shapes = ((1, blocks, 4), (windows, 4), (1, blocks * BLOCK, 2))
+    tables = Tables(*(empty(*shape, dtype=torch.int32) for shape in shapes))
+    of = (tables, window, Drops(*numbers) if drops else None, gpu, precision)
+    weight, scales = part.weight.to("meta"), part.scale.to("meta")
+    A, B = (each.to("meta", weight.dtype) for each in (part.A, part.B))
+    x, dy = (empty(tokens, size) for size in reversed(weight.shape))
+    with record_launches() as forward:
+        _, xa = lora_segments_forward(x, weight, A, B, part.bias, scales, *of)
+    with record_launches() as backward:
+        lora_segments_backward(dy, x, weight, A, B, xa, scales, *of, (True, True, True))
+    return forward, backward

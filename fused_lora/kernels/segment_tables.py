@@ -39,23 +39,26 @@ def place_of(slice_, window, windows_ptr, BOXES: tl.constexpr, RANKS: tl.constex
 
 
 @triton.jit
+def _rows(rows_ptr, blocks, level, row, BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr = BLOCK):
+    """The entries of some rows."""
+    return rows_ptr + (tl.cast(level * blocks, tl.int64) * ROWS + row + tl.arange(0, BLOCK_ROWS)) * 2
+
+
+@triton.jit
 def own_slices(
-    rows_ptr, blocks, level, row, window,
-    BLOCK_M: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr = BLOCK, SLICES: tl.constexpr = BOX // SLICE,
+    rows_ptr, blocks, level, row, window, BLOCK_M: tl.constexpr, BOXES: tl.constexpr,
+    SLICES: tl.constexpr = BOX // SLICE,
 ):  # fmt: skip
     """(first slice, how many, the slice of the slabs in which the place begins) of each of some rows."""
-    entries = rows_ptr + (tl.cast(level * blocks, tl.int64) * ROWS + row + tl.arange(0, BLOCK_M)) * 2
+    entries = _rows(rows_ptr, blocks, level, row, BLOCK_M)
     words, places = tl.load(entries), tl.load(entries + 1)
     return (words & 0xFFFFFF) - window * (BOXES * SLICES), words >> 24, places
 
 
 @triton.jit
-def thresholds_of(
-    thresholds_ptr, rows_ptr, blocks, level, row, BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr = BLOCK
-):  # fmt: skip
+def thresholds_of(thresholds_ptr, rows_ptr, blocks, level, row, BLOCK_ROWS: tl.constexpr):
     """(rows, 1): which numbers each of some rows drops, by its adapter on a level."""
-    entries = rows_ptr + (tl.cast(level * blocks, tl.int64) * ROWS + row + tl.arange(0, BLOCK_ROWS)) * 2
-    return tl.load(thresholds_ptr + tl.load(entries + 1))[:, None]
+    return tl.load(thresholds_ptr + tl.load(_rows(rows_ptr, blocks, level, row, BLOCK_ROWS) + 1))[:, None]
 
 
 @triton.jit

@@ -72,7 +72,8 @@ def segments_expand_kernel(
     RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ONE_LEVEL: tl.constexpr, TMA: tl.constexpr,
     EVEN_K: tl.constexpr, EIGHTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Persistent under TMA; without, one program a tile. Tiles are not cut where segments end: only ranks know them."""
+    """Persistent under TMA; without, one program a tile: in a loop over tiles the operands' addresses leave the
+    registers. Tiles are not cut where segments end: only ranks know them."""
     if TMA:
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
             row, col = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)

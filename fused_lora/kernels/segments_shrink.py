@@ -11,7 +11,7 @@ from ..segments import BLOCK, BOX, SLICE, Drops, Tables
 from . import launch, tiles
 from .launch import Layout, Plan, planned, pointers_aligned
 from .primitives import accumulate_strided, in_eights
-from .segment_tables import NOTHING, block_of, low_rows, own_slices, place_of, thresholds_of
+from .segment_tables import NOTHING, block_of, low_rows, own_slices, place_of
 from .tiles import Gpu
 
 
@@ -53,7 +53,7 @@ def segments_shrink_kernel(
     first, count, places = own_slices(rows_ptr, blocks, level, row, window, BLOCK_M, BOXES)
     scale = tl.load(scales_ptr + places).to(tl.float32)
     seed = tl.load(seed_ptr) + level if DROPOUT else 0
-    thresholds = thresholds_of(thresholds_ptr, rows_ptr, blocks, level, row, BLOCK_M) if DROPOUT else 0
+    thresholds = tl.load(thresholds_ptr + places)[:, None] if DROPOUT else 0
     if end - begin == 1:  # a block of one small adapter
         if tl.program_id(2) == 0:
             _shrink_ranks(

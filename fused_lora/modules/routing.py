@@ -66,7 +66,10 @@ class route:
         known = {name for bank in banks.values() for name in bank.adapters}
         unknown = sorted({name for path in paths for name in path} - known)
         if unknown:
-            raise ValueError(f"names must be adapters of the model or {BASE!r}, got {', '.join(map(repr, unknown))}")
+            raise ValueError(
+                f"names must be adapters of the model or {BASE!r}, got {', '.join(map(repr, unknown))}: it has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
         self._device = next(iter(banks.values())).weight.device
         self._shares = len(paths)
         if rows is None:
@@ -87,7 +90,7 @@ class route:
             key: {name: bank.adapters[name].place for name in used & bank.adapters.keys()}
             for key, bank in banks.items()
         }
-        window = max([segments.BOX, *(place.size for found in places.values() for place in found.values())])
+        window = segments.window_of(place.size for found in places.values() for place in found.values())
         return {key: _OfBank(bank, self._paths, places[key], window, self._device) for key, bank in banks.items()}
 
     def divide(self, rows: Sequence[int] | Tensor) -> None:

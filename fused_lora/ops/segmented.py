@@ -82,10 +82,12 @@ def obstacle(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: 
 
 def backend(x: Tensor, part: Part, of: Segments) -> str:
     """Of a part by itself."""
-    if obstacle(x, [part], [of], False) is None:
+    reason = obstacle(x, [part], [of], False)
+    if reason is None:
         return "cuda"
-    may_be_triton = backends.forced_backend() in (None, "triton") and x.numel() > 0 and len(of.tables.windows) > 0
-    return "triton" if may_be_triton and backends.triton_obstacle(x.device, x.dtype) is None else "reference"
+    if x.numel() == 0 or len(of.tables.windows) == 0:
+        return "reference"
+    return choices.choose_without_csrc(x.device, x.dtype, reason).name
 
 
 def in_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> list[bool]:

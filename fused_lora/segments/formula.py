@@ -120,15 +120,13 @@ def lora_segments_ref(x, weight, bias, adapters, scales, rows: Tensor, drops: Dr
     flat = x.reshape(-1, x.shape[-1])
     words, places = rows[:, : len(flat)].unbind(2)
     first, has_any = words & 0xFFFFFF, words >> 24 > 0
+    masked = None if drops is None else [_only(flat, drops.mask(rows, i, *flat.shape)) for i in range(len(rows))]
     y = flat @ weight.T
     for A, B, begins in adapters:
         own = has_any & torch.stack([first == begin // SLICE for begin in begins]).any(0)  # on each level
         scale = torch.where(own, scales[places], 0)
-        if drops is None:
-            product = flat @ A.T * scale.sum(0)[:, None]
-        else:
-            masked = (_only(flat, drops.mask(rows, level, *flat.shape)) for level in range(len(rows)))
-            product = sum(each @ A.T * of_level[:, None] for each, of_level in zip(masked, scale, strict=True))
+        each = [(flat, scale.sum(0))] if masked is None else zip(masked, scale, strict=True)
+        product = sum(x_in @ A.T * of_rows[:, None] for x_in, of_rows in each)
         y = y + torch.where(own.any(0)[:, None], product.to(x.dtype), 0) @ B.T
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], weight.shape[0])

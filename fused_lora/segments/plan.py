@@ -6,7 +6,7 @@ A window is as many ranks as a kernel multiplies at once; neighbouring segments 
 window share it. All of this is known before rows are counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,11 @@ class Place(NamedTuple):
 def size_of(r: int) -> int:
     """The size of the place of an adapter."""
     return next(size for size in SIZES if r <= size)
+
+
+def window_of(sizes: Iterable[int]) -> int:
+    """The ranks of a window that has places of these sizes."""
+    return max(BOX, *sizes, 0)
 
 
 class Window(NamedTuple):

@@ -37,8 +37,10 @@ class Batch(NamedTuple):
 def tokens_of(item, place: str) -> Tokens:
     """What a task's data has at a place."""
     is_dict = hasattr(item, "keys")
+    if is_dict and "input_ids" not in item.keys():  # noqa: SIM118 (a BatchEncoding's `in` is of something else)
+        raise ValueError(f"{place}: input_ids must be there, got {', '.join(map(str, item.keys()))}")
     input_ids = _ints(item["input_ids"] if is_dict else item, f"{place}: input_ids")
-    has_labels = is_dict and "labels" in item.keys()  # noqa: SIM118 (a BatchEncoding's `in` is of something else)
+    has_labels = is_dict and "labels" in item.keys()  # noqa: SIM118
     labels = _ints(item["labels"], f"{place}: labels") if has_labels else input_ids
     if labels.shape != input_ids.shape:
         raise ValueError(f"{place}: labels must be as many as input_ids, got {len(labels)} and {len(input_ids)}")

@@ -260,7 +260,7 @@ class TaskTrainer:
     def _routed(self, names: list[str], T: int) -> route:
         """The last one, where batches of one kind follow one another and no layer has become a bank: to make one takes
         the host some milliseconds, and one for all lengths would keep the tables of each that it met."""
-        key = (*names, T, sum(1 for _ in self._banks()))
+        key = (*names, T, sum(map(is_bank, self.model.modules())))
         if self._route is None or self._route[0] != key:
             self._route = key, route(self.model, names)
         return self._route[1]

@@ -75,7 +75,7 @@ def test_hopper_kernels(source, tmp_path):
     said = compile_to(HOPPER, source, tmp_path / "out.cubin")
     segmented = source.stem.endswith("segments")
     count = 6 if "gated" in source.stem else 10 if segmented else 14
-    assert assert_no_spills(said, 80 if segmented else 0) == count  # what an item is known by, once an item
+    assert assert_no_spills(said, 64 if segmented else 0) == count  # what an item is known by, once an item
     # C7510, C7512 and their like: the compiler waits after every product. C7519: it had to add a fence of its own.
     assert not re.findall(r"\(C75\d\d\)", said)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
@@ -119,9 +119,9 @@ def in_long(path, arch):
 def test_ampere_kernels(source, arch, kernels, build, tmp_path):
     level = build["level_of"](source)
     said = compile_to(f"-arch=sm_{arch}", source, tmp_path / "out.cubin", f"-Xptxas=-O{level}")
-    # A few words are kept in memory, once an item: with dropout some more, with segments also those of a function.
+    # A few words are kept in memory, once an item: with dropout and segments some more.
     drops, segmented = "dropout" in source.stem, "segments" in source.stem
-    assert_no_spills(said, 48 if segmented else 40 if drops else 24)
+    assert_no_spills(said, 40 if drops or segmented else 24)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
     assert sum(number > 200 for number in registers) == kernels
     assert max(registers) <= 65536 // 256 - 1

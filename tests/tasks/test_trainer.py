@@ -333,6 +333,8 @@ def test_bars(capsys):
     (lambda trainer: trainer.add(tasks()["a"]), ValueError, "name must be new, got 'a'"),
     (lambda trainer: trainer.add(Task("x", [torch.ones(3)], config(2), 1, 1.0)), ValueError,
      "x, sequence 0: input_ids must be at least two ints in a row"),
+    (lambda trainer: trainer.add(Task("x", [{"labels": [1]}], config(2), 1, 1.0)), ValueError,
+     "x, sequence 0: input_ids must be there, got labels"),
     (lambda trainer: trainer.add(Task("x", [[1]], config(2), 1, 1.0)), ValueError, "at least two ints in a row"),
     (lambda trainer: trainer.add(Task("x", [{"input_ids": [1, 2], "labels": [1, 2, 3]}], config(2), 1, 1.0)),
      ValueError, "labels must be as many as input_ids, got 3 and 2"),

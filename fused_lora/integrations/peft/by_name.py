@@ -41,11 +41,7 @@ def obstacle(adapter: Named, bias: Tensor | None, is_dora: bool) -> str | None:
 def kernel_obstacle(x: Tensor, weight: Tensor, adapters: Sequence[Named]) -> str | None:
     """Why no kernel computes them of x, or None. In plain torch PEFT's forward is the better one: it multiplies each
     adapter's samples, where the op's formula multiplies all rows by all ranks."""
-    return weight_obstacle(x, weight, _window(segments.size_of(len(adapter.A)) for adapter in adapters))
-
-
-def _window(sizes: Iterable[int]) -> int:
-    return max(segments.BOX, *sizes)
+    return weight_obstacle(x, weight, segments.window_of(segments.size_of(len(adapter.A)) for adapter in adapters))
 
 
 class Samples(NamedTuple):
@@ -62,7 +58,7 @@ class Samples(NamedTuple):
 def _samples(places: tuple[segments.Place | None, ...], rows: int, device: torch.device) -> Samples:
     """places: of each sample, which has so many rows."""
     runs = [(place, rows * len(list(run))) for place, run in groupby(places)]
-    window = _window(place.size for place in places if place is not None)
+    window = segments.window_of(place.size for place in places if place is not None)
     plan = segments.make_plan([[place] for place, _ in runs], window)
     counts = segments.on_device(device, [count for _, count in runs])
     ends = counts.cumsum(0, dtype=torch.int32)
