@@ -22,6 +22,7 @@ COLORS = {
     "peft_dora": "#8a9a3c",
     "full_rank": "#b0aca6",
     "one": "#f4bf9c",
+    "triton": "#c2785a",
     "grouped": "#8fb8de",
     "gathered": "#2b628f",
     "loop": "#a9c9a4",
