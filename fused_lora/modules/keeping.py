@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -186,7 +186,7 @@ class Keeping(nn.Module):
         first = next(iter(self.lora_A._parameters.values()), None)
         if first is not None:
             self._slab.move(first.device, first.dtype)
-        if not self._captured and not self._are_settled(name for name in self.adapters if name not in self._held):
+        if not self._captured and not self._are_settled([name for name in self.adapters if name not in self._held]):
             self._slab.renew()
         for name, adapter in self.adapters.items():
             self._rescale(name)
@@ -200,13 +200,13 @@ class Keeping(nn.Module):
                 place.copy_(factor)
                 factor.data = place
 
-    def settle(self, names: Iterable[str]) -> None:
+    def settle(self, names: Sequence[str]) -> None:
         """After whatever may have happened to the parameters of these adapters."""
         if not watched() and not self._are_settled(names):
             self._settle()
 
     @torch.no_grad()
-    def slabs_with(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+    def slabs_with(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A and B^T of all adapters, where these adapters' factors are what stands for their parameters now, as
         torch.func.functional_call puts something there."""
         if watched() or torch.compiler.is_compiling() or self._are_settled(names):
@@ -224,6 +224,14 @@ class Keeping(nn.Module):
             return self._held[name]
         modules = self._modules  # since nn.Module's own way there takes the host as long as the rest of a call
         return modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
+
+    def all_factors(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Several adapters' As, and their Bs."""
+        if self._held:
+            As, Bs = zip(*map(self.factors, names), strict=True) if names else ((), ())
+            return list(As), list(Bs)
+        As, Bs = (self._modules[kind]._parameters for kind in ("lora_A", "lora_B"))
+        return [As[name] for name in names], [Bs[name] for name in names]
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -256,8 +264,8 @@ class Keeping(nn.Module):
     def _is_settled(self, name: str) -> bool:
         return self._are_settled((name,))
 
-    def _are_settled(self, names: Iterable[str]) -> bool:
-        return self._slab.has_all((self.adapters[name].place, *self.factors(name)) for name in names)
+    def _are_settled(self, names: Sequence[str]) -> bool:
+        return self._slab.has_all([self.adapters[name].place for name in names], *self.all_factors(names))
 
 
 def _settle_loaded(bank: Keeping, _) -> None:

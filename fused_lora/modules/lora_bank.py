@@ -1,6 +1,6 @@
 """LoRABank: one frozen linear with many adapters, of which each row of a batch has its own."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +114,9 @@ class LoRABank(Keeping):
         routed = routing.current(self, x)
         return routed if routed.adapters else "none of its adapters is in the route"
 
-    def part(self, names: Iterable[str]) -> ops.Part:
+    def part(self, names: Sequence[str]) -> ops.Part:
         """The linear with the slabs, in which the factors of these adapters are what their parameters are now."""
-        A, up = self.slabs_with(tuple(names))
+        A, up = self.slabs_with(names)
         return ops.Part(parameter(self, "weight"), A, up.t(), parameter(self, "bias"), self._slab.scales)
 
     def routed(self, names: tuple[str, ...], tables, window: int, adapters: tuple[ops.Adapter, ...]) -> ops.Routed:

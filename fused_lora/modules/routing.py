@@ -215,17 +215,19 @@ class _OfBank:
         self.plan = segments.make_plan([[places[name] for name in path] for path in paths], window)
         self.constants = segments.constants(self.plan, device)
         named = {place: name for name, place in places.items()}
-        self.adapters = [(named[place], place.rank, begins) for place, begins in self.plan.begins().items()]
-        self.names = tuple(name for name, *_ in self.adapters)
+        begins = self.plan.begins()
+        self.names = tuple(named[place] for place in begins)
+        self.lies = [(place.rank, found) for place, found in begins.items()]
 
     def check(self, bank) -> None:
         """Whether the bank's adapters are those that it had. By numbers, which compiled programs are guarded by."""
-        if any(_serial(bank, name) != known for name, known in self.known.items()):
+        if [_serial(bank, name) for name in self.known] != list(self.known.values()):
             raise RuntimeError("adapters were deleted, renamed or added since the route was made: make a new one")
 
     def routed(self, bank, route: route, x: Tensor) -> Routed:
         self.check(bank)
-        adapters = tuple(Adapter(*bank.factors(name), rank, begins) for name, rank, begins in self.adapters)
+        each = zip(*bank.all_factors(self.names), self.lies, strict=True)
+        adapters = tuple(Adapter(A, B, rank, begins) for A, B, (rank, begins) in each)
         return bank.routed(self.names, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
 
 

@@ -65,9 +65,12 @@ def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
         part if each.thresholds is None else part._replace(seed=of_parts.drawn_seed(x, 1.0, None))
         for part, each in zip(parts, routed, strict=True)
     ]
+    tables = segmented.flatten([segmented.Segments(each.tables, window, each.thresholds) for each in routed])
+    if not (watched() or torch.is_grad_enabled()):  # which asks nothing of each adapter
+        return tuple(_run(x, drawn, tables, window)[: len(parts)])
     call = _Call(
         drawn,
-        segmented.flatten([segmented.Segments(each.tables, window, each.thresholds) for each in routed]),
+        tables,
         [factor for each in routed for adapter in each.adapters for factor in (adapter.A, adapter.B)],
         tuple(tuple((adapter.rank, adapter.begins) for adapter in each.adapters) for each in routed),
         window,
@@ -75,9 +78,14 @@ def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
     if watched():
         return call.by_formula(x)
     biases = [part.bias for part in parts if part.bias is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *biases, *call.factors)):
+    if any(tensor.requires_grad for tensor in (x, *biases, *call.factors)):
         return LoRASegmentsFunction.apply(x, call.layout, window, *distinct(x, call.tensors()))
     return tuple(call.run(x)[: len(parts)])
+
+
+def _run(x: Tensor, parts: Sequence[Part], tables: list[Tensor], window: int) -> list[Tensor]:
+    """ys and xas."""
+    return ops.lora_parts_forward(x, of_parts.flatten(parts), 0.0, [], "none", tables, window)
 
 
 def _check(x: Tensor, part: Part, tables: segments.Tables, name: str) -> None:
@@ -120,7 +128,7 @@ class _Call(NamedTuple):
 
     def run(self, x: Tensor) -> list[Tensor]:
         """ys and xas."""
-        return ops.lora_parts_forward(x, of_parts.flatten(self.parts), 0.0, [], "none", self.tables, self.window)
+        return _run(x, self.parts, self.tables, self.window)
 
     def adapters(self) -> list[list[Adapter]]:
         """Of each part."""
