@@ -1,5 +1,5 @@
 """From batches with adapters of their own to files: adapters.json, adapters.md and adapters.png, and the same with
--few and -step of `python -m bench.adapters --few` and `--step`."""
+-few, -step and -cache of `python -m bench.adapters --few`, `--step` and `--cache`."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TITLES = {
     FORWARD: "Inference",
     CALLS: "Inference, whole calls with the host's time (PEFT's cannot be captured: it makes indices in each)",
 }
-STEMS = {"linear": "adapters", "few": "adapters-few", "step": "adapters-step"}
+STEMS = {"linear": "adapters", "few": "adapters-few", "step": "adapters-step", "cache": "adapters-cache"}
 
 
 def _pass_table(results: dict, pass_name: str) -> list[str]:
@@ -66,6 +66,23 @@ def _step_lines(step: dict) -> list[str]:
     return [words, "", *table(header, rows), ""]
 
 
+def _cache_lines(cache: dict) -> list[str]:
+    alone, moving = (arm["median"] for arm in cache["steps"].values())
+    rows = [["an adapter", f"{cache['bytes'] / 2**20:,.1f} MiB"]]
+    if "move" in cache:
+        rates = [cache["bytes"] / cache[name] / 1e9 for name in ("copy", "move")]
+        rows += [
+            ["a plain copy of as many pinned bytes", f"{rates[0]:.1f} GB/s"],
+            ["the cache's move into its slot", f"{rates[1]:.1f} GB/s, {rates[1] / rates[0]:.3f} of it"],
+        ]
+    rows += [
+        ["a pass", f"{alone * 1e3:,.2f} ms"],
+        ["a pass while an adapter moves", f"{moving * 1e3:,.2f} ms, {moving / alone:.3f} of it"],
+        ["a switch to adapters that are there", f"{cache['switch'] * 1e6:,.0f} us of the host"],
+    ]
+    return [*table([cache["name"], ""], rows), ""]
+
+
 def _method(results: dict) -> str:
     flush = f"{results['flush_bytes'] // 2**20} MiB zeroed before each step, " if results["flush_bytes"] else ""
     return (
@@ -78,6 +95,8 @@ def markdown(results: dict) -> str:
     """All tables, and the reasons for missing numbers."""
     if results["kind"] == "step":
         return "\n".join([_method(results), "", *_step_lines(results["step"])])
+    if results["kind"] == "cache":
+        return "\n".join([_method(results), "", *_cache_lines(results["cache"])])
     lines = [f"{_method(results)} Over the frozen linear's time in the same run.", ""]
     for pass_name, title in TITLES.items():
         rows = _pass_table(results, pass_name)

@@ -1,17 +1,20 @@
 """Training steps of several adapters of one model: all tasks in one batch, and one task after another.
 
 Both ways have the same LoRABank layers, adapters, optimizers and tokens; a batch's loss is the sum of its tasks' own.
-On a GPU a step is a captured graph, optimizers included, and of one after another each task's is.
+On a GPU a step is a captured graph, optimizers included, and of one after another each task's is. In both ways
+torch.compile has rotary positions and the loss, which are half of a step without it.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora import adapter_parameters, add_adapter, route
-from fused_lora.pretrain.llama import Llama, next_token_loss
+from fused_lora.pretrain import llama
 
 from . import timing
 from .check import WrongResultError, relative_error
@@ -45,7 +48,7 @@ class Training:
     def __init__(self, tasks: Tasks, device: torch.device):
         torch.manual_seed(0)
         with device:
-            self.model = Llama(tasks.case.model).to(torch.bfloat16)
+            self.model = llama.Llama(tasks.case.model).to(torch.bfloat16)
         self.names = [f"task_{i}" for i in range(tasks.count)]
         for name in self.names:
             add_adapter(self.model, name, r=tasks.r, lora_alpha=LORA_ALPHA, target_modules=LINEARS, freeze=True)
@@ -72,7 +75,7 @@ class Training:
         first = self.names.index(names[0])
         tokens = self.tokens[first : first + len(names)].flatten(0, 1)
         with self.route_of(names):
-            loss = next_token_loss(self.model(tokens[:, :-1]), tokens[:, 1:]) * len(names)
+            loss = llama.next_token_loss(self.model(tokens[:, :-1]), tokens[:, 1:]) * len(names)
         every = [parameter for name in names for parameter in self.parameters[name]]
         grads = iter(torch.autograd.grad(loss, every))
         return loss.detach(), {name: tuple(next(grads) for _ in self.parameters[name]) for name in names}
@@ -127,9 +130,23 @@ def _in_turn(steps: list[Callable[[], tuple[Tensor]]]) -> None:
         step()
 
 
+@contextmanager
+def compiled_parts():
+    """What is neither a linear nor attention, a norm or a sum, by torch.compile's kernels."""
+    with ExitStack() as stack:
+        for module, name in ((llama, "apply_rotary"), (llama, "next_token_loss")):
+            fused = torch.compile(getattr(module, name), dynamic=False)
+            stack.enter_context(patch.object(module, name, fused))
+        yield
+
+
 def measure(tasks: Tasks, rounds: int, device: torch.device) -> dict:
     """Of both ways a summary of the seconds for all tasks, tokens a second and, on a GPU, bytes."""
-    training = Training(tasks, device)
+    with compiled_parts() if device.type == "cuda" else nullcontext():
+        return _measure(Training(tasks, device), tasks, rounds, device)
+
+
+def _measure(training: Training, tasks: Tasks, rounds: int, device: torch.device) -> dict:
     check(training)
     ways = {
         way: [lambda names=names: training.step(names) for names in training.batches(way)]

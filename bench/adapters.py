@@ -3,7 +3,7 @@
 Forward and backward with the gradients of x and of all factors, and inference, as captured graphs and as whole calls,
 which is all that PEFT has: it asks the host for indices in each. All ways are checked against fused_lora.reference
 before one is timed, and their rounds are interleaved. --few has few rows, as generation does. --step has training steps
-of several adapters of a whole model (adapter_step.py).
+of several adapters of a whole model (adapter_step.py), --cache what an AdapterCache costs (adapter_cache.py).
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 
 from fused_lora.extras import needs
 
-from . import adapter_step, timing
+from . import adapter_cache, adapter_step, timing
 from .adapter_arms import ARMS, GATHERED, Arm, Inputs
 from .adapter_cases import FEW_CASES, GPU_CASES, TINY_CASES, TINY_FEW_CASES, Case
 from .adapter_report import CALLS, markdown, write
@@ -97,6 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--few", action="store_true", help="inference of few rows instead")
     which.add_argument("--step", action="store_true", help="training steps of a model's adapters instead")
+    which.add_argument("--cache", action="store_true", help="adapters that come from the host's memory instead")
     parser.add_argument("--tiny", action="store_true", help="small cases, which are all that a CPU has")
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=list(ARMS))
     parser.add_argument("--cases", type=int, nargs="+", metavar="NUMBER", help="these cases, counted from 0")
@@ -131,11 +132,15 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     about = environment(device, dtype_on(device), options.rounds)
     results = about | {"command": shlex.join(["python", "-m", "bench.adapters", *words]), "cases": []}
-    results["kind"] = "few" if options.few else "step" if options.step else "linear"
+    results["kind"] = next((kind for kind in ("few", "step", "cache") if getattr(options, kind)), "linear")
     folder = options.out or RESULTS / slug(device)
+    tiny = options.tiny or device.type != "cuda"
     if options.step:
-        tiny = options.tiny or device.type != "cuda"
         results["step"] = adapter_step.measure(adapter_step.TINY if tiny else adapter_step.STEP, options.rounds, device)
+        write(results, folder)
+    elif options.cache:
+        of = adapter_cache.TINY if tiny else adapter_cache.CACHED
+        results["cache"] = adapter_cache.measure(of, options.rounds, device)
         write(results, folder)
     else:
         _measure_all(options, device, results, folder)

@@ -138,6 +138,7 @@ def _choose_segments(device, dtype, window: int, readable: bool, drops: bool, fo
     return choose_without_csrc(device, dtype, reason)
 
 
+@_constant_when_compiled
 def choose_without_csrc(device: torch.device, dtype: torch.dtype, reason: str) -> Choice:
     """The backend of rows with adapters of their own where csrc has no kernel, for a reason."""
     if backends.forced_backend() not in (None, "triton"):
@@ -159,6 +160,14 @@ def choose_segments(device: torch.device, dtype: torch.dtype, window: int, reada
 def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
     """Why csrc's gated passes do not take ranks that its others do, or None."""
     return next(filter(None, map(backends.csrc().gated_obstacle, ranks)), None)
+
+
+@_constant_when_compiled
+def gated_segments_obstacle(device: torch.device, window: int) -> str | None:
+    """The same of rows with adapters of their own, in windows of so many ranks."""
+    if backends.gpu(device).capability != 90:
+        return "the kernels of this card have no gated MLP whose rows have adapters of their own"
+    return gated_obstacle((window,))
 
 
 def way(device: torch.device, dtype: torch.dtype, M: int, K: int, N: int, r: int, p: float, backward: bool) -> str:

@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from . import backends, checks, choices, segments
+from . import backends, checks, choices
 from .cards import CARDS
-from .explanations import Explanation, MLPExplanation, ModelExplanation
-from .modules import LoRABank, LoRAMLP
+from .explain_banks import apart, explain_bank
+from .explanations import Explanation, MLPExplanation, ModelExplanation, in_short
+from .modules import LoRAMLP
 from .modules.protocol import LoRALayer, is_bank, is_lora, together
 from .modules.siblings import LoRASiblings
 from .ops.lora_parts import measured_obstacle
@@ -30,20 +31,7 @@ def _record(x, weight, A, B, bias, p: float, gpu):
         lora_linear_backward(
             torch.empty_like(y), x, weight, A, B, xa, scale, dropout, gpu, precision, (True, True, True)
         )
-    return _in_short(forward), _in_short(backward)
-
-
-def _in_short(launches) -> tuple[tuple[str, int, dict], ...]:
-    return tuple((plan.name, plan.grid[0], plan.meta) for plan, _ in launches)
-
-
-def _record_segments(tokens: int, bank: LoRABank, gpu):
-    """As _record, of rows that have a bank's adapters, each in a window of its own."""
-    from .kernels.lora_segments import record
-
-    part, windows = bank.part(()), len(bank.adapters)
-    passes = record(tokens, part, windows, _window(bank), bank.dropping > 0, gpu, backends.precision(part.weight.dtype))
-    return tuple(map(_in_short, passes))
+    return in_short(forward), in_short(backward)
 
 
 def _notes(M: int, K: int, N: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype, gpu) -> tuple[str, ...]:
@@ -117,7 +105,7 @@ def _like(layer: nn.Module) -> torch.Tensor:
 
 def _how(layers: list[LoRALayer], tokens: int) -> str:
     if all(map(is_bank, layers)):  # whatever adapters rows have now
-        reason = next((choice.reason for choice in map(_choice_of, layers) if choice.name != "cuda"), None)
+        reason = apart(layers)
         return "in one launch" if reason is None else f"one by one: {reason}"
     if any(map(is_bank, layers)):
         return "one by one: only some of them are LoRABank layers"
@@ -136,10 +124,15 @@ def _explain_mlp(mlp: LoRAMLP, tokens: int, gpu: str | None) -> MLPExplanation:
     structure = mlp._structure
     three = structure.layers(mlp)
     layers = dict(zip((structure.gate, structure.up, structure.down), three, strict=True))
-    reason = f"explained for {gpu}" if gpu else mlp.why_not(_like(three[0])) or _measured_apart(three, tokens)
+    if gpu:
+        reason = f"explained for {gpu}"
+    elif all(map(is_bank, three)):
+        reason = apart(three, gated=True)
+    else:
+        reason = mlp.why_not(_like(three[0])) or _measured_apart(three, tokens)
     fused = "act(gate) up is made, and differentiated, in the launches of the products beside it"
     return MLPExplanation(
-        {name: explain(layer, tokens=tokens, gpu=gpu) for name, layer in layers.items() if is_lora(layer)},
+        {name: explain(layer, tokens=tokens, gpu=gpu) for name, layer in layers.items() if _is_ours(layer)},
         fused if reason is None else f"no: {reason}",
     )
 
@@ -153,11 +146,15 @@ def _explain_model(model: nn.Module, **options) -> ModelExplanation:
             of_mlps.update(module.modules())
         elif isinstance(module, LoRASiblings):
             notes |= _group_notes(module, **options)
-        if isinstance(module, LoRAMLP) or is_bank(module) or (is_lora(module) and module not in of_mlps):
+        if isinstance(module, LoRAMLP) or (_is_ours(module) and module not in of_mlps):
             layers[name] = _with_note(explain(module, **options), notes.get(module))
     if not layers:
         raise ValueError(f"layer must be or hold a LoRALinear, got {type(model).__name__} without one: replace_linear")
     return ModelExplanation(layers)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return is_lora(module) or is_bank(module)
 
 
 def _with_note(explanation: Explanation | MLPExplanation, note: str | None) -> Explanation | MLPExplanation:
@@ -186,7 +183,7 @@ def explain(
     if isinstance(layer, LoRAMLP):
         return _explain_mlp(layer, tokens, gpu)
     if is_bank(layer):
-        return _explain_bank(layer, tokens)
+        return explain_bank(layer, tokens)
     if layer is not None and not is_lora(layer):
         return _explain_model(layer, tokens=tokens, gpu=gpu)
     found = _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
@@ -198,33 +195,6 @@ def _by_name(layer: LoRALayer | None) -> str | None:
     ask = getattr(type(layer), "why_not_by_name", None)
     reason = None if ask is None or layer.why_not() else ask(layer)
     return None if reason is None else f"where samples name their adapters, its own forward computes it: {reason}"
-
-
-def _explain_bank(bank: LoRABank, tokens: int) -> Explanation:
-    """Of a route of its largest adapter; other routes may say more."""
-    part, adapters = bank.part(()), bank.adapters.values()
-    weight, choice, r = part.weight, _choice_of(bank), max((adapter.r for adapter in adapters), default=0)
-    N, K = weight.shape
-    of = ((tokens, K, N, r), weight.dtype, str(weight.device))
-    reason = f"{len(adapters)} adapters, each row by its own"
-    if choice.name == "cuda":
-        launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})
-        return Explanation(*of, "cuda", reason, (launch,), (launch,))
-    if choice.name == "reference" or not adapters:
-        return Explanation(*of, "reference", f"{len(adapters)} adapters: {choice.reason}")
-    launches = _record_segments(tokens, bank, backends.gpu(weight.device))
-    return Explanation(*of, "triton", f"{reason}; {choice.reason}", *launches)
-
-
-def _window(bank: LoRABank) -> int:
-    return segments.window_of(adapter.place.size for adapter in bank.adapters.values())
-
-
-def _choice_of(bank: LoRABank) -> backends.Choice:
-    """The backend of rows that have any of its adapters."""
-    part = bank.part(())
-    weight, readable = part.weight, backends.csrc_reads(part.weight, part.A, part.B)
-    return choices.choose_segments(weight.device, weight.dtype, _window(bank), readable, bank.dropping > 0)
 
 
 def _explain_own(layer: LoRALayer, tokens: int, reason: str) -> Explanation:

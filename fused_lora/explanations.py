@@ -74,10 +74,10 @@ class ModelExplanation:
         alike: dict[str, list[str]] = {}
         for name, explanation in self.layers.items():
             alike.setdefault(str(explanation), []).append(name)
-        return "\n\n".join(f"{_in_short(names)}\n{text}" for text, names in alike.items())
+        return "\n\n".join(f"{_names_in_short(names)}\n{text}" for text, names in alike.items())
 
 
-def _in_short(names: list[str]) -> str:
+def _names_in_short(names: list[str]) -> str:
     """model.layers.*.mlp.up_proj (24 layers) for names that differ in numbers only."""
     if len(names) == 1:
         return names[0]
@@ -88,3 +88,8 @@ def _in_short(names: list[str]) -> str:
     columns = [zip(*family, strict=True) for family in families.values()]
     patterns = [".".join(part[0] if len(set(part)) == 1 else "*" for part in parts) for parts in columns]
     return f"{', '.join(patterns)} ({len(names)} layers)"
+
+
+def in_short(launches) -> tuple[tuple[str, int, dict], ...]:
+    """Name, grid and tile of recorded launches, as an Explanation has them."""
+    return tuple((plan.name, plan.grid[0], plan.meta) for plan, _ in launches)

@@ -51,8 +51,10 @@ ROOMS = {
     "tasks": {"adapters", "relora", "modules", "checks", "whole_files"},
     "pretrain": {"extras", "whole_files", "relora", "modules", "ops", "checks", "reference"},
     "integrations": {"whole_files", "relora", "modules", "segments", "ops", "checks", "reference"},
+    "explain_banks": {"explanations", "modules", "segments", "backends", "choices", "kernels"},
     "explain": {
         "explanations",
+        "explain_banks",
         "modules",
         "ops",
         "segments",

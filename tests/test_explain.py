@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import LoRALinear, backends, choices, explain, replace_linear
+from fused_lora import LoRALinear, add_adapter, backends, choices, explain, explain_banks, replace_linear
 from fused_lora.pretrain.llama import MLP, Attention, LlamaConfig
 from tests.cards import CUDA
 
@@ -278,6 +278,22 @@ def test_a_model_is_explained_layer_by_layer_and_alike_layers_once():
     titles = [text.splitlines()[0] for text in str(told).split("\n\n")]
     assert titles == ["layers.*.0 (3 layers)", "layers.*.2 (3 layers)", "last"]
     assert str(told).count("M=100 tokens, K=16 -> N=24, r=4") == 1
+
+
+def test_an_mlp_of_banks_says_whether_it_is_computed_as_one(monkeypatch):
+    """Whatever adapters rows have now."""
+    model = nn.ModuleDict({"mlp": MLP(LlamaConfig(16, 24, 1, 2, 40))})
+    add_adapter(model, "one", 8, 1.0)
+    told = explain(model, tokens=100)
+    assert list(told.layers) == ["mlp"]
+    assert told.layers["mlp"].fused.startswith("no: no kernel for device cpu")
+    assert [layer.shape for layer in told.layers["mlp"].layers.values()] == [
+        (100, 16, 24, 8), (100, 16, 24, 8), (100, 24, 16, 8),
+    ]  # fmt: skip
+    monkeypatch.setattr(choices, "choose_segments", lambda *_: backends.Choice("cuda", ""))
+    monkeypatch.setattr(choices, "gated_segments_obstacle", lambda device, window: f"a window of {window}")
+    assert explain_banks.apart(list(model["mlp"].children())) is None
+    assert explain_banks.apart(list(model["mlp"].children()), gated=True) == "a window of 64"
 
 
 def test_a_models_mlps_are_explained_as_one():

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "mbarrier.cuh"
+#include "sync.cuh"
 
 namespace fused_lora::ptx {
 
@@ -18,6 +19,15 @@ __device__ __forceinline__ void tma_load(uint32_t target, const CUtensorMap* map
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
       "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same of what nobody reads again: it leaves the L2 cache before all else.
+__device__ __forceinline__ void tma_load_once(uint32_t target, const CUtensorMap* map, int row, int col, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+          target),
+      "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier)), "l"(kEvictFirst)
       : "memory");
 }
 

@@ -212,16 +212,23 @@ struct Consumer {
       KeptBits<C::kBlockN / kBox> kept(Mask(p.part[0].dropout), row, col, self);  // the summed ones' x is one
       issue_masked_depth(acc, kept, terms.steps);
       add_masked_ranks(acc, kept, terms);
-    } else if constexpr (C::kGates) {
+    } else if constexpr (C::kGates && C::kSegmented) {
+      await_stage();
+      const int rank_steps = shared.ranks[ring.stage].steps_or_box;
       issue_depth(acc, terms.steps);
       drain();
       outbox.empty();  // its registers are needed
+      add_segments(acc, rank_steps, row + self.row());
+    } else if constexpr (C::kGates) {
+      issue_depth(acc, terms.steps);
+      drain();
+      outbox.empty();
       add_ranks(acc);
     } else if (rides<C, kBackward, kDrops>(item)) {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, item);
     } else if constexpr (C::kSegmented) {
       await_stage();
-      const int rank_steps = shared.ranks[ring.stage].steps;
+      const int rank_steps = shared.ranks[ring.stage].steps_or_box;
       issue_depth(acc, terms.steps);
       if constexpr (kHasRoom<T> && !kBackward) {
         float rooms[2];
@@ -387,20 +394,23 @@ struct Consumer {
     for (int i = 0; i < 2; ++i) rooms[i] = fused_lora::room(__ldg(part.scale + __ldg(&part.segments.rows[row + 8 * i].place)));
   }
 
-  static __device__ __forceinline__ void scale_rows(float (&acc)[C::kBlockN / 2], const float2& by) {
+  template <int kCount>
+  static __device__ __forceinline__ void scale_rows(float (&acc)[kCount], const float2& by) {
 #pragma unroll
-    for (int i = 0; i < C::kBlockN / 2; ++i) acc[i] *= i / 2 % 2 ? by.y : by.x;
+    for (int i = 0; i < kCount; ++i) acc[i] *= i / 2 % 2 ? by.y : by.x;
   }
 
   // Of boxes those slices that some row's adapter has.
   __device__ __forceinline__ void issue_segments(float (&acc)[C::kBlockN / 2], int steps) {
+    issue(steps, [&](uint32_t stage, int) { multiply_ranks(acc, stage, shared.ranks[ring.stage]); });
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void multiply_ranks(float (&acc)[kCount], uint32_t stage, Ranks own) {
     constexpr bool kUp = kUpMN<C, kBackward>;
-    issue(steps, [&](uint32_t stage, int) {
-      const Ranks own = shared.ranks[ring.stage];
-      const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes) + own.first * kSlice<false>;
-      const uint64_t rhs = descriptor<kUp>(stage + 2 * kBoxBytes) + own.first * kSlice<kUp>;
-      multiply_slices<kSlices, kUp>(acc, lhs, rhs, own.count * work::kSlice);
-    });
+    const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes) + own.first * kSlice<false>;
+    const uint64_t rhs = descriptor<kUp>(stage + 2 * kBoxBytes) + own.first * kSlice<kUp>;
+    multiply_slices<kSlices, kUp>(acc, lhs, rhs, own.count * work::kSlice);
   }
 
   __device__ __forceinline__ void multiply_step(float (&acc)[C::kBlockN / 2], uint32_t stage, int left) {
@@ -424,6 +434,30 @@ struct Consumer {
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
         if (b == box) add_box(acc, b, sum);
+      }
+    }
+  }
+
+  // The same of segments, by the slices that some row's adapter has.
+  __device__ __forceinline__ void add_segments(float (&acc)[C::kBlockN / 2], int steps, int row) {
+    constexpr int kBoxes = C::kBlockN / kBox;
+#pragma unroll 1
+    for (; steps > 0; --steps) {
+      const uint32_t stage = await_stage();
+      const Ranks own = shared.ranks[ring.stage];
+      float sum[kBox / 2] = {};
+      multiply_ranks(sum, stage, own);
+      ptx::wgmma_wait<0>();
+      release(ring.stage);
+      ring.advance();
+      if constexpr (kHasRoom<T>) {
+        float rooms[2];
+        rooms_of_rows(rooms, p.part[own.steps_or_box >= kBoxes / 2], row);
+        scale_rows(sum, {rooms[0], rooms[1]});
+      }
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        if (b == own.steps_or_box) add_box(acc, b, sum);
       }
     }
   }

@@ -130,7 +130,9 @@ FewRows few_rows_of(const ForwardParams& f, const ForwardPart& part, MapMaker& m
 
 bool takes_few_rows(int64_t M, int64_t N, int64_t K, int64_t r, bool segmented) {
   if (M > kFewRows || N % kChunk != 0 || K % kChunk != 0) return false;
-  return segmented || (r % kChunk == 0 && M * r <= N);  // rows that share A read it one by one, out of L2: no more than W
+  // Rows that share A read it one by one, out of L2: no more than W, or than takes no time beside a launch.
+  constexpr int64_t kNoTime = 4 << 20;
+  return segmented || (r % kChunk == 0 && M * r <= std::max(N, kNoTime / K));
 }
 
 cudaError_t launch_few_rows(const ForwardParams& f, cudaStream_t stream) {

@@ -57,7 +57,7 @@ __device__ void load_share(const ExpandShared<kRows>& shared, const FewRows& p, 
     uint64_t* full = shared.full(turn.stage);
     const uint32_t stage = shared.stage(turn.stage);
     ptx::mbarrier_arrive_expect_tx(full, shared.kStageBytes);
-    ptx::tma_load(stage, &p.weight_map, first_column, box * kBox, full);
+    ptx::tma_load_once(stage, &p.weight_map, first_column, box * kBox, full);
     ptx::tma_load(stage + kBoxBytes, &p.x_map, 0, box * kBox, full);
   }
 }

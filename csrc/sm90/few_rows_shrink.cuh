@@ -24,7 +24,7 @@ __device__ __forceinline__ void add_dots(float (&sums)[kWarpRanks], const uint16
   for (int i = 0; i < kCount; ++i) {
     of_x[i] = ptx::load_now(x + i * kStep);
 #pragma unroll
-    for (int j = 0; j < kWarpRanks; ++j) of_A[i][j] = ptx::load_now(A + j * A_stride + i * kStep);
+    for (int j = 0; j < kWarpRanks; ++j) of_A[i][j] = ptx::load_once(A + j * A_stride + i * kStep);
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {

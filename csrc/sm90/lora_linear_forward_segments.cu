@@ -3,6 +3,6 @@
 
 namespace fused_lora::sm90 {
 
-FUSED_LORA_LAUNCH_SEGMENTS(false);
+FUSED_LORA_LAUNCH_SEGMENTS(false, false);
 
 }  // namespace fused_lora::sm90

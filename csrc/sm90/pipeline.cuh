@@ -89,9 +89,9 @@ __device__ __forceinline__ bool rides(const Item& item) {
 }
 
 // Of rows with adapters of their own, what consumers need not look up: of a tile's first step how many steps with ranks there will
-// be, and of those which slices of 16 of the stage's boxes are multiplied.
+// be, and of those which slices of 16 of the stage's boxes are multiplied, and in a gated tile for which 64 of its columns.
 struct Ranks {
-  int steps;
+  int steps_or_box;
   int16_t first, count;
 };
 

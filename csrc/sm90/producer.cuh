@@ -125,11 +125,7 @@ struct Producer {
     const int row = item.row + rank * kBlockM, col = item.col;
     const int first = kBackward ? 0 : item.part, last = kBackward ? p.summed : item.part + 1;
     const bool riding = rides<C, kBackward, kDrops>(item);
-    if constexpr (C::kSegmented) {
-      const int steps = rank_steps(item, first, last);
-      await_stage();
-      shared.ranks[ring.stage].steps = steps;
-    }
+    if constexpr (C::kSegmented) announce_steps(rank_steps(item, first, last));
     for (int i = first; i < last; ++i) {
       const Part& part = p.part[i];
       const int release_at = i + 1 == last ? lookahead(part.depth, kBox) : -1;
@@ -150,6 +146,7 @@ struct Producer {
   __device__ void tile_gated(const Item& item) {
     const int row = item.row + rank * kBlockM, col = item.col;
     const int depth = p.part[0].depth, release_at = lookahead(depth, kBox);
+    if constexpr (C::kSegmented) announce_steps(kHalf * rank_steps(item, 0, 2));
 #pragma unroll 1
     for (int k = 0; k < depth; k += kBox) {
       const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes);
@@ -160,6 +157,10 @@ struct Producer {
     }
     for (int i = 0; i < 2; ++i) {
       const Part& part = p.part[i];
+      if constexpr (C::kSegmented) {
+        tile_segments(part, item, i);
+        continue;
+      }
       if (part.r == 0) continue;
       wait_for_own_low(item, i);
 #pragma unroll 1
@@ -200,15 +201,32 @@ struct Producer {
       waited = true;
 #pragma unroll 1
       for (int box = span.first_box(); box < span.end_box(); ++box) {
-        await_stage();
-        const int first = span.first_slice(box);
-        shared.ranks[ring.stage] = {0, static_cast<int16_t>(first), static_cast<int16_t>(span.end_slice(box) - first)};
-        const uint32_t stage = expect(C::kTileBoxes * kBoxBytes);
-        load<false>(stage, &part.low, span.low_row(box) + rank * kBlockM, 0, 2);
-        load_right<kUpMN<C, kBackward>>(stage + 2 * kBoxBytes, &part.up, item.col, span.rank_of_box(box), C::kBlockN / kBox);
-        ring.advance();
+        const int row = span.low_row(box) + rank * kBlockM, up = span.rank_of_box(box), first = span.first_slice(box);
+        const Ranks ranks{0, static_cast<int16_t>(first), static_cast<int16_t>(span.end_slice(box) - first)};
+        if constexpr (C::kGates) {
+          for (int i = 0; i < kHalf; ++i) load_ranks<1>(part, {which * kHalf + i, ranks.first, ranks.count}, row, up, item.col + i * kBox);
+        } else {
+          load_ranks<C::kBlockN / kBox>(part, ranks, row, up, item.col);
+        }
       }
     }
+  }
+
+  // A step of so many boxes of columns.
+  template <int kBoxes>
+  __device__ void load_ranks(const Part& part, const Ranks& ranks, int row, int up, int col) {
+    await_stage();
+    shared.ranks[ring.stage] = ranks;
+    const uint32_t stage = expect((2 + kBoxes) * kBoxBytes);
+    load<false>(stage, &part.low, row, 0, 2);
+    load_right<kUpMN<C, kBackward>>(stage + 2 * kBoxBytes, &part.up, col, up, kBoxes);
+    ring.advance();
+  }
+
+  // Before a tile's first step: with how many ranks there will be.
+  __device__ void announce_steps(int steps) {
+    await_stage();
+    shared.ranks[ring.stage].steps_or_box = steps;
   }
 
   __device__ int rank_steps(const Item& item, int first, int last) const {

@@ -118,7 +118,9 @@ void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
 
 void check_routing(const Routing& routing, const std::vector<Part>& parts, double p, bool gated, const Tensor& x) {
   if (!routing) return;
-  check(p == 0 && !gated, "rows with adapters of their own have neither dropout nor gated passes");
+  check(p == 0, "rows with adapters of their own have no dropout here");
+  check(!gated || current_card().capability == 90, "the kernels of this card have no gated passes of rows with adapters of their own");
+  check(!gated || routing.window <= kMaxGatedRank, "window must be at most ", kMaxGatedRank, " in gated passes, got ", routing.window);
   check(routing.window == 64 || routing.window == 128 || routing.window == 256, "window must be 64, 128 or 256, got ", routing.window);
   check(routing.tables.size() == 3 * parts.size(), "tables must be three of each part");
   const int64_t blocks = (x.numel() / x.size(-1) + kSegmentRows - 1) / kSegmentRows;

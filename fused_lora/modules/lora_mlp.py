@@ -1,4 +1,4 @@
-"""LoRAMLP: a gated MLP of three LoRALinear layers, computed as one."""
+"""LoRAMLP: a gated MLP of three LoRALinear or LoRABank layers, computed as one."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .. import ops
 from ..ops.lora_mlp import SAVE
 from .hooks import has_hooks, why_alone
 from .mixins import Mixin, mix
-from .protocol import LoRALayer, is_lora, together
+from .protocol import LoRALayer, is_bank, is_lora, together
 from .straight import facts_of, is_straight
 
 FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
@@ -34,7 +34,8 @@ class Structure:
 
 
 class LoRAMLP(Mixin):
-    """What a gated MLP becomes: the module itself, with a class of its own whose forward is ops.lora_mlp.
+    """What a gated MLP becomes: the module itself, with a class of its own whose forward is ops.lora_mlp; of LoRABank
+    layers ops.lora_segments_mlp.
 
     Children, parameters, buffers, hooks and attributes stay as they are, and the class is a subclass of what it was.
     The forward that it had is called instead wherever it could give something else or be faster: while a layer is
@@ -70,8 +71,8 @@ class LoRAMLP(Mixin):
     @staticmethod
     def obstacle(layers: list[LoRALayer]) -> str | None:
         """Why gate, up and down cannot be computed as one, or None."""
-        if not all(map(is_lora, layers)):
-            return "gate, up and down must be LoRALinear"
+        if not (all(map(is_lora, layers)) or all(map(is_bank, layers))):
+            return "gate, up and down must be LoRALinear, or LoRABank"
         gate, up, down = weights = [layer.frozen_weight for layer in layers]
         if gate.shape != up.shape:
             return f"gate and up must have weights of one shape, got {tuple(gate.shape)} and {tuple(up.shape)}"
@@ -88,7 +89,7 @@ class LoRAMLP(Mixin):
         parts = self._parts(x)
         return parts if isinstance(parts, str) else None
 
-    def _parts(self, x: Tensor) -> list[ops.Part] | str:
+    def _parts(self, x: Tensor) -> list[ops.Part] | list[ops.Routed] | str:
         """gate, up and down, or why the forward that it had is called for x."""
         if not self.is_as_known():
             return "its class has another forward now"
@@ -106,8 +107,10 @@ class LoRAMLP(Mixin):
         parts = self._parts(x)
         if isinstance(parts, str):
             return super().forward(*args, **kwargs)
-        p = self.get_submodule(self._structure.gate).dropping
-        return ops.lora_mlp(x, *parts, activation=self._structure.activation, p=p, save=self.save)
+        options = {"activation": self._structure.activation, "save": self.save}
+        if isinstance(parts[0], ops.Routed):
+            return ops.lora_segments_mlp(x, *parts, **options)
+        return ops.lora_mlp(x, *parts, p=self.get_submodule(self._structure.gate).dropping, **options)
 
 
 def recognise(mlp: nn.Module) -> Structure | None:

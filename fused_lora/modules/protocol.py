@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import Part, Routed
 from ..ops.lora_parts import MOST_PARTS, obstacle
+from ..ops.lora_segments_mlp import obstacle as mlp_obstacle
 from ..ops.parts import autocast_dtype
 
 
@@ -70,18 +71,18 @@ def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False)
         parts.append(part)
     routed = [part for part in parts if isinstance(part, Routed)]
     if routed:
-        return _routed_obstacle(routed, parts, gated) or routed
+        return _routed_obstacle(x, routed, parts, gated) or routed
     p = layers[0].dropping
     if any(layer.dropping != p for layer in layers[1:]):
         return "its layers drop by different rules"
     return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated) or parts
 
 
-def _routed_obstacle(routed: list[Routed], parts: list, gated: bool) -> str | None:
+def _routed_obstacle(x: Tensor, routed: list[Routed], parts: list, gated: bool) -> str | None:
     if len(routed) < len(parts):
         return "rows have adapters of their own in some of its layers, and not in others"
     if len(parts) > MOST_PARTS:
         return f"they are more than {MOST_PARTS}"
     if len({part.window for part in routed}) > 1:
         return "their routes have windows of several sizes"
-    return "no kernel computes a gated MLP whose rows have adapters of their own" if gated else None
+    return mlp_obstacle(x.device, autocast_dtype(x) or x.dtype, routed) if gated else None

@@ -73,8 +73,8 @@ def _for_kernels(*parts: Part) -> list[Tensor | None]:
 def _forward(x, tensors, p, act, keep, tables=None, window=0):
     parts, gated = unflatten(tensors), bool(act)
     segments = segmented.unflatten(tables, window, len(parts))
-    if tables is not None and segmented.obstacle(x, parts, segments, gated) is None:
-        return segmented.csrc_forward(x, parts, segments)
+    if tables is not None and segmented.obstacle(x.device, x.dtype, parts, segments, gated) is None:
+        return segmented.csrc_forward(x, parts, segments, act, keep)
     if tables is None and _in_csrc(x, parts, gated, p):
         results = ops.cuda_lora_parts_forward(x, _for_kernels(*parts), p, act, keep)
         own = len(results) - len(parts)
@@ -129,7 +129,9 @@ def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factor
         )
         return grads if act else _as_biases(grads, parts)
     segments = segmented.unflatten(tables, window, len(parts))
-    if tables is not None and segmented.obstacle(xs[0], parts, segments, bool(act)) is None:
+    if tables is not None and segmented.obstacle(xs[0].device, xs[0].dtype, parts, segments, bool(act)) is None:
+        if act:
+            return segmented.csrc_backward_gated(dys, xs, parts, xas, act, gated, factors, segments)
         return segmented.csrc_backward(dys, xs, parts, xas, dxas, need_dx, needs, segments)
     if act:
         return _backward_gated(dys[0], parts[0], xas[0], p, act, gated, factors, segments[0])
@@ -185,8 +187,11 @@ def _backward_gated(dy, part, xa, p, act, gated, factors, segments):
     """
     first, second = gated
     dhidden, *_, dxa = _backward_alone(dy, second, part, xa, None, p, segments, True, False, False, False)  # reads no x
-    dxa = reference.dxa_ref(dy, part.B, part.scale) if dxa is None else dxa
-    dxa = _padded(dxa).mul_(0 if p == 1 else 1 / (1 - p))
+    if segments is not None:
+        dxa = segmented.dxa_of(dy, part, segments) if dxa is None else dxa
+    else:
+        dxa = reference.dxa_ref(dy, part.B, part.scale) if dxa is None else dxa
+        dxa = _padded(dxa).mul_(0 if p == 1 else 1 / (1 - p))
     if factors:
         return [
             _padded(dhidden * second),
@@ -244,7 +249,8 @@ def _backward_fake(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, f
     if act:
         M, F = gated[0].shape
         rows = (M, M, 0 if factors else M)
-        return [*(padding.empty(each, F, x) for each in rows), padding.empty(M, xas[0].shape[1], x)]
+        dxa = padding.empty(M, xas[0].shape[1], x) if tables is None else torch.empty_like(xas[0])
+        return [*(padding.empty(each, F, x) for each in rows), dxa]
     each = list(zip(parts, *columns(needs, len(parts)), strict=True))
     dAs, dBs = zip(*map(_empty_grads, each, segmented.unflatten(tables, window, len(parts))), strict=True)
     return [

@@ -57,7 +57,20 @@ def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
     """
     x, parts = of_parts.autocast(x, [each.part for each in routed])
     for i, part in enumerate(parts):
-        _check(x, part, routed[i].tables, f"part {i}")
+        check(x, part, routed[i].tables, f"part {i}")
+    parts, tables, window = complete(x, parts, routed)
+    if not (watched() or torch.is_grad_enabled()):  # which asks nothing of each adapter
+        return tuple(run(x, parts, tables, window)[: len(parts)])
+    call = Call.of_routed(parts, tables, routed)
+    if watched():
+        return call.by_formula(x)
+    if call.trains(x):
+        return LoRASegmentsFunction.apply(x, call.layout, window, *distinct(x, call.tensors()))
+    return tuple(run(x, parts, tables, window)[: len(parts)])
+
+
+def complete(x: Tensor, parts: Sequence[Part], routed: Sequence[Routed]) -> tuple[list[Part], list[Tensor], int]:
+    """With seeds where adapters drop; and the tables of all, and their window."""
     window = routed[0].window
     if any(each.window != window for each in routed):
         raise ValueError(f"window must be the same for all parts, got {sorted({each.window for each in routed})}")
@@ -65,30 +78,18 @@ def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
         part if each.thresholds is None else part._replace(seed=of_parts.drawn_seed(x, 1.0, None))
         for part, each in zip(parts, routed, strict=True)
     ]
-    tables = segmented.flatten([segmented.Segments(each.tables, window, each.thresholds) for each in routed])
-    if not (watched() or torch.is_grad_enabled()):  # which asks nothing of each adapter
-        return tuple(_run(x, drawn, tables, window)[: len(parts)])
-    call = _Call(
-        drawn,
-        tables,
-        [factor for each in routed for adapter in each.adapters for factor in (adapter.A, adapter.B)],
-        tuple(tuple((adapter.rank, adapter.begins) for adapter in each.adapters) for each in routed),
-        window,
-    )
-    if watched():
-        return call.by_formula(x)
-    biases = [part.bias for part in parts if part.bias is not None]
-    if any(tensor.requires_grad for tensor in (x, *biases, *call.factors)):
-        return LoRASegmentsFunction.apply(x, call.layout, window, *distinct(x, call.tensors()))
-    return tuple(call.run(x)[: len(parts)])
+    return drawn, segmented.flatten([segmented.of_routed(each) for each in routed]), window
 
 
-def _run(x: Tensor, parts: Sequence[Part], tables: list[Tensor], window: int) -> list[Tensor]:
-    """ys and xas."""
-    return ops.lora_parts_forward(x, of_parts.flatten(parts), 0.0, [], "none", tables, window)
+def run(
+    x: Tensor, parts: Sequence[Part], tables: list[Tensor], window: int, act=(), keep: str = "none"
+) -> list[Tensor]:
+    """What lora_parts_forward returns."""
+    return ops.lora_parts_forward(x, of_parts.flatten(parts), 0.0, act, keep, tables, window)
 
 
-def _check(x: Tensor, part: Part, tables: segments.Tables, name: str) -> None:
+def check(x: Tensor, part: Part, tables: segments.Tables, name: str) -> None:
+    """Raises ValueError or TypeError for a part of x."""
     weight = part.weight
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -105,7 +106,7 @@ def _check(x: Tensor, part: Part, tables: segments.Tables, name: str) -> None:
         raise ValueError(f"{name}: tables must be of x's {rows} rows, got {blocks} blocks of 256")
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A pass by its tensors. layout: of each part, its adapters' (rank, begins); their factors A, B are in `factors`,
     one part's behind another's."""
 
@@ -119,16 +120,24 @@ class _Call(NamedTuple):
         return [*of_parts.flatten(self.parts), *self.tables, *self.factors]
 
     @classmethod
-    def of(cls, tensors: Sequence, layout: tuple, window: int) -> "_Call":
+    def of(cls, tensors: Sequence, layout: tuple, window: int) -> "Call":
         """From tensors(), or from what stands in their places."""
         count = len(layout)
         parts, tables = count * len(Part._fields), count * segmented.TENSORS
         first, second, third = tensors[:parts], tensors[parts : parts + tables], tensors[parts + tables :]
         return cls(of_parts.unflatten(first), list(second), list(third), layout, window)
 
-    def run(self, x: Tensor) -> list[Tensor]:
-        """ys and xas."""
-        return _run(x, self.parts, self.tables, self.window)
+    @classmethod
+    def of_routed(cls, parts: list[Part], tables: list[Tensor], routed: Sequence[Routed]) -> "Call":
+        """Of what complete() made of them."""
+        factors = [factor for each in routed for adapter in each.adapters for factor in (adapter.A, adapter.B)]
+        layout = tuple(tuple((adapter.rank, adapter.begins) for adapter in each.adapters) for each in routed)
+        return cls(parts, tables, factors, layout, routed[0].window)
+
+    def trains(self, x: Tensor) -> bool:
+        """Whether autograd wants its gradients, where it wants any."""
+        biases = [part.bias for part in self.parts if part.bias is not None]
+        return any(tensor.requires_grad for tensor in (x, *biases, *self.factors))
 
     def adapters(self) -> list[list[Adapter]]:
         """Of each part."""
@@ -136,18 +145,16 @@ class _Call(NamedTuple):
         return [[Adapter(*next(pairs), *each) for each in of_part] for of_part in self.layout]
 
     def by_formula(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The ys in plain torch, in x's dtype."""
-        found = segmented.unflatten(self.tables, self.window, len(self.parts))
-        return tuple(
-            segments.lora_segments_ref(
-                x, part.weight, part.bias,
-                [(A.to(x.dtype), B.to(x.dtype), begins) for A, B, _, begins in adapters], part.scale, of.tables.rows,
-                segmented.drops_of(part, of),
-            )
-            for part, adapters, of in zip(self.parts, self.adapters(), found, strict=True)
-        )  # fmt: skip
+        """The ys of parts that read x, in plain torch and in x's dtype."""
+        return tuple(self.part_by_formula(i, x) for i in range(len(self.parts)))
 
-    def with_slabs(self, slabs: Sequence[tuple[Tensor, Tensor]]) -> "_Call":
+    def part_by_formula(self, i: int, x: Tensor) -> Tensor:
+        part, of = self.parts[i], segmented.unflatten(self.tables, self.window, len(self.parts))[i]
+        factors = [(A.to(x.dtype), B.to(x.dtype), begins) for A, B, _, begins in self.adapters()[i]]
+        drops = segmented.drops_of(part, of)
+        return segments.lora_segments_ref(x, part.weight, part.bias, factors, part.scale, of.tables.rows, drops)
+
+    def with_slabs(self, slabs: Sequence[tuple[Tensor, Tensor]]) -> "Call":
         """With the slabs, where the factors lie in them; else with others that have the factors' values."""
         each = zip(self.parts, slabs, self.adapters(), strict=True)
         return self._replace(parts=[_with_slabs(part, A, B, adapters) for part, (A, B), adapters in each])
@@ -181,19 +188,11 @@ class LoRASegmentsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layout, window, *tensors):
-        call = _Call.of(tensors, layout, window)
-        results = call.run(x)
+        call = Call.of(tensors, layout, window)
+        results = run(x, call.parts, call.tables, window)
         ys, xas = results[: len(layout)], results[len(layout) :]
         ctx.layout, ctx.window = layout, window
-        if not torch.compiler.is_compiling():
-            ctx.slabs = [(part.A, part.B) for part in call.parts]
-            call = call._replace(parts=[part._replace(A=None, B=None) for part in call.parts])
-        # Scales and thresholds are of all adapters, and a change of another's is none of this pass's.
-        call = call._replace(
-            parts=[part._replace(scale=part.scale.clone()) for part in call.parts],
-            tables=segmented.with_own_thresholds(call.tables),
-        )
-        ctx.save_for_backward(x, *xas, *call.tensors())
+        ctx.save_for_backward(x, *xas, *saved(ctx, call).tensors())
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -204,30 +203,46 @@ class LoRASegmentsFunction(torch.autograd.Function):
         need_dx, _, _, *needs = ctx.needs_input_grad
         if all(dy is None for dy in all_dys) or not any(ctx.needs_input_grad):
             return (None,) * len(ctx.needs_input_grad)
-        xas, call = rest[:count], _Call.of(rest[count:], layout, window)
+        xas, call = rest[:count], Call.of(rest[count:], layout, window)
         each = zip(all_dys, call.parts, strict=True)
         dys = [x.new_zeros(*x.shape[:-1], len(part.weight)) if dy is None else dy for dy, part in each]
         if needs_formula(dys):
-            formula = lambda x, *tensors: _Call.of(tensors, layout, window).by_formula(x)  # noqa: E731
+            formula = lambda x, *tensors: Call.of(tensors, layout, window).by_formula(x)  # noqa: E731
             dx, *grads = partials(formula, dys, (x, *call.tensors()), (need_dx, *needs))
             return dx, None, None, *grads
-        if not torch.compiler.is_compiling():
-            call = call.with_slabs(ctx.slabs)
-        dx, grads = _gradients(dys, x, xas, call, need_dx, _Call.of(needs, layout, window))
+        call = read_again(ctx, call)
+        dx, grads = gradients(dys, [x] * count, xas, [None] * count, call, need_dx, Call.of(needs, layout, window))
         return dx, None, None, *grads.tensors()
 
 
-def _gradients(dys, x, xas, call: _Call, need_dx: bool, needs: _Call) -> tuple[Tensor | None, _Call]:
+def saved(ctx, call: Call) -> Call:
+    """What is kept of a call for its backward pass, beside what ctx is given."""
+    if not torch.compiler.is_compiling():
+        ctx.slabs = [(part.A, part.B) for part in call.parts]
+        call = call._replace(parts=[part._replace(A=None, B=None) for part in call.parts])
+    # Scales and thresholds are of all adapters, and a change of another's is none of this pass's.
+    return call._replace(
+        parts=[part._replace(scale=part.scale.clone()) for part in call.parts],
+        tables=segmented.with_own_thresholds(call.tables),
+    )
+
+
+def read_again(ctx, call: Call) -> Call:
+    """What was saved, with slabs."""
+    return call if torch.compiler.is_compiling() else call.with_slabs(ctx.slabs)
+
+
+def gradients(dys, xs, xas, dxas, call: Call, need_dx: bool, needs: Call) -> tuple[Tensor | None, Call]:
     """dx, and the gradients in the places of the call's tensors."""
-    count, of_adapters = len(dys), needs.adapters()
+    of_adapters = needs.adapters()
     wanted = [any(each.A for each in adapters) for adapters in of_adapters]
     wanted += [any(each.B for each in adapters) for adapters in of_adapters]
     wanted += [part.bias for part in needs.parts]
     dx, *grads = ops.lora_parts_backward(
-        dys, [x] * count, of_parts.flatten(call.parts), xas, [None] * count, 0.0, need_dx, wanted, [], [], False, [],
+        dys, xs, of_parts.flatten(call.parts), xas, dxas, 0.0, need_dx, wanted, [], [], False, [],
         call.tables, call.window,
     )  # fmt: skip
-    dAs, dBs, dbiases = columns(grads, count)
+    dAs, dBs, dbiases = columns(grads, len(dys))
     factors: list[Tensor | None] = []
     for dA, dB, adapters, need in zip(dAs, dBs, call.adapters(), of_adapters, strict=True):
         for adapter, needed in zip(adapters, need, strict=True):

@@ -61,28 +61,33 @@ def _segments(tensors: Sequence[Tensor], window: int) -> Segments:
     return Segments(segments.Tables(*tables), window, thresholds if thresholds.numel() else None)
 
 
+def of_routed(routed) -> Segments:
+    """Of an ops.Routed."""
+    return Segments(routed.tables, routed.window, routed.thresholds)
+
+
 def drops_of(part: Part, of: Segments) -> segments.Drops | None:
     return None if of.thresholds is None else segments.Drops(part.seed, of.thresholds)
 
 
-def obstacle(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> str | None:
-    """Why csrc has no kernel for parts that read x, or None."""
-    readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in parts)
-    choice = choices.choose_segments(x.device, x.dtype, each[0].window, readable, _drop(each))
+def obstacle(
+    device: torch.device, dtype: torch.dtype, parts: Sequence[Part], each: Sequence[Segments], gated: bool
+) -> str | None:
+    """Why csrc has no kernel for parts of one x of a dtype (gated: or of an MLP), or None."""
+    readable, window = all(backends.csrc_reads(part.weight, part.A, part.B) for part in parts), each[0].window
+    choice = choices.choose_segments(device, dtype, window, readable, _drop(each))
     if choice.name != "cuda":
         return choice.reason
-    if gated:
-        return "a gated MLP whose rows have adapters of their own"
     if any(len(of.tables.windows) == 0 for of in each):
         return "no row has an adapter"
-    if x.dtype is torch.float16 and any(len(of.tables.blocks) > 1 for of in each):
+    if dtype is torch.float16 and any(len(of.tables.blocks) > 1 for of in each):
         return "rows with several adapters in float16, whose scales would need room of several sizes"
-    return None
+    return choices.gated_segments_obstacle(device, window) if gated else None
 
 
 def backend(x: Tensor, part: Part, of: Segments) -> str:
     """Of a part by itself."""
-    reason = obstacle(x, [part], [of], False)
+    reason = obstacle(x.device, x.dtype, [part], [of], False)
     if reason is None:
         return "cuda"
     if x.numel() == 0 or len(of.tables.windows) == 0:
@@ -92,7 +97,7 @@ def backend(x: Tensor, part: Part, of: Segments) -> str:
 
 def in_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> list[bool]:
     """Of each part: csrc takes all at once, or else one after another is asked for a backend."""
-    if obstacle(x, parts, each, gated) is None:
+    if obstacle(x.device, x.dtype, parts, each, gated) is None:
         return [True] * len(parts)
     return [backend(x, part, of) != "reference" for part, of in zip(parts, each, strict=True)]
 
@@ -123,10 +128,22 @@ def empty_grads(part: Part, of: Segments, need_dA: bool, need_dB: bool) -> tuple
     return dA, part.B.new_empty(of.ranks, N).t() if need_dB else part.B.new_empty(0)
 
 
-def csrc_forward(x: Tensor, parts: Sequence[Part], each: Sequence[Segments]) -> list[Tensor]:
-    """ys and xas."""
+def csrc_forward(
+    x: Tensor, parts: Sequence[Part], each: Sequence[Segments], act=(), keep: str = "none"
+) -> list[Tensor]:
+    """What lora_parts_forward returns."""
     tensors, tables = _for_kernels(x, parts, each)
-    return ops.cuda_lora_parts_forward(x, tensors, 0.0, [], "none", tables, each[0].window)
+    return ops.cuda_lora_parts_forward(x, tensors, 0.0, act, keep, tables, each[0].window)
+
+
+def csrc_backward_gated(
+    dys, xs, parts: Sequence[Part], xas, act, gated, factors: bool, each: Sequence[Segments]
+) -> list:
+    """dgate, dup, act(gate) up and dxa, as lora_parts_backward has them."""
+    tensors, tables = _for_kernels(xs[0], parts, each)
+    return ops.cuda_lora_parts_backward(
+        dys, xs, tensors, xas, [None], 0.0, True, [False] * 3, act, gated, factors, [], tables, each[0].window
+    )
 
 
 def csrc_backward(dys, xs, parts: Sequence[Part], xas, dxas, need_dx: bool, needs, each: Sequence[Segments]) -> list:
@@ -201,12 +218,18 @@ def backward(dy: Tensor, x: Tensor, part: Part, xa: Tensor, dxa: Tensor | None, 
         return *_triton_backward(dy, x, part, xa, needs, of), dxa
     weight, A, B, _, scales, *_ = part
     rows = rows_of(dy)
+    dxa = dxa_of(dy, part, of) if dxa is None else dxa
     with no_autocast(x):
-        dxa = segments.dxa_ref(rows, B, scales, of.tables, of.window) if dxa is None else dxa
         dx, dA, dB = segments.backward_ref(
             rows, rows_of(x), weight, A, B, xa, dxa, scales, of.tables, of.window, needs, drops_of(part, of)
         )
     return None if dx is None else like(dx, x), dA, dB, dxa
+
+
+def dxa_of(dy: Tensor, part: Part, of: Segments) -> Tensor:
+    """What `backward` makes of it in plain torch, of all the pass's ranks."""
+    with no_autocast(dy):
+        return segments.dxa_ref(rows_of(dy), part.B, part.scale, of.tables, of.window)
 
 
 def _triton_forward(x: Tensor, part: Part, of: Segments) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import adapter_step, adapters
+from bench import adapter_cache, adapter_step, adapters
 from bench.adapter_arms import ACCELERATED, ADAPTERS, ARMS, GATHERED, GROUPED, LOOP, ONE, PEFT, TRITON, Inputs
 from bench.adapter_cases import FEW_CASES, GPU_CASES, TINY_CASES, TINY_FEW_CASES, Case, each, tree
 from bench.adapter_report import CALLS, markdown
@@ -88,6 +88,16 @@ def run_of(**us):
     }
 
 
+def test_the_table_of_a_cache():
+    steps = {"alone": summary([0.01]), "beside": summary([0.0102])}
+    cache = {"name": "two", "bytes": 2**20, "switch": 1e-4, "copy": 2**20 / 50e9, "move": 2**20 / 48e9, "steps": steps}
+    text = markdown(run_of() | {"kind": "cache", "cache": cache})
+    assert "| an adapter | 1.0 MiB |" in text
+    assert "48.0 GB/s, 0.960 of it" in text
+    assert "10.20 ms, 1.020 of it" in text
+    assert "100 us of the host" in text
+
+
 def test_the_table_compares_with_the_frozen_linear():
     text = markdown(run_of(**{FLOOR: 2000, PACKAGE: 2100, LOOP: 3000}))
     assert "| 8, 4, 4: two | 2,000 us | 1.050 | 1.500 |" in text
@@ -135,17 +145,21 @@ def test_a_step_trains_every_task(training, way):
 
 
 @pytest.mark.parametrize(("options", "stem"), [
-    ([], "adapters"), (["--few"], "adapters-few"), (["--step"], "adapters-step"),
+    ([], "adapters"), (["--few"], "adapters-few"), (["--step"], "adapters-step"), (["--cache"], "adapters-cache"),
 ])  # fmt: skip
 def test_the_command(options, stem, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    first = [] if options == ["--step"] else ["--cases", "0", "--arms", FLOOR, ONE, PACKAGE]
+    first = [] if options in (["--step"], ["--cache"]) else ["--cases", "0", "--arms", FLOOR, ONE, PACKAGE]
     assert main(["--tiny", "--rounds", "1", "--out", str(tmp_path), *options, *first]) == 0
     text = (tmp_path / f"{stem}.md").read_text()
     assert text in capsys.readouterr().out
     stored = json.loads((tmp_path / f"{stem}.json").read_text())
     if options == ["--step"]:
         assert all(arm["tokens_per_second"] > 0 for arm in stored["step"]["arms"].values())
+        return
+    if options == ["--cache"]:
+        assert stored["cache"]["switch"] > 0
+        assert all(arm["median"] > 0 for arm in stored["cache"]["steps"].values())
         return
     (case,) = stored["cases"]
     assert list(case["arms"]) == [FLOOR, ONE, PACKAGE]
@@ -167,3 +181,4 @@ def test_on_a_gpu():
         assert passes[name] == {FORWARD_BACKWARD, FORWARD, CALLS}, found
     arms = adapter_step.measure(adapter_step.TINY, 1, device)["arms"]
     assert arms[adapter_step.TOGETHER]["peak_bytes"] > 0
+    assert adapter_cache.measure(adapter_cache.TINY, 1, device)["move"] > 0

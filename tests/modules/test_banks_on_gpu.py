@@ -9,7 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import adapter_parameters, add_adapter, explain, route
+from fused_lora.modules import LoRAMLP
 from fused_lora.modules.siblings import LoRASiblings
+from fused_lora.pretrain.llama import MLP, LlamaConfig
 from tests.modules.blocks import Block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*Profiler clears events")]
@@ -82,6 +84,28 @@ def test_siblings_are_one_launch_of_the_kernels():
         torch.cuda.synchronize()
     launches = [event for event in trace.events() if "lora_linear_kernel" in event.name]
     assert len(launches) == 2 * (2 + 2)  # of 2 blocks: q, k, v as one and out, forward and backward
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_gated_mlps_are_two_launches_each_way():
+    torch.manual_seed(0)
+    mlp, x = MLP(LlamaConfig(K, 520, 1, 2)).to("cuda", torch.bfloat16), batch()
+    for i, name in enumerate(NAMES):
+        add_adapter(mlp, name, 4 + 20 * i, 3.0 + i)
+    with torch.no_grad():
+        for name, parameter in mlp.named_parameters():
+            parameter.normal_(std=0.2 if "lora" in name else K**-0.5)
+    assert isinstance(mlp, LoRAMLP)
+    assert explain(mlp).fused.startswith("act(gate) up is made")
+    y, grads = step(mlp, x)
+    want_y, want_grads = step(copy.deepcopy(mlp).cpu().double(), x.cpu().double())
+    assert near(y.cpu(), want_y)
+    for one, other in zip(grads, want_grads, strict=True):
+        assert near(one.cpu(), other)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step(mlp, x)
+        torch.cuda.synchronize()
+    assert len([event for event in trace.events() if "lora_linear_kernel" in event.name]) == 4
 
 
 def test_checkpoints_have_the_route_of_their_forward():

@@ -18,14 +18,16 @@ from fused_lora import (
     delete_adapter,
     explain,
     merge_and_unload,
+    ops,
     rename_adapter,
     replace_linear,
     route,
     set_adapter,
 )  # fmt: skip
-from fused_lora.modules import routing
+from fused_lora.modules import LoRAMLP, protocol, routing
 from fused_lora.modules.siblings import LoRASiblings
-from fused_lora.ops import lora_segments
+from fused_lora.ops import lora_segments, lora_segments_mlp
+from fused_lora.pretrain.llama import MLP, LlamaConfig
 from tests.modules.blocks import Block
 
 K = 24
@@ -310,6 +312,35 @@ def test_groups_are_computed_together(monkeypatch):
     with route(model, "c"):  # which k and v do not have
         assert near(model(x), expected(model, ["c"] * 6, x))
     assert calls == [3, 3]
+
+
+def test_gated_mlps_are_computed_as_one(monkeypatch):
+    """Where something computes them so; and as they are without a route's adapters in one of the layers."""
+    torch.manual_seed(0)
+    mlp, x = MLP(LlamaConfig(K, 40, 1, 2)).double(), batch(MIXED)
+    for i, name in enumerate(NAMES):
+        add_adapter(mlp, name, 4 + 8 * i, 3.0 + i, target_modules=["up_proj"] if name == "c" else "all-linear")
+    for parameter in mlp.parameters():
+        with torch.no_grad():
+            parameter.normal_(std=0.3)
+    assert isinstance(mlp, LoRAMLP)
+    parameters = [parameter for name in ("a", "b") for parameter in adapter_parameters(mlp, name)]
+
+    def results(names):
+        with route(mlp, names):
+            y = mlp(x)
+        return [y, *torch.autograd.grad(y.square().sum(), parameters, allow_unused=True, materialize_grads=True)]
+
+    assert "no kernel" in mlp.why_not(x) or "within `with route" in mlp.why_not(x)
+    want, of_one = results(MIXED), results("c")
+    calls = []
+    counted = lambda x, *layers, **options: calls.append(options) or lora_segments_mlp(x, *layers, **options)  # noqa: E731
+    monkeypatch.setattr(protocol, "mlp_obstacle", lambda device, dtype, routed: None)
+    monkeypatch.setattr(ops, "lora_segments_mlp", counted)
+    assert all(map(near, results(MIXED), want))
+    assert calls == [{"activation": "silu", "save": "all"}]
+    assert all(map(near, results("c"), of_one))
+    assert len(calls) == 1
 
 
 def test_threads_have_their_own_routes():

@@ -15,7 +15,7 @@ K, WIDTHS = 40, (24, 33)
 class Linear:
     """Factors in slabs, with tables of a division. Adapter i drops by ps[i]."""
 
-    def __init__(self, division, N, dtype, seed, ps=None):
+    def __init__(self, division, N, dtype, seed, ps=None, K=K):
         generator = torch.Generator().manual_seed(seed)
         self.rnd = lambda *sizes: torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
         self.division, self.plan = division, division.plan()

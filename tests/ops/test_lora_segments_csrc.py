@@ -115,7 +115,7 @@ def test_alone_and_mixed():
 def test_rows_with_several_adapters_in_float16_are_not_for_csrc():
     problem = Problem(DIVISIONS["sums of two"], 64, (64,), torch.float16)
     routed = problem.linears[0].routed()
-    found = segmented.obstacle(problem.x, [routed.part], [segmented.Segments(routed.tables, routed.window)], False)
+    found = segmented.obstacle(problem.x.device, problem.x.dtype, [routed.part], [segmented.of_routed(routed)], False)
     assert "several adapters in float16" in found
 
 
