@@ -84,15 +84,15 @@ class Serving:
             pass
 
 
-def _seconds_behind(stream: torch.cuda.Stream, call) -> float:
-    """Of what call() adds to a stream, which sleeps while it is added."""
+def _seconds_behind(stream: torch.cuda.Stream, last: torch.cuda.Stream, call) -> float:
+    """Of what call() adds to a stream, which sleeps while it is added, until it ends on the last one."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(timing.SLEEP_CYCLES)
         start.record()
     call()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(last):
         end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e-3
@@ -100,18 +100,18 @@ def _seconds_behind(stream: torch.cuda.Stream, call) -> float:
 
 def _transfers(serving: Serving, rounds: int) -> dict[str, float]:
     """Seconds of an adapter: by the cache, and of a plain copy of as many pinned bytes."""
-    stream, device = serving.cache._blobs._stream, serving.tokens.device
+    blobs, device = serving.cache._blobs, serving.tokens.device
     pinned = torch.empty(serving.bytes, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(pinned, device=device)
 
     def copy() -> None:
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(blobs._copies):
             target.copy_(pinned, non_blocking=True)
 
     found = {}
-    for name, call in (("copy", copy), ("move", serving.move)):
+    for name, last, call in (("copy", blobs._copies, copy), ("move", blobs._spreads, serving.move)):
         many = lambda call=call: [call() for _ in range(MOVES)]  # noqa: E731
-        found[name] = statistics.median(_seconds_behind(stream, many) / MOVES for _ in range(rounds))
+        found[name] = statistics.median(_seconds_behind(blobs._copies, last, many) / MOVES for _ in range(rounds))
     return found
 
 

@@ -1,6 +1,7 @@
 """Blobs: adapters in one slab of the host's memory, each in one piece, and their way into the slabs of banks."""
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,12 +11,20 @@ from ..segments import Place
 from . import files
 
 
+@dataclass(eq=False)
+class _Staging:
+    """A buffer on the device for one blob."""
+
+    blob: Tensor
+    empty: torch.Event | None = None  # behind what was spread from it last
+
+
 class Blobs:
     """A blob has r rows of A and r of B^T for each layer, zeros where an adapter has fewer, in the order of the layers:
     so it moves by one copy, and what was in a slot before is gone.
 
-    On a GPU the memory is pinned, and blobs move on a stream of their own: to a buffer on the device, and from there to
-    their rows in the slabs.
+    On a GPU the memory is pinned, and blobs move on streams of their own: to a buffer on the device, and from there to
+    their rows in the slabs, while the next one comes to another buffer.
     """
 
     def __init__(self, slabs: dict[str, Slab], r: int, count: int):
@@ -32,12 +41,13 @@ class Blobs:
         self._of: dict[str, int] = {}
         self._free = list(range(count))[::-1]
         self._leaving: dict[int, torch.Event] = {}  # behind the last copy of a blob
-        self._stream = self._staging = None
+        self._copies = self._spreads = None  # streams
+        self._staging: list[_Staging] = []  # the one that was filled last at the end
         if self._device.type == "cuda":
             _pin(self._host)
             weakref.finalize(self, _unpin, self._host)
-            self._stream = torch.cuda.Stream(self._device)
-            self._staging = torch.empty(self._size, dtype=dtype, device=self._device)
+            self._copies, self._spreads = (torch.cuda.Stream(self._device) for _ in range(2))
+            self._staging = [_Staging(torch.empty(self._size, dtype=dtype, device=self._device)) for _ in range(2)]
 
     def _rows(self, blob: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, K) and B^T (r, N) of each layer in a blob."""
@@ -73,16 +83,22 @@ class Blobs:
     def bring(self, name: str, places: dict[str, Place], after: torch.Event | None) -> torch.Event | None:
         """Into the rows of the slabs, behind an event; the event behind which it is there, or None: it is."""
         blob = self._host[self._of[name]]
-        if self._stream is None:
+        if self._copies is None:
             self._spread(blob, places)
             return None
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            self._staging.copy_(blob, non_blocking=True)
-            self._leaving[self._of[name]] = self.mark()
-            self._spread(self._staging, places)
-            return self.mark()
+        staging = self._staging.pop(0)
+        self._staging.append(staging)
+        with torch.cuda.stream(self._copies):
+            if staging.empty is not None:
+                self._copies.wait_event(staging.empty)
+            staging.blob.copy_(blob, non_blocking=True)
+            self._leaving[self._of[name]] = copied = self.mark()
+        with torch.cuda.stream(self._spreads):
+            for event in filter(None, (copied, after)):
+                self._spreads.wait_event(event)
+            self._spread(staging.blob, places)
+            staging.empty = self.mark()
+        return staging.empty
 
     def _spread(self, blob: Tensor, places: dict[str, Place]) -> None:
         to, of = [], []
@@ -94,7 +110,7 @@ class Blobs:
 
     def mark(self) -> torch.Event | None:
         """An event on the current stream."""
-        return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+        return None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
 
 
 def _pin(tensor: Tensor) -> None:

@@ -171,6 +171,7 @@ def test_the_command(options, stem, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_on_a_gpu():
     device = torch.device("cuda")
     case = Case("small", 256, 128, (16, 8, 40), each(300, 100, 112))

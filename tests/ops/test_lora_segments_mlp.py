@@ -191,7 +191,8 @@ class OnHopper:
 
         hidden = rounded(ACTS[self.activation](linear(0, x)) * linear(1, x))
         y = linear(2, hidden)
-        return [y.detach(), *torch.autograd.grad(y, [x, *biases, *factors], self.dy.double())]
+        grads = torch.autograd.grad(y, [x, *biases, *factors], self.dy.double())
+        return [rounded(each.detach()) for each in (y, *grads)]
 
     def check(self):
         got, exact, rounded = self.run(), self.by_formula(torch.float64), self.by_formula(self.x.dtype)
