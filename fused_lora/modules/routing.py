@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import segments
-from ..ops import Adapter, Routed
+from ..ops import Routed
 from . import recomputing
 from .protocol import is_bank
+from .routed import Laid, OfBank
 
 BASE = "__base__"  # PEFT's name for none
 MOST_SIZES = 64  # of batches, whose tables a route keeps
@@ -84,14 +85,19 @@ class route:
         self._captured: dict[tuple, segments.Tables] = {}  # those that graphs read
         self._of_bank = self._plans(banks)
 
-    def _plans(self, banks: dict) -> dict[int, "_OfBank"]:
+    def _plans(self, banks: dict) -> dict[int, OfBank]:
         used = {name for path in self._paths for name in path}
         places = {
             key: {name: bank.adapters[name].place for name in used & bank.adapters.keys()}
             for key, bank in banks.items()
         }
         window = segments.window_of(place.size for found in places.values() for place in found.values())
-        return {key: _OfBank(bank, self._paths, places[key], window, self._device) for key, bank in banks.items()}
+        laid: dict[tuple, Laid] = {}
+        for found in places.values():
+            if (lies := tuple(found.items())) not in laid:
+                laid[lies] = Laid(self._paths, found, window, self._device)
+        names = [name for path in self._paths for name in path]
+        return {key: OfBank(bank, names, laid[tuple(places[key].items())]) for key, bank in banks.items()}
 
     def divide(self, rows: Sequence[int] | Tensor) -> None:
         """Other numbers of rows for the same names, in place: captured graphs see them, and nothing waits."""
@@ -204,35 +210,6 @@ def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Ten
 def _total(rows: Sequence[int] | Tensor) -> int | None:
     """Known without asking a device."""
     return None if isinstance(rows, Tensor) else sum(rows)
-
-
-class _OfBank:
-    """What a route says of one bank."""
-
-    def __init__(self, bank, paths: Sequence[tuple[str, ...]], places: dict, window: int, device: torch.device):
-        self.known = {name: _serial(bank, name) for path in paths for name in path}
-        paths = [[name for name in path if name in places] for path in paths]
-        self.plan = segments.make_plan([[places[name] for name in path] for path in paths], window)
-        self.constants = segments.constants(self.plan, device)
-        named = {place: name for name, place in places.items()}
-        begins = self.plan.begins()
-        self.names = tuple(named[place] for place in begins)
-        self.lies = [(place.rank, found) for place, found in begins.items()]
-
-    def check(self, bank) -> None:
-        """Whether the bank's adapters are those that it had. By numbers, which compiled programs are guarded by."""
-        if [_serial(bank, name) for name in self.known] != list(self.known.values()):
-            raise RuntimeError("adapters were deleted, renamed or added since the route was made: make a new one")
-
-    def routed(self, bank, route: route, x: Tensor) -> Routed:
-        self.check(bank)
-        each = zip(*bank.all_factors(self.names), self.lies, strict=True)
-        adapters = tuple(Adapter(A, B, rank, begins) for A, B, (rank, begins) in each)
-        return bank.routed(self.names, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
-
-
-def _serial(bank, name: str) -> int:
-    return bank.adapters[name].serial if name in bank.adapters else -1
 
 
 def current(bank, x: Tensor) -> Routed:
