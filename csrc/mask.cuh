@@ -13,13 +13,21 @@ namespace fused_lora {
 class Mask {
  public:
   static constexpr int kGroup = 32, kPairs = kGroup / 2;  // columns
+  static constexpr uint32_t kDropsAll = 0x17C01;          // a threshold: no number is picked, and what is picked is kept
 
-  __device__ explicit Mask(const Dropout& dropout) {
-    const uint64_t seed = *dropout.seed;
+  // Which numbers are dropped.
+  struct Picked {
+    uint32_t first, flip;  // 0x7C01 is no number: nothing is above it, and nothing picked
+
+    __device__ explicit Picked(uint32_t threshold) : first((threshold & 0xFFFF) * 0x10001), flip(threshold > 0xFFFF ? 0 : ~0u) {}
+  };
+
+  __device__ explicit Mask(const Dropout& dropout) : Mask(*dropout.seed, dropout.threshold) {}
+
+  // Without a threshold each row has one of its own.
+  __device__ explicit Mask(uint64_t seed, uint32_t threshold = 0) : picked_(threshold) {
     first_ = mix(static_cast<uint32_t>(seed) + kGolden);
     second_ = mix((first_ ^ static_cast<uint32_t>(seed >> 32)) + kGolden);
-    first_picked_ = (dropout.threshold & 0xFFFF) * 0x10001;
-    flip_ = dropout.threshold > 0xFFFF ? 0 : ~0u;
   }
 
   __device__ uint32_t row_key(uint32_t row) const { return mix(mix(row ^ first_) + second_); }
@@ -31,8 +39,9 @@ class Mask {
   static __device__ uint32_t factor(uint32_t pair) { return (pair * kGolden ^ 0xC2B2AE35) | 1; }
 
   // The bits of 16-bit entries that stay, of the pair that has this factor.
-  __device__ uint32_t kept_bits(uint32_t group_key, uint32_t factor) const {
-    return ptx::at_or_above(fold(group_key, factor) & 0x7FFF7FFF, first_picked_) ^ flip_;
+  __device__ uint32_t kept_bits(uint32_t group_key, uint32_t factor) const { return kept_bits(group_key, factor, picked_); }
+  static __device__ uint32_t kept_bits(uint32_t group_key, uint32_t factor, const Picked& picked) {
+    return ptx::at_or_above(fold(group_key, factor) & 0x7FFF7FFF, picked.first) ^ picked.flip;
   }
 
  private:
@@ -49,7 +58,8 @@ class Mask {
     return static_cast<uint32_t>(product >> 32) ^ static_cast<uint32_t>(product);
   }
 
-  uint32_t first_, second_, first_picked_, flip_;  // 0x7C01 is no number: nothing is above it, and nothing picked
+  uint32_t first_, second_;
+  Picked picked_;
 };
 
 }  // namespace fused_lora

@@ -88,6 +88,11 @@ struct Windows {
   }
 };
 
+// By which a row's adapter on a level drops.
+__device__ __forceinline__ uint32_t threshold_of(const work::Segments& segments, int level, int row) {
+  return __ldg(segments.thresholds + level * segments.blocks_count * kSegmentRows + row);
+}
+
 // A row's adapter on a level.
 struct RowRanks {
   int first, count;  // slices, counted from the pass's first window on

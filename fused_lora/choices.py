@@ -129,10 +129,10 @@ def together_obstacle(device: torch.device, dtype: torch.dtype, ranks: tuple[int
 @cache
 def _choose_segments(device, dtype, window: int, readable: bool, drops: bool, forced: str | None) -> Choice:
     reason = _together_obstacle(device, dtype, (window,), readable, forced)
-    if reason is None and not drops:
+    if reason is None and not (drops and backends.gpu(device).capability != 90):
         return Choice("cuda", f"{device.type} tensor of {dtype}")
     if reason is None:
-        reason = "csrc has no dropout where rows have adapters of their own"
+        reason = "csrc has no dropout where rows have adapters of their own for this card"
     elif forced is None:
         reason = backends.lora_linear_obstacle("cuda", device, dtype, window, readable)
     return choose_without_csrc(device, dtype, reason)
@@ -163,10 +163,12 @@ def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
 
 
 @_constant_when_compiled
-def gated_segments_obstacle(device: torch.device, window: int) -> str | None:
-    """The same of rows with adapters of their own, in windows of so many ranks."""
+def gated_segments_obstacle(device: torch.device, window: int, drops: bool) -> str | None:
+    """The same of rows with adapters of their own, in windows of so many ranks; drops: whether some of them drop."""
+    if drops:
+        return "csrc has no dropout in a gated MLP whose rows have adapters of their own"
     if backends.gpu(device).capability != 90:
-        return "the kernels of this card have no gated MLP whose rows have adapters of their own"
+        return "csrc has no gated MLP whose rows have adapters of their own for this card"
     return gated_obstacle((window,))
 
 

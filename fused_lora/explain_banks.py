@@ -27,7 +27,8 @@ def apart(banks: Sequence[LoRABank], gated: bool = False) -> str | None:
     reason = next((choice.reason for choice in map(_choice_of, banks) if choice.name != "cuda"), None)
     if reason is not None or not gated:
         return reason
-    return choices.gated_segments_obstacle(banks[0].weight.device, max(map(_window, banks)))
+    drops = any(bank.dropping > 0 for bank in banks)
+    return choices.gated_segments_obstacle(banks[0].weight.device, max(map(_window, banks)), drops)
 
 
 def _record(tokens: int, bank: LoRABank) -> tuple:

@@ -291,7 +291,7 @@ def test_an_mlp_of_banks_says_whether_it_is_computed_as_one(monkeypatch):
         (100, 16, 24, 8), (100, 16, 24, 8), (100, 24, 16, 8),
     ]  # fmt: skip
     monkeypatch.setattr(choices, "choose_segments", lambda *_: backends.Choice("cuda", ""))
-    monkeypatch.setattr(choices, "gated_segments_obstacle", lambda device, window: f"a window of {window}")
+    monkeypatch.setattr(choices, "gated_segments_obstacle", lambda device, window, drops: f"a window of {window}")
     assert explain_banks.apart(list(model["mlp"].children())) is None
     assert explain_banks.apart(list(model["mlp"].children()), gated=True) == "a window of 64"
 

@@ -68,7 +68,12 @@ def test_of_a_card(card, monkeypatch):
     assert "not adjacent" in unreadable.reason
     assert choices.choose_segments(CUDA, torch.float32, 64, True, False).name == "triton"
     dropping = choices.choose_segments(*args, True, True)
-    assert dropping == backends.Choice("triton", "csrc has no dropout where rows have adapters of their own")
+    assert dropping.name == "triton"
+    assert dropping.reason == "csrc has no dropout where rows have adapters of their own for this card"
+    assert "for this card" in choices.gated_segments_obstacle(CUDA, 64, False)
+    card(90)
+    assert choices.choose_segments(*args, True, True).name == "cuda"
+    assert choices.gated_segments_obstacle(CUDA, 64, True).startswith("csrc has no dropout in a gated MLP")
 
 
 @pytest.mark.parametrize("what", ["a linear that drops", "several levels in float16"])
@@ -77,7 +82,7 @@ def test_linears_of_one_x_that_csrc_has_not_all_kernels_for(what, card, monkeypa
     built = pretend_extension(monkeypatch)
     monkeypatch.setattr(backends, "extension_obstacle", lambda: None)
     monkeypatch.setattr(backends, "csrc", lambda: built)
-    card(90)
+    card(86)
     dtype = torch.float16 if "float16" in what else torch.bfloat16
     x = SimpleNamespace(device=CUDA, dtype=dtype, numel=lambda: 1)
     part = Part(*(torch.zeros(64, 64, dtype=dtype) for _ in range(2)), torch.zeros(64, 64, dtype=dtype).t())
@@ -92,6 +97,9 @@ def test_linears_of_one_x_that_csrc_has_not_all_kernels_for(what, card, monkeypa
     with backends.forcing("cuda"):
         assert [segmented.backend(x, part, each) for each in (one, other)] == ["cuda", "reference"]
         assert segmented.in_kernels(x, [part, part], [one, other], False) == [True, False]
+    card(90)
+    assert segmented.backend(x, part, other) == ("triton" if "float16" in what else "cuda")
+    assert segmented.obstacle(CUDA, dtype, [part, part], [one, other], False) is not None
 
 
 def test_what_is_said_of_a_model_does_not_depend_on_a_route():

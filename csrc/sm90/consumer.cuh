@@ -102,7 +102,9 @@ struct Consumer {
       const Part& part = p.part[item.part];
       float acc[C::kBlockR / 2] = {};
       if constexpr (kDrops && !kBackward) {
-        multiply_masked(acc, part, row);
+        BoxMask<> mask(Mask(part.dropout), self);
+        mask.set_rows(row);
+        multiply_masked(acc, part, mask);
       } else {
         consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
       }
@@ -125,7 +127,14 @@ struct Consumer {
 #pragma unroll 1
         for (int window = span.first_window(); window < span.end_window(); ++window) {
           float acc[C::kBlockR / 2] = {};
-          consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
+          if constexpr (kDrops && !kBackward) {
+            BoxMask<true> mask(mask_of(part, level), self);
+            const int first = own_row(item.row + done);
+            mask.set_rows(first, threshold_of(part.segments, level, mask.row_of_lane(first)));
+            multiply_masked(acc, part, mask);
+          } else {
+            consume(shrink_steps(part), [&](uint32_t stage, int) { multiply_shrink(acc, stage); });
+          }
           choose_ranks(acc, part, level, own_row(item.row + done) + self.row(), window * (C::kBlockR / work::kSlice));
           outbox.keep(acc, &part.low, span.low_row_of(window) + own_row(0), 0, work::kNone);
           outbox.send_boxes();
@@ -170,10 +179,9 @@ struct Consumer {
   }
 
   // Forward with dropout: the boxes of x that this warpgroup multiplies are its own, and are masked where they lie.
-  __device__ __forceinline__ void multiply_masked(float (&acc)[C::kBlockR / 2], const Part& part, int row) {
+  template <bool kOfRows>
+  __device__ __forceinline__ void multiply_masked(float (&acc)[C::kBlockR / 2], const Part& part, const BoxMask<kOfRows>& mask) {
     outbox.empty();
-    BoxMask mask(Mask(part.dropout), self);
-    mask.set_rows(row);
     consume<false>(shrink_steps(part), [&](uint32_t stage, int step) {
 #pragma unroll
       for (int half = 0; half < C::kShrinkHalves; ++half) {
@@ -208,13 +216,20 @@ struct Consumer {
     if (!kMasked && terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int row = own_row(item.row), col = item.col;
-    if constexpr (kMasked) {
+    if constexpr (kMasked && C::kSegmented) {
+      await_stage();
+      const int rank_steps = shared.ranks[ring.stage].steps_or_of;
+      issue_depth(acc, terms.steps);
+      drain();
+      outbox.empty();
+      add_masked_segments(acc, rank_steps, row, col);
+    } else if constexpr (kMasked) {
       KeptBits<C::kBlockN / kBox> kept(Mask(p.part[0].dropout), row, col, self);  // the summed ones' x is one
       issue_masked_depth(acc, kept, terms.steps);
       add_masked_ranks(acc, kept, terms);
     } else if constexpr (C::kGates && C::kSegmented) {
       await_stage();
-      const int rank_steps = shared.ranks[ring.stage].steps_or_box;
+      const int rank_steps = shared.ranks[ring.stage].steps_or_of;
       issue_depth(acc, terms.steps);
       drain();
       outbox.empty();  // its registers are needed
@@ -228,7 +243,7 @@ struct Consumer {
       if constexpr (can_ride<C, kBackward, kDrops>) multiply_riding(acc, item);
     } else if constexpr (C::kSegmented) {
       await_stage();
-      const int rank_steps = shared.ranks[ring.stage].steps_or_box;
+      const int rank_steps = shared.ranks[ring.stage].steps_or_of;
       issue_depth(acc, terms.steps);
       if constexpr (kHasRoom<T> && !kBackward) {
         float rooms[2];
@@ -356,14 +371,38 @@ struct Consumer {
     for (int step = 0; step < kSteps; ++step) release((first + step) % C::kStages);
   }
 
+  // Of segments: the mask is a part's and a level's, by each row's threshold.
+  __device__ __forceinline__ void add_masked_segments(float (&acc)[C::kBlockN / 2], int steps, int row, int col) {
+    constexpr int kBoxes = C::kBlockN / kBox;
+    while (steps > 0) {
+      await_stage();
+      const int of = __shfl_sync(~0u, shared.ranks[ring.stage].steps_or_of, 0), level = of & 0xFFFF;
+      const Part& part = p.part[of >> 16];
+      const int first = row + self.row();
+      KeptBits<kBoxes, true> kept(mask_of(part, level), row, col, self,
+                                  {threshold_of(part.segments, level, first), threshold_of(part.segments, level, first + 8)});
+#pragma unroll
+      for (int i = 0; i < kept.kDraws; ++i) kept.draw(i);
+#pragma unroll 1
+      do {
+        add_masked_step(acc, kept, shared.ranks[ring.stage]);
+        if (--steps == 0) return;
+        await_stage();
+      } while (__shfl_sync(~0u, shared.ranks[ring.stage].steps_or_of, 0) == of);
+    }
+  }
+
+  static __device__ Mask mask_of(const Part& part, int level) { return Mask(static_cast<uint64_t>(*part.dropout.seed + level)); }
+
   // One after another: gated kernels and those for ranks above 128 have no registers for more.
-  template <int kBoxes>
-  __device__ __forceinline__ void add_masked_step(float (&acc)[C::kBlockN / 2], const KeptBits<kBoxes>& kept, int left) {
+  // own: as many ranks as are left, or those of the step.
+  template <int kBoxes, bool kOfRows, typename Own>
+  __device__ __forceinline__ void add_masked_step(float (&acc)[C::kBlockN / 2], const KeptBits<kBoxes, kOfRows>& kept, Own own) {
     const uint32_t address = await_stage();
 #pragma unroll 1
     for (int box = 0; box < kBoxes; ++box) {
       float sum[kBox / 2] = {};
-      multiply_box(sum, address, box, left);
+      multiply_box(sum, address, box, own);
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
@@ -377,6 +416,12 @@ struct Consumer {
   __device__ __forceinline__ void multiply_box(float (&sum)[kBox / 2], uint32_t stage, int box, int left) {
     const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes), rhs = descriptor<true>(stage + (2 + box) * kBoxBytes);
     multiply_slices<kSlices>(sum, lhs, rhs, left);
+  }
+
+  __device__ __forceinline__ void multiply_box(float (&sum)[kBox / 2], uint32_t stage, int box, const Ranks& own) {
+    const uint64_t lhs = descriptor<false>(stage + self.index * kBoxBytes) + own.first * kSlice<false>;
+    const uint64_t rhs = descriptor<true>(stage + (2 + box) * kBoxBytes) + own.first * kSlice<true>;
+    multiply_slices<kSlices>(sum, lhs, rhs, own.count * work::kSlice);
   }
 
   __device__ __forceinline__ void issue_ranks(float (&acc)[C::kBlockN / 2], const Terms& terms) {
@@ -452,12 +497,12 @@ struct Consumer {
       ring.advance();
       if constexpr (kHasRoom<T>) {
         float rooms[2];
-        rooms_of_rows(rooms, p.part[own.steps_or_box >= kBoxes / 2], row);
+        rooms_of_rows(rooms, p.part[own.steps_or_of >= kBoxes / 2], row);
         scale_rows(sum, {rooms[0], rooms[1]});
       }
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
-        if (b == own.steps_or_box) add_box(acc, b, sum);
+        if (b == own.steps_or_of) add_box(acc, b, sum);
       }
     }
   }
@@ -559,10 +604,14 @@ struct Consumer {
     const Gradient& g = of_A ? of.dA : of.dB;
     const int first_col = item.col + (rank * kConsumers + self.index) * kBlocks * kBox;
     float acc[kBlocks][C::kBlockR / 2] = {};
-    consume(windows.steps(), [&](uint32_t stage, int step) {
-      keep_rows(stage, windows.first_own(step), windows.end_own(step));
-      multiply_gradient(acc, stage);
-    });
+    if (kDrops && of_A) {
+      multiply_masked_window(acc, of, windows, first_col);
+    } else {
+      consume(windows.steps(), [&](uint32_t stage, int step) {
+        keep_rows(stage, windows.first_own(step), windows.end_own(step));
+        multiply_gradient(acc, stage);
+      });
+    }
     if constexpr (kHasRoom<T>) {
       if (!of_A) scale_ranks(acc, of, windows.rank() / work::kSlice);
     }
@@ -580,6 +629,29 @@ struct Consumer {
     } else {
       chain.store(acc, first_rank);
     }
+  }
+
+  // By x where a row's adapter kept it, and by nothing of other windows' rows. The next step's thresholds are asked for before this one's
+  // are used.
+  __device__ __forceinline__ void multiply_masked_window(float (&acc)[C::kGradientBlocks][C::kBlockR / 2], const Part& of,
+                                                         const Windows<C>& windows, int first_col) {
+    outbox.empty();
+    BoxMask<true> mask(mask_of(of, windows.level), self);
+    int row = windows.first_step_row();
+    const auto threshold_in = [&](int row) {
+      const bool own = row >= windows.first_row() && row < windows.end_row();
+      return own ? threshold_of(of.segments, windows.level, row) : Mask::kDropsAll;
+    };
+    uint32_t threshold = threshold_in(mask.row_of_lane(row));
+    consume<false>(windows.steps(), [&](uint32_t stage, int) {
+      mask.set_rows(row, threshold);
+      row += kBox;
+      threshold = threshold_in(mask.row_of_lane(row));
+#pragma unroll
+      for (int b = 0; b < C::kGradientBlocks; ++b) mask.apply(own_boxes(stage) + b * kBoxBytes, first_col + b * kBox);
+      publish_shared();
+      multiply_gradient(acc, stage);
+    });
   }
 
   // Of this warpgroup's columns in a step, the rows from `first` to `end` alone: others may hold what is no number, times which 0
@@ -623,7 +695,7 @@ struct Consumer {
     const bool products = !of_A && of.dgain != nullptr;
     if (kDrops && of_A) {
       outbox.empty();
-      BoxMask mask(Mask(of.dropout), self);
+      BoxMask<> mask(Mask(of.dropout), self);
       consume<false>(steps, [&](uint32_t stage, int step) {
         mask.set_rows(item.row + step * kBox);
 #pragma unroll

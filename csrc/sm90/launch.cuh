@@ -49,17 +49,20 @@ extern FUSED_LORA_LAUNCH_PASS(true, false, false);
 extern FUSED_LORA_LAUNCH_PASS(true, true, false);
 extern FUSED_LORA_LAUNCH_PASS(true, false, true);
 extern FUSED_LORA_LAUNCH_PASS(true, true, true);
-#define FUSED_LORA_LAUNCH_SEGMENTS(backward, gated) \
-  template cudaError_t launch_pass<backward, false, gated, true>(const KernelParams&, const Tiling&, DType, cudaStream_t)
-extern FUSED_LORA_LAUNCH_SEGMENTS(false, false);
-extern FUSED_LORA_LAUNCH_SEGMENTS(true, false);
-extern FUSED_LORA_LAUNCH_SEGMENTS(false, true);
-extern FUSED_LORA_LAUNCH_SEGMENTS(true, true);
+#define FUSED_LORA_LAUNCH_SEGMENTS(backward, drops, gated) \
+  template cudaError_t launch_pass<backward, drops, gated, true>(const KernelParams&, const Tiling&, DType, cudaStream_t)
+extern FUSED_LORA_LAUNCH_SEGMENTS(false, false, false);
+extern FUSED_LORA_LAUNCH_SEGMENTS(false, true, false);
+extern FUSED_LORA_LAUNCH_SEGMENTS(false, false, true);
+extern FUSED_LORA_LAUNCH_SEGMENTS(true, false, false);
+extern FUSED_LORA_LAUNCH_SEGMENTS(true, true, false);
+extern FUSED_LORA_LAUNCH_SEGMENTS(true, false, true);
 
 // The kernels of a pass.
 template <bool kBackward>
 auto launcher_of(const Pass& pass) {
-  if (pass.segmented()) return pass.gated ? launch_pass<kBackward, false, true, true> : launch_pass<kBackward, false, false, true>;
+  if (pass.segmented() && pass.gated) return launch_pass<kBackward, false, true, true>;
+  if (pass.segmented()) return pass.drops ? launch_pass<kBackward, true, false, true> : launch_pass<kBackward, false, false, true>;
   if (pass.gated) return pass.drops ? launch_pass<kBackward, true, true> : launch_pass<kBackward, false, true>;
   return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
 }

@@ -3,6 +3,6 @@
 
 namespace fused_lora::sm90 {
 
-FUSED_LORA_LAUNCH_SEGMENTS(true, true);
+FUSED_LORA_LAUNCH_SEGMENTS(true, false, true);
 
 }  // namespace fused_lora::sm90

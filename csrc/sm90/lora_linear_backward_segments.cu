@@ -3,6 +3,6 @@
 
 namespace fused_lora::sm90 {
 
-FUSED_LORA_LAUNCH_SEGMENTS(true, false);
+FUSED_LORA_LAUNCH_SEGMENTS(true, false, false);
 
 }  // namespace fused_lora::sm90

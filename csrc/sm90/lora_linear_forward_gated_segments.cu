@@ -3,6 +3,6 @@
 
 namespace fused_lora::sm90 {
 
-FUSED_LORA_LAUNCH_SEGMENTS(false, true);
+FUSED_LORA_LAUNCH_SEGMENTS(false, false, true);
 
 }  // namespace fused_lora::sm90

@@ -3,6 +3,6 @@
 
 namespace fused_lora::sm90 {
 
-FUSED_LORA_LAUNCH_SEGMENTS(false, false);
+FUSED_LORA_LAUNCH_SEGMENTS(false, false, false);
 
 }  // namespace fused_lora::sm90

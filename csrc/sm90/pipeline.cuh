@@ -89,9 +89,10 @@ __device__ __forceinline__ bool rides(const Item& item) {
 }
 
 // Of rows with adapters of their own, what consumers need not look up: of a tile's first step how many steps with ranks there will
-// be, and of those which slices of 16 of the stage's boxes are multiplied, and in a gated tile for which 64 of its columns.
+// be; and of those which slices of 16 of the stage's boxes are multiplied, and of what: in a gated tile for which 64 of its columns,
+// with dropout of which part, and behind 16 bits on which level.
 struct Ranks {
-  int steps_or_box;
+  int steps_or_of;
   int16_t first, count;
 };
 

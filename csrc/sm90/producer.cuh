@@ -202,7 +202,7 @@ struct Producer {
 #pragma unroll 1
       for (int box = span.first_box(); box < span.end_box(); ++box) {
         const int row = span.low_row(box) + rank * kBlockM, up = span.rank_of_box(box), first = span.first_slice(box);
-        const Ranks ranks{0, static_cast<int16_t>(first), static_cast<int16_t>(span.end_slice(box) - first)};
+        const Ranks ranks{kDrops ? which << 16 | level : 0, static_cast<int16_t>(first), static_cast<int16_t>(span.end_slice(box) - first)};
         if constexpr (C::kGates) {
           for (int i = 0; i < kHalf; ++i) load_ranks<1>(part, {which * kHalf + i, ranks.first, ranks.count}, row, up, item.col + i * kBox);
         } else {
@@ -226,7 +226,7 @@ struct Producer {
   // Before a tile's first step: with how many ranks there will be.
   __device__ void announce_steps(int steps) {
     await_stage();
-    shared.ranks[ring.stage].steps_or_box = steps;
+    shared.ranks[ring.stage].steps_or_of = steps;
   }
 
   __device__ int rank_steps(const Item& item, int first, int last) const {

@@ -108,7 +108,8 @@ work::Segments segments_of(const Routing& routing, size_t part, const Tensor& A)
           .windows_count = static_cast<int>(windows.size(0)),
           .levels = static_cast<int>(blocks.size(0)),
           .blocks_count = static_cast<int>(blocks.size(1)),
-          .ranks = static_cast<int>(A.size(0))};
+          .ranks = static_cast<int>(A.size(0)),
+          .thresholds = routing.drops() ? static_cast<const uint32_t*>(routing.thresholds(part).data_ptr()) : nullptr};
 }
 
 void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
@@ -118,11 +119,12 @@ void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
 
 void check_routing(const Routing& routing, const std::vector<Part>& parts, double p, bool gated, const Tensor& x) {
   if (!routing) return;
-  check(p == 0, "rows with adapters of their own have no dropout here");
-  check(!gated || current_card().capability == 90, "the kernels of this card have no gated passes of rows with adapters of their own");
+  check(p == 0, "rows with adapters of their own drop by thresholds, not by p");
+  const bool known = current_card().capability == 90 && !(gated && routing.drops());
+  check(known || !(gated || routing.drops()), "no kernel of this card has such gated passes, or dropout, of rows with adapters of their own");
   check(!gated || routing.window <= kMaxGatedRank, "window must be at most ", kMaxGatedRank, " in gated passes, got ", routing.window);
   check(routing.window == 64 || routing.window == 128 || routing.window == 256, "window must be 64, 128 or 256, got ", routing.window);
-  check(routing.tables.size() == 3 * parts.size(), "tables must be three of each part");
+  check(routing.tables.size() == (routing.drops() ? 4 : 3) * parts.size(), "tables must be three or four of each part");
   const int64_t blocks = (x.numel() / x.size(-1) + kSegmentRows - 1) / kSegmentRows;
   for (size_t i = 0; i < parts.size(); ++i) {
     check(parts[i].scale.numel() * work::kSlice >= parts[i].A.size(0), "scale must have an entry for each 16 ranks");
@@ -134,6 +136,8 @@ void check_routing(const Routing& routing, const std::vector<Part>& parts, doubl
     check_table(routing.blocks(i), {levels, blocks, 4});
     check_table(routing.windows(i), {windows, 4});
     check_table(routing.rows(i), {levels, blocks * kSegmentRows, 2});
+    check(parts[i].seed.has_value() == routing.drops(), "parts must have a seed where there are thresholds, and none elsewhere");
+    if (routing.drops()) check_table(routing.thresholds(i), {levels, blocks * kSegmentRows});
   }
 }
 

@@ -36,17 +36,18 @@ void merge_(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor
   check_cuda(launch_merge(params, weight_dtype, factor_dtype, stream_of(weight)));
 }
 
-// Of each part three, or none.
+// Of each part three, with dropout four; or none.
 using Tables = std::optional<std::vector<Tensor>>;
 
-Routing routing_of(Tables tables, int64_t window) {
+Routing routing_of(Tables tables, int64_t window, size_t parts) {
   if (!tables) return {};
-  return {std::move(*tables), window};
+  const size_t of_part = tables->size() / std::max<size_t>(parts, 1);
+  return {std::move(*tables), window, of_part};
 }
 
 std::vector<Tensor> forward(const Tensor& x, FlatParts parts, double p, std::vector<double> act, std::string keep, Tables tables,
                             int64_t window) {
-  return lora_parts_forward(x, unflatten(parts), p, act, keep, routing_of(std::move(tables), window));
+  return lora_parts_forward(x, unflatten(parts), p, act, keep, routing_of(std::move(tables), window, parts.size() / Part::kFields));
 }
 
 std::vector<Tensor> backward(std::vector<Tensor> dys, std::vector<Tensor> xs, FlatParts parts, std::vector<Tensor> xas,
@@ -55,7 +56,7 @@ std::vector<Tensor> backward(std::vector<Tensor> dys, std::vector<Tensor> xs, Fl
                              Tables tables, int64_t window) {
   return lora_parts_backward({std::move(dys), std::move(xs), unflatten(parts), std::move(xas), std::move(dxas), p, need_dx,
                               {needs.begin(), needs.end()}, std::move(act), std::move(gated), factors, std::move(ys),
-                              routing_of(std::move(tables), window)});
+                              routing_of(std::move(tables), window, parts.size() / Part::kFields)});
 }
 
 }  // namespace

@@ -36,16 +36,19 @@ inline bool have_gains(const std::vector<Part>& parts) {
   return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.gain.has_value(); });
 }
 
-// Which adapter each row has (work/segments.h): of each part its blocks, windows and rows, as int32; and a window's ranks. None: all
-// rows have the part's factors.
+// Which adapter each row has (work/segments.h): of each part its blocks, windows and rows, and with dropout thresholds of rows, as int32;
+// and a window's ranks. None: all rows have the part's factors.
 struct Routing {
   std::vector<Tensor> tables;
   int64_t window = 0;
+  size_t of_part = 3;
 
   explicit operator bool() const { return window > 0; }
-  const Tensor& blocks(size_t part) const { return tables[3 * part]; }
-  const Tensor& windows(size_t part) const { return tables[3 * part + 1]; }
-  const Tensor& rows(size_t part) const { return tables[3 * part + 2]; }
+  bool drops() const { return of_part == 4; }
+  const Tensor& blocks(size_t part) const { return tables[of_part * part]; }
+  const Tensor& windows(size_t part) const { return tables[of_part * part + 1]; }
+  const Tensor& rows(size_t part) const { return tables[of_part * part + 2]; }
+  const Tensor& thresholds(size_t part) const { return tables[of_part * part + 3]; }
 };
 
 // The pair (lora_parts.cpp), as ops/lora_parts.py describes it. act is empty, or of a gated pass its two numbers; keep is "none",

@@ -44,6 +44,7 @@ struct Segments {
   int levels;
   int blocks_count;  // of a level
   int ranks;         // of the slabs, a multiple of 64: they may end within a window
+  const uint32_t* thresholds;  // of rows, as rows is: which entries of x are dropped (mask.cuh), level after level by another seed; or null
 };
 
 }  // namespace fused_lora::work

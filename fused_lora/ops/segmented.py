@@ -75,14 +75,17 @@ def obstacle(
 ) -> str | None:
     """Why csrc has no kernel for parts of one x of a dtype (gated: or of an MLP), or None."""
     readable, window = all(backends.csrc_reads(part.weight, part.A, part.B) for part in parts), each[0].window
-    choice = choices.choose_segments(device, dtype, window, readable, _drop(each))
+    drop = [of.thresholds is not None for of in each]
+    choice = choices.choose_segments(device, dtype, window, readable, any(drop))
     if choice.name != "cuda":
         return choice.reason
+    if any(drop) and not all(drop):
+        return "some of the layers drop entries of x, and others do not"
     if any(len(of.tables.windows) == 0 for of in each):
         return "no row has an adapter"
     if dtype is torch.float16 and any(len(of.tables.blocks) > 1 for of in each):
         return "rows with several adapters in float16, whose scales would need room of several sizes"
-    return choices.gated_segments_obstacle(device, window) if gated else None
+    return choices.gated_segments_obstacle(device, window, any(drop)) if gated else None
 
 
 def backend(x: Tensor, part: Part, of: Segments) -> str:
@@ -100,10 +103,6 @@ def in_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated
     if obstacle(x.device, x.dtype, parts, each, gated) is None:
         return [True] * len(parts)
     return [backend(x, part, of) != "reference" for part, of in zip(parts, each, strict=True)]
-
-
-def _drop(each: Sequence[Segments]) -> bool:
-    return any(of.thresholds is not None for of in each)
 
 
 def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:
@@ -171,7 +170,12 @@ def _for_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments]) -> 
     """Parts with the slab of B^T for B, and tables."""
     pairs = [_as_read(x, part, of) for part, of in zip(parts, each, strict=True)]
     tensors = [part._replace(B=part.B.t(), bias=kernel_bias(part.bias)) for part, _ in pairs]
-    return of_parts.flatten(tensors), [table for _, of in pairs for table in of.tables]
+    return of_parts.flatten(tensors), [table for _, of in pairs for table in (*of.tables, *_row_thresholds(of))]
+
+
+def _row_thresholds(of: Segments) -> tuple[Tensor, ...]:
+    """Of the tables' rows, where adapters drop."""
+    return () if of.thresholds is None else (of.thresholds[of.tables.rows[..., 1]],)
 
 
 def _as_read(x: Tensor, part: Part, of: Segments, changes: bool = False) -> tuple[Part, Segments]:

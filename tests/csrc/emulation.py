@@ -30,6 +30,7 @@ class Segments(C.Structure):
     _fields_ = [(name, C.c_void_p) for name in ("blocks", "windows", "rows")] + [
         (name, C.c_int) for name in ("windows_count", "levels", "blocks_count", "ranks")
     ]
+    _fields_.append(("thresholds", C.c_void_p))
 
 
 class ForwardPart(C.Structure):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fused_lora.ops import segmented
+from fused_lora import choices, segments
+from fused_lora.ops import lora_segments, segmented
 from tests.ops.segments_problem import Problem, check, check_graph
 from tests.segments.divisions import DIVISIONS, Division
 
@@ -54,6 +55,47 @@ def test_groups_of_many_rows():
 @pytest.mark.parametrize("name", ["mixed", "without adapters in between", "odd"])
 def test_dtypes(name, dtype, lora_dtype, scale):
     check(Problem(DIVISIONS[name], 320, (456, 72), dtype, lora_dtype, scale))
+
+
+@pytest.fixture
+def _drops():
+    """Which csrc/sm90 alone has."""
+    if choices.choose_segments(torch.device("cuda", 0), torch.bfloat16, 64, True, True).name != "cuda":
+        pytest.skip("csrc has no dropout for this card")
+
+
+@pytest.mark.usefixtures("_drops")
+class TestDropout:
+    """Of a linear's own mask and adapters' own thresholds; each level has another mask."""
+
+    @pytest.mark.parametrize(("K", "Ns"), SIZES)
+    @pytest.mark.parametrize("name", [name for name in DIVISIONS if name != "nothing but rows behind"])
+    def test_divisions(self, name, K, Ns):
+        check(Problem(DIVISIONS[name], K, Ns, drops=True))
+
+    @pytest.mark.parametrize("name", LARGE)
+    def test_many_rows(self, name):
+        check(Problem(LARGE[name], 1024, (768,), drops=True))
+
+    @pytest.mark.parametrize(("dtype", "lora_dtype", "scale"), [
+        (torch.float16, None, 1.0), (torch.float16, None, 300.0), (torch.bfloat16, torch.float32, 1.0),
+    ])  # fmt: skip
+    def test_dtypes(self, dtype, lora_dtype, scale):
+        check(Problem(DIVISIONS["mixed"], 320, (456, 72), dtype, lora_dtype, scale, drops=True))
+
+    @pytest.mark.parametrize(("K", "N"), [(8, 8), (100, 72), (63, 65), (128, 2048)])
+    def test_sizes(self, K, N):
+        check(Problem(DIVISIONS["mixed"], K, (N,), drops=True))
+
+    def test_what_others_hold_spoils_no_gradient(self):
+        """Rows of other adapters in a step of tokens, and rows behind, are no numbers times 0."""
+        problem = Problem(DIVISIONS["rows behind"], 256, (256,), drops=True)
+        with torch.no_grad():
+            problem.x[150:] = float("nan")
+        problem.dys[0][150:] = float("nan")
+        y, _, _, *grads = problem.run()
+        assert y[:130].isfinite().all()
+        assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize(("K", "N"), [(8, 8), (100, 72), (72, 100), (63, 65), (128, 2048)])
@@ -110,6 +152,33 @@ def test_alone_and_mixed():
     one_y, one_dx, *_ = alone.run()
     assert torch.equal(y[256:768], one_y)
     assert torch.equal(dx[256:768], one_dx)
+
+
+@torch.no_grad()
+def test_a_row_alone_and_mixed_a_hundred_times():
+    """The same bits wherever it lies; within one rounding where either pass has up to 64 rows, which without gradients
+    kernels of their own compute."""
+    generator, ranks = torch.Generator().manual_seed(0), (16, 24, 64, 8)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    problem = Problem(Division(ranks, tuple((i, 400) for i in range(4))), 512, (520,))
+    x, linear = problem.x.detach(), problem.linears[0]
+    for _ in range(100):
+        counts, which = [draw(1, 100) for _ in range(6)], draw(0, 6)
+        own = slice(sum(counts[:which]), sum(counts[: which + 1]))
+        mixed = Division(ranks, tuple((i % 4, count) for i, count in enumerate(counts)), behind=draw(0, 40))
+        alone = Division(ranks, ((which % 4, counts[which]),))
+        y, y_alone = run_divided(linear, mixed, x[: mixed.M])[own], run_divided(linear, alone, x[own])
+        if min(mixed.M, alone.M) > 64:
+            assert torch.equal(y, y_alone)
+        assert (y.float() - y_alone.float()).abs().max() <= 2**-8 * y_alone.float().abs().max()
+
+
+def run_divided(linear, division, x):
+    """A linear with its adapters for other rows."""
+    linear.division, linear.plan = division, division.plan()
+    of = segments.constants(linear.plan, torch.device("cuda"))
+    linear.tables = segments.tables(linear.plan, of, division.ends("cuda"), division.M)
+    return lora_segments(x, [linear.routed()])[0]
 
 
 def test_rows_with_several_adapters_in_float16_are_not_for_csrc():

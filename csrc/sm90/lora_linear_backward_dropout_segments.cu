@@ -1,0 +1,8 @@
+// The kernels of lora_linear_backward.cu with dropout, of rows with adapters of their own.
+#include "launch.cuh"
+
+namespace fused_lora::sm90 {
+
+FUSED_LORA_LAUNCH_SEGMENTS(true, true, false);
+
+}  // namespace fused_lora::sm90
