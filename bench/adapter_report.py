@@ -7,6 +7,7 @@ from .adapter_arms import ARMS
 from .adapter_plot import draw
 from .document import as_json, described, table, write_files
 from .shapes import FORWARD, FORWARD_BACKWARD
+from .timing import REST
 from .variants import FLOOR
 
 CALLS = "calls"
@@ -54,14 +55,17 @@ def _step_lines(step: dict) -> list[str]:
     def peak(arm: dict) -> str:
         return "-" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.1f}"
 
+    def rested(arm: dict) -> str:
+        return "-" if arm["rested"] is None else f"{arm['rested']['median'] * 1e3:,.1f}"
+
     rows = [
-        [label, f"{arm['tokens_per_second']:,.0f}", f"{arm['median'] * 1e3:,.1f}", peak(arm)]
+        [label, f"{arm['tokens_per_second']:,.0f}", f"{arm['median'] * 1e3:,.1f}", rested(arm), peak(arm)]
         for label, arm in step["arms"].items()
     ]
-    header = [step["name"], "tokens/s", "ms for all tasks", "peak GiB"]
+    header = [step["name"], "tokens/s", "ms for all tasks", "ms of a card that rested", "peak GiB"]
     words = (
         "Forward, loss, backward and each task's AdamW; memory is what a step takes beyond the model, its adapters and "
-        "what their optimizers keep."
+        f"what their optimizers keep. A card that rested for {REST:.0f} s is not at its power limit."
     )
     return [words, "", *table(header, rows), ""]
 

@@ -24,6 +24,7 @@ from .step_cases import Case
 
 # Of gradients, relative, where batches of two sizes are rounded in 16 bits, layer by layer.
 TOLERANCE = 0.1
+MOST_RESTS = 6
 TOGETHER, IN_TURN = "all tasks in one batch", "one task after another"
 
 
@@ -157,12 +158,15 @@ def _measure(training: Training, tasks: Tasks, rounds: int, device: torch.device
     peaks = {
         way: timing.peak_memory(lambda steps=steps: _in_turn(steps)) if on_gpu else None for way, steps in ways.items()
     }
+    rested = {}
     if on_gpu:
-        samples = timing.time_graphs({way: _captured(steps) for way, steps in ways.items()}, rounds)
+        graphs = {way: _captured(steps) for way, steps in ways.items()}
+        samples, rested = timing.time_graphs(graphs, rounds), timing.time_rested(graphs, min(rounds, MOST_RESTS))
     else:
         samples = timing.time_eager({way: lambda s=steps: _in_turn(s) for way, steps in ways.items()}, rounds, "cpu")
     tokens, arms = tasks.count * tasks.case.tokens, {}
     for way, times in samples.items():
         seconds = summary(times)
         arms[way] = seconds | {"tokens_per_second": tokens / seconds["median"], "peak_bytes": peaks[way]}
+        arms[way]["rested"] = summary(rested[way]) if way in rested else None
     return {"name": str(tasks), "arms": arms}

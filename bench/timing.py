@@ -22,6 +22,7 @@ WARM_UP_ROUNDS = 3
 # Few enough that the queue to the GPU, which holds about a thousand launches, is never full.
 BURST = 8
 SLEEP_CYCLES = 60_000_000  # 30 ms or more
+REST = 1.0  # seconds
 # More than any L2; zeroing it evicts what the last step left there.
 FLUSH_BYTES = 256 * 2**20
 
@@ -111,6 +112,24 @@ def time_graphs(graphs: dict[str, tuple], rounds: int) -> Samples:
     events = interleave(graphs, rounds, time_once)
     torch.cuda.synchronize()
     return {name: [start.elapsed_time(end) * 1e-3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def time_rested(graphs: dict[str, tuple], rounds: int) -> Samples:
+    """Of one replay each by a card that did nothing for REST seconds, and so has clocks that its power limit denies it
+    where it is busy for long."""
+
+    def time_once(captured):
+        graph, _ = captured
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        time.sleep(REST)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return interleave(graphs, rounds, time_once)
 
 
 def time_device(calls: Calls, rounds: int, prepare: Callable[[], object]) -> Samples:

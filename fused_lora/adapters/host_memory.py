@@ -16,6 +16,7 @@ class _Staging:
     """A buffer on the device for one blob."""
 
     blob: Tensor
+    rows: dict[str, tuple[Tensor, Tensor]]  # of each layer, in it
     empty: torch.Event | None = None  # behind what was spread from it last
 
 
@@ -47,7 +48,8 @@ class Blobs:
             _pin(self._host)
             weakref.finalize(self, _unpin, self._host)
             self._copies, self._spreads = (torch.cuda.Stream(self._device) for _ in range(2))
-            self._staging = [_Staging(torch.empty(self._size, dtype=dtype, device=self._device)) for _ in range(2)]
+            buffers = [torch.empty(self._size, dtype=dtype, device=self._device) for _ in range(2)]
+            self._staging = [_Staging(buffer, self._rows(buffer)) for buffer in buffers]
 
     def _rows(self, blob: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, K) and B^T (r, N) of each layer in a blob."""
@@ -84,7 +86,7 @@ class Blobs:
         """Into the rows of the slabs, behind an event; the event behind which it is there, or None: it is."""
         blob = self._host[self._of[name]]
         if self._copies is None:
-            self._spread(blob, places)
+            self._spread(self._rows(blob), places)
             return None
         staging = self._staging.pop(0)
         self._staging.append(staging)
@@ -96,13 +98,13 @@ class Blobs:
         with torch.cuda.stream(self._spreads):
             for event in filter(None, (copied, after)):
                 self._spreads.wait_event(event)
-            self._spread(staging.blob, places)
+            self._spread(staging.rows, places)
             staging.empty = self.mark()
         return staging.empty
 
-    def _spread(self, blob: Tensor, places: dict[str, Place]) -> None:
+    def _spread(self, rows: dict[str, tuple[Tensor, Tensor]], places: dict[str, Place]) -> None:
         to, of = [], []
-        for layer, pair in self._rows(blob).items():
+        for layer, pair in rows.items():
             slab, rank = self._slabs[layer], places[layer].rank
             to += [slab.A[rank : rank + self._r], slab.up[rank : rank + self._r]]
             of += pair

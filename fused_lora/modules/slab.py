@@ -28,6 +28,7 @@ class Slab:
         self.keeps = torch.zeros_like(self.scales)
         self.thresholds = torch.zeros(ranks // SLICE, device=device, dtype=torch.int32)
         self.taken = [False] * (ranks // SLICE)
+        self._scaled: list[tuple[float, float] | None] = [None] * (ranks // SLICE)  # what rescale wrote
         self.moved = 0
 
     @property
@@ -88,8 +89,13 @@ class Slab:
         )
 
     def rescale(self, place: Place, scaling: float, p: float = 0.0) -> None:
-        """p: by which the adapter drops."""
+        """p: by which the adapter drops. What is there already is not written again: a cache's adapters come to each
+        layer, and most of them with one scale."""
         slices = slice(place.rank // SLICE, (place.rank + place.size) // SLICE)
+        own = [(scaling, p)] * (place.size // SLICE)
+        if self._scaled[slices] == own:
+            return
+        self._scaled[slices] = own
         self.scales[slices].fill_(scaling)
         self.keeps[slices].fill_(0 if p == 1 else 1 / (1 - p))
         self.thresholds[slices].fill_(mask_threshold(p))
@@ -104,6 +110,7 @@ class Slab:
             torch.cat([each, each.new_zeros(more // SLICE)]) for each in (self.scales, self.keeps, self.thresholds)
         )
         self.taken += [False] * (more // SLICE)
+        self._scaled += [None] * (more // SLICE)
         self.moved += 1
 
     @torch.inference_mode(False)
@@ -120,6 +127,7 @@ class Slab:
         self.A, self.up = _moved(self.A, device, dtype), _moved(self.up, device, dtype)
         self.scales, self.keeps = (_moved(each, device, _scale_dtype(self.A)) for each in (self.scales, self.keeps))
         self.thresholds = _moved(self.thresholds, device, torch.int32)
+        self._scaled = [None] * len(self._scaled)  # scales may have been on meta, or in another dtype
         self.moved += 1
 
 

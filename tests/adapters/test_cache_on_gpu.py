@@ -106,11 +106,12 @@ def copies_in(kinds):
 def test_prefetching_is_beside_what_computes_and_waits_for_nothing(tmp_path):
     """Read from a trace: one copy an adapter, on another stream, while kernels run; the host waits for no device."""
     cache, _ = make(slots=4)
-    x = torch.randn(2**17, SIZE, device="cuda", dtype=torch.bfloat16)  # the device is behind the host
+    x = torch.randn(2**17, SIZE, device="cuda", dtype=torch.bfloat16)
     with cache.route("n0"):
         cache.model(x)
 
     def run():
+        torch.cuda._sleep(10**8)  # the device is behind the host, however busy that is
         with cache.route("n0"):
             y = cache.model(x)
             cache.prefetch(["n1", "n2"])

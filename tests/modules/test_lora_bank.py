@@ -367,3 +367,24 @@ def test_errors(call, error, words):
         call(bank)
     torch.testing.assert_close(bank.state_dict(), before, rtol=0, atol=0)
     assert_as_alone(bank)
+
+
+def test_scales_of_places_that_others_had():
+    """Of other sizes, scales or dropout; what is there already is not written again."""
+    bank = make_bank()
+    slab, place = bank._slab, bank.adapters["a"].place
+    slices = slice(place.rank // 16, (place.rank + place.size) // 16)
+    version = lambda: slab.scales._version  # noqa: E731
+    slab.rescale(place, 3.0, 0.5)
+    assert set(slab.scales[slices].tolist()) == {3.0}
+    before = version()
+    slab.rescale(place, 3.0, 0.5)
+    assert version() == before
+    slab.rescale(place._replace(size=16), 5.0)
+    slab.rescale(place, 3.0, 0.5)
+    assert set(slab.scales[slices].tolist()) == {3.0}
+    assert set(slab.keeps[slices].tolist()) == {2.0}
+    bank.to(torch.float32).to("meta").to_empty(device="cpu")
+    for name, adapter in bank.adapters.items():
+        own = slice(adapter.place.rank // 16, (adapter.place.rank + adapter.place.size) // 16)
+        assert bank._slab.scales[own].tolist() == pytest.approx([adapter.scaling] * (adapter.place.size // 16)), name
