@@ -1,12 +1,13 @@
 """What a route says of a bank: which of its adapters have which ranks of a pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import segments
 from ..ops import Adapter, Routed
+from ..ops.autograd import watched
 
 
 class Laid:
@@ -19,27 +20,32 @@ class Laid:
         named = {place: name for name, place in places.items()}
         begins = self.plan.begins()
         self.names = tuple(named[place] for place in begins)
-        self.lies = [(place.rank, found) for place, found in begins.items()]
+        self.adapters = tuple(Adapter(None, None, place.rank, found) for place, found in begins.items())
 
 
 class OfBank:
     """What a route says of one bank."""
 
     def __init__(self, bank, names: Sequence[str], laid: Laid):
-        self.known = {name: _serial(bank, name) for name in names}
-        self.plan, self.constants, self.names, self.lies = laid.plan, laid.constants, laid.names, laid.lies
+        self.known = dict(zip(names, _serials(bank, names), strict=True))
+        self.plan, self.constants, self.names, self.adapters = laid.plan, laid.constants, laid.names, laid.adapters
 
     def check(self, bank) -> None:
         """Whether the bank's adapters are those that it had. By numbers, which compiled programs are guarded by."""
-        if [_serial(bank, name) for name in self.known] != list(self.known.values()):
+        if _serials(bank, self.known) != list(self.known.values()):
             raise RuntimeError("adapters were deleted, renamed or added since the route was made: make a new one")
 
     def routed(self, bank, route, x: Tensor) -> Routed:
+        """What the bank computes for x's rows. Without gradients nobody asks for factors beside the slabs of them."""
         self.check(bank)
-        each = zip(*bank.all_factors(self.names), self.lies, strict=True)
-        adapters = tuple(Adapter(A, B, rank, begins) for A, B, (rank, begins) in each)
+        adapters = self._with_factors(bank) if torch.is_grad_enabled() or watched() else self.adapters
         return bank.routed(self.names, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
 
+    def _with_factors(self, bank) -> tuple[Adapter, ...]:
+        each = zip(self.adapters, *bank.all_factors(self.names), strict=True)
+        return tuple(Adapter(A, B, adapter.rank, adapter.begins) for adapter, A, B in each)
 
-def _serial(bank, name: str) -> int:
-    return bank.adapters[name].serial if name in bank.adapters else -1
+
+def _serials(bank, names: Iterable[str]) -> list[int]:
+    adapters = bank.adapters
+    return [adapters[name].serial if name in adapters else -1 for name in names]
