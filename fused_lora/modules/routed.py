@@ -36,7 +36,7 @@ class OfBank:
             raise RuntimeError("adapters were deleted, renamed or added since the route was made: make a new one")
 
     def routed(self, bank, route, x: Tensor) -> Routed:
-        """What the bank computes for x's rows. Without gradients nobody asks for factors beside the slabs of them."""
+        """What the bank computes for x's rows. Without gradients nobody reads factors but in the slabs."""
         self.check(bank)
         adapters = self._with_factors(bank) if torch.is_grad_enabled() or watched() else self.adapters
         return bank.routed(self.names, route.tables(self.plan, self.constants, x), self.plan.window, adapters)
