@@ -8,8 +8,8 @@
 # make bench-blocks  q, k, v and MLPs as one and layer by layer, odd widths: bench/results/<gpu>/blocks.md; and in the
 #             attention modules of transformers and diffusers, where these are installed: attentions.md
 # make bench-models  Hugging Face models by PEFT, PEFT accelerated and replace_linear: bench/results/<gpu>/models.md
-# make bench-adapters  rows with adapters of their own through one linear, few rows, and several tasks' training steps:
-#             bench/results/<gpu>/adapters.md, adapters-few.md and adapters-step.md
+# make bench-adapters  rows with adapters of their own through one linear, few rows, several tasks' training steps, and a
+#             cache: bench/results/<gpu>/adapters.md, adapters-few.md, adapters-step.md and adapters-cache.md
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
 # make sanitize  csrc's kernels under compute-sanitizer's four tools; on a Hopper card FUSED_LORA_AS=sm80 has csrc/sm80's
 # make lint   ruff; make build: the CUDA extension, in place
@@ -57,6 +57,7 @@ bench-adapters: $(READY)
 	$(PYTHON) -m bench.adapters
 	$(PYTHON) -m bench.adapters --few
 	$(PYTHON) -m bench.adapters --step
+	$(PYTHON) -m bench.adapters --cache
 
 # The CUDA kernels' ranges are in a domain of their own, those of Triton's launches in the default one.
 RANGES := --nvtx $(foreach pass,forward backward,--nvtx-include "fused_lora@$(pass)/" --nvtx-include "fused_lora.$(pass)/")

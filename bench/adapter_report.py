@@ -7,7 +7,7 @@ from .adapter_arms import ARMS
 from .adapter_plot import draw
 from .document import as_json, described, table, write_files
 from .shapes import FORWARD, FORWARD_BACKWARD
-from .timing import REST
+from .timing import MOST_RESTS, REST
 from .variants import FLOOR
 
 CALLS = "calls"
@@ -65,7 +65,8 @@ def _step_lines(step: dict) -> list[str]:
     header = [step["name"], "tokens/s", "ms for all tasks", "ms of a card that rested", "peak GiB"]
     words = (
         "Forward, loss, backward and each task's AdamW; memory is what a step takes beyond the model, its adapters and "
-        f"what their optimizers keep. A card that rested for {REST:.0f} s is not at its power limit."
+        f"what their optimizers keep. A card that rested did nothing for {REST:.0f} s before each step; nothing was "
+        f"zeroed, and rounds are {MOST_RESTS} at most."
     )
     return [words, "", *table(header, rows), ""]
 
@@ -87,6 +88,14 @@ def _cache_lines(cache: dict) -> list[str]:
     return [*table([cache["name"], ""], rows), ""]
 
 
+def _method_of_cache(results: dict) -> str:
+    return (
+        f"{described(results)} Copies and moves one behind another, passes as whole calls and interleaved, "
+        f"{results['flush_bytes'] // 2**20} MiB zeroed before each; medians of {results['rounds']} rounds. By "
+        f"`{results['command']}`."
+    )
+
+
 def _method(results: dict) -> str:
     flush = f"{results['flush_bytes'] // 2**20} MiB zeroed before each step, " if results["flush_bytes"] else ""
     return (
@@ -100,7 +109,7 @@ def markdown(results: dict) -> str:
     if results["kind"] == "step":
         return "\n".join([_method(results), "", *_step_lines(results["step"])])
     if results["kind"] == "cache":
-        return "\n".join([_method(results), "", *_cache_lines(results["cache"])])
+        return "\n".join([_method_of_cache(results), "", *_cache_lines(results["cache"])])
     lines = [f"{_method(results)} Over the frozen linear's time in the same run.", ""]
     for pass_name, title in TITLES.items():
         rows = _pass_table(results, pass_name)

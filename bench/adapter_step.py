@@ -24,7 +24,6 @@ from .step_cases import Case
 
 # Of gradients, relative, where batches of two sizes are rounded in 16 bits, layer by layer.
 TOLERANCE = 0.1
-MOST_RESTS = 6
 TOGETHER, IN_TURN = "all tasks in one batch", "one task after another"
 
 
@@ -161,7 +160,7 @@ def _measure(training: Training, tasks: Tasks, rounds: int, device: torch.device
     rested = {}
     if on_gpu:
         graphs = {way: _captured(steps) for way, steps in ways.items()}
-        samples, rested = timing.time_graphs(graphs, rounds), timing.time_rested(graphs, min(rounds, MOST_RESTS))
+        samples, rested = timing.time_graphs(graphs, rounds), timing.time_rested(graphs, min(rounds, timing.MOST_RESTS))
     else:
         samples = timing.time_eager({way: lambda s=steps: _in_turn(s) for way, steps in ways.items()}, rounds, "cpu")
     tokens, arms = tasks.count * tasks.case.tokens, {}

@@ -22,7 +22,7 @@ WARM_UP_ROUNDS = 3
 # Few enough that the queue to the GPU, which holds about a thousand launches, is never full.
 BURST = 8
 SLEEP_CYCLES = 60_000_000  # 30 ms or more
-REST = 1.0  # seconds
+REST, MOST_RESTS = 1.0, 6  # seconds; rounds
 # More than any L2; zeroing it evicts what the last step left there.
 FLUSH_BYTES = 256 * 2**20
 

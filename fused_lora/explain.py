@@ -127,7 +127,7 @@ def _explain_mlp(mlp: LoRAMLP, tokens: int, gpu: str | None) -> MLPExplanation:
     if gpu:
         reason = f"explained for {gpu}"
     elif all(map(is_bank, three)):
-        reason = apart(three, gated=True)
+        reason = mlp.change() or apart(three, gated=True)
     else:
         reason = mlp.why_not(_like(three[0])) or _measured_apart(three, tokens)
     fused = "act(gate) up is made, and differentiated, in the launches of the products beside it"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from . import backends, choices, segments
 from .explanations import Explanation, in_short
 from .modules import LoRABank
+from .modules.hooks import why_alone
 
 
 def explain_bank(bank: LoRABank, tokens: int) -> Explanation:
@@ -24,10 +25,17 @@ def explain_bank(bank: LoRABank, tokens: int) -> Explanation:
 
 def apart(banks: Sequence[LoRABank], gated: bool = False) -> str | None:
     """Why banks that read one x, or gated: that are an MLP, are computed one by one; or None."""
+    for bank in banks:
+        if (reason := why_alone(bank, LoRABank.forward)) is not None:
+            return f"one of its layers runs by its own forward: {reason}"
     reason = next((choice.reason for choice in map(_choice_of, banks) if choice.name != "cuda"), None)
-    if reason is not None or not gated:
+    if reason is not None:
         return reason
     drops = any(bank.dropping > 0 for bank in banks)
+    if drops and not all(bank.dropping > 0 for bank in banks):
+        return "some of the layers drop entries of x, and others do not"
+    if not gated:
+        return None
     return choices.gated_segments_obstacle(banks[0].weight.device, max(map(_window, banks)), drops)
 
 

@@ -293,7 +293,13 @@ def test_an_mlp_of_banks_says_whether_it_is_computed_as_one(monkeypatch):
     monkeypatch.setattr(choices, "choose_segments", lambda *_: backends.Choice("cuda", ""))
     monkeypatch.setattr(choices, "gated_segments_obstacle", lambda device, window, drops: f"a window of {window}")
     assert explain_banks.apart(list(model["mlp"].children())) is None
-    assert explain_banks.apart(list(model["mlp"].children()), gated=True) == "a window of 64"
+    layers = list(model["mlp"].children())
+    assert explain_banks.apart(layers, gated=True) == "a window of 64"
+    layers[0].set_lora_dropout("one", 0.5)
+    assert "others do not" in explain_banks.apart(layers)
+    layers[0].set_lora_dropout("one", 0.0)
+    layers[1].register_forward_hook(lambda *_: None)
+    assert "runs by its own forward: it has hooks" in explain_banks.apart(layers)
 
 
 def test_a_models_mlps_are_explained_as_one():

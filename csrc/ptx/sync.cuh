@@ -137,7 +137,7 @@ __device__ __forceinline__ uint4 load_now(const void* address) {
 // What createpolicy.fractional.L2::evict_first makes for all lines.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
-// As load_now, of what nobody reads again: it leaves the L2 cache before all else, so that little else must leave for it.
+// As load_now, of what nobody reads again but at once: it leaves the L2 cache before all else, so that little else must leave for it.
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"

@@ -136,6 +136,7 @@ void check_routing(const Routing& routing, const std::vector<Part>& parts, doubl
     check_table(routing.blocks(i), {levels, blocks, 4});
     check_table(routing.windows(i), {windows, 4});
     check_table(routing.rows(i), {levels, blocks * kSegmentRows, 2});
+    check(parts[i].A.scalar_type() == parts[0].A.scalar_type(), "parts must have factors of one dtype");
     check(parts[i].seed.has_value() == routing.drops(), "parts must have a seed where there are thresholds, and none elsewhere");
     if (routing.drops()) check_table(routing.thresholds(i), {levels, blocks * kSegmentRows});
   }

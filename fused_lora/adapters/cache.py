@@ -17,11 +17,11 @@ from ..modules.config import CONFIG, LoRAConfig, served
 from ..modules.keeping import Adapter
 from ..modules.routing import check_name, paths_of
 from ..modules.selection import Selection
-from ..segments import Place
 from . import banks as of_banks
 from . import files
 from .host_memory import Blobs
 from .reading import shape_errors, sort, weight_errors
+from .slots import Slot
 
 
 @dataclass(eq=False)
@@ -30,17 +30,6 @@ class _Entry:
 
     folder: Path | None
     layers: dict[str, tuple[int, float, bool]] | None = None
-
-
-class _Slot:
-    """Room for one adapter in every bank, filled on a stream of its own."""
-
-    def __init__(self, places: dict[str, Place]):
-        self.places = places
-        self.name: str | None = None
-        self.ready: torch.Event | None = None  # behind its copies
-        self.used: torch.Event | None = None  # behind the last kernels that read it
-        self.is_differentiated = False  # so that backward passes may have read it since
 
 
 class AdapterCache:
@@ -78,10 +67,10 @@ class AdapterCache:
             checks.check_count(name, count, least=1)
         self.model, self.r = model, r
         self._banks = banks_for(model, Selection(target_modules, exclude_modules), lora_dtype, capacity=0)
-        self._slots = [_Slot({layer: bank.reserve(r) for layer, bank in self._banks.items()}) for _ in range(slots)]
+        self._slots = [Slot({layer: bank.reserve(r) for layer, bank in self._banks.items()}) for _ in range(slots)]
         self._blobs = Blobs({layer: bank._slab for layer, bank in self._banks.items()}, r, host)
         self._entries: dict[str, _Entry] = {}
-        self._resident: OrderedDict[str, _Slot] = OrderedDict()  # the longest unused one first
+        self._resident: OrderedDict[str, Slot] = OrderedDict()  # the longest unused one first
         self._pins: dict[str, int] = {}
 
     # ---- what there is
@@ -193,7 +182,7 @@ class AdapterCache:
                 self._banks[layer].check_name(name)
             self._fill(self._free_slot(), name)
 
-    def _free_slot(self) -> _Slot:
+    def _free_slot(self) -> Slot:
         empty = next((slot for slot in self._slots if slot.name is None), None)
         if empty is not None:
             return empty
@@ -205,7 +194,7 @@ class AdapterCache:
             )
         return self._evict(victim)
 
-    def _evict(self, name: str) -> _Slot:
+    def _evict(self, name: str) -> Slot:
         slot = self._resident.pop(name)
         for bank in self._banks.values():
             if name in bank.adapters:
@@ -213,11 +202,13 @@ class AdapterCache:
         slot.name = None
         return slot
 
-    def _fill(self, slot: _Slot, name: str) -> None:
+    def _fill(self, slot: Slot, name: str) -> None:
         used = self._blobs.mark() if slot.is_differentiated else slot.used
         slot.ready, slot.is_differentiated = self._blobs.bring(name, slot.places, after=used), False
+        slot.await_scales()  # which are not written again where they are what they were
         for layer, (r, lora_alpha, use_rslora) in self._entries[name].layers.items():
             self._banks[layer].hold(name, Adapter(r, lora_alpha, use_rslora, slot.places[layer]))
+        slot.scaled = self._blobs.mark()
         slot.name = name
         self._resident[name] = slot
 
@@ -252,8 +243,7 @@ class AdapterCache:
     def await_arrival(self, names: Iterable[str]) -> None:
         """What the current stream computes from now on finds them in their slots."""
         for name in names:
-            if (ready := self._resident[name].ready) is not None:
-                torch.cuda.current_stream().wait_event(ready)
+            self._resident[name].await_arrival()
 
     def release(self, names: Iterable[str]) -> None:
         """Unpins what the current stream has computed with."""

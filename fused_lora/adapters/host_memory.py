@@ -100,6 +100,8 @@ class Blobs:
                 self._spreads.wait_event(event)
             self._spread(staging.rows, places)
             staging.empty = self.mark()
+        for slab in self._slabs.values():
+            slab.filling = staging.empty
         return staging.empty
 
     def _spread(self, rows: dict[str, tuple[Tensor, Tensor]], places: dict[str, Place]) -> None:

@@ -91,6 +91,10 @@ class LoRAMLP(Mixin):
 
     def _parts(self, x: Tensor) -> list[ops.Part] | list[ops.Routed] | str:
         """gate, up and down, or why the forward that it had is called for x."""
+        return self.change() or together(self._structure.layers(self), x, gated=True)
+
+    def change(self) -> str | None:
+        """Why it is not what it was when it was fused, or None; whatever its layers are."""
         if not self.is_as_known():
             return "its class has another forward now"
         for act, facts in self._act:
@@ -98,7 +102,7 @@ class LoRAMLP(Mixin):
                 return "its activation was replaced or must be called"
             if any(getattr(act, name, None) != value for name, value in facts.items()):
                 return "its activation was changed"
-        return together(self._structure.layers(self), x, gated=True)
+        return None
 
     def forward(self, *args, **kwargs):
         x = args[0] if args else kwargs.get(self._structure.x)

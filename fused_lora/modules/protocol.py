@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import Part, Routed
 from ..ops.lora_parts import MOST_PARTS, obstacle
 from ..ops.lora_segments_mlp import obstacle as mlp_obstacle
+from ..ops.lora_segments_mlp import obstacle_of_banks
 from ..ops.parts import autocast_dtype
 
 
@@ -63,6 +65,11 @@ def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False)
     """The parts of layers that read x (gated: of an MLP), or why each must be computed by itself."""
     if type(x) not in PLAIN:
         return f"x is a {type(x).__name__}"
+    dtype = autocast_dtype(x) or x.dtype
+    if gated and all(map(is_bank, layers)):
+        reason = obstacle_of_banks(x.device, dtype, any(layer.dropping > 0 for layer in layers))
+        if reason is not None:
+            return reason
     parts = []
     for layer in layers:
         part = layer.offered(x) if is_lora(layer) or is_bank(layer) else f"it is a {type(layer).__name__}"
@@ -71,18 +78,20 @@ def together(layers: Sequence[LoRALayer | None], x: Tensor, gated: bool = False)
         parts.append(part)
     routed = [part for part in parts if isinstance(part, Routed)]
     if routed:
-        return _routed_obstacle(x, routed, parts, gated) or routed
+        return _routed_obstacle(x.device, dtype, routed, parts, gated) or routed
     p = layers[0].dropping
     if any(layer.dropping != p for layer in layers[1:]):
         return "its layers drop by different rules"
-    return obstacle(x.device, autocast_dtype(x) or x.dtype, parts, gated) or parts
+    return obstacle(x.device, dtype, parts, gated) or parts
 
 
-def _routed_obstacle(x: Tensor, routed: list[Routed], parts: list, gated: bool) -> str | None:
+def _routed_obstacle(
+    device: torch.device, dtype: torch.dtype, routed: list[Routed], parts: list, gated: bool
+) -> str | None:
     if len(routed) < len(parts):
         return "rows have adapters of their own in some of its layers, and not in others"
     if len(parts) > MOST_PARTS:
         return f"they are more than {MOST_PARTS}"
     if len({part.window for part in routed}) > 1:
         return "their routes have windows of several sizes"
-    return mlp_obstacle(x.device, autocast_dtype(x) or x.dtype, routed) if gated else None
+    return mlp_obstacle(device, dtype, routed) if gated else None

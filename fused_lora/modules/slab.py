@@ -28,8 +28,14 @@ class Slab:
         self.keeps = torch.zeros_like(self.scales)
         self.thresholds = torch.zeros(ranks // SLICE, device=device, dtype=torch.int32)
         self.taken = [False] * (ranks // SLICE)
+        self.filling: torch.Event | None = None  # behind what another stream writes into it
         self._scaled: list[tuple[float, float] | None] = [None] * (ranks // SLICE)  # what rescale wrote
         self.moved = 0
+
+    def __getstate__(self) -> dict:
+        """As it is once all that was on its way is there."""
+        self._await()
+        return vars(self)
 
     @property
     def ranks(self) -> int:
@@ -100,9 +106,16 @@ class Slab:
         self.keeps[slices].fill_(0 if p == 1 else 1 / (1 - p))
         self.thresholds[slices].fill_(mask_threshold(p))
 
+    def _await(self) -> None:
+        """What was on its way is there before it is copied, and before its memory is another's."""
+        if self.filling is not None:
+            torch.cuda.current_stream(self.A.device).wait_event(self.filling)
+            self.filling = None
+
     @torch.inference_mode(False)
     def grow(self) -> None:
         """Twice the ranks, in other memory."""
+        self._await()
         more = max(self.ranks, SIZES[-1])
         self.A = torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])])
         self.up = torch.cat([self.up, self.up.new_zeros(more, self.up.shape[1])])
@@ -116,6 +129,7 @@ class Slab:
     @torch.inference_mode(False)
     def renew(self) -> None:
         """The same in other memory."""
+        self._await()
         self.A, self.up = self.A.clone(), self.up.clone()
         self.moved += 1
 
@@ -124,6 +138,7 @@ class Slab:
         """To other memory, with what is in it."""
         if (self.A.device, self.A.dtype) == (device, dtype):
             return
+        self._await()
         self.A, self.up = _moved(self.A, device, dtype), _moved(self.up, device, dtype)
         self.scales, self.keeps = (_moved(each, device, _scale_dtype(self.A)) for each in (self.scales, self.keeps))
         self.thresholds = _moved(self.thresholds, device, torch.int32)

@@ -73,7 +73,7 @@ def _for_kernels(*parts: Part) -> list[Tensor | None]:
 def _forward(x, tensors, p, act, keep, tables=None, window=0):
     parts, gated = unflatten(tensors), bool(act)
     segments = segmented.unflatten(tables, window, len(parts))
-    if tables is not None and segmented.obstacle(x.device, x.dtype, parts, segments, gated) is None:
+    if tables is not None and segmented.in_csrc(x, parts, segments, gated):
         return segmented.csrc_forward(x, parts, segments, act, keep)
     if tables is None and _in_csrc(x, parts, gated, p):
         results = ops.cuda_lora_parts_forward(x, _for_kernels(*parts), p, act, keep)
@@ -129,7 +129,7 @@ def _backward(dys, xs, tensors, xas, dxas, p, need_dx, needs, act, gated, factor
         )
         return grads if act else _as_biases(grads, parts)
     segments = segmented.unflatten(tables, window, len(parts))
-    if tables is not None and segmented.obstacle(xs[0].device, xs[0].dtype, parts, segments, bool(act)) is None:
+    if tables is not None and segmented.in_csrc(xs[0], parts, segments, bool(act)):
         if act:
             return segmented.csrc_backward_gated(dys, xs, parts, xas, act, gated, factors, segments)
         return segmented.csrc_backward(dys, xs, parts, xas, dxas, need_dx, needs, segments)

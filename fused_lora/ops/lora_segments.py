@@ -17,7 +17,7 @@ from .parts import Part, columns
 class Adapter(NamedTuple):
     """One of a linear's, whose factors lie in the slabs: A (r, K) in rows `rank` to rank + r of A, B (N, r) in as many
     columns of B. Its ranks begin at each of `begins` among those of the pass's windows, once in each that has it.
-    Where torch.no_grad holds, A and B may be None.
+    Where torch.no_grad holds and nobody asks for plain torch (autograd.watched), A and B may be None.
     """
 
     A: Tensor | None

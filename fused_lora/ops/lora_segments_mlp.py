@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, choices, reference, segments
 from . import parts as of_parts
 from . import segmented
 from .alone import like, rows_of
@@ -80,10 +80,11 @@ def lora_segments_mlp(
         raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
     routed, act = [gate, up, down], reference.ACTIVATIONS[activation]
     x, parts = of_parts.autocast(x, [each.part for each in routed])
-    hidden = x.new_empty(1).expand(*x.shape[:-1], len(parts[0].weight))
-    for name, each, of, read in zip(PARTS, parts, routed, (x, x, hidden), strict=True):
-        check(read, each, of.tables, name)
+    for i in range(2):
+        check(x, parts[i], routed[i].tables, PARTS[i])
     checks.check_same_rows("up", parts[1].weight, "gate", parts[0].weight)
+    hidden = x.new_empty(1).expand(*x.shape[:-1], len(parts[0].weight))
+    check(hidden, parts[2], down.tables, PARTS[2])
     if not _is_one(x, hidden, parts, routed):
         sides = lora_segments(x, [gate, up])
         return lora_segments(reference.gated(*sides, *act), [down])[0]
@@ -106,7 +107,14 @@ def obstacle(device: torch.device, dtype: torch.dtype, routed: Sequence[Routed])
 
 def _is_one(x: Tensor, hidden: Tensor, parts: Sequence[Part], routed: Sequence[Routed]) -> bool:
     """Whether csrc has it, or plain torch computes all three."""
-    if obstacle(x.device, x.dtype, [of._replace(part=part) for of, part in zip(routed, parts, strict=True)]) is None:
+    each = [segmented.of_routed(of) for of in routed]
+    if segmented.in_csrc(x, parts, each, True):
         return True
-    reads = zip((x, x, hidden), parts, map(segmented.of_routed, routed), strict=True)
-    return all(segmented.backend(*of_part) == "reference" for of_part in reads)
+    return all(segmented.backend(*of_part) == "reference" for of_part in zip((x, x, hidden), parts, each, strict=True))
+
+
+def obstacle_of_banks(device: torch.device, dtype: torch.dtype, drops: bool) -> str | None:
+    """Why no route through three banks makes them csrc's gated passes for an x of a dtype, or None; drops: whether
+    adapters drop now. It takes less time than to ask what a route says."""
+    choice = choices.choose_segments(device, dtype, segments.BOX, True, drops)
+    return choice.reason if choice.name != "cuda" else choices.gated_segments_obstacle(device, segments.BOX, drops)

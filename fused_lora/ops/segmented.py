@@ -74,6 +74,10 @@ def obstacle(
     device: torch.device, dtype: torch.dtype, parts: Sequence[Part], each: Sequence[Segments], gated: bool
 ) -> str | None:
     """Why csrc has no kernel for parts of one x of a dtype (gated: or of an MLP), or None."""
+    if any(part.A.dtype != parts[0].A.dtype for part in parts):
+        return "their factors have dtypes of their own"
+    if any(part.weight.numel() == 0 for part in parts):
+        return "there is nothing to compute"
     readable, window = all(backends.csrc_reads(part.weight, part.A, part.B) for part in parts), each[0].window
     drop = [of.thresholds is not None for of in each]
     choice = choices.choose_segments(device, dtype, window, readable, any(drop))
@@ -88,19 +92,24 @@ def obstacle(
     return choices.gated_segments_obstacle(device, window, any(drop)) if gated else None
 
 
+def in_csrc(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> bool:
+    """Whether its kernels take all parts of x at once."""
+    return x.numel() > 0 and obstacle(x.device, x.dtype, parts, each, gated) is None
+
+
 def backend(x: Tensor, part: Part, of: Segments) -> str:
     """Of a part by itself."""
+    if x.numel() == 0 or part.weight.numel() == 0 or len(of.tables.windows) == 0:
+        return "reference"
     reason = obstacle(x.device, x.dtype, [part], [of], False)
     if reason is None:
         return "cuda"
-    if x.numel() == 0 or len(of.tables.windows) == 0:
-        return "reference"
     return choices.choose_without_csrc(x.device, x.dtype, reason).name
 
 
 def in_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated: bool) -> list[bool]:
     """Of each part: csrc takes all at once, or else one after another is asked for a backend."""
-    if obstacle(x.device, x.dtype, parts, each, gated) is None:
+    if in_csrc(x, parts, each, gated):
         return [True] * len(parts)
     return [backend(x, part, of) != "reference" for part, of in zip(parts, each, strict=True)]
 

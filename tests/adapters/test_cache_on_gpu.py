@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fused_lora import AdapterCache
+from fused_lora import AdapterCache, add_adapter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*Profiler clears events")]
 SIZE, DEPTH, R = 1024, 6, 16
@@ -69,6 +69,22 @@ def test_a_blob_on_its_way_is_not_overwritten():
     assert is_near(y, expected(cache, known["n0"], x.double()))
     with cache.route("n1"):
         assert is_near(cache.model(x), expected(cache, other, x.double()))
+
+
+@torch.no_grad()
+def test_a_slab_that_moves_while_adapters_come():
+    """What was on its way is in the new one."""
+    cache, known = make(slots=2, host=2)
+    x = torch.randn(64, SIZE, device="cuda", dtype=torch.bfloat16)
+    for stream in (cache._blobs._copies, cache._blobs._spreads):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10**8)
+    cache.prefetch(["n0", "n1"])
+    for i in range(8):
+        add_adapter(cache.model, f"more_{i}", r=64, target_modules="all-linear")
+    for name in ("n0", "n1"):
+        with cache.route(name):
+            assert is_near(cache.model(x), expected(cache, known[name], x.double())), name
 
 
 def traced(function, path):

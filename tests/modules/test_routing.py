@@ -336,6 +336,7 @@ def test_gated_mlps_are_computed_as_one(monkeypatch):
     calls = []
     counted = lambda x, *layers, **options: calls.append(options) or lora_segments_mlp(x, *layers, **options)  # noqa: E731
     monkeypatch.setattr(protocol, "mlp_obstacle", lambda device, dtype, routed: None)
+    monkeypatch.setattr(protocol, "obstacle_of_banks", lambda device, dtype, drops: None)
     monkeypatch.setattr(ops, "lora_segments_mlp", counted)
     assert all(map(near, results(MIXED), want))
     assert calls == [{"activation": "silu", "save": "all"}]

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 from torch.nn import functional as F
 
-from fused_lora import choices, segments
+from fused_lora import backends, choices, segments
 from fused_lora.ops import lora_segments_mlp
 from fused_lora.ops.lora_segments_mlp import obstacle
 from tests.ops import segments_problem
@@ -139,9 +139,30 @@ def test_errors(options, words):
         mlp()
 
 
+def test_no_rows():
+    mlp = MLP(Division((3, 20), ((0, 0), (1, 0))))
+    y = mlp()
+    assert y.shape == (0, N)
+    assert all((grad == 0).all() for grad in mlp.grads(y))
+
+
+def test_factors_of_several_dtypes_are_not_one_launch(monkeypatch):
+    """Gradients of one launch have one dtype."""
+    monkeypatch.setattr(choices, "choose_segments", lambda *_: backends.Choice("cuda", ""))
+    monkeypatch.setattr(choices, "gated_segments_obstacle", lambda *_: None)
+    mlp = MLP(SMALL, torch.float32)
+    routed = [linear.routed() for linear in mlp.linears]
+    assert obstacle(torch.device("cpu"), torch.bfloat16, routed) is None
+    part = routed[2].part
+    routed[2] = routed[2]._replace(part=part._replace(A=part.A.bfloat16(), B=part.B.bfloat16()))
+    assert obstacle(torch.device("cpu"), torch.bfloat16, routed) == "their factors have dtypes of their own"
+
+
 def test_layers_that_do_not_fit_together():
     mlp = MLP(SMALL)
     gate, up, down = (linear.routed() for linear in mlp.linears)
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+        lora_segments_mlp([1.0], gate, up, down)
     with pytest.raises(ValueError, match="down: x must have 40 as its last dimension"):
         lora_segments_mlp(mlp.x, gate, up, up)
     with pytest.raises(ValueError, match="gate: x must have 24 as its last dimension"):
