@@ -81,7 +81,7 @@ def test_a_slab_that_moves_while_adapters_come():
             torch.cuda._sleep(10**8)
     cache.prefetch(["n0", "n1"])
     for i in range(8):
-        add_adapter(cache.model, f"more_{i}", r=64, target_modules="all-linear")
+        add_adapter(cache.model, f"more_{i}", r=64, lora_alpha=64, target_modules="all-linear")
     for name in ("n0", "n1"):
         with cache.route(name):
             assert is_near(cache.model(x), expected(cache, known[name], x.double())), name
