@@ -19,6 +19,7 @@ ROOMS = {
     "hashing": set(),
     "reference": {"hashing"},
     "segments": {"reference", "hashing"},
+    "formats": set(),
     "padding": set(),
     "extras": set(),
     "whole_files": set(),

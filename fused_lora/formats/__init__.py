@@ -1,0 +1,8 @@
+"""Formats: how a frozen weight is kept in fewer bits, as codes and scales. Plain torch, which kernels are held to."""
+
+from .fp8 import FP8
+from .int8 import INT8
+from .nf4 import NF4
+from .stored import Format, Stored
+
+__all__ = ["FP8", "INT8", "NF4", "Format", "Stored"]

@@ -1,0 +1,30 @@
+"""INT8 by rows, in bitsandbytes' layout."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .stored import Stored, check_weight
+
+LARGEST = 127
+
+
+@dataclass(frozen=True)
+class INT8:
+    """W = codes * scale / 127, codes (N, K) in int8, scale (N,) the largest entry of each row: bitsandbytes' SCB.
+
+    LLM.int8(): Dettmers et al. 2022, arXiv:2208.07339.
+    """
+
+    def quantise(self, weight: Tensor) -> Stored:
+        check_weight(weight)
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1)
+        per_code = torch.where(scale == 0, 0, LARGEST / scale)
+        codes = (weight * per_code[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+        return Stored(self, codes, (scale,), tuple(weight.shape))
+
+    def dequantise(self, stored: Stored) -> Tensor:
+        (scale,) = stored.scales
+        return stored.codes.float() * (scale / LARGEST)[:, None]
