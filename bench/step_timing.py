@@ -5,7 +5,7 @@ import time
 import torch
 
 from .step_arms import Arm
-from .timing import interleave, no_garbage_collection
+from .timing import interleave, no_garbage_collection, seconds_of
 
 
 def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -20,13 +20,8 @@ def time_steps(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[
         return interleave(arms, rounds, time_once)
 
     def time_once(arm):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        start.record()
-        arm.step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return seconds_of(arm.step)
 
     return interleave(arms, rounds, time_once)
 

@@ -95,6 +95,16 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of what call() adds to the current stream, whose end is awaited."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
 def time_graphs(graphs: dict[str, tuple], rounds: int) -> Samples:
     """Mode graph, of what capture returned. Nothing waits between steps: the flush covers the time that launching the
     graph takes."""
@@ -119,15 +129,9 @@ def time_rested(graphs: dict[str, tuple], rounds: int) -> Samples:
     where it is busy for long."""
 
     def time_once(captured):
-        graph, _ = captured
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         time.sleep(REST)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return seconds_of(captured[0].replay)
 
     return interleave(graphs, rounds, time_once)
 
@@ -138,14 +142,9 @@ def time_device(calls: Calls, rounds: int, prepare: Callable[[], object]) -> Sam
 
     def time_once(call):
         prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(SLEEP_CYCLES)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return seconds_of(call)
 
     return interleave(calls, rounds, time_once)
 

@@ -5,6 +5,7 @@ Times lie in a file that is read when a process first asks, by buckets of shapes
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from operator import itemgetter
 
@@ -160,6 +161,11 @@ def choose_segments(device: torch.device, dtype: torch.dtype, window: int, reada
 def gated_obstacle(ranks: tuple[int, ...]) -> str | None:
     """Why csrc's gated passes do not take ranks that its others do, or None."""
     return next(filter(None, map(backends.csrc().gated_obstacle, ranks)), None)
+
+
+def dropout_obstacle(drop: Sequence[bool]) -> str | None:
+    """Why layers whose rows have adapters of their own are not one launch, of which these drop, or None."""
+    return "some of the layers drop entries of x, and others do not" if any(drop) and not all(drop) else None
 
 
 @_constant_when_compiled

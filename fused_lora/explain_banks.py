@@ -29,14 +29,11 @@ def apart(banks: Sequence[LoRABank], gated: bool = False) -> str | None:
         if (reason := why_alone(bank, LoRABank.forward)) is not None:
             return f"one of its layers runs by its own forward: {reason}"
     reason = next((choice.reason for choice in map(_choice_of, banks) if choice.name != "cuda"), None)
-    if reason is not None:
+    drop = [bank.dropping > 0 for bank in banks]
+    reason = reason or choices.dropout_obstacle(drop)
+    if reason is not None or not gated:
         return reason
-    drops = any(bank.dropping > 0 for bank in banks)
-    if drops and not all(bank.dropping > 0 for bank in banks):
-        return "some of the layers drop entries of x, and others do not"
-    if not gated:
-        return None
-    return choices.gated_segments_obstacle(banks[0].weight.device, max(map(_window, banks)), drops)
+    return choices.gated_segments_obstacle(banks[0].weight.device, max(map(_window, banks)), any(drop))
 
 
 def _record(tokens: int, bank: LoRABank) -> tuple:

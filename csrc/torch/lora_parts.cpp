@@ -120,8 +120,9 @@ void check_table(const Tensor& table, std::initializer_list<int64_t> sizes) {
 void check_routing(const Routing& routing, const std::vector<Part>& parts, double p, bool gated, const Tensor& x) {
   if (!routing) return;
   check(p == 0, "rows with adapters of their own drop by thresholds, not by p");
-  const bool known = current_card().capability == 90 && !(gated && routing.drops());
-  check(known || !(gated || routing.drops()), "no kernel of this card has such gated passes, or dropout, of rows with adapters of their own");
+  const bool plain = !gated && !routing.drops(), one_of_both = gated != routing.drops();
+  check(plain || (one_of_both && current_card().capability == 90),
+        "no kernel of this card has such gated passes, or dropout, of rows with adapters of their own");
   check(!gated || routing.window <= kMaxGatedRank, "window must be at most ", kMaxGatedRank, " in gated passes, got ", routing.window);
   check(routing.window == 64 || routing.window == 128 || routing.window == 256, "window must be 64, 128 or 256, got ", routing.window);
   check(routing.tables.size() == (routing.drops() ? 4 : 3) * parts.size(), "tables must be three or four of each part");

@@ -205,7 +205,7 @@ class AdapterCache:
     def _fill(self, slot: Slot, name: str) -> None:
         used = self._blobs.mark() if slot.is_differentiated else slot.used
         slot.ready, slot.is_differentiated = self._blobs.bring(name, slot.places, after=used), False
-        slot.await_scales()  # which are not written again where they are what they were
+        slot.await_scales(used)
         for layer, (r, lora_alpha, use_rslora) in self._entries[name].layers.items():
             self._banks[layer].hold(name, Adapter(r, lora_alpha, use_rslora, slot.places[layer]))
         slot.scaled = self._blobs.mark()

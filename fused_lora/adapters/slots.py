@@ -19,10 +19,13 @@ class Slot:
     def await_arrival(self) -> None:
         """What the current stream computes from now on finds the adapter."""
         _await(self.ready)
-        self.await_scales()
-
-    def await_scales(self) -> None:
         _await(self.scaled)
+
+    def await_scales(self, used: torch.Event | None) -> None:
+        """The current stream may write the scales: they are there, where they are not to be written again, and who has
+        read them is done."""
+        _await(self.scaled)
+        _await(used)
 
 
 def _await(event: torch.Event | None) -> None:

@@ -10,7 +10,7 @@ from ..ops import Adapter, Routed
 from ..ops.autograd import watched
 
 
-class Laid:
+class Arrangement:
     """What a route says of banks in which its adapters have the same places."""
 
     def __init__(self, paths: Sequence[tuple[str, ...]], places: dict, window: int, device: torch.device):
@@ -23,12 +23,13 @@ class Laid:
         self.adapters = tuple(Adapter(None, None, place.rank, found) for place, found in begins.items())
 
 
-class OfBank:
+class BankRoute:
     """What a route says of one bank."""
 
-    def __init__(self, bank, names: Sequence[str], laid: Laid):
+    def __init__(self, bank, names: Sequence[str], arrangement: Arrangement):
         self.known = dict(zip(names, _serials(bank, names), strict=True))
-        self.plan, self.constants, self.names, self.adapters = laid.plan, laid.constants, laid.names, laid.adapters
+        self.plan, self.constants = arrangement.plan, arrangement.constants
+        self.names, self.adapters = arrangement.names, arrangement.adapters
 
     def check(self, bank) -> None:
         """Whether the bank's adapters are those that it had. By numbers, which compiled programs are guarded by."""

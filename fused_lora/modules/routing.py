@@ -11,7 +11,7 @@ from .. import segments
 from ..ops import Routed
 from . import recomputing
 from .protocol import is_bank
-from .routed import Laid, OfBank
+from .routed import Arrangement, BankRoute
 
 BASE = "__base__"  # PEFT's name for none
 MOST_SIZES = 64  # of batches, whose tables a route keeps
@@ -85,19 +85,21 @@ class route:
         self._captured: dict[tuple, segments.Tables] = {}  # those that graphs read
         self._of_bank = self._plans(banks)
 
-    def _plans(self, banks: dict) -> dict[int, OfBank]:
+    def _plans(self, banks: dict) -> dict[int, BankRoute]:
         used = {name for path in self._paths for name in path}
         places = {
             key: {name: bank.adapters[name].place for name in used & bank.adapters.keys()}
             for key, bank in banks.items()
         }
         window = segments.window_of(place.size for found in places.values() for place in found.values())
-        laid: dict[tuple, Laid] = {}
-        for found in places.values():
-            if (lies := tuple(found.items())) not in laid:
-                laid[lies] = Laid(self._paths, found, window, self._device)
-        names = [name for path in self._paths for name in path]
-        return {key: OfBank(bank, names, laid[tuple(places[key].items())]) for key, bank in banks.items()}
+        alike: dict[tuple, Arrangement] = {}  # by places, which many banks have alike
+        names, found = [name for path in self._paths for name in path], {}
+        for key, bank in banks.items():
+            lies = tuple(places[key].items())
+            if lies not in alike:
+                alike[lies] = Arrangement(self._paths, places[key], window, self._device)
+            found[key] = BankRoute(bank, names, alike[lies])
+        return found
 
     def divide(self, rows: Sequence[int] | Tensor) -> None:
         """Other numbers of rows for the same names, in place: captured graphs see them, and nothing waits."""

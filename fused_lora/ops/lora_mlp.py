@@ -98,6 +98,15 @@ def _again(x: Tensor, parts: list[Part], p: float, act, save: str) -> Tensor:
     return recomputed.result(stand_in, lambda: like(_down(hidden, parts[2], p)[0], x))
 
 
+def checked(activation: str, save: str) -> tuple[float, float]:
+    """The activation's numbers. ValueError for what is none of either."""
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    if save not in SAVE:
+        raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
+    return reference.ACTIVATIONS[activation]
+
+
 def lora_mlp(
     x: Tensor,
     gate: Part,
@@ -122,12 +131,8 @@ def lora_mlp(
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. Gated MLPs: Shazeer 2020, arXiv:2002.05202.
     """
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    if save not in SAVE:
-        raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
+    act = checked(activation, save)
     x, parts = of_parts.autocast(x, [gate, up, down])
-    act = reference.ACTIVATIONS[activation]
     again = down.gain is None and recomputed.is_worth(x, down.weight)
     y = None if again else eager.mlp(x, parts, p, seed, act, save)
     if y is not None:  # else something is wrong, or for another backend

@@ -60,13 +60,12 @@ def lora_segments(x: Tensor, routed: Sequence[Routed]) -> tuple[Tensor, ...]:
     for i, part in enumerate(parts):
         check(x, part, routed[i].tables, f"part {i}")
     parts, tables, window = complete(x, parts, routed)
-    if not (watched() or torch.is_grad_enabled()):  # which asks nothing of each adapter
-        return tuple(run(x, parts, tables, window)[: len(parts)])
-    call = Call.of_routed(parts, tables, routed)
     if watched():
-        return call.by_formula(x)
-    if call.trains(x):
-        return LoRASegmentsFunction.apply(x, call.layout, window, *distinct(x, call.tensors()))
+        return Call.of_routed(parts, tables, routed).by_formula(x)
+    if torch.is_grad_enabled():  # else nothing is asked of each adapter
+        call = Call.of_routed(parts, tables, routed)
+        if call.trains(x):
+            return LoRASegmentsFunction.apply(x, call.layout, window, *distinct(x, call.tensors()))
     return tuple(run(x, parts, tables, window)[: len(parts)])
 
 

@@ -11,7 +11,7 @@ from . import segmented
 from .alone import like, rows_of
 from .autograd import distinct, needs_formula, partials, watched
 from .library import ops
-from .lora_mlp import PARTS, SAVE
+from .lora_mlp import PARTS, checked
 from .lora_segments import Call, Routed, check, complete, gradients, lora_segments, read_again, run, saved
 from .parts import Part
 
@@ -74,11 +74,7 @@ def lora_segments_mlp(
     Raises ValueError or TypeError naming the argument.
     LoRA: Hu et al. 2021, arXiv:2106.09685. Gated MLPs: Shazeer 2020, arXiv:2002.05202.
     """
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    if save not in SAVE:
-        raise ValueError(f"save must be one of {', '.join(SAVE)}, got {save!r}")
-    routed, act = [gate, up, down], reference.ACTIVATIONS[activation]
+    act, routed = checked(activation, save), [gate, up, down]
     x, parts = of_parts.autocast(x, [each.part for each in routed])
     for i in range(2):
         check(x, parts[i], routed[i].tables, PARTS[i])
@@ -89,12 +85,12 @@ def lora_segments_mlp(
         sides = lora_segments(x, [gate, up])
         return lora_segments(reference.gated(*sides, *act), [down])[0]
     parts, tables, window = complete(x, parts, routed)
-    grad = torch.is_grad_enabled()
-    call = Call.of_routed(parts, tables, routed) if grad or watched() else None
-    if call is not None and watched():
-        return _by_formula(x, call, act)
-    if call is not None and call.trains(x):
-        return LoRASegmentsMLPFunction.apply(x, call.layout, window, act, save, *distinct(x, call.tensors()))
+    if watched():
+        return _by_formula(x, Call.of_routed(parts, tables, routed), act)
+    if torch.is_grad_enabled():
+        call = Call.of_routed(parts, tables, routed)
+        if call.trains(x):
+            return LoRASegmentsMLPFunction.apply(x, call.layout, window, act, save, *distinct(x, call.tensors()))
     hidden, *_ = run(x, parts[:2], tables[:_DOWN], window, act)
     return like(run(hidden, parts[2:], tables[_DOWN:], window)[0], x)
 

@@ -83,8 +83,8 @@ def obstacle(
     choice = choices.choose_segments(device, dtype, window, readable, any(drop))
     if choice.name != "cuda":
         return choice.reason
-    if any(drop) and not all(drop):
-        return "some of the layers drop entries of x, and others do not"
+    if (mixed := choices.dropout_obstacle(drop)) is not None:
+        return mixed
     if any(len(of.tables.windows) == 0 for of in each):
         return "no row has an adapter"
     if dtype is torch.float16 and any(len(of.tables.blocks) > 1 for of in each):

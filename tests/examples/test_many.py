@@ -24,6 +24,8 @@ def test_end_to_end(device, dtype, tmp_path, capsys, monkeypatch):
         assert result.change[:, i].argmin() == i
     assert list(result.tree) == ["W", "sources", "sources/asyncio"]
     assert result.tree["sources/asyncio"] < min(result.tree["sources"], result.tree["W"])
+    if device == "cpu":  # other numbers at random on a GPU: after 12 steps one of the texts may have lost
+        assert result.tree["sources"] < result.tree["W"]
     assert len(list((tmp_path / "output" / "adapters").iterdir())) == 2
     printed = capsys.readouterr().out
     table = [line.split() for line in printed.splitlines()]

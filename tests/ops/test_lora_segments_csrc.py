@@ -89,13 +89,7 @@ class TestDropout:
 
     def test_what_others_hold_spoils_no_gradient(self):
         """Rows of other adapters in a step of tokens, and rows behind, are no numbers times 0."""
-        problem = Problem(DIVISIONS["rows behind"], 256, (256,), drops=True)
-        with torch.no_grad():
-            problem.x[150:] = float("nan")
-        problem.dys[0][150:] = float("nan")
-        y, _, _, *grads = problem.run()
-        assert y[:130].isfinite().all()
-        assert all(grad.isfinite().all() for grad in grads)
+        check_rows_behind(drops=True)
 
 
 @pytest.mark.parametrize(("K", "N"), [(8, 8), (100, 72), (72, 100), (63, 65), (128, 2048)])
@@ -130,14 +124,18 @@ def test_what_is_no_number_in_factors_spoils_no_other_block():
     assert all(grad.isfinite().all() for grad in others)
 
 
-def test_rows_behind_the_last_segment_may_be_anything():
-    problem = Problem(DIVISIONS["rows behind"], 256, (256,))
+def check_rows_behind(drops):
+    problem = Problem(DIVISIONS["rows behind"], 256, (256,), drops=drops)
     with torch.no_grad():
         problem.x[150:] = float("nan")
     problem.dys[0][150:] = float("nan")
     y, _, _, *grads = problem.run()
     assert y[:130].isfinite().all()
     assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_rows_behind_the_last_segment_may_be_anything():
+    check_rows_behind(drops=False)
 
 
 def test_alone_and_mixed():
