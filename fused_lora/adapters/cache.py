@@ -17,6 +17,7 @@ from ..modules.config import CONFIG, LoRAConfig, served
 from ..modules.keeping import Adapter
 from ..modules.routing import check_name, paths_of
 from ..modules.selection import Selection
+from ..segments import SIZES
 from . import banks as of_banks
 from . import files
 from .host_memory import Blobs
@@ -65,6 +66,8 @@ class AdapterCache:
     ):
         for name, count in (("slots", slots), ("r", r), ("host", host)):
             checks.check_count(name, count, least=1)
+        if r > SIZES[-1]:
+            raise ValueError(f"r must be at most {SIZES[-1]} in a bank, got {r}")
         self.model, self.r = model, r
         self._banks = banks_for(model, Selection(target_modules, exclude_modules), lora_dtype, capacity=0)
         self._slots = [Slot({layer: bank.reserve(r) for layer, bank in self._banks.items()}) for _ in range(slots)]
@@ -152,7 +155,11 @@ class AdapterCache:
         self._keep(name, entry, _layers_of(config, factors), factors)
 
     def _keep(self, name: str, entry: _Entry, layers: dict, factors: dict[str, dict[str, Tensor]]) -> None:
+        if not layers:
+            raise ValueError(f"{name} must have factors of at least one layer, got none")
         for layer, (r, _, _) in layers.items():
+            if r < 1:
+                raise ValueError(f"{name} has r={r} in {layer}, which must be at least 1")
             if layer not in self._banks:
                 raise ValueError(f"{layer} of {name} is none of the cache's layers: target_modules")
             if r > self.r:
@@ -172,6 +179,8 @@ class AdapterCache:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begins to bring adapters into slots, and does not wait."""
+        if isinstance(names, str):
+            raise TypeError(f"names must be several names, got the str {names!r}")
         for name in names:
             self._check(name)
             if name in self._resident:

@@ -34,7 +34,7 @@ class NF4:
         check_weight(weight)
         flat = weight.detach().float().flatten()
         blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-        absmax = blocks.abs().amax(1) if len(blocks) else flat.new_zeros(0)
+        absmax = blocks.abs().amax(1)
         scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
         codes = torch.bucketize(scaled, _between(_values(flat))).to(torch.uint8).flatten()[: flat.numel()]
         codes = F.pad(codes, (0, flat.numel() % 2), value=_ZERO)

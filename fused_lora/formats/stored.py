@@ -35,5 +35,7 @@ def check_weight(weight: Tensor) -> None:
     """Whether it can be quantised."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a matrix of floats, got {tuple(weight.shape)} of {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight must have entries, got {tuple(weight.shape)}")
     if not weight.isfinite().all():
         raise ValueError("weight must be finite: a scale is of its largest entry")

@@ -249,6 +249,9 @@ def test_copies_of_the_model_have_no_cache():
      "out of x is none of the cache's layers"),
     (lambda cache: cache.put("x", {"layers.0.up": (torch.zeros(2, 8), torch.zeros(7, 2))}, 1.0), ValueError,
      r"has the shape \(2, 8\)"),
+    (lambda cache: cache.put("x", factors_of(0, r=0), 1.0), ValueError, "x has r=0 in .*, which must be at least 1"),
+    (lambda cache: cache.put("x", {}, 1.0), ValueError, "x must have factors of at least one layer, got none"),
+    (lambda cache: cache.prefetch("n1"), TypeError, "names must be several names, got the str 'n1'"),
     (lambda cache: cache.route(["n0", "z"]), ValueError, "name must be an adapter of the cache, got 'z'"),
     (lambda cache: cache.route(["n0", "n1", "n2"]), ValueError, "names must be at most 2 adapters"),
     (lambda cache: cache.prefetch(["z"]), ValueError, "name must be an adapter of the cache"),
@@ -267,6 +270,14 @@ def test_errors(call, error, words):
         call(cache)
     assert_is(cache, 0)
     assert_is(cache, 5)
+
+
+def test_a_rank_that_no_bank_has_changes_nothing():
+    model = net()
+    before = {path: type(module) for path, module in model.named_modules()}
+    with pytest.raises(ValueError, match="r must be at most 256 in a bank, got 257"):
+        AdapterCache(model, slots=2, r=257, host=20, target_modules=TARGETS)
+    assert {path: type(module) for path, module in model.named_modules()} == before
 
 
 def test_names_that_a_bank_has_got_meanwhile():

@@ -121,6 +121,7 @@ def test_how_much_is_lost(form, largest):
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize(("W", "words"), [
     (torch.zeros(3), r"weight must be a matrix of floats, got \(3,\)"),
+    (torch.zeros(5, 0), r"weight must have entries, got \(5, 0\)"),
     (torch.zeros(3, 3, dtype=torch.int32), "weight must be a matrix of floats"),
     (torch.tensor([[1.0, float("nan")]]), "weight must be finite"),
 ])  # fmt: skip
