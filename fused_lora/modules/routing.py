@@ -39,7 +39,7 @@ class route:
 
         names   one for all rows; or one for each sequence of the batch, or for each row, in their order; "__base__" for
                 rows without an adapter, a tuple of names for those whose updates add up
-        rows    instead of equal shares, how many rows each of the names has: ints, or an int tensor on the device;
+        rows    instead of equal shares, how many rows each of the names has: ints, or an int tensor on either device;
                 rows behind them have no adapter
 
     A bank that has no adapter of a name, which others have, computes its rows as the base does. Rows with one name that
@@ -105,8 +105,9 @@ class route:
         """Other numbers of rows for the same names, in place: captured graphs see them, and nothing waits."""
         if not self._is_divided:
             raise ValueError("rows can change where route() was given rows")
+        ends = _ends(rows, len(self._paths), self._device)
         self.division += 1
-        self._ends.copy_(_ends(rows, len(self._paths), self._device), non_blocking=True)
+        self._ends.copy_(ends, non_blocking=True)
         self._counted = _total(rows)
         for (plan, M), found in (self._tables | self._captured).items():
             of = next(each.constants for each in self._of_bank.values() if each.plan == plan)
@@ -211,7 +212,9 @@ def _ends(rows: Sequence[int] | Tensor, names: int, device: torch.device) -> Ten
 
 def _total(rows: Sequence[int] | Tensor) -> int | None:
     """Known without asking a device."""
-    return None if isinstance(rows, Tensor) else sum(rows)
+    if isinstance(rows, Tensor):
+        return int(rows.sum()) if rows.device.type == "cpu" else None
+    return sum(rows)
 
 
 def current(bank, x: Tensor) -> Routed:

@@ -768,6 +768,28 @@ def test_names_that_are_none(names, rows, error, words):
         route(make(), names, rows)
 
 
+@pytest.mark.parametrize("of", [list, torch.tensor])
+def test_rows_on_the_host_that_are_too_many(of):
+    model = make()
+    routed = route(model, ["a", "b"], rows=of([3, 3]))
+    with routed, pytest.raises(ValueError, match="rows must add up to x's 5 rows at most, got 6"):
+        model(torch.zeros(5, K, dtype=torch.float64))
+    routed.divide(of([3, 2]))
+    with routed:
+        assert len(model(torch.zeros(5, K, dtype=torch.float64))) == 5
+
+
+@pytest.mark.parametrize("rows", [[3], [3, -1], torch.tensor([1, 2, 3])])
+def test_a_division_that_is_none_leaves_the_route(rows):
+    model, x = make({"use_reentrant": False}), torch.randn(1, 6, K, dtype=torch.float64, requires_grad=True)
+    with route(model, ["a", "b"], rows=[3, 3]) as routed:
+        y = model(x)
+        with pytest.raises(ValueError, match="rows must be"):
+            routed.divide(rows)
+    y.sum().backward()  # the checkpoint computes again
+    assert x.grad is not None
+
+
 def test_a_route_keeps_few_sizes():
     model = make()
     routed = route(model, NAMES)
