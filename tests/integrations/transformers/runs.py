@@ -41,6 +41,7 @@ def arguments(folder, **options) -> TrainingArguments:
 def trainer_of(folder, callback, model=None, optimizers=(None, None), **options):
     model = model_of() if model is None else model
     args = arguments(folder, **options)
+    args._n_gpu = min(args.n_gpu, 1)  # of several Trainer makes a DataParallel, and saves one's random numbers
     return InOrder(model, args, train_dataset=dataset(), callbacks=[callback], optimizers=optimizers)
 
 
