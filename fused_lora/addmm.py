@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
+from .formats import Stored
+from .formats.products import linear, times_weight
 
 MASKED_AT_ONCE = 1 << 22  # entries, of which there are several copies in int64
 
@@ -25,7 +27,7 @@ def lora_linear_forward(x, weight, A, B, bias, scale, seed, p, gain=None):
     if more is not None:
         scale, up = scale / more, up * more
     xa = _shrink(x, A, seed, p).mul_(scale.reshape(1))  # of one dimension: see reference.times
-    y = F.linear(x, weight, None if bias is None or gain is not None else bias.to(x.dtype))
+    y = _linear(x, weight, None if bias is None or gain is not None else bias.to(x.dtype))
     y.addmm_(xa, up.to(x.dtype).T)
     return y if gain is None else reference.with_gain(y, gain, bias).to(x.dtype), xa
 
@@ -37,7 +39,7 @@ def lora_linear_backward(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa=Non
         dxa = (dy @ B.to(dy.dtype)).mul_(scale.reshape(1))
     dx = dA = dB = None
     if need_dx:
-        dx = _expand_(dy @ weight, dxa, A.to(dy.dtype), seed, p)
+        dx = _expand_(_times_weight(dy, weight), dxa, A.to(dy.dtype), seed, p)
     if need_dA:
         dA = _sum_over_rows(dxa, x, seed, p, A.dtype)
     if need_dB:
@@ -45,6 +47,18 @@ def lora_linear_backward(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa=Non
         more = reference.room(scale, x.dtype)
         dB = dB if more is None else dB.mul_(more)
     return dx, dA, dB, dxa
+
+
+def _linear(x: Tensor, weight: Tensor | Stored, bias: Tensor | None) -> Tensor:
+    if not isinstance(weight, Stored):
+        return F.linear(x, weight, bias)
+    return linear(x, weight, reference.compute_dtype(x.dtype), bias).to(x.dtype)
+
+
+def _times_weight(dy: Tensor, weight: Tensor | Stored) -> Tensor:
+    if not isinstance(weight, Stored):
+        return dy @ weight
+    return times_weight(dy, weight, reference.compute_dtype(dy.dtype)).to(dy.dtype)
 
 
 def _shrink(x: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:

@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 from .extension import Extension, load
+from .formats import Stored
 
 BACKENDS = ("cuda", "triton", "addmm", "reference")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -180,9 +181,8 @@ def describe(device: torch.device) -> str:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 operands multiply: "ieee", or "tf32" where torch's own matmul setting allows it."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    allowed = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 @cache
@@ -235,14 +235,14 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     return _choose(device, dtype, forced_backend())
 
 
-def csrc_reads(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> bool:
+def csrc_reads(weight: torch.Tensor | Stored, A: torch.Tensor, B: torch.Tensor) -> bool:
     """Whether csrc's kernels can be given them: a weight of adjacent columns, factors in its dtype or in float32."""
-    can_address = weight.stride(1) == 1 and max(weight.shape) <= CSRC_MOST_FEATURES
-    return can_address and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
+    plain = not isinstance(weight, Stored) and weight.stride(1) == 1 and max(weight.shape) <= CSRC_MOST_FEATURES
+    return plain and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
 
 
 def _csrc_obstacle(r: int, readable: bool) -> str | None:
-    unread = "weight's columns are not adjacent or more than 2^22, or A and B have dtypes of their own"
+    unread = "weight is quantised, its columns are not adjacent or more than 2^22, or A and B have dtypes of their own"
     return csrc().rank_obstacle(r) or (None if readable else unread)
 
 

@@ -5,8 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .formats import Stored
+
 MAX_RANK = 512
 COMPUTE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+STORED_DTYPES = COMPUTE_DTYPES - {torch.float64}  # beside a quantised weight
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -80,8 +83,25 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name} must be finite, got {scale}")
 
 
-def scale_dtype(weight: Tensor) -> torch.dtype:
+def check_weight(name: str, weight: Tensor | Stored) -> None:
+    """A matrix, or one in a format."""
+    if not isinstance(weight, Stored):
+        check_matrix(name, weight)
+
+
+def check_beside(name: str, x: Tensor, weight: Tensor | Stored) -> None:
+    """Whether activations have a weight's dtype; beside codes they have one that scales lose nothing of."""
+    if isinstance(weight, Stored):
+        if x.dtype not in STORED_DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16 or float32 beside a quantised weight, got {x.dtype}")
+    elif x.dtype != weight.dtype:
+        raise TypeError(f"{name} must have weight's dtype {weight.dtype}, got {x.dtype} (torch.autocast casts both)")
+
+
+def scale_dtype(weight: Tensor | Stored) -> torch.dtype:
     """In which a scale loses nothing beside a weight: float32, or float64."""
+    if isinstance(weight, Stored):
+        return torch.float32
     return torch.promote_types(weight.dtype, torch.float32)
 
 
@@ -100,7 +120,8 @@ def check_scale_on(name: str, scale: float | Tensor, weight: Tensor) -> None:
 
 def check_factors(weight: Tensor, A: Tensor, B: Tensor) -> None:
     """weight (N, K), A (r, K), B (N, r) on one device."""
-    for name, tensor in (("weight", weight), ("A", A), ("B", B)):
+    check_weight("weight", weight)
+    for name, tensor in (("A", A), ("B", B)):
         check_matrix(name, tensor)
     N, K = weight.shape
     check_rank(A.shape[0])
@@ -142,7 +163,7 @@ def check_frozen(weight: Tensor) -> None:
 def _check_gain(gain: Tensor, weight: Tensor) -> None:
     _check_dense("gain", gain)
     if gain.dtype is not scale_dtype(weight):
-        raise TypeError(f"gain must be {scale_dtype(weight)} beside {weight.dtype}, got {gain.dtype}")
+        raise TypeError(f"gain must be {scale_dtype(weight)} beside weight, got {gain.dtype}")
     if gain.shape != weight.shape[:1]:
         raise ValueError(f"gain must have shape ({weight.shape[0]},), got {_shape(gain)}")
     if gain.device != weight.device:
@@ -160,8 +181,7 @@ def check_lora_linear(x, weight, A, B, bias, scale, p, seed, gain=None) -> None:
     K = weight.shape[1]
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x must have {K} as its last dimension to match weight {_shape(weight)}, got {_shape(x)}")
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype} (torch.autocast casts both)")
+    check_beside("x", x, weight)
     if bias is not None:
         _check_bias(bias, weight)
     if gain is not None:

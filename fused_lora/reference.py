@@ -9,8 +9,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .formats.products import linear, times_weight, whole
 from .hashing import half_bits, hash_bits, kept, mask_numbers, mask_threshold
 
 
@@ -73,9 +73,8 @@ def lora_linear_forward_ref(x, weight, A, B, bias, scale, seed, p, gain=None):
         scale, up = scale / more, up * more
     xa = (dropout(xc, p, seed) @ A.to(compute).T).mul_(scale).to(x.dtype)
     if gain is None:
-        y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
-        return y.addmm_(xa.to(compute), up.T).to(x.dtype), xa
-    y = F.linear(xc, weight.to(compute)).addmm_(xa.to(compute), up.T)
+        return linear(x, weight, compute, bias).addmm_(xa.to(compute), up.T).to(x.dtype), xa
+    y = linear(x, weight, compute).addmm_(xa.to(compute), up.T)
     return with_gain(y, gain, bias).to(x.dtype), xa
 
 
@@ -130,7 +129,7 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
     low = dxa.to(compute)
     dx = dA = dB = None
     if need_dx:
-        dx = dyc @ weight.to(compute)
+        dx = times_weight(dy, weight, compute)
         if seed is None:
             dx.addmm_(low, A.to(compute))
         else:
@@ -147,7 +146,7 @@ def lora_linear_backward_ref(dy, x, weight, A, B, xa, scale, seed, p, needs, dxa
 def lora_linear_ref(x, weight, A, B, bias=None, scale=1.0, p=0.0, seed=None, gain=None):
     """y = gain (x W^T + scale dropout(x) A^T B^T) + bias by torch's autograd: what the tests hold the kernels to."""
     flat = x.reshape(-1, x.shape[-1])
-    y = flat @ weight.T + times(dropout(flat, p, seed) @ A.T, scale) @ B.T
+    y = flat @ whole(weight, x.dtype).T + times(dropout(flat, p, seed) @ A.T, scale) @ B.T
     if gain is not None:
         y = (y * gain).to(y.dtype)
     if bias is not None:

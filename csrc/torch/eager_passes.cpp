@@ -22,6 +22,8 @@ FlatList flat_list(const std::vector<Part>& parts) {
     flat.push_back(part.scale);
     flat.push_back(part.seed);
     flat.push_back(part.gain);
+    flat.push_back(part.weight_scale);
+    flat.push_back(part.weight_outer);
   }
   return flat;
 }

@@ -63,7 +63,8 @@ bool takes(const Tensor& x, const std::vector<Part>& parts, const std::optional<
 }
 
 bool is_right(const Tensor& x, const Part& part) {
-  const auto& [weight, A, B, bias, scale, seed, gain] = part;
+  const auto& [weight, A, B, bias, scale, seed, gain, weight_scale, weight_outer] = part;
+  if (part.stored()) return false;
   if (weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
   const int64_t K = weight.size(1), N = weight.size(0), r = A.size(0);
   if (N == 0 || r == 0 || std::max(N, K) > kMostStride || x.size(-1) != K || A.size(1) != K || B.size(0) != N || B.size(1) != r) return false;

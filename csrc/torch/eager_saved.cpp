@@ -26,7 +26,7 @@ void save_parts(AutogradContext* context, variable_list& saved, const std::vecto
     saved.push_back(biases ? part.bias.value_or(Tensor()) : read_bias(part));
     saved.push_back(part.scale);
     saved.push_back(part.seed.value_or(Tensor()));
-    saved.push_back(part.gain.value_or(Tensor()));
+    for (const auto* each : {&part.gain, &part.weight_scale, &part.weight_outer}) saved.push_back(each->value_or(Tensor()));
     present |= (int64_t{part.bias.has_value()} | int64_t{part.gain.has_value()} << 1) << 2 * i;
   }
   context->save_for_backward(saved);
@@ -38,7 +38,7 @@ std::vector<Part> saved_parts(const variable_list& saved, size_t first) {
   std::vector<Part> parts;
   for (size_t i = first; i < saved.size(); i += Part::kFields) {
     parts.push_back({saved[i], saved[i + 1], saved[i + 2], if_defined(saved[i + 3]), saved[i + 4], if_defined(saved[i + 5]),
-                     if_defined(saved[i + 6])});
+                     if_defined(saved[i + 6]), if_defined(saved[i + 7]), if_defined(saved[i + 8])});
   }
   return parts;
 }

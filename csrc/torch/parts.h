@@ -10,15 +10,18 @@
 
 namespace fused_lora {
 
-// Tensors of parts one part after another, in the order of ops/parts.py: weight, A, B, bias, scale, seed, gain.
+// Tensors of parts one part after another, in the order of ops/parts.py: weight, A, B, bias, scale, seed, gain, and of a weight in a
+// format its scale and outer.
 using FlatParts = std::vector<std::optional<Tensor>>;
 
 struct Part {
-  static constexpr int kFields = 7;
+  static constexpr int kFields = 9;
   Tensor weight, A, B;
   std::optional<Tensor> bias;
   Tensor scale;
-  std::optional<Tensor> seed, gain;
+  std::optional<Tensor> seed, gain, weight_scale, weight_outer;
+
+  bool stored() const { return weight_scale.has_value(); }
 };
 
 inline std::vector<Part> unflatten(const FlatParts& flat) {
@@ -27,7 +30,7 @@ inline std::vector<Part> unflatten(const FlatParts& flat) {
   parts.reserve(flat.size() / Part::kFields);
   for (size_t i = 0; i < flat.size(); i += Part::kFields) {
     parts.push_back({flat[i].value(), flat[i + 1].value(), flat[i + 2].value(), flat[i + 3], flat[i + 4].value(), flat[i + 5],
-                     flat[i + 6]});
+                     flat[i + 6], flat[i + 7], flat[i + 8]});
   }
   return parts;
 }

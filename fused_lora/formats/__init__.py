@@ -2,7 +2,8 @@
 
 from .fp8 import FP8
 from .int8 import INT8
+from .known import NAMED, dequantise, format_of
 from .nf4 import NF4
 from .stored import Format, Stored
 
-__all__ = ["FP8", "INT8", "NF4", "Format", "Stored"]
+__all__ = ["FP8", "INT8", "NAMED", "NF4", "Format", "Stored", "dequantise", "format_of"]

@@ -27,6 +27,10 @@ class FP8:
     by: str = "rows"
     powers: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"fp8 by {self.by}"
+
     def __post_init__(self):
         if self.by not in SCALES:
             raise ValueError(f"by must be one of {', '.join(SCALES)}, got {self.by!r}")
@@ -43,11 +47,17 @@ class FP8:
         scale = torch.where(scale == 0, 1, scale)
         # Rounding to e4m3 does not saturate: what the division rounds above the largest number would be none.
         codes = (weight / self._spread(scale, weight.shape)).clamp(-LARGEST, LARGEST).to(CODES)
-        return Stored(self, codes, (scale,), tuple(weight.shape))
+        return Stored(codes, scale, None, *weight.shape)
 
-    def dequantise(self, stored: Stored) -> Tensor:
-        (scale,) = stored.scales
-        return stored.codes.float() * self._spread(scale, stored.shape)
+    def dequantise(self, stored: Stored, first: int, last: int) -> Tensor:
+        codes, scale = stored.codes[first:last].float(), stored.scale
+        if self.by == "rows":
+            return codes * scale[first:last]
+        if self.by == "tensor":
+            return codes * scale
+        blocks = scale[first // BLOCK : (last + BLOCK - 1) // BLOCK]
+        before = first % BLOCK
+        return codes * self._spread(blocks, (before + len(codes), stored.K))[before:]
 
     def _largest(self, sizes: Tensor) -> Tensor:
         if self.by == "tensor":

@@ -17,14 +17,15 @@ class INT8:
     LLM.int8(): Dettmers et al. 2022, arXiv:2208.07339.
     """
 
+    name = "int8"
+
     def quantise(self, weight: Tensor) -> Stored:
         check_weight(weight)
         weight = weight.detach().float()
         scale = weight.abs().amax(1)
         per_code = torch.where(scale == 0, 0, LARGEST / scale)
         codes = (weight * per_code[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
-        return Stored(self, codes, (scale,), tuple(weight.shape))
+        return Stored(codes, scale, None, *weight.shape)
 
-    def dequantise(self, stored: Stored) -> Tensor:
-        (scale,) = stored.scales
-        return stored.codes.float() * (scale / LARGEST)[:, None]
+    def dequantise(self, stored: Stored, first: int, last: int) -> Tensor:
+        return stored.codes[first:last].float() * (stored.scale[first:last] / LARGEST)[:, None]

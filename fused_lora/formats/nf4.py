@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .stored import Stored, check_weight
 
 BLOCK, NESTED_BLOCK = 64, 256
+COUNT = 256  # of the values of nested scales
 # Quantiles of the normal distribution, with a zero, scaled to -1 to 1.
 VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -24,11 +25,16 @@ class NF4:
         codes    uint8 (ceil(N K / 2), 1), the first of a pair in the upper half
         scales   absmax (ceil(N K / 64),) in float32; blocks run on from row to row where K is no multiple of 64
 
-    nested: absmax is kept in 8 bits instead, absmax[i] = values[codes8[i]] * outer[i // 256] + offset, and scales are
-    (codes8, outer, values, offset). QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
+    nested: scale has absmax in 8 bits instead, and outer (257 + ceil(blocks / 256),) in float32 what makes it of them:
+    an offset, 256 values, and a factor for each 256 blocks, absmax[i] = values[scale[i]] * factors[i // 256] + offset.
+    QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
     """
 
     nested: bool = False
+
+    @property
+    def name(self) -> str:
+        return "nf4 with nested scales" if self.nested else "nf4"
 
     def quantise(self, weight: Tensor) -> Stored:
         check_weight(weight)
@@ -39,14 +45,24 @@ class NF4:
         codes = torch.bucketize(scaled, _between(_values(flat))).to(torch.uint8).flatten()[: flat.numel()]
         codes = F.pad(codes, (0, flat.numel() % 2), value=_ZERO)
         packed = (codes[::2] << 4 | codes[1::2])[:, None]
-        return Stored(self, packed, nest(absmax) if self.nested else (absmax,), tuple(weight.shape))
+        scale, outer = nest(absmax) if self.nested else (absmax, None)
+        return Stored(packed, scale, outer, *weight.shape)
 
-    def dequantise(self, stored: Stored) -> Tensor:
-        N, K = stored.shape
-        codes = torch.stack([stored.codes >> 4, stored.codes & 15], -1).flatten()[: N * K].int()
-        absmax = unnest(*stored.scales) if self.nested else stored.scales[0]
-        values = _values(absmax)[codes] * absmax.repeat_interleave(BLOCK)[: N * K]
-        return values.view(N, K)
+    def dequantise(self, stored: Stored, first: int, last: int) -> Tensor:
+        start, end = first * stored.K, last * stored.K
+        pairs = stored.codes.flatten()[start // 2 : (end + 1) // 2]
+        codes = torch.stack([pairs >> 4, pairs & 15], -1).flatten()[start % 2 :][: end - start]
+        absmax = self._absmax(stored, start // BLOCK, (end + BLOCK - 1) // BLOCK)
+        absmax = absmax.repeat_interleave(BLOCK)[start % BLOCK :][: end - start]
+        return (_values(absmax)[codes.int()] * absmax).view(last - first, stored.K)
+
+    def _absmax(self, stored: Stored, first: int, last: int) -> Tensor:
+        """Of blocks from first to last."""
+        if not self.nested:
+            return stored.scale[first:last]
+        offset, values, factors = unpack(stored.outer)
+        factor = factors[torch.arange(first, last, device=stored.device) // NESTED_BLOCK]
+        return values[stored.scale[first:last].int()] * factor + offset
 
 
 _ZERO = VALUES.index(0.0)
@@ -72,17 +88,17 @@ def dynamic_values() -> Tensor:
     return torch.tensor(sorted(found))
 
 
-def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """absmax as (codes8, outer, values, offset)."""
+def nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """absmax as scale and outer."""
     offset, values = absmax.mean(), dynamic_values().to(absmax.device)
     centred = absmax - offset
     blocks = F.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    outer = blocks.abs().amax(1)
-    scaled = blocks / torch.where(outer == 0, 1, outer)[:, None]
+    factors = blocks.abs().amax(1)
+    scaled = blocks / torch.where(factors == 0, 1, factors)[:, None]
     codes = torch.bucketize(scaled, _between(values)).to(torch.uint8).flatten()[: centred.numel()]
-    return codes, outer, values, offset
+    return codes, torch.cat([offset[None], values, factors])
 
 
-def unnest(codes: Tensor, outer: Tensor, values: Tensor, offset: Tensor) -> Tensor:
-    """absmax in float32."""
-    return values[codes.int()] * outer.repeat_interleave(NESTED_BLOCK)[: codes.numel()] + offset
+def unpack(outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An outer's offset, values and factors."""
+    return outer[0], outer[1 : 1 + COUNT], outer[1 + COUNT :]

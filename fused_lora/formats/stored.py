@@ -1,34 +1,61 @@
-"""A weight in a format."""
+"""A frozen weight in a format, and what a format is."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 22  # entries of a weight that plain torch dequantises at once
 
-@dataclass(frozen=True)
-class Stored:
-    """A weight W of `shape` (N, K) as codes, and scales in float32, of which its format knows how they make W."""
 
-    format: "Format"
+class Stored(NamedTuple):
+    """A weight W (N, K) as codes and scales. Which format makes W of them is seen in their dtypes (known.format_of).
+
+    Where a weight is read it stands for one: it has a shape, rows can be cut out of it, and it has no gradient.
+    """
+
     codes: Tensor
-    scales: tuple[Tensor, ...]
-    shape: tuple[int, int]
+    scale: Tensor  # as the format has them: float32, or 8 bits beside an outer
+    outer: Tensor | None
+    N: int
+    K: int
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W, computed in float32 and rounded once."""
-        return self.format.dequantise(self).to(dtype)
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.N, self.K))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self[:3]
+
+    is_cuda = property(lambda self: self.codes.is_cuda)
+    is_meta = property(lambda self: self.codes.is_meta)
+    requires_grad = False
+
+    def numel(self) -> int:
+        return self.N * self.K
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """The first and the last row of parts that are small enough to be dequantised at once."""
+        step = max(1, CHUNK // max(1, self.K))
+        return ((first, min(first + step, self.N)) for first in range(0, self.N, step))
 
 
 class Format(Protocol):
     """One way to keep weights."""
 
+    name: str
+
     def quantise(self, weight: Tensor) -> Stored:
         """The nearest codes of a weight (N, K), by scales of its largest entries. ValueError for what is not finite."""
 
-    def dequantise(self, stored: Stored) -> Tensor:
-        """(N, K) in float32."""
+    def dequantise(self, stored: Stored, first: int, last: int) -> Tensor:
+        """Rows of W from first to last, in float32."""
 
 
 def check_weight(weight: Tensor) -> None:

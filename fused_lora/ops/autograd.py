@@ -137,7 +137,7 @@ def _with_bias(part: Part) -> Part:
     """Of a linear's bias no value was saved, and any will do."""
     if part.bias is None or part.bias.numel() > 0:
         return part
-    return part._replace(bias=part.bias.new_zeros(len(part.weight)).requires_grad_())
+    return part._replace(bias=part.bias.new_zeros(part.weight.shape[0]).requires_grad_())
 
 
 def needs_formula(dys: Sequence[Tensor]) -> bool:

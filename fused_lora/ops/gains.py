@@ -27,7 +27,7 @@ def are_for_csrc(x: Tensor, parts: Sequence[Part], summed: Sequence[Part]) -> bo
     if backends.gpu(x.device).capability != 90:
         return False
     weights = sum(part.weight.numel() for part in summed if part.gain is not None)
-    columns = sum(len(part.weight) for part in parts if part.gain is not None)
+    columns = sum(part.weight.shape[0] for part in parts if part.gain is not None)
     return 4 * weights < (6 - 1) * math.prod(x.shape[:-1]) * columns
 
 

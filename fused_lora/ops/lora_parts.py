@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, choices, padding, reference
+from ..formats import Stored
 from . import alone, gains, segmented
 from .alone import rows_of
 from .library import define, ops
@@ -34,7 +35,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, parts: Sequence[Part], ga
         return "their factors have dtypes of their own"
     with_factors = [part for part in parts if part.A.numel() > 0]
     ranks = tuple(part.r for part in with_factors)
-    readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in with_factors)
+    read = [part for part in parts if part.A.numel() > 0 or isinstance(part.weight, Stored)]
+    readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in read)
     found = choices.together_obstacle(device, dtype, ranks, readable)
     return found or (choices.gated_obstacle(ranks) if gated else None)
 

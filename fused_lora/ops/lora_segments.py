@@ -95,8 +95,7 @@ def check(x: Tensor, part: Part, tables: segments.Tables, name: str) -> None:
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"{name}: x must have {weight.shape[1]} as its last dimension, got {tuple(x.shape)}")
-    if x.dtype != weight.dtype:
-        raise TypeError(f"{name}: x must have weight's dtype {weight.dtype}, got {x.dtype} (torch.autocast casts both)")
+    checks.check_beside(f"{name}: x", x, weight)
     if x.device != weight.device:
         raise ValueError(f"{name}: x must be on {weight.device} like weight, got {x.device}")
     checks.check_frozen(weight)
@@ -123,7 +122,7 @@ class Call(NamedTuple):
     def of(cls, tensors: Sequence, layout: tuple, window: int) -> "Call":
         """From tensors(), or from what stands in their places."""
         count = len(layout)
-        parts, tables = count * len(Part._fields), count * segmented.TENSORS
+        parts, tables = count * of_parts.SIZE, count * segmented.TENSORS
         first, second, third = tensors[:parts], tensors[parts : parts + tables], tensors[parts + tables :]
         return cls(of_parts.unflatten(first), list(second), list(third), layout, window)
 
@@ -205,7 +204,7 @@ class LoRASegmentsFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         xas, call = rest[:count], Call.of(rest[count:], layout, window)
         each = zip(all_dys, call.parts, strict=True)
-        dys = [x.new_zeros(*x.shape[:-1], len(part.weight)) if dy is None else dy for dy, part in each]
+        dys = [x.new_zeros(*x.shape[:-1], part.weight.shape[0]) if dy is None else dy for dy, part in each]
         if needs_formula(dys):
             formula = lambda x, *tensors: Call.of(tensors, layout, window).by_formula(x)  # noqa: E731
             dx, *grads = partials(formula, dys, (x, *call.tensors()), (need_dx, *needs))

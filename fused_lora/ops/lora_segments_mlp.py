@@ -79,7 +79,7 @@ def lora_segments_mlp(
     for i in range(2):
         check(x, parts[i], routed[i].tables, PARTS[i])
     checks.check_same_rows("up", parts[1].weight, "gate", parts[0].weight)
-    hidden = x.new_empty(1).expand(*x.shape[:-1], len(parts[0].weight))
+    hidden = x.new_empty(1).expand(*x.shape[:-1], parts[0].weight.shape[0])
     check(hidden, parts[2], down.tables, PARTS[2])
     if not _is_one(x, hidden, parts, routed):
         sides = lora_segments(x, [gate, up])

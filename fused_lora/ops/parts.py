@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..formats import Stored
 
 
 class Part(NamedTuple):
     """y = gain (x W^T + scale dropout(x) A^T B^T) + bias, as one of the linears of a pass.
 
-        weight (N, K), frozen   A (r, K), B (N, r) in any floating dtype, r = 0 for none   bias (N,) or None
+        weight (N, K), frozen: a tensor, or in a format   A (r, K), B (N, r) in any floating dtype, r = 0 for none
+        bias (N,) or None
         gain (N,) in float32 (float64 beside such a weight), or None for 1
 
     scale is a float, or a 0-dim tensor in float32 (float64 beside such a weight) on weight's device. seed is that of
     the part's dropout, an int64 on the device, which the functions of this package fill in.
     """
 
-    weight: Tensor
+    weight: Tensor | Stored
     A: Tensor
     B: Tensor
     bias: Tensor | None = None
@@ -32,13 +34,29 @@ class Part(NamedTuple):
         return self.A.shape[0]
 
 
+SIZE = len(Part._fields) + 2  # of a part among flat ones: a weight's codes, and last its scale and outer or None
+
+
 def flatten(parts: Sequence[Part]) -> list[Tensor | None]:
-    return [tensor for part in parts for tensor in part]
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _tensors(part: Part) -> tuple:
+    weight, *others = part
+    if not isinstance(weight, Stored):
+        return *part, None, None
+    return weight.codes, *others, weight.scale, weight.outer
 
 
 def unflatten(tensors: Sequence[Tensor | None]) -> list[Part]:
-    size = len(Part._fields)
-    return [Part(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
+    """Also of what stands for a part's tensors one by one, as their needs of gradients do."""
+    return [_part(*tensors[i : i + SIZE]) for i in range(0, len(tensors), SIZE)]
+
+
+def _part(weight, A, B, bias, scale, seed, gain, of_codes, outer) -> Part:
+    if isinstance(of_codes, Tensor):
+        weight = Stored(weight, of_codes, outer, B.shape[0], A.shape[1])
+    return Part(weight, A, B, bias, scale, seed, gain)
 
 
 def columns(flat: Sequence, parts: int) -> list[list]:
@@ -70,10 +88,14 @@ def autocast(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Part]]:
     for part in parts:
         checks.check_frozen(part.weight)  # a cast one would be no parameter any more
     cast = [
-        part._replace(weight=part.weight.to(dtype), bias=part.bias if part.bias is None else part.bias.to(dtype))
+        part._replace(weight=_cast(part.weight, dtype), bias=part.bias if part.bias is None else part.bias.to(dtype))
         for part in parts
     ]
     return x.to(dtype), cast
+
+
+def _cast(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor | Stored:
+    return weight if isinstance(weight, Stored) else weight.to(dtype)
 
 
 def check(x: Tensor, parts: Iterable[Part], p: float, seed: Tensor | None, names: Sequence[str]) -> None:

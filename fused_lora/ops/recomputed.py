@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..formats import Stored, dequantise
 from .library import ops
 from .parts import Part, flatten
 
@@ -22,7 +23,7 @@ FEW = 8  # columns of y, in a pass that is about xa
 LEAST_FLOPS = 2e11
 
 
-def is_worth(x: Tensor, weight: Tensor) -> bool:
+def is_worth(x: Tensor, weight: Tensor | Stored) -> bool:
     """Whether a checkpoint computes again, and may stop before a product of x's rows with a weight."""
     if torch.compiler.is_compiling():
         return False
@@ -34,9 +35,11 @@ def is_worth(x: Tensor, weight: Tensor) -> bool:
 
 def stand_in_and_low(x: Tensor, part: Part, p: float) -> tuple[Tensor, Tensor]:
     """(something of y's shape, xa)."""
-    narrow = part._replace(weight=part.weight[:FEW], B=part.B[:FEW], bias=None)
+    weight = part.weight
+    few = dequantise(weight, x.dtype, 0, min(FEW, weight.N)) if isinstance(weight, Stored) else weight[:FEW]
+    narrow = part._replace(weight=few, B=part.B[:FEW], bias=None)
     _, xa = ops.lora_parts_forward(x, flatten([narrow]), p, [], "none")
-    return x.new_empty(()).expand(*x.shape[:-1], len(part.weight)), xa
+    return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0]), xa
 
 
 def result(stand_in: Tensor, make: Callable[[], Tensor]) -> Tensor:

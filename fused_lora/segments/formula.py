@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..formats.products import linear, times_weight, whole
 from ..hashing import kept, mask_numbers
 from ..reference import compute_dtype, room
 from .plan import SLICE
@@ -71,8 +71,7 @@ def forward_ref(x, weight, A, B, bias, scales, tables: Tables, window: int, drop
     each = _by_level(*x.shape, tables, window, drops)
     products = (_only(_only(xc, mask) @ low.T, of_level) for of_level, mask in each)
     xa = torch.where(own, sum(products) * scales[places], 0).to(x.dtype)
-    y = F.linear(xc, weight.to(compute), None if bias is None else bias.to(compute))
-    return y.addmm_(xa.to(compute), up.T).to(x.dtype), xa
+    return linear(x, weight, compute, bias).addmm_(xa.to(compute), up.T).to(x.dtype), xa
 
 
 def dxa_ref(dy, B, scales, tables: Tables, window: int):
@@ -96,7 +95,7 @@ def backward_ref(
     each = _by_level(*x.shape, tables, window, drops)
     dx = dA = dB = None
     if need_dx:
-        dx, factor = dyc @ weight.to(compute), A[ranks].to(compute)
+        dx, factor = times_weight(dy, weight, compute), A[ranks].to(compute)
         for of_level, mask in each:
             dx += _only(_only(low, of_level) @ factor, mask)
         dx = dx.to(x.dtype)
@@ -121,7 +120,7 @@ def lora_segments_ref(x, weight, bias, adapters, scales, rows: Tensor, drops: Dr
     words, places = rows[:, : len(flat)].unbind(2)
     first, has_any = words & 0xFFFFFF, words >> 24 > 0
     masked = None if drops is None else [_only(flat, drops.mask(rows, i, *flat.shape)) for i in range(len(rows))]
-    y = flat @ weight.T
+    y = flat @ whole(weight, x.dtype).T
     for A, B, begins in adapters:
         own = has_any & torch.stack([first == begin // SLICE for begin in begins]).any(0)  # on each level
         scale = torch.where(own, scales[places], 0)

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from fused_lora.formats import FP8, INT8, NF4
+from fused_lora.formats import FP8, INT8, NF4, dequantise, format_of
 from fused_lora.formats.fp8 import LARGEST
-from fused_lora.formats.nf4 import VALUES, dynamic_values
+from fused_lora.formats.nf4 import VALUES, dynamic_values, unpack
 
 SHAPES = [(33, 65), (130, 257), (64, 128), (7, 1000), (1, 1), (3, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,9 +44,10 @@ def nearest_e4m3(x):
 @pytest.mark.parametrize("by", ["rows", "blocks", "tensor"])
 def test_fp8(by, powers, shape, dtype):
     W = weight(shape, dtype)
-    stored = FP8(by, powers).quantise(W)
-    found = stored.dequantise()
-    (scale,) = stored.scales
+    form = FP8(by, powers)
+    stored = form.quantise(W)
+    found = dequantise(stored)
+    scale = stored.scale
     assert (stored.codes.dtype, scale.dtype, stored.codes.shape) == (torch.float8_e4m3fn, torch.float32, W.shape)
     assert scale.numel() == len(blocks_of(shape, by))
     for of, block in zip(scale.flatten().tolist(), blocks_of(shape, by), strict=True):
@@ -57,8 +58,8 @@ def test_fp8(by, powers, shape, dtype):
         assert (error <= nearest_e4m3(own / of) * (1 + 1e-5) + 1e-4).all()
     if powers:
         assert torch.equal(scale.log2(), scale.log2().round())
-        assert torch.equal(stored.format.quantise(found).dequantise(), found)
-        assert torch.equal(stored.format.quantise(found.bfloat16()).dequantise(), found)
+        assert torch.equal(dequantise(form.quantise(found)), found)
+        assert torch.equal(dequantise(form.quantise(found.bfloat16())), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,11 +67,11 @@ def test_fp8(by, powers, shape, dtype):
 def test_int8(shape, dtype):
     W = weight(shape, dtype)
     stored = INT8().quantise(W)
-    (scale,) = stored.scales
+    scale = stored.scale
     assert torch.equal(scale, torch.stack([row.float().abs().max() for row in W]))
     for row, codes, of in zip(W.float(), stored.codes, scale, strict=True):
         assert (codes.float() - row * 127 / of).abs().max() <= 0.5 + 1e-4
-    assert torch.allclose(stored.dequantise(), stored.codes * scale[:, None] / 127)
+    assert torch.allclose(dequantise(stored), stored.codes * scale[:, None] / 127)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,18 +84,18 @@ def test_nf4(nested, shape, dtype):
     assert stored.codes.shape == ((W.numel() + 1) // 2, 1)
     bytes_ = stored.codes.flatten().tolist()
     codes = [half for byte in bytes_ for half in (byte >> 4, byte & 15)][: W.numel()]
-    plain = NF4().quantise(W).scales[0]
+    plain = NF4().quantise(W).scale
     assert torch.equal(plain, torch.stack([block.abs().max() for block in flat.split(64)]))
     for i, code in enumerate(codes):
         distances = (flat[i] / plain[i // 64] - torch.tensor(VALUES)).abs()
         assert distances[code] <= distances.min() + 1e-6
     absmax = plain
     if nested:
-        codes8, outer, values, offset = stored.scales
-        absmax = torch.stack([values[int(code)] * outer[i // 256] + offset for i, code in enumerate(codes8)])
+        codes8, (offset, values, factors) = stored.scale, unpack(stored.outer)
+        absmax = torch.stack([values[int(code)] * factors[i // 256] + offset for i, code in enumerate(codes8)])
         assert (absmax - plain).abs().max() <= 0.01 * (plain - offset).abs().max() + 1e-6
     want = torch.stack([torch.tensor(VALUES[code]) * absmax[i // 64] for i, code in enumerate(codes)])
-    assert torch.equal(stored.dequantise().flatten(), want)
+    assert torch.equal(dequantise(stored).flatten(), want)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -102,11 +103,11 @@ def test_zeros_stay_zeros(form):
     """Rows, blocks, all: nothing is divided by 0."""
     W = weight((130, 192))
     W[3], W[:, 64:128] = 0, 0
-    found = form.quantise(W).dequantise()
+    found = dequantise(form.quantise(W))
     assert found.isfinite().all()
     assert (found[3] == 0).all()
     assert (found[:, 64:128] == 0).all()
-    assert (form.quantise(torch.zeros(5, 70)).dequantise() == 0).all()
+    assert (dequantise(form.quantise(torch.zeros(5, 70))) == 0).all()
 
 
 @pytest.mark.parametrize(("form", "largest"), [
@@ -115,7 +116,7 @@ def test_zeros_stay_zeros(form):
 def test_how_much_is_lost(form, largest):
     """Of normal weights, in the root of the mean square."""
     W = weight((256, 512))
-    assert ((form.quantise(W).dequantise() - W).norm() / W.norm()).item() < largest
+    assert ((dequantise(form.quantise(W)) - W).norm() / W.norm()).item() < largest
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -128,6 +129,25 @@ def test_how_much_is_lost(form, largest):
 def test_what_cannot_be_quantised(form, W, words):
     with pytest.raises(ValueError, match=words):
         form.quantise(W)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_alone(form, shape):
+    """The same bits as in all of W, wherever they begin."""
+    stored = form.quantise(weight(shape))
+    whole, N = dequantise(stored), shape[0]
+    for first, last in {(0, N), (N // 3, N), (N // 2, N // 2 + 1), (0, (N + 1) // 2), (N - 1, N)}:
+        assert torch.equal(dequantise(stored, torch.float32, first, last), whole[first:last])
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_format_is_seen_in_what_is_stored(form, shape):
+    """But for powers, and for scales of rows that are blocks' as well."""
+    found, stored = format_of(form.quantise(weight(shape))), form.quantise(weight(shape))
+    assert torch.equal(dequantise(stored), form.dequantise(stored, 0, shape[0]))
+    assert type(found) is type(form)
 
 
 def test_scales_of_no_kind():
@@ -148,7 +168,7 @@ def test_nf4_is_bitsandbytes(functional, shape, dtype):
     codes, state = functional.quantize_4bit(W, quant_type="nf4")
     stored = NF4().quantise(W)
     assert torch.equal(stored.codes, codes)
-    assert torch.equal(stored.scales[0], state.absmax)
+    assert torch.equal(stored.scale, state.absmax)
 
 
 @pytest.mark.parametrize("shape", [(130, 257), (512, 512)])
@@ -158,7 +178,7 @@ def test_nested_nf4_is_bitsandbytes(functional, shape):
     W = weight(shape)
     codes, state = functional.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
     stored = NF4(nested=True).quantise(W)
-    codes8, outer, values, offset = stored.scales
+    codes8, (offset, values, outer) = stored.scale, unpack(stored.outer)
     assert torch.equal(stored.codes, codes)
     assert torch.equal(outer, state.state2.absmax)
     assert torch.equal(values, state.state2.code)

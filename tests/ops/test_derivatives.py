@@ -138,7 +138,7 @@ def test_transformations(transform, moved, device, dtype):
 def test_the_backward_pass_that_csrc_asks_for_takes_many_gradients(at_once):
     inputs, options = some("cpu", torch.float64)
     y, wanted = lora_linear_ref(**inputs, **options), [inputs[name] for name in WANTED]
-    part = [*list(inputs.values())[1:], options["scale"], None, None]
+    part = [*list(inputs.values())[1:], options["scale"], None, None, None, None]
     dys = torch.randn(3, *y.shape, dtype=y.dtype)
     again = torch.ops.fused_lora.lora_again
     got = at_once(lambda dy: tuple(again([dy], inputs["x"], part, 0.0, [], True, [True] * 3 + [False])))(dys)
