@@ -91,6 +91,9 @@ def test_a_gpu_runs_triton(capability, dtype, card):
     assert backends.choose(CUDA, dtype) == backends.Choice("triton", f"cuda tensor of {dtype}")
 
 
+UNREAD = "weight is quantised, its columns are not adjacent or more than 2^22, or A and B have dtypes of their own"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     card(90)
@@ -98,7 +101,7 @@ def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     assert backends.choose_lora_linear(CUDA, dtype, 8).name == "cuda"
     for r, readable, reason in (
         (300, True, "r is above 256"),
-        (8, False, "weight's columns are not adjacent or more than 2^22, or A and B have dtypes of their own"),
+        (8, False, UNREAD),
     ):
         choice = backends.choose_lora_linear(CUDA, dtype, r, readable)
         assert choice == backends.Choice("triton", f"csrc's kernels do not take it: {reason}")
