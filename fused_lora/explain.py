@@ -213,7 +213,7 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
         part, p = layer.lora_part(), layer.dropping
         (out_features, in_features), r = part.weight.shape, part.r
         dtype, lora_dtype, device = part.weight.dtype, part.A.dtype, part.weight.device
-        readable = backends.csrc_reads(part.weight, part.A, part.B)
+        readable = choices.csrc_reads(part.weight, part.A, part.B)
     elif device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fused_lora import backends, lora_linear
+from fused_lora import backends, choices, lora_linear
 from tests.cards import CUDA, forget, pretend_extension
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
 
 def test_what_csrc_reads():
     def reads(weight, A_dtype=torch.float16, B_dtype=torch.float16):
-        return backends.csrc_reads(weight, torch.empty(2, 16, dtype=A_dtype), torch.empty(8, 2, dtype=B_dtype))
+        return choices.csrc_reads(weight, torch.empty(2, 16, dtype=A_dtype), torch.empty(8, 2, dtype=B_dtype))
 
     weight = torch.empty(8, 24, dtype=torch.float16)
     assert reads(weight)

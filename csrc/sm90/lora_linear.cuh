@@ -106,11 +106,12 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
         producer.run(item);
         item = await_item(shared, phase);
       }
+      if (p.ring.pieces > 0) ptx::mbarrier_wait(&shared.dequantised, 0);
       leave(p, item.mark);
     } else if (takes_items) {
       take_items(shared, p, first_item);
     } else if (threadIdx.x >= kWarpgroup - kFinishThreads) {
-      run_finisher<C, T>(shared, p);
+      run_finisher<C, T, kBackward>(shared, p);
     }
   } else {
     ptx::take_registers<C::kMultiplyRegisters>();

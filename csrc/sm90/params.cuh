@@ -16,6 +16,7 @@
 #include "../gated.cuh"
 #include "../lora_linear.h"
 #include "../work/item.h"
+#include "../work/ring.h"
 #include "../work/segments.h"
 
 namespace fused_lora::sm90 {
@@ -47,6 +48,8 @@ struct Part {
   CUtensorMap lhs, weight, down, low, up, out, y;
   Gradient dA, dB;
   work::Segments segments;
+  Stored stored;
+  uint16_t* ring;  // where its weight is dequantised, as `weight` has it
 };
 
 // What is read first lies together: each line of the constant cache comes from memory at a launch's start.
@@ -63,6 +66,8 @@ struct KernelParams {
   Part part[kMostParts];
   Gated gated;
   CUtensorMap down_riding;
+  work::Ring ring;
+  int64_t ring_stride;
 };
 
 }  // namespace fused_lora::sm90
