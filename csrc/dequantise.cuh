@@ -31,16 +31,17 @@ __device__ __forceinline__ float number_of(uint32_t code, float nf4) {
 }
 
 // Of nested NF4, the scale of a block.
-__device__ __forceinline__ float nested_scale(const Stored& w, int64_t block) {
-  const int code = __ldg(static_cast<const uint8_t*>(w.scale) + block);
-  return __fadd_rn(__fmul_rn(__ldg(w.outer + 1 + code), __ldg(w.outer + 1 + kNestedValues + block / kNestedBlock)), __ldg(w.outer));
+__device__ __forceinline__ float nested_scale(const Stored& w, int code, float factor) {
+  return __fadd_rn(__fmul_rn(__ldg(w.outer + 1 + code), factor), __ldg(w.outer));
 }
 
 template <Format kFormat>
 __device__ __forceinline__ float scale_of(const Stored& w, int n, int k) {
   const float* scale = static_cast<const float*>(w.scale);
   const int64_t at = kIsNf4<kFormat> ? (n * w.cols + k) / kNf4Block : (n >> w.row_shift) * w.scale_stride + (k >> w.col_shift);
-  if constexpr (kFormat == Format::kNestedNf4) return nested_scale(w, at);
+  if constexpr (kFormat == Format::kNestedNf4) {
+    return nested_scale(w, __ldg(static_cast<const uint8_t*>(w.scale) + at), __ldg(w.outer + 1 + kNestedValues + at / kNestedBlock));
+  }
   return kFormat == Format::kInt8 ? __fdiv_rn(__ldg(scale + at), 127.0f) : __ldg(scale + at);
 }
 
@@ -61,7 +62,8 @@ class EightCodes {
 
   struct Loaded {
     Codes codes;
-    float scale;
+    float scale;   // of nested NF4 a code of 8 bits, and
+    float factor;  // its factor
   };
 
   __device__ __forceinline__ EightCodes(const Stored& w, int n, int k, float nf4) : nf4_(nf4) {
@@ -77,11 +79,12 @@ class EightCodes {
     }
   }
 
-  // Of the row that is next.
+  // Of the row that is next. Nothing is made of it yet, so that much can be asked for at once.
   __device__ __forceinline__ Loaded next(const Stored& w) {
-    Loaded loaded{__ldg(reinterpret_cast<const Codes*>(codes_)), 0};
+    Loaded loaded{__ldg(reinterpret_cast<const Codes*>(codes_)), 0, 0};
     if constexpr (kFormat == Format::kNestedNf4) {
-      loaded.scale = nested_scale(w, scale_);
+      loaded.scale = __int_as_float(__ldg(static_cast<const uint8_t*>(w.scale) + scale_));
+      loaded.factor = __ldg(w.outer + 1 + kNestedValues + scale_ / kNestedBlock);
     } else {
       loaded.scale = __ldg(static_cast<const float*>(w.scale) + scale_);
     }
@@ -90,9 +93,10 @@ class EightCodes {
     return loaded;
   }
 
-  __device__ __forceinline__ uint4 made_of(const Loaded& loaded) const {
+  __device__ __forceinline__ uint4 made_of(const Stored& w, const Loaded& loaded) const {
     if constexpr (kIsNf4<kFormat>) {
-      return {pair(loaded, 0), pair(loaded, 1), pair(loaded, 2), pair(loaded, 3)};
+      const float scale = kFormat == Format::kNf4 ? loaded.scale : nested_scale(w, __float_as_int(loaded.scale), loaded.factor);
+      return {pair(loaded.codes, 0, scale), pair(loaded.codes, 1, scale), pair(loaded.codes, 2, scale), pair(loaded.codes, 3, scale)};
     } else {
       const float scale = kFormat == Format::kInt8 ? __fdiv_rn(loaded.scale, 127.0f) : loaded.scale;
       return {pair(loaded.codes.x, 0, scale), pair(loaded.codes.x, 1, scale), pair(loaded.codes.y, 0, scale), pair(loaded.codes.y, 1, scale)};
@@ -101,13 +105,14 @@ class EightCodes {
 
  private:
   // A byte's upper half comes first.
-  __device__ __forceinline__ uint32_t pair(const Loaded& loaded, int byte) const {
-    const float first = __shfl_sync(~0u, nf4_, loaded.codes >> (8 * byte + 4) & 15);
-    const float second = __shfl_sync(~0u, nf4_, loaded.codes >> 8 * byte & 15);
-    return pack<T>(first * loaded.scale, second * loaded.scale);
+  __device__ __forceinline__ uint32_t pair(uint32_t codes, int byte, float scale) const {
+    if constexpr (!kIsNf4<kFormat>) return half_of(codes, byte, scale);
+    const float first = __shfl_sync(~0u, nf4_, codes >> (8 * byte + 4) & 15);
+    const float second = __shfl_sync(~0u, nf4_, codes >> 8 * byte & 15);
+    return pack<T>(first * scale, second * scale);
   }
 
-  static __device__ __forceinline__ uint32_t pair(uint32_t codes, int half, float scale) {
+  static __device__ __forceinline__ uint32_t half_of(uint32_t codes, int half, float scale) {
     if constexpr (kFormat == Format::kInt8) {
       // The byte, with its sign turned, as the last one of 2^23 + 128: one instruction where a conversion takes four times as long.
       const uint32_t turned = codes ^ 0x80808080u;

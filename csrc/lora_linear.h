@@ -116,7 +116,7 @@ struct Workspace {
   float* partial;          // plan->floats()
   void* ring;              // plan->ring.bytes, aligned to 128 bytes
 };
-constexpr int kCounters = 4;
+constexpr int kCounters = 8;
 
 // The kernels of an architecture. Sizes M, K, N >= 1; r <= kMaxRank.
 #define FUSED_LORA_KERNELS                                                                                          \

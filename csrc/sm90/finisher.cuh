@@ -178,6 +178,7 @@ __device__ __forceinline__ void finish_tiles_beside(Shared<C>& shared, const Box
   uint32_t tile_phase = 0, full_phase = 0;
   int4 tile{};
   int n = C::kFinishBoxes;  // the next box of the tile
+  pieces.take();
   while (finishes || !pieces.done()) {
     const bool begins = n == C::kFinishBoxes;
     uint64_t* barrier = begins ? &shared.finish_tile_full : &shared.finish_full[n % kConsumers];

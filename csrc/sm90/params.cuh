@@ -36,6 +36,7 @@ struct Gradient {
 // One linear of a group. Forward all read one lhs; backward the summed ones add to one out, which is the first's.
 struct Part {
   uint16_t* out_data;  // where the copy engine cannot write out, whose rows start anywhere: its elements; else null
+  uint16_t* ring;      // where its weight is dequantised, as `weight` has it; null for one of 16 bits
   int cols, depth, r;  // out (M, cols), sums over depth
   void* low_data;
   int64_t low_stride;
@@ -49,7 +50,6 @@ struct Part {
   Gradient dA, dB;
   work::Segments segments;
   Stored stored;
-  uint16_t* ring;  // where its weight is dequantised, as `weight` has it
 };
 
 // What is read first lies together: each line of the constant cache comes from memory at a launch's start.
@@ -63,11 +63,11 @@ struct KernelParams {
   int finish_spacing;    // steps of a tile between boxes of the one before that leave for the finisher
   bool rows_start_anywhere;  // in some part's out
   DType factor_dtype;        // of A's and B's gradients
+  work::Ring ring;
+  int64_t ring_stride;
   Part part[kMostParts];
   Gated gated;
   CUtensorMap down_riding;
-  work::Ring ring;
-  int64_t ring_stride;
 };
 
 }  // namespace fused_lora::sm90

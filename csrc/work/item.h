@@ -44,7 +44,8 @@ struct alignas(16) Counters {
   int launches;
   int taken;   // items, and more
   int exited;  // blocks
-  int dequantised;  // pieces that were taken, and more
+  int filled, refilled;  // pieces of weights that were taken, and more: of the ring when it is empty, and others
+  int unused[3];
 };
 
 }  // namespace fused_lora::work

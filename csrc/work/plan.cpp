@@ -72,7 +72,7 @@ class Planner {
   // Three quarters of the tiles' columns, or as many as stay in the L2 cache. The list goes through halves of it, of which one is read while
   // the other is filled.
   void make_ring() {
-    constexpr int64_t kMostBytes = 32 << 20;
+    constexpr int64_t kMostBytes = 64 << 20;
     Ring& ring = plan_.ring;
     int64_t depth = pass_.part[0].depth, pieces = ceil_div(depth, kPieceSize);
     for (int i = 1; pass_.backward && i < pass_.summed; ++i) {

@@ -86,7 +86,7 @@ def check_ring(each: Pass, sizes, items: list[Item]) -> None:
     assert ring.ready + ring.ready_stride * columns <= ring.done <= sizes.flags - 2 * rows * columns
     # Never a whole weight but of a few columns, and about what stays in the L2 cache.
     assert ring.tiles <= max(2, -(-3 * columns // 4))
-    assert ring.bytes <= max(32 << 20, 2 * 2 * block_cols * sum(depth + 64 for depth in depths))
+    assert ring.bytes <= max(64 << 20, 2 * 2 * block_cols * sum(depth + 64 for depth in depths))
     needed = ring.stride * (sum(depths) if each.backward else ring.tiles * block_cols)
     assert 2 * needed <= ring.bytes
 
