@@ -24,6 +24,7 @@ struct Dequantiser {
     for (;;) {
       piece = taken(&p.counters->filled);
       if (piece >= first_pieces()) return;
+      prefetch();
       dequantise<8>();
     }
   }
@@ -38,14 +39,14 @@ struct Dequantiser {
   // The piece, if its place is free.
   __device__ __forceinline__ bool work() {
     if (done() || !is_free()) return false;
-    dequantise<4>();
+    dequantise<8>();
     take();
     return true;
   }
 
  private:
   static __device__ int lane() { return threadIdx.x % 32; }
-  static __device__ int pieces_of(int depth) { return ceil_div(depth, work::kPieceSize); }
+  static __device__ int pieces_of(int depth) { return ceil_div(depth, work::kPieceRows); }
   __device__ int column() const { return piece / p.ring.of_tile; }
   __device__ int first_pieces() const { return min(p.ring.pieces, p.ring.tiles * p.ring.of_tile); }
 
@@ -84,7 +85,7 @@ struct Dequantiser {
       const int half = p.ring.across / 2;
       return {across / half, col * half + across % half, along, to, along};
     } else {
-      for (int own; col >= (own = ceil_div(p.part[part].cols, p.ring.across * work::kPieceSize)); ++part) col -= own;
+      for (int own; col >= (own = ceil_div(p.part[part].cols, p.ring.across * work::kPieceRows)); ++part) col -= own;
       return {part, col * p.ring.across + across, along, to, along};
     }
   }
@@ -93,10 +94,10 @@ struct Dequantiser {
   struct Extent {
     int first_row, first_col, rows, cols;
     __device__ Extent(const Part& part, const Place& place)
-        : first_row(place.row * work::kPieceSize),
-          first_col(place.col * work::kPieceSize),
-          rows(min(work::kPieceSize, (kBackward ? part.depth : part.cols) - first_row)),
-          cols(min(work::kPieceSize, static_cast<int>(part.stored.cols) - first_col)) {}
+        : first_row(place.row * work::kPieceRows),
+          first_col(place.col * work::kPieceCols),
+          rows(min(work::kPieceRows, (kBackward ? part.depth : part.cols) - first_row)),
+          cols(min(work::kPieceCols, static_cast<int>(part.stored.cols) - first_col)) {}
   };
 
   __device__ void prefetch() const {
@@ -116,7 +117,7 @@ struct Dequantiser {
     const Place at = place();
     const Part& part = p.part[at.part];
     if (part.stored.exists()) {
-      uint16_t* to = part.ring + (at.to_row * p.ring_stride + at.to_col) * work::kPieceSize;
+      uint16_t* to = part.ring + at.to_row * work::kPieceRows * p.ring_stride + at.to_col * work::kPieceCols;
       write<kTogether>(part.stored, Extent(part, at), to);
     }
     ptx::fence_async_global();
@@ -166,8 +167,8 @@ struct Dequantiser {
   template <Format kFormat>
   __device__ __forceinline__ void write_entries(const Stored& w, const Extent& own, uint16_t* to, float nf4) const {
 #pragma unroll 1
-    for (int i = lane(); i < own.rows * work::kPieceSize; i += 32) {  // as often in all lanes
-      const int row = i / work::kPieceSize, col = i % work::kPieceSize;
+    for (int i = lane(); i < own.rows * work::kPieceCols; i += 32) {  // as often in all lanes
+      const int row = i / work::kPieceCols, col = i % work::kPieceCols;
       const float value = entry_of<kFormat>(w, own.first_row + row, own.first_col + (col < own.cols ? col : 0), nf4);
       if (col < own.cols) to[row * p.ring_stride + col] = static_cast<uint16_t>(pack<T>(value, value));
     }

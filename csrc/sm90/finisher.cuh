@@ -202,7 +202,7 @@ __device__ __forceinline__ void finish_tiles_beside(Shared<C>& shared, const Box
 
 template <typename C, typename T, bool kBackward, typename Boxes>
 __device__ __forceinline__ void run_finisher(Shared<C>& shared, const KernelParams& p, const Boxes& boxes, bool finishes) {
-  if (p.ring.pieces > 0) return finish_tiles_beside<C>(shared, boxes, Dequantiser<T, kBackward, C::kGates>(p), finishes);
+  if constexpr (C::kStored) return finish_tiles_beside<C>(shared, boxes, Dequantiser<T, kBackward, C::kGates>(p), finishes);
   if (finishes) finish_tiles<C>(shared, boxes);
 }
 

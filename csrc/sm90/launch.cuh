@@ -20,22 +20,24 @@ cudaError_t launch(const KernelParams& p, cudaStream_t stream, int clusters) {
   return cudaGetLastError();
 }
 
-template <typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented>
+template <typename T, bool kBackward, bool kDrops, bool kGated, bool kSegmented, bool kStored>
 cudaError_t launch_tiles(const KernelParams& p, const Tiling& tiling, cudaStream_t stream) {
   const int clusters = std::min(tiling.workers, p.items);
   const auto call = [&](auto config) { return launch<decltype(config), T, kBackward, kDrops>(p, stream, clusters); };
   if constexpr (kGated) {
-    return with_rank<256, kBackward ? Epilogue::kGateGrad : Epilogue::kGate, kSegmented>(tiling.rank, call);
+    return with_rank<256, kBackward ? Epilogue::kGateGrad : Epilogue::kGate, kSegmented, kStored>(tiling.rank, call);
+  } else if constexpr (kStored) {
+    return with_rank<256, Epilogue::kPlain, false, true>(tiling.rank, call);
   } else {
     return tiling.block_cols == 128 ? with_rank<128, Epilogue::kPlain, kSegmented>(tiling.rank, call)
                                     : with_rank<256, Epilogue::kPlain, kSegmented>(tiling.rank, call);
   }
 }
 
-template <bool kBackward, bool kDrops, bool kGated, bool kSegmented = false>
+template <bool kBackward, bool kDrops, bool kGated, bool kSegmented = false, bool kStored = false>
 cudaError_t launch_pass(const KernelParams& p, const Tiling& tiling, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops, kGated, kSegmented>(p, tiling, stream);
-  return launch_tiles<__half, kBackward, kDrops, kGated, kSegmented>(p, tiling, stream);
+  if (dtype == DType::kBFloat16) return launch_tiles<__nv_bfloat16, kBackward, kDrops, kGated, kSegmented, kStored>(p, tiling, stream);
+  return launch_tiles<__half, kBackward, kDrops, kGated, kSegmented, kStored>(p, tiling, stream);
 }
 
 // Each instantiated in a file of its own, so that they compile beside each other.
@@ -58,13 +60,29 @@ extern FUSED_LORA_LAUNCH_SEGMENTS(true, false, false);
 extern FUSED_LORA_LAUNCH_SEGMENTS(true, true, false);
 extern FUSED_LORA_LAUNCH_SEGMENTS(true, false, true);
 
+#define FUSED_LORA_LAUNCH_STORED(backward, drops, gated) \
+  template cudaError_t launch_pass<backward, drops, gated, false, true>(const KernelParams&, const Tiling&, DType, cudaStream_t)
+extern FUSED_LORA_LAUNCH_STORED(false, false, false);
+extern FUSED_LORA_LAUNCH_STORED(false, true, false);
+extern FUSED_LORA_LAUNCH_STORED(false, false, true);
+extern FUSED_LORA_LAUNCH_STORED(false, true, true);
+extern FUSED_LORA_LAUNCH_STORED(true, false, false);
+extern FUSED_LORA_LAUNCH_STORED(true, true, false);
+extern FUSED_LORA_LAUNCH_STORED(true, false, true);
+extern FUSED_LORA_LAUNCH_STORED(true, true, true);
+
+template <bool kBackward, bool kStored>
+auto launcher_without_segments(const Pass& pass) {
+  if (pass.gated) return pass.drops ? launch_pass<kBackward, true, true, false, kStored> : launch_pass<kBackward, false, true, false, kStored>;
+  return pass.drops ? launch_pass<kBackward, true, false, false, kStored> : launch_pass<kBackward, false, false, false, kStored>;
+}
+
 // The kernels of a pass.
 template <bool kBackward>
 auto launcher_of(const Pass& pass) {
   if (pass.segmented() && pass.gated) return launch_pass<kBackward, false, true, true>;
   if (pass.segmented()) return pass.drops ? launch_pass<kBackward, true, false, true> : launch_pass<kBackward, false, false, true>;
-  if (pass.gated) return pass.drops ? launch_pass<kBackward, true, true> : launch_pass<kBackward, false, true>;
-  return pass.drops ? launch_pass<kBackward, true, false> : launch_pass<kBackward, false, false>;
+  return pass.dequantises() ? launcher_without_segments<kBackward, true>(pass) : launcher_without_segments<kBackward, false>(pass);
 }
 
 // Parameters that both passes have.

@@ -95,7 +95,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   }
   ptx::cluster_arrive();
   ptx::cluster_wait();
-  if (p.ring.pieces > 0) Dequantiser<T, kBackward, C::kGates>(p).fill();
+  if constexpr (C::kStored) Dequantiser<T, kBackward, C::kGates>(p).fill();
 
   if (warpgroup == 0) {
     ptx::give_registers<C::kLoadRegisters>();
@@ -107,7 +107,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
         producer.run(item);
         item = await_item(shared, phase);
       }
-      if (p.ring.pieces > 0) ptx::mbarrier_wait(&shared.dequantised, 0);
+      if constexpr (C::kStored) ptx::mbarrier_wait(&shared.dequantised, 0);
       leave(p, item.mark);
     } else if (takes_items) {
       take_items(shared, p, first_item);

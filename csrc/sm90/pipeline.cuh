@@ -39,10 +39,10 @@ __host__ __device__ constexpr int boxes_of(int size) { return ceil_div(size, kBo
 enum class Epilogue { kPlain, kGate, kGateGrad };
 
 // What a kernel of tiles 128 x kBlockN and ranks up to kBlockR brings into a stage.
-// kSegmented: each row has an adapter of its own (work/segments.h), and kBlockR is a window.
-template <int kBlockN_, int kBlockR_, Epilogue kEpilogue_ = Epilogue::kPlain, bool kSegmented_ = false>
+// kSegmented: each row has an adapter of its own (work/segments.h), and kBlockR is a window. kStored: some weight is in a format.
+template <int kBlockN_, int kBlockR_, Epilogue kEpilogue_ = Epilogue::kPlain, bool kSegmented_ = false, bool kStored_ = false>
 struct Config {
-  static constexpr bool kSegmented = kSegmented_;
+  static constexpr bool kSegmented = kSegmented_, kStored = kStored_;
   static constexpr int kBlockN = kBlockN_, kBlockR = kBlockR_;
   static constexpr Epilogue kEpilogue = kEpilogue_;
   static constexpr bool kGates = kEpilogue == Epilogue::kGate, kGateGrads = kEpilogue == Epilogue::kGateGrad;
@@ -66,7 +66,7 @@ struct Config {
 
   static constexpr int kStageBytes = kTileBoxes * kBoxBytes + kRideBytes;
   // Of a thread of the warpgroup that loads and of one that multiplies: all there are.
-  static constexpr int kLoadRegisters = kGated ? 72 : 56, kMultiplyRegisters = kGated ? 216 : 224;
+  static constexpr int kLoadRegisters = kGated || kStored ? 72 : 40, kMultiplyRegisters = kGated || kStored ? 216 : 232;
 
   static constexpr int kStages = kBlockN == 256 ? 4 : 6;
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");

@@ -70,7 +70,7 @@ struct Producer {
 
   // Of all parts of a tile, whose weights are dequantised first.
   __device__ void wait_for_weight(const Item& item) {
-    if (p.ring.pieces == 0) return;
+    if constexpr (!C::kStored) return;
     const int column = (item.raises - p.ring.done) / (2 * p.ring.rows);
     if (column == ready) return;
     const int* flags = p.flags + p.ring.ready + column * p.ring.ready_stride;
@@ -89,7 +89,8 @@ struct Producer {
     if constexpr (kBackward && !C::kGateGrads) gradient(item);
   }
 
-  static __device__ int place_of(const Part& part, const Item& item) { return part.ring != nullptr ? item.place : item.col; }
+  // Where the tile's columns of its weight begin.
+  static __device__ int place_of(const Part& part, const Item& item) { return C::kStored && part.ring != nullptr ? item.place : item.col; }
 
   __device__ void shrink(const Item& item) {
     const Part& part = p.part[item.part];
@@ -162,7 +163,7 @@ struct Producer {
   __device__ void tile_gated(const Item& item) {
     const int row = item.row + rank * kBlockM, col = item.col;
     const int depth = p.part[0].depth, release_at = lookahead(depth, kBox);
-    const int places[2] = {place_of(p.part[0], item), place_of(p.part[1], item) + (p.part[1].ring != nullptr ? C::kTileCols : 0)};
+    const int places[2] = {place_of(p.part[0], item), place_of(p.part[1], item) + (C::kStored && p.part[1].ring != nullptr ? C::kTileCols : 0)};
     wait_for_weight(item);
     if constexpr (C::kSegmented) announce_steps(kHalf * rank_steps(item, 0, 2));
 #pragma unroll 1

@@ -18,7 +18,7 @@ inline int clusters_of(const Card& card) { return std::max(1, card.sms / kCluste
 inline bool wants_narrow_tiles(const Pass& pass, int clusters) {
   const int64_t items = ceil_div(pass.M, kPairRows);
   const int wide_waves = ceil_div(items * pass.tile_cols(256), clusters), narrow_waves = ceil_div(items * pass.tile_cols(128), clusters);
-  return !pass.gated && pass.most_rank() <= 128 && 0.56 * narrow_waves < wide_waves;
+  return !pass.gated && !pass.dequantises() && pass.most_rank() <= 128 && 0.56 * narrow_waves < wide_waves;
 }
 
 template <typename C>
@@ -27,23 +27,23 @@ Tiling tiling_of(int clusters) {
 }
 
 // call(C{}) for the kernels' C that pads ranks so; what is made for ranks above 128 is never narrow, nor gated.
-template <int kBlockN, Epilogue kEpilogue, bool kSegmented = false, typename Call>
+template <int kBlockN, Epilogue kEpilogue, bool kSegmented = false, bool kStored = false, typename Call>
 auto with_rank(int rank, Call call) {
   switch (rank) {
     case 16:
-      if constexpr (!kSegmented) return call(Config<kBlockN, 16, kEpilogue>{});
+      if constexpr (!kSegmented && !kStored) return call(Config<kBlockN, 16, kEpilogue>{});
       [[fallthrough]];
-    case 64: return call(Config<kBlockN, 64, kEpilogue, kSegmented>{});
-    case 128: return call(Config<kBlockN, 128, kEpilogue, kSegmented>{});
+    case 64: return call(Config<kBlockN, 64, kEpilogue, kSegmented, kStored>{});
+    case 128: return call(Config<kBlockN, 128, kEpilogue, kSegmented, kStored>{});
   }
-  if constexpr (kEpilogue == Epilogue::kPlain) return call(Config<256, 256, kEpilogue, kSegmented>{});
-  return call(Config<kBlockN, 128, kEpilogue, kSegmented>{});
+  if constexpr (kEpilogue == Epilogue::kPlain) return call(Config<256, 256, kEpilogue, kSegmented, kStored>{});
+  return call(Config<kBlockN, 128, kEpilogue, kSegmented, kStored>{});
 }
 
 template <int kBlockN>
 Tiling tiling_of(const Pass& pass, int clusters) {
   const auto tiling = [&](auto config) { return tiling_of<decltype(config)>(clusters); };
-  const int rank = std::max(work::block_rank(pass.most_rank()), pass.segmented() ? kBox : 0);
+  const int rank = std::max(work::block_rank(pass.most_rank()), pass.segmented() || pass.dequantises() ? kBox : 0);
   if (!pass.gated) return with_rank<kBlockN, Epilogue::kPlain>(rank, tiling);
   return pass.backward ? with_rank<kBlockN, Epilogue::kGateGrad>(rank, tiling) : with_rank<kBlockN, Epilogue::kGate>(rank, tiling);
 }

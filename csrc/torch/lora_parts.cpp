@@ -132,7 +132,7 @@ void check_routing(const Routing& routing, const std::vector<Part>& parts, doubl
   for (size_t i = 0; i < parts.size(); ++i) {
     check(parts[i].scale.numel() * work::kSlice >= parts[i].A.size(0), "scale must have an entry for each 16 ranks");
     check(parts[i].A.size(0) % 64 == 0, "slabs must have a multiple of 64 ranks, got ", parts[i].A.size(0));
-    check(!parts[i].gain, "rows with adapters of their own have no gain");
+    check(!parts[i].gain && !parts[i].stored(), "rows with adapters of their own have no gain, and no weight in a format");
     const int64_t levels = routing.blocks(i).size(0), windows = routing.windows(i).size(0);
     check(windows > 0, "rows with adapters of their own must have one");
     check(levels == 1 || x.scalar_type() != ScalarType::Half, "rows whose adapters add up have no room of one size in float16");

@@ -44,6 +44,12 @@ struct Pass {
   // Whether tiles read a part's weight from where it is dequantised.
   bool dequantises(int i) const { return wants_out && i < summed && part[i].stored; }
 
+  bool dequantises() const {
+    bool any = false;
+    for (int i = 0; i < parts; ++i) any |= dequantises(i);
+    return any;
+  }
+
   // Of one tile's products.
   int64_t depth() const {
     int64_t sum = part[0].depth;

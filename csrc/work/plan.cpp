@@ -74,15 +74,16 @@ class Planner {
   void make_ring() {
     constexpr int64_t kMostBytes = 64 << 20;
     Ring& ring = plan_.ring;
-    int64_t depth = pass_.part[0].depth, pieces = ceil_div(depth, kPieceSize);
-    for (int i = 1; pass_.backward && i < pass_.summed; ++i) {
+    const int along = pass_.backward ? kPieceRows : kPieceCols, across = pass_.backward ? kPieceCols : kPieceRows;
+    int64_t depth = 0, pieces = 0;
+    for (int i = 0; i < (pass_.backward ? pass_.summed : 1); ++i) {
       depth += pass_.part[i].depth;
-      pieces += ceil_div(pass_.part[i].depth, kPieceSize);
+      pieces += ceil_div(pass_.part[i].depth, along);
     }
     const int64_t of_column = int64_t{tiling_.block_cols} * ((depth + 63) / 64 * 64) * 2;  // of 16 bits
     const int most = std::max(2, static_cast<int>(kMostBytes / of_column) / 2 * 2);
     ring.tiles = std::min({tile_cols_, most, ceil_div(3 * tile_cols_, 4)});
-    ring.across = tiling_.block_cols / kPieceSize;
+    ring.across = tiling_.block_cols / across;
     ring.of_tile = ring.across * static_cast<int>(pieces);
     ring.pieces = ring.of_tile * tile_cols_;
     ring.rows = rows_;
@@ -151,9 +152,19 @@ class Planner {
   void list() {
     const int at_once = dequantises_ ? ceil_div(plan_.ring.tiles, 2) : std::max(1, tile_cols_);
     list_columns(0, std::min(at_once, tile_cols_));
+    int step = order_.groups;
     for (int col = at_once; col < tile_cols_; col += at_once) {
-      for (int group = 0; group < order_.groups; ++group) add_tiles(group, col, 0, groups_[group].count * std::min(at_once, tile_cols_ - col));
+      for (int group = 0; group < order_.groups; ++group, ++step) {
+        add_tiles(group, col, 0, groups_[group].count * std::min(at_once, tile_cols_ - col));
+        add_spread_gradients(step);
+      }
     }
+  }
+
+  // Gradients of one group after another, as evenly as steps of all columns allow.
+  void add_spread_gradients(int step) {
+    const int times = ceil_div(tile_cols_, ceil_div(plan_.ring.tiles, 2));
+    if ((step + 1) % times == 0) add_gradients((step + 1) / times - 1);
   }
 
   // The first columns of tiles, with all that is no tile between them.
@@ -165,8 +176,9 @@ class Planner {
       if (order_.waves) add_tiles(step, col, 0, tiles);
       if (order_.shrink_batch > 0) add_shrinks(step + order_.shrink_lead);
       if (!order_.waves) add_tiles(step, col, 0, first_tiles);
-      add_gradients(step + order_.gradient_lead);
+      if (!dequantises_) add_gradients(step + order_.gradient_lead);
       if (!order_.waves) add_tiles(step, col, first_tiles, tiles);
+      if (dequantises_ && exists(step)) add_spread_gradients(step);
     }
   }
 

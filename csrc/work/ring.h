@@ -10,7 +10,7 @@
 
 namespace fused_lora::work {
 
-constexpr int kPieceSize = 128;  // rows and columns of W in a piece
+constexpr int kPieceRows = 64, kPieceCols = 128;  // of W
 
 struct Ring {
   int tiles;     // columns of tiles that it holds; 0: no weight is in a format

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, choices, segments
+from ..formats import Stored
 from . import parts as of_parts
 from .alone import kernel_bias, like, no_autocast, rows_of
 from .library import launching, ops
@@ -78,6 +79,8 @@ def obstacle(
         return "their factors have dtypes of their own"
     if any(part.weight.numel() == 0 for part in parts):
         return "there is nothing to compute"
+    if any(isinstance(part.weight, Stored) for part in parts):
+        return "csrc has no kernels for quantised weights whose rows have adapters of their own"
     readable, window = all(choices.csrc_reads(part.weight, part.A, part.B) for part in parts), each[0].window
     drop = [of.thresholds is not None for of in each]
     choice = choices.choose_segments(device, dtype, window, readable, any(drop))

@@ -80,7 +80,8 @@ def check_ring(each: Pass, sizes, items: list[Item]) -> None:
     for column in range(ring.tiles, columns):
         assert max(places[column - ring.tiles]) < min(places[column])
     depths = [part.depth for part in each.parts[: each.summed if each.backward else 1]]
-    assert ring.of_tile == block_cols // 128 * sum(-(-depth // 128) for depth in depths)
+    along, across = (64, 128) if each.backward else (128, 64)  # of a piece
+    assert ring.of_tile == block_cols // across * sum(-(-depth // along) for depth in depths)
     assert ring.pieces == ring.of_tile * columns
     assert ring.ready % 4 == ring.ready_stride % 4 == 0
     assert ring.ready + ring.ready_stride * columns <= ring.done <= sizes.flags - 2 * rows * columns

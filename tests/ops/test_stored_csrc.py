@@ -1,5 +1,5 @@
-"""csrc's kernels over weights in a format: results are those over plain weights of the same values, bit for bit; through
-rings that are used many times, and beside all else that kernels do."""
+"""csrc's kernels over weights in a format: results are those over plain weights of the same values, bit for bit, through
+rings that are used many times and beside all else that kernels do."""
 
 import gc
 
@@ -10,8 +10,6 @@ from fused_lora import backends, choices
 from fused_lora.formats import FP8, INT8, NF4, dequantise
 from fused_lora.ops import Part, lora_group, lora_linear, lora_mlp
 from tests.ops.problem import SCALE, randn, seed_on
-from tests.ops.segments_problem import Problem
-from tests.segments.divisions import DIVISIONS, Division
 
 FORMATS = [NF4(), NF4(nested=True), INT8(), FP8("rows"), FP8("blocks"), FP8("tensor")]
 # M, K, N, r: one column of tiles, some, more than a ring holds; depths and widths that no kernel likes.
@@ -120,23 +118,6 @@ def test_gated_mlps(save, shape, form):
     stored, plain = zip(*pairs, strict=True)
     mlp = lambda x, parts: [lora_mlp(x, *parts, save=save)]  # noqa: E731
     assert_same_bits(mlp, randn(M, K, **bfloat16).requires_grad_(), stored, plain)
-
-
-MANY = Division((16,) * 8, tuple((i, 300 + i) for i in range(8)))
-
-
-@every_format
-@pytest.mark.parametrize("division", [DIVISIONS["mixed"], DIVISIONS["odd"], MANY], ids=["mixed", "odd", "many"])
-@pytest.mark.parametrize("drops", [False, True])
-def test_rows_with_adapters_of_their_own(drops, division, form):
-    problem, found = Problem(division, 520, (1032,), drops=drops), []
-    stored = form.quantise(problem.linears[0].weight)
-    for weight in (stored, dequantise(stored, torch.bfloat16)):
-        poison()
-        problem.linears[0].weight = weight
-        found.append(problem.run())
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
 
 
 @every_format
