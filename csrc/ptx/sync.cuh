@@ -43,6 +43,11 @@ __device__ __forceinline__ void flag_raise(int* flag, int mark) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(mark) : "memory");
 }
 
+// Of who has written nothing that others wait for: it costs no fence.
+__device__ __forceinline__ void flag_raise_unordered(int* flag, int mark) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(mark) : "memory");
+}
+
 // Into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 

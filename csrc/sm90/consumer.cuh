@@ -272,7 +272,7 @@ struct Consumer {
       }
     }
     if constexpr (C::kStored) {
-      if (self.index == 0 && self.thread() == 0) ptx::flag_raise(p.flags + item.raises + rank, item.mark);
+      if (self.index == 0 && self.thread() == 0) ptx::flag_raise_unordered(p.flags + item.raises + rank, item.mark);
     }
     if constexpr (C::kGates) {
       finish_columns(half<0>(acc), p.part[0], col);
@@ -326,7 +326,7 @@ struct Consumer {
       return left;
     };
     int steps = terms.rank_steps;
-    if constexpr (C::kGated || C::kBlockR > 128) {
+    if constexpr (C::kGated || C::kStored || C::kBlockR > 128) {
 #pragma unroll 1
       for (; steps > 0; --steps) add_masked_step(acc, kept, next());
     } else {
@@ -397,7 +397,7 @@ struct Consumer {
 
   static __device__ Mask mask_of(const Part& part, int level) { return Mask(static_cast<uint64_t>(*part.dropout.seed + level)); }
 
-  // One after another: gated kernels and those for ranks above 128 have no registers for more.
+  // One after another: gated kernels, those that dequantise and those for ranks above 128 have no registers for more.
   // own: as many ranks as are left, or those of the step.
   template <int kBoxes, bool kOfRows, typename Own>
   __device__ __forceinline__ void add_masked_step(float (&acc)[C::kBlockN / 2], const KeptBits<kBoxes, kOfRows>& kept, Own own) {

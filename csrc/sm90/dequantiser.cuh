@@ -39,7 +39,7 @@ struct Dequantiser {
   // The piece, if its place is free.
   __device__ __forceinline__ bool work() {
     if (done() || !is_free()) return false;
-    dequantise<8>();
+    dequantise<4>();
     take();
     return true;
   }

@@ -66,7 +66,7 @@ struct Config {
 
   static constexpr int kStageBytes = kTileBoxes * kBoxBytes + kRideBytes;
   // Of a thread of the warpgroup that loads and of one that multiplies: all there are.
-  static constexpr int kLoadRegisters = kGated || kStored ? 72 : 40, kMultiplyRegisters = kGated || kStored ? 216 : 232;
+  static constexpr int kLoadRegisters = kGated ? 72 : kStored ? 56 : 40, kMultiplyRegisters = kGated ? 216 : kStored ? 224 : 232;
 
   static constexpr int kStages = kBlockN == 256 ? 4 : 6;
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
