@@ -3,7 +3,7 @@
     W += scale B A: dequantised, added in float32, and quantised again by scales of the sum.
 
 All of it goes some rows at a time, twice: once to see the new scales, and whether all is finite; once to write. Beside
-codes and scales that takes less than 100 bytes for each of the CHUNK entries that are looked at together, and never the
+codes and scales that takes some 120 bytes for each of the CHUNK entries that are looked at together, and never the
 whole of W.
 
 A block is what shares a scale. Where nothing is added to a block, its bits stay. Quantising again what was dequantised
