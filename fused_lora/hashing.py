@@ -30,9 +30,9 @@ def hash_bits(M: int, K: int, seed: Tensor, first: int = 0) -> Tensor:
     return h ^ (h >> 16)
 
 
-def half_bits(rows: int, cols: int, seed: Tensor) -> Tensor:
-    """(rows, cols) int64 in [0, 2^16): two neighbours share the halves of one hash."""
-    h = hash_bits(rows, (cols + 1) // 2, seed)
+def half_bits(rows: int, cols: int, seed: Tensor, first: int = 0) -> Tensor:
+    """(rows, cols) int64 in [0, 2^16), rows from `first` on: two neighbours share the halves of one hash."""
+    h = hash_bits(rows, (cols + 1) // 2, seed, first)
     return torch.stack((h & 0xFFFF, h >> 16), dim=-1).flatten(-2)[:, :cols]
 
 

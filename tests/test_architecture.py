@@ -19,7 +19,7 @@ ROOMS = {
     "hashing": set(),
     "reference": {"formats", "hashing"},
     "segments": {"formats", "reference", "hashing"},
-    "formats": set(),
+    "formats": {"hashing"},
     "padding": set(),
     "extras": set(),
     "whole_files": set(),

@@ -40,9 +40,10 @@ class Stored(NamedTuple):
     def numel(self) -> int:
         return self.N * self.K
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """The first and the last row of parts that are small enough to be dequantised at once."""
-        step = max(1, CHUNK // max(1, self.K))
+    def chunks(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """The first and the last row of parts that are small enough to be dequantised at once, or of the least rows
+        that are a multiple."""
+        step = max(1, CHUNK // max(1, self.K) // multiple) * multiple
         return ((first, min(first + step, self.N)) for first in range(0, self.N, step))
 
 
@@ -56,6 +57,38 @@ class Format(Protocol):
 
     def dequantise(self, stored: Stored, first: int, last: int) -> Tensor:
         """Rows of W from first to last, in float32."""
+
+    # What quantising is made of, for those who do it some rows at a time.
+
+    def rows_of_blocks(self, K: int) -> int:
+        """The least rows that end where blocks end (what shares a scale is a block). By tensor it is 1."""
+
+    def largest(self, sizes: Tensor) -> Tensor:
+        """Of each block, of some rows' entries without their signs."""
+
+    def rescaled(self, stored: Stored, largest: Tensor, touched: Tensor, cover: bool) -> Stored:
+        """stored with new scales, of blocks that are touched by their largest entries; the others keep theirs.
+
+        cover: no entry may lie outside of what codes reach, where scales themselves are rounded.
+        """
+
+    def spread(self, by_block: Tensor, first: int, last: int, K: int) -> Tensor:
+        """What there is one of for each block, for each entry of rows from first to last, or broadcast to them."""
+
+    def scales_of(self, stored: Stored, first: int, last: int) -> Tensor:
+        """The scales, spread."""
+
+    def in_codes(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """weight over its scales, in the units of values."""
+
+    def values(self, device: torch.device) -> Tensor:
+        """What codes stand for, in order."""
+
+    def encode(self, numbers: Tensor) -> Tensor:
+        """The codes of the nearest values, as they are kept. Of all rows, or of rows_of_blocks or a multiple."""
+
+    def codes_of(self, stored: Stored, first: int, last: int) -> Tensor:
+        """Where the codes of rows from first to last are kept: a view."""
 
 
 def check_weight(weight: Tensor) -> None:
