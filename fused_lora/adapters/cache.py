@@ -164,7 +164,7 @@ class AdapterCache:
                 raise ValueError(f"{layer} of {name} is none of the cache's layers: target_modules")
             if r > self.r:
                 raise ValueError(f"{name} has r={r} in {layer}, slots are for r={self.r} at most")
-            errors = shape_errors(layer, factors[layer], r, self._banks[layer].weight.shape)
+            errors = shape_errors(layer, factors[layer], r, self._banks[layer].frozen_weight.shape)
             if errors:
                 raise ValueError(f"{name}: {errors[0]}")
             dtype = self._banks[layer].lora_dtype
