@@ -11,6 +11,7 @@ from .. import checks, ops
 from ..formats import FP8, NAMED, Format, Stored
 from ..formats.fp8 import CODES
 from .attributes import parameter
+from .protocol import PLAIN
 
 SCALES = ("weight_scale", "weight_outer")
 TENSORS = ("weight", *SCALES)  # as Stored has them
@@ -98,7 +99,7 @@ class Frozen(nn.Module):
         scale, outer = parameter(self, "weight_scale"), parameter(self, "weight_outer")
         if codes.dtype.itemsize > 1 or scale.dtype.itemsize == 2 or (outer is not None and outer.dtype.itemsize == 2):
             _raise_cast(codes, scale)
-        if getattr(self.base, "by", None) == "tensor":
+        if getattr(self.base, "by", None) == "tensor" and type(scale) in PLAIN:  # shards stay as they are
             scale = scale.view(())
         return Stored(codes, scale, outer, self.out_features, self.in_features)
 
