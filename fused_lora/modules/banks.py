@@ -11,7 +11,7 @@ from ..formats import Format
 from .config import LoRAConfig, asked_for, fields_of, forget, remember, remembered
 from .exchanging import exchange
 from .freezing import freeze_all_but_updates
-from .frozen import asked_base, naming
+from .frozen import asked_base, names_of_bases, naming
 from .fusing import fuse as fuse_layers
 from .lora_bank import LoRABank
 from .protocol import is_bank
@@ -69,7 +69,7 @@ def add_adapter(
     _install(model, linears, list(made.values()), base)
     for layer in banks:
         del report.skipped[layer]
-    report.adapted, report.base = list(every), base.name if base is not None and made else None
+    report.adapted, report.base = list(every), names_of_bases(made.values())
     if config is not None:
         remember(model, fields_of(config), name)
     if freeze:

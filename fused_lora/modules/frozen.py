@@ -1,6 +1,6 @@
 """Frozen: the weight that a layer does not train, as a matrix, or in a format its codes and scales."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import torch
@@ -12,6 +12,7 @@ from ..formats import FP8, NAMED, Format, Stored
 from ..formats.fp8 import CODES
 from .attributes import parameter
 from .protocol import PLAIN
+from .quantised import Taken, taken
 
 SCALES = ("weight_scale", "weight_outer")
 TENSORS = ("weight", *SCALES)  # as Stored has them
@@ -27,6 +28,23 @@ def asked_base(base: str | Format | None) -> Format | None:
         return base
     error = ValueError if isinstance(base, str) else TypeError
     raise error(f"base must be one of {', '.join(NAMED)}, a format of fused_lora.formats or None, got {base!r}")
+
+
+def check_linear(linear: nn.Linear) -> None:
+    """Whether it is an nn.Linear itself, or one that is quantised in a way that is known."""
+    if taken(linear) is None:
+        checks.check_base(linear)
+
+
+def found_in(linear: nn.Linear, base: Format | None) -> Taken | None:
+    """The weight of a linear that is quantised already; None where it is as nn.Linear has it, and can be quantised if a
+    base is asked for."""
+    found = taken(linear, base)
+    if found is None:
+        checks.check_matrix("linear.weight", linear.weight)
+        if base is not None:
+            check_quantisable("linear.weight", linear.weight)
+    return found
 
 
 def check_quantisable(name: str, weight: Tensor) -> None:
@@ -47,6 +65,11 @@ def naming(name: str, function: Callable, *arguments):
         raise type(error)(f"{name}: {error}" if name else str(error)) from None
 
 
+def names_of_bases(layers: Iterable["Frozen"]) -> str | None:
+    """The formats that weights of layers are in."""
+    return ", ".join(sorted({layer.base.name for layer in layers if layer.base is not None})) or None
+
+
 class Frozen(nn.Module):
     """What LoRALinear and LoRABank have of it.
 
@@ -64,10 +87,18 @@ class Frozen(nn.Module):
     base: Format | None = None  # of layers that were pickled before there were formats
     _compute_dtype: torch.dtype | None = None
 
+    def _start_on(self, linear: nn.Linear, found: Taken | None) -> None:
+        """On a linear's tensors, and its weight as found where that is quantised already."""
+        if found is None:
+            self.weight = linear.weight
+        else:
+            self._hold(*found)
+        self.bias = linear.bias
+
     def quantise(self, linear: nn.Linear, base: Format | None) -> None:
         """The linear's weight, which the layer holds until now, in a format. The linear lets go of it: two copies of a
         model may not fit into memory."""
-        if base is not None:
+        if base is not None and self.base is None:
             self._hold(base.quantise(self.weight), base, self.weight.dtype)
             linear.weight = None
 

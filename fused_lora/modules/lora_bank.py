@@ -9,9 +9,10 @@ from .. import checks, ops
 from ..formats import Format
 from . import hooks, routing, siblings
 from .attributes import parameter
-from .frozen import Frozen, asked_base, check_quantisable
+from .frozen import Frozen, asked_base, check_linear, found_in
 from .keeping import Keeping
 from .protocol import are_plain
+from .quantised import Taken
 
 
 class LoRABank(Frozen, Keeping):
@@ -46,14 +47,16 @@ class LoRABank(Frozen, Keeping):
         self._begin(like, lora_dtype, capacity)
         self.take_base()
 
-    def _begin(self, linear: nn.Linear, lora_dtype: torch.dtype | None, capacity: int) -> None:
+    def _begin(
+        self, linear: nn.Linear, lora_dtype: torch.dtype | None, capacity: int, found: Taken | None = None
+    ) -> None:
         checks.check_count("capacity", capacity)
         if lora_dtype is not None:
             checks.check_dtype("lora_dtype", lora_dtype)
-        weight, bias = linear.weight, linear.bias
-        super().__init__(linear.in_features, linear.out_features, capacity, weight.device, lora_dtype or weight.dtype)
+        weight, dtype = linear.weight, linear.weight.dtype if found is None else found.dtype
+        super().__init__(linear.in_features, linear.out_features, capacity, weight.device, lora_dtype or dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = weight, bias
+        self._start_on(linear, found)
 
     @classmethod
     def from_linear(
@@ -64,7 +67,7 @@ class LoRABank(Frozen, Keeping):
         base: str | Format | None = None,
     ) -> "LoRABank":
         """A bank on the linear's own parameters, which it freezes; with a base as LoRALinear.from_linear has it."""
-        checks.check_base(linear)
+        check_linear(linear)
         base = asked_base(base)
         bank = cls.beside(linear, lora_dtype, capacity, base)
         bank.quantise(linear, base)
@@ -76,11 +79,9 @@ class LoRABank(Frozen, Keeping):
         cls, linear: nn.Linear, lora_dtype: torch.dtype | None, capacity: int, base: Format | None = None
     ) -> "LoRABank":
         """from_linear without take_base: what can fail, before anything of the linear is changed."""
-        checks.check_matrix("linear.weight", linear.weight)
-        if base is not None:
-            check_quantisable("linear.weight", linear.weight)
+        found = found_in(linear, base)
         bank = cls.__new__(cls)
-        bank._begin(linear, lora_dtype, capacity)
+        bank._begin(linear, lora_dtype, capacity, found)
         return bank.train(linear.training)
 
     def take_base(self) -> None:

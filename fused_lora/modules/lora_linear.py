@@ -11,7 +11,7 @@ from .. import checks, ops, padding
 from ..formats import Format
 from . import hooks, siblings
 from .attributes import parameter
-from .frozen import asked_base, check_quantisable
+from .frozen import asked_base, check_linear, found_in
 from .loading import loading_errors
 from .merging import Merging
 from .protocol import is_whole
@@ -146,9 +146,10 @@ class LoRALinear(Merging):
         """A LoRALinear on the linear's own parameters, which it freezes, the bias unless train_bias.
 
         Nothing is copied, but where a weight moves to padded rows. With a base the weight is quantised: "fp8", "int8",
-        "nf4", "nf4-nested", or a format of fused_lora.formats. The linear then has lost its own, and is of no use.
+        "nf4", "nf4-nested", or a format of fused_lora.formats. The linear then has lost its own, and is of no use. What
+        bitsandbytes or Hugging Face has quantised is taken as it is (quantised.py): the tensors are shared.
         """
-        checks.check_base(linear)
+        check_linear(linear)
         base = asked_base(base)
         layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora, base)
         layer.quantise(linear, base)
@@ -160,17 +161,16 @@ class LoRALinear(Merging):
         cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora, base=None
     ) -> "LoRALinear":
         """from_linear without take_base: what can fail, before anything of the linear is changed."""
-        checks.check_matrix("linear.weight", linear.weight)
-        if base is not None:
-            check_quantisable("linear.weight", linear.weight)
+        found = found_in(linear, base)
+        dtype = linear.weight.dtype if found is None else found.dtype
         with torch.device("meta"):
             layer = cls(
                 linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, linear.bias is not None,
-                use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype, pad_rows=pad_rows, use_dora=use_dora,
+                use_rslora, dtype=dtype, lora_dtype=lora_dtype, pad_rows=pad_rows, use_dora=use_dora,
             )  # fmt: skip
         # Only the factors are allocated: a to_empty() would hold a second weight for a moment.
         device = linear.weight.device
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._start_on(linear, found)
         for name, factor in list(layer.named_parameters()):
             if factor.is_meta and name.startswith("lora_"):
                 setattr(layer, name, nn.Parameter(torch.empty_like(factor, device=device)))

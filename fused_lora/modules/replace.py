@@ -11,7 +11,7 @@ from ..formats import Format
 from .config import LoRAConfig, asked_for, fields_of, remember
 from .exchanging import exchange
 from .freezing import freeze_all_but_updates
-from .frozen import asked_base, naming
+from .frozen import asked_base, names_of_bases, naming
 from .fusing import fuse as fuse_layers
 from .lora_linear import LoRALinear
 from .report import ReplaceReport
@@ -140,7 +140,7 @@ def convert(
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 parameter.requires_grad_(True)
-    report.base = None if base is None else base.name
+    report.base = names_of_bases(layers)
     report.count(model)
     if fuse == "auto":
         report.groups, report.mlps = fuse_layers(model, report.layers(model))

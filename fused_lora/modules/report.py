@@ -18,8 +18,8 @@ class ReplaceReport:
     of add_adapter, are those that got the adapter, new ones and others.
 
     trainable, parameters and updates count elements as replace_linear left the model: those that require gradients,
-    all, and those of the factors and trained biases of LoRALinear layers. base is the format in which it put the frozen
-    weights, or None."""
+    all, and those of the factors and trained biases of LoRALinear layers. base is the format that frozen weights are in
+    now, or None."""
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class ReplaceReport:
         lines = [f"replaced {len(self.replaced)} linear layers, left {len(self.skipped)}"]
         if self.adapted:
             lines[0] = f"an adapter more in {len(self.adapted)} linear layers, left {len(self.skipped)}"
-        lines += [f"their frozen weights are in {self.base} now"] if self.base else []
+        lines += [f"frozen weights are in {self.base}"] if self.base else []
         lines += [self._counts()] if self.parameters else []
         lines += [f"  + {name}" for name in self.adapted or self.replaced]
         lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]

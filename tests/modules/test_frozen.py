@@ -230,7 +230,7 @@ def test_the_report_and_explain_name_the_format():
     model = nn.Sequential(linear(), linear(33, 20))
     report = replace_linear(model, 3, 5.0, target_modules=["0"], base="nf4")
     assert report.base == "nf4"
-    assert "their frozen weights are in nf4 now" in str(report)
+    assert "frozen weights are in nf4" in str(report)
     replace_linear(model, 3, 5.0)
     said = str(explain(model, tokens=7))
     assert said.count("the frozen weight in nf4") == 1
