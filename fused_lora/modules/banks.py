@@ -81,14 +81,21 @@ def add_adapter(
 
 
 def banks_for(
-    model: nn.Module, selection: Selection, lora_dtype: torch.dtype | None, capacity: int, fuse: str = "auto"
+    model: nn.Module,
+    selection: Selection,
+    lora_dtype: torch.dtype | None,
+    capacity: int,
+    fuse: str = "auto",
+    base: str | Format | None = None,
 ) -> dict[str, LoRABank]:
     """The linears that are selected as banks, in the model's order: those that are some already, and new ones."""
+    base = asked_base(base)
     report, linears, banks = find_targets(model, selection)
     if not linears and not banks:
         raise_none(report, selection)
-    made = [LoRABank.beside(linear, lora_dtype, capacity) for linear in linears]
-    _install(model, linears, made)
+    named = zip(report.replaced, linears, strict=True)
+    made = [naming(layer, LoRABank.beside, linear, lora_dtype, capacity, base) for layer, linear in named]
+    _install(model, linears, made, base)
     if fuse == "auto" and made:
         fuse_layers(model, made)
     wanted = {*map(id, banks.values()), *map(id, made)}

@@ -11,11 +11,10 @@ from .. import checks, ops
 from ..formats import FP8, NAMED, Format, Stored
 from ..formats.fp8 import CODES
 from .attributes import parameter
+from .loading import TENSORS, base_errors
 from .protocol import PLAIN
 from .quantised import Taken, taken
 
-SCALES = ("weight_scale", "weight_outer")
-TENSORS = ("weight", *SCALES)  # as Stored has them
 FORMATS = tuple({type(form) for form in NAMED.values()})
 BITS = {1: torch.uint8, 4: torch.int32}  # what stands for a tensor's bits, by the size of an entry
 
@@ -155,6 +154,17 @@ class Frozen(nn.Module):
         super()._apply(lambda tensor: _moved(fn, tensor) if id(tensor) in bits else fn(tensor), recurse)
         self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
         return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        errors = base_errors(self, state_dict, prefix)
+        if errors:
+            error_msgs += errors
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def __getstate__(self) -> dict:
         """Codes as integers, since pickle cannot read 8-bit floats again."""

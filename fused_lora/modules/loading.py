@@ -4,8 +4,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .. import checks
-from .frozen import SCALES, TENSORS
 
+SCALES = ("weight_scale", "weight_outer")  # of a weight in a format
+TENSORS = ("weight", *SCALES)  # as formats.Stored has them
 MATRICES, MAGNITUDES = ("weight", "lora_A", "lora_B"), "lora_magnitude_vector"
 
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from .. import checks, ops
 from ..formats import dequantise
 from . import magnitudes
-from .frozen import SCALES, Frozen
-from .loading import MAGNITUDES, MATRICES, says_merged
+from .frozen import Frozen
+from .loading import MAGNITUDES, MATRICES, SCALES, says_merged
 from .scaled import Scaled
 
 
