@@ -96,7 +96,6 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor]:
     factors = blocks.abs().amax(1)
     scaled = blocks / torch.where(factors == 0, 1, factors)[:, None]
     codes = torch.bucketize(scaled, _between(values)).to(torch.uint8).flatten()[: centred.numel()]
-    codes = codes.clone()  # in memory of its own size, as files want it
     return codes, torch.cat([offset[None], values, factors])
 
 

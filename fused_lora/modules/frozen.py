@@ -98,7 +98,9 @@ class Frozen(nn.Module):
         """The linear's weight, which the layer holds until now, in a format. The linear lets go of it: two copies of a
         model may not fit into memory."""
         if base is not None and self.base is None:
-            self._hold(base.quantise(self.weight), base, self.weight.dtype)
+            stored = base.quantise(self.weight)
+            # Scales may be a part of what they were computed in, and files want memory of their own size.
+            self._hold(stored._replace(scale=stored.scale.clone()), base, self.weight.dtype)
             linear.weight = None
 
     def _freeze(self) -> None:
