@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "formats.h"
 #include "work/segments.h"
 
 namespace fused_lora {
@@ -53,11 +54,12 @@ struct Activation {
 // One of them. A.rows = 0: it has no factors. With segments A and B are slabs (work/segments.h), and xa and dxa boxes of 64 ranks and
 // the rows of a block, one behind another.
 struct ForwardPart {
-  Operand weight, A, B, bias, xa, y;
+  Operand weight, A, B, bias, xa, y;  // of a weight in a format the operand has sizes alone
   const float* gain;   // (y.cols,), or null for 1
   const float* scale;  // on the device
   Dropout dropout;
   work::Segments segments;
+  Stored stored;  // csrc/sm90 alone
 };
 
 struct ForwardParams {
@@ -81,6 +83,7 @@ struct BackwardPart {
   Operand y, bias;  // for dgain, bias where there was one
   float* dgain;     // null where it is not wanted
   work::Segments segments;
+  Stored stored;
 };
 
 struct BackwardParams {
@@ -111,8 +114,9 @@ struct Workspace {
   const work::Item* list;  // its items, on the device
   int* flags;              // kCounters + plan->flags, aligned to 16 bytes; zero before the first launch that uses them
   float* partial;          // plan->floats()
+  void* ring;              // plan->ring.bytes, aligned to 128 bytes
 };
-constexpr int kCounters = 4;
+constexpr int kCounters = 8;
 
 // The kernels of an architecture. Sizes M, K, N >= 1; r <= kMaxRank.
 #define FUSED_LORA_KERNELS                                                                                          \

@@ -16,11 +16,9 @@ from functools import cache
 import torch
 
 from .extension import Extension, load
-from .formats import Stored
 
 BACKENDS = ("cuda", "triton", "addmm", "reference")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
-CSRC_MOST_FEATURES = 2**22  # kMostStride in csrc/lora_linear.h
 TRITON_DTYPES = (*CUDA_DTYPES, torch.float32)
 PLAYED = {"sm80": 80, "sm86": 86}
 
@@ -235,12 +233,6 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     return _choose(device, dtype, forced_backend())
 
 
-def csrc_reads(weight: torch.Tensor | Stored, A: torch.Tensor, B: torch.Tensor) -> bool:
-    """Whether csrc's kernels can be given them: a weight of adjacent columns, factors in its dtype or in float32."""
-    plain = not isinstance(weight, Stored) and weight.stride(1) == 1 and max(weight.shape) <= CSRC_MOST_FEATURES
-    return plain and A.dtype == B.dtype and A.dtype in (weight.dtype, torch.float32)
-
-
 def _csrc_obstacle(r: int, readable: bool) -> str | None:
     unread = "weight is quantised, its columns are not adjacent or more than 2^22, or A and B have dtypes of their own"
     return csrc().rank_obstacle(r) or (None if readable else unread)
@@ -272,7 +264,7 @@ def _choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readab
 
 
 def choose_lora_linear(device: torch.device, dtype: torch.dtype, r: int, readable: bool = True) -> Choice:
-    """The backend of a LoRA linear of rank r, activations of `dtype`; readable as by csrc_reads."""
+    """The backend of a LoRA linear of rank r, activations of `dtype`; readable as by choices.csrc_reads."""
     return _choose_lora_linear(device, dtype, r, readable, forced_backend())
 
 

@@ -13,8 +13,10 @@ import torch
 
 from . import backends
 from .backends import Choice
+from .formats import Stored
 from .measured_file import MeasuredFile, bucket
 
+CSRC_MOST_FEATURES = 2**22  # kMostStride in csrc/lora_linear.h
 COMMAND = "python -m fused_lora.tune"
 GUESS = f"a guess for this card: {COMMAND} measures it"
 _changes = 0
@@ -113,6 +115,24 @@ def _constant_when_compiled(function):
     """As torch.compiler.assume_constant_result, which would import the compiler."""
     function._dynamo_marked_constant = True
     return function
+
+
+@_constant_when_compiled
+@cache
+def csrc_dequantises(device: torch.device) -> bool:
+    """Whether its kernels for a card know weights in a format."""
+    return device.type == "cuda" and backends.gpu(device).capability == 90
+
+
+def csrc_reads(weight: torch.Tensor | Stored, A: torch.Tensor, B: torch.Tensor) -> bool:
+    """Whether csrc's kernels can be given them: a weight of adjacent columns, factors in its dtype or in float32; or a
+    weight in a format on a card whose kernels know them."""
+    if A.dtype != B.dtype or max(weight.shape) > CSRC_MOST_FEATURES:
+        return False
+    if isinstance(weight, Stored):
+        known = A.dtype in (*backends.CUDA_DTYPES, torch.float32)
+        return known and weight.K > 1 and weight.codes.is_contiguous() and csrc_dequantises(weight.device)
+    return weight.stride(1) == 1 and A.dtype in (weight.dtype, torch.float32)
 
 
 @cache

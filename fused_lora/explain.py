@@ -220,7 +220,7 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
         part, p = layer.lora_part(), layer.dropping
         (out_features, in_features), r = part.weight.shape, part.r
         dtype, lora_dtype, device = layer.compute_dtype, part.A.dtype, part.weight.device
-        readable, in_full = backends.csrc_reads(part.weight, part.A, part.B), isinstance(part.weight, torch.Tensor)
+        readable, in_full = choices.csrc_reads(part.weight, part.A, part.B), isinstance(part.weight, torch.Tensor)
     elif device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

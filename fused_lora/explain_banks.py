@@ -53,5 +53,5 @@ def _window(bank: LoRABank) -> int:
 def _choice_of(bank: LoRABank) -> backends.Choice:
     """The backend of rows that have any of its adapters."""
     part = bank.part(())
-    weight, readable = part.weight, backends.csrc_reads(part.weight, part.A, part.B)
+    weight, readable = part.weight, choices.csrc_reads(part.weight, part.A, part.B)
     return choices.choose_segments(weight.device, bank.compute_dtype, _window(bank), readable, bank.dropping > 0)

@@ -31,8 +31,8 @@ ROOMS = {
     "explanations": {"predict"},
     "kernels": {"cards", "formats", "checks", "reference", "segments", "padding", "measured_file", "recent", "layout"},
     "extension": set(),
-    "backends": {"extension", "formats", "kernels"},
-    "choices": {"backends", "measured_file"},
+    "backends": {"extension", "kernels"},
+    "choices": {"backends", "formats", "measured_file"},
     "addmm": {"formats", "reference"},
     "ops": {
         "segments",

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fused_lora import backends, lora_linear
+from fused_lora import backends, choices, lora_linear
 from tests.cards import CUDA, forget, pretend_extension
 
 CPU = torch.device("cpu")
@@ -91,6 +91,9 @@ def test_a_gpu_runs_triton(capability, dtype, card):
     assert backends.choose(CUDA, dtype) == backends.Choice("triton", f"cuda tensor of {dtype}")
 
 
+UNREAD = "weight is quantised, its columns are not adjacent or more than 2^22, or A and B have dtypes of their own"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     card(90)
@@ -98,7 +101,7 @@ def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
     assert backends.choose_lora_linear(CUDA, dtype, 8).name == "cuda"
     for r, readable, reason in (
         (300, True, "r is above 256"),
-        (8, False, "weight's columns are not adjacent or more than 2^22, or A and B have dtypes of their own"),
+        (8, False, UNREAD),
     ):
         choice = backends.choose_lora_linear(CUDA, dtype, r, readable)
         assert choice == backends.Choice("triton", f"csrc's kernels do not take it: {reason}")
@@ -106,7 +109,7 @@ def test_hopper_runs_csrc_where_it_is_built(dtype, card, extension):
 
 def test_what_csrc_reads():
     def reads(weight, A_dtype=torch.float16, B_dtype=torch.float16):
-        return backends.csrc_reads(weight, torch.empty(2, 16, dtype=A_dtype), torch.empty(8, 2, dtype=B_dtype))
+        return choices.csrc_reads(weight, torch.empty(2, 16, dtype=A_dtype), torch.empty(8, 2, dtype=B_dtype))
 
     weight = torch.empty(8, 24, dtype=torch.float16)
     assert reads(weight)

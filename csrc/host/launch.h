@@ -12,13 +12,15 @@ class Launch {
   // Of a pass on the current device, with kernels for it.
   Launch(const work::Pass& pass, cudaStream_t stream);
 
-  int64_t floats() const;  // of memory for its sums, which run() is given
+  // Of memory for its sums and for weights that are dequantised, which run() is given.
+  int64_t floats() const;
+  int64_t ring_bytes() const;
 
-  void run(const ForwardParams& params, float* sums) const;
-  void run(const BackwardParams& params, float* sums) const;
+  void run(const ForwardParams& params, float* sums, void* ring) const;
+  void run(const BackwardParams& params, float* sums, void* ring) const;
 
  private:
-  Workspace workspace(float* sums) const;
+  Workspace workspace(float* sums, void* ring) const;
 
   cudaStream_t stream_;
   bool captured_;

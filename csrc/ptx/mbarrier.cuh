@@ -46,6 +46,19 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
+// Whether it is, now.
+__device__ __forceinline__ bool mbarrier_is_over(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Stores to the 32 bytes that lie where `target` does in block `rank` of the cluster; their arrival there completes the phase
 // of its barrier, which expects one arrival. Whoever waits for it reads its own block's memory, and gives the place back only
 // after what it read was used.

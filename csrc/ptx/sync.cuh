@@ -70,6 +70,34 @@ __device__ __forceinline__ void flag_pair_wait(const int* flags, int mark) {
   }
 }
 
+// Four flags at once, in the order of the source but of no other memory.
+__device__ __forceinline__ int4 load_flags(const int* flags) {
+  int4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(flags) : "memory");
+  return v;
+}
+
+// The same of two.
+__device__ __forceinline__ int2 load_flag_pair(const int* flags) {
+  int2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(flags) : "memory");
+  return v;
+}
+
+// Whether `count` flags have this mark; the first one's place is a multiple of four. All are asked for before one is looked at.
+__device__ __forceinline__ bool flags_are(const int* flags, int count, int mark) {
+  int others = 0;
+#pragma unroll 8
+  for (int i = 0; i < count; i += 4) {
+    const int4 v = load_flags(flags + i);
+    others |= (v.x ^ mark) | (i + 1 < count ? v.y ^ mark : 0) | (i + 2 < count ? v.z ^ mark : 0) | (i + 3 < count ? v.w ^ mark : 0);
+  }
+  return others == 0;
+}
+
+// What was written before the flags were raised that were seen is seen from here on.
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // Adds at the L2 cache, without an answer.
 __device__ __forceinline__ void add_float4(float4* target, float4 value) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(value.x), "f"(value.y),

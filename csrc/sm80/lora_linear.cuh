@@ -439,7 +439,7 @@ __device__ __forceinline__ void run_kernel(const KernelParams& p) {
   Own{shared, p}.run();
   if (threadIdx.x == 0) {
     __threadfence();
-    if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {shared.mark, 0, 0, 0};
+    if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {shared.mark};
   }
 }
 

@@ -211,9 +211,9 @@ struct Consumer {
   __device__ __forceinline__ void tile(const Item& item) {
     constexpr bool kMasked = kBackward && kDrops;
     const Terms terms = terms_of(item);
-    // Before steps over r that may wait for a flag which is pending here: they come soon with few steps before. Where
-    // ranks are masked, everything leaves before them.
-    if (!kMasked && terms.steps <= outbox.kMostBoxes + outbox.kFlagParts) outbox.send_flag();
+    // Before steps that may wait for a flag which is pending here: those over r come soon with few steps before, and the first ones
+    // wait for tiles that have read their weights, which wait for ranks. Where ranks are masked, everything leaves before them.
+    if (p.ring.pieces > 0 || (!kMasked && terms.steps <= outbox.kMostBoxes + outbox.kFlagParts)) outbox.send_flag();
     float acc[C::kBlockN / 2] = {};
     const int row = own_row(item.row), col = item.col;
     if constexpr (kMasked && C::kSegmented) {
@@ -271,6 +271,7 @@ struct Consumer {
         drain();
       }
     }
+    if (p.ring.pieces > 0 && self.index == 0 && self.thread() == 0) ptx::flag_raise(p.flags + item.raises + rank, item.mark);
     if constexpr (C::kGates) {
       finish_columns(half<0>(acc), p.part[0], col);
       finish_columns(half<1>(acc), p.part[1], col);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ptx/cp_async.cuh"
+#include "dequantiser.cuh"
 
 namespace fused_lora::sm90 {
 
@@ -171,12 +172,46 @@ __device__ __forceinline__ void finish_tiles(Shared<C>& shared, const Boxes& box
   }
 }
 
-template <typename C, typename T>
+// The same, with pieces of weights that are dequantised while no box comes; also where none ever does (`finishes`).
+template <typename C, typename Boxes, typename Pieces>
+__device__ __forceinline__ void finish_tiles_beside(Shared<C>& shared, const Boxes& boxes, Pieces pieces, bool finishes) {
+  uint32_t tile_phase = 0, full_phase = 0;
+  int4 tile{};
+  int n = C::kFinishBoxes;  // the next box of the tile
+  pieces.take();
+  while (finishes || !pieces.done()) {
+    const bool begins = n == C::kFinishBoxes;
+    uint64_t* barrier = begins ? &shared.finish_tile_full : &shared.finish_full[n % kConsumers];
+    if (!finishes || !__all_sync(~0u, ptx::mbarrier_is_over(barrier, begins ? tile_phase : full_phase))) {
+      if (!pieces.work()) __nanosleep(50);
+    } else if (begins) {
+      tile = shared.finish_tile;
+      tile_phase ^= 1;
+      n = 0;
+      finishes = tile.x >= 0;
+      if (finishes) boxes.begin(tile);
+    } else {
+      const int w = n % kConsumers;
+      boxes.finish(tile, n++, ptx::shared_address(shared.out[w]));
+      ptx::mbarrier_arrive(&shared.finish_empty[w]);
+      if (w + 1 == kConsumers) full_phase ^= 1;
+    }
+  }
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.dequantised);
+}
+
+template <typename C, typename T, bool kBackward, typename Boxes>
+__device__ __forceinline__ void run_finisher(Shared<C>& shared, const KernelParams& p, const Boxes& boxes, bool finishes) {
+  if (p.ring.pieces > 0) return finish_tiles_beside<C>(shared, boxes, Dequantiser<T, kBackward, C::kGates>(p), finishes);
+  if (finishes) finish_tiles<C>(shared, boxes);
+}
+
+template <typename C, typename T, bool kBackward>
 __device__ void run_finisher(Shared<C>& shared, const KernelParams& p) {
   if constexpr (C::kGated) {
-    in_form<C::kGateGrads>(p.gated, [&](auto form) { finish_tiles<C>(shared, GateBoxes<C, T, decltype(form)>{shared, p}); });
-  } else if (p.rows_start_anywhere) {
-    finish_tiles<C>(shared, StoreRows<C>{p});
+    in_form<C::kGateGrads>(p.gated, [&](auto form) { run_finisher<C, T, kBackward>(shared, p, GateBoxes<C, T, decltype(form)>{shared, p}, true); });
+  } else {
+    run_finisher<C, T, kBackward>(shared, p, StoreRows<C>{p}, p.rows_start_anywhere);
   }
 }
 

@@ -71,6 +71,8 @@ auto launcher_of(const Pass& pass) {
 inline KernelParams params_of(const Pass& pass, const Workspace& workspace) {
   KernelParams p = work::params_of<KernelParams>(pass, workspace);
   p.finish_spacing = workspace.plan->finish_spacing;
+  p.ring = workspace.plan->ring;
+  p.ring_stride = work::ring_stride(pass, p.ring, workspace.plan->tiling.block_cols);
   return p;
 }
 
@@ -84,6 +86,19 @@ struct MapMaker {
     return map;
   }
 };
+
+// A weight, or its place in the ring: `rows` of it from `first_row` on, of as many columns as the ring has there.
+inline void set_weight(KernelParams& p, Part& part, MapMaker& map, const Operand& weight, const Stored& stored, void* ring,
+                       int64_t first_row, int64_t rows, int64_t cols) {
+  part.stored = stored;
+  part.ring = nullptr;
+  if (!stored.exists() || p.ring.pieces == 0) {
+    if (weight.data != nullptr) part.weight = map(weight);
+    return;
+  }
+  part.ring = static_cast<uint16_t*>(ring) + first_row * p.ring_stride;
+  part.weight = map({part.ring, weight.format, rows, cols, p.ring_stride});
+}
 
 // out (M, N), contiguous: by the copy engine where its rows are multiples of 16 bytes, else by the finisher.
 inline void set_out(KernelParams& p, Part& part, MapMaker& map, const Operand& out) {

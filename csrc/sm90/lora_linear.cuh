@@ -57,7 +57,7 @@ __device__ Item await_item(Shared<C>& shared, uint32_t phase) {
 // Of the block's producer, which has seen the list's end. The last one makes the counters what the next launch needs.
 __device__ inline void leave(const KernelParams& p, int mark) {
   __threadfence();
-  if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {mark, 0, 0, 0};
+  if (atomicAdd(&p.counters->exited, 1) + 1 == static_cast<int>(gridDim.x)) *p.counters = {mark};
 }
 
 template <bool kBackward>
@@ -95,6 +95,7 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
   }
   ptx::cluster_arrive();
   ptx::cluster_wait();
+  if (p.ring.pieces > 0) Dequantiser<T, kBackward, C::kGates>(p).fill();
 
   if (warpgroup == 0) {
     ptx::give_registers<C::kLoadRegisters>();
@@ -106,11 +107,12 @@ __global__ void FUSED_LORA_CLUSTER __launch_bounds__(kThreads, 1) lora_linear_ke
         producer.run(item);
         item = await_item(shared, phase);
       }
+      if (p.ring.pieces > 0) ptx::mbarrier_wait(&shared.dequantised, 0);
       leave(p, item.mark);
     } else if (takes_items) {
       take_items(shared, p, first_item);
     } else if (threadIdx.x >= kWarpgroup - kFinishThreads) {
-      run_finisher<C, T>(shared, p);
+      run_finisher<C, T, kBackward>(shared, p);
     }
   } else {
     ptx::take_registers<C::kMultiplyRegisters>();

@@ -41,7 +41,6 @@ void set_part(Part& part, MapMaker& map, const BackwardPart& b, bool summed) {
   part.lhs = map(b.dy);
   if (part.r > 0) part.low = map(b.dxa);
   if (summed) {
-    part.weight = map(b.weight);
     if (part.r > 0) {
       part.down = map(b.B);
       part.up = map(b.A);
@@ -65,7 +64,14 @@ cudaError_t launch_backward(const BackwardParams& b, const Workspace& workspace,
   const Pass pass = work::pass_of(b);
   KernelParams p = params_of(pass, workspace);
   MapMaker map;
-  for (int i = 0; i < b.parts; ++i) set_part(p.part[i], map, b.part[i], i < b.summed);
+  int64_t ring_row = 0;
+  for (int i = 0; i < b.parts; ++i) {
+    const BackwardPart& part = b.part[i];
+    set_part(p.part[i], map, part, i < b.summed);
+    if (i >= b.summed) continue;
+    set_weight(p, p.part[i], map, part.weight, part.stored, workspace.ring, ring_row, part.weight.rows, p.ring_stride);
+    ring_row += part.weight.rows;
+  }
   if (b.gated) {
     p.gated = {b.gate.data, b.up.data, b.hidden.data, b.dgate.data, b.dup.data, b.gate.stride, b.activation, b.factors};
   } else if (b.dx.data != nullptr) {

@@ -7,9 +7,9 @@ FUSED_LORA_LAUNCH_PASS(false, false, false);
 
 namespace {
 
-void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, const Operand& x, bool gated) {
+void set_part(KernelParams& p, Part& part, MapMaker& map, const ForwardPart& f, const Operand& x, bool gated, const Workspace& workspace) {
   part.lhs = map(x);
-  part.weight = map(f.weight);
+  set_weight(p, part, map, f.weight, f.stored, workspace.ring, 0, p.ring.tiles * workspace.plan->tiling.block_cols, x.cols);
   if (part.r > 0) {
     part.down = map(f.A);
     part.low = map(f.xa);
@@ -36,7 +36,7 @@ cudaError_t launch_forward(const ForwardParams& f, const Workspace& workspace, c
   const Pass pass = work::pass_of(f);
   KernelParams p = params_of(pass, workspace);
   MapMaker map;
-  for (int i = 0; i < f.parts; ++i) set_part(p, p.part[i], map, f.part[i], f.x, f.gated);
+  for (int i = 0; i < f.parts; ++i) set_part(p, p.part[i], map, f.part[i], f.x, f.gated, workspace);
   if (f.gated) {
     p.gated.gate = f.part[0].y.data;
     p.gated.up = f.part[1].y.data;

@@ -16,6 +16,7 @@
 #include "../gated.cuh"
 #include "../lora_linear.h"
 #include "../work/item.h"
+#include "../work/ring.h"
 #include "../work/segments.h"
 
 namespace fused_lora::sm90 {
@@ -35,6 +36,7 @@ struct Gradient {
 // One linear of a group. Forward all read one lhs; backward the summed ones add to one out, which is the first's.
 struct Part {
   uint16_t* out_data;  // where the copy engine cannot write out, whose rows start anywhere: its elements; else null
+  uint16_t* ring;      // where its weight is dequantised, as `weight` has it; null for one of 16 bits
   int cols, depth, r;  // out (M, cols), sums over depth
   void* low_data;
   int64_t low_stride;
@@ -47,6 +49,7 @@ struct Part {
   CUtensorMap lhs, weight, down, low, up, out, y;
   Gradient dA, dB;
   work::Segments segments;
+  Stored stored;
 };
 
 // What is read first lies together: each line of the constant cache comes from memory at a launch's start.
@@ -60,6 +63,8 @@ struct KernelParams {
   int finish_spacing;    // steps of a tile between boxes of the one before that leave for the finisher
   bool rows_start_anywhere;  // in some part's out
   DType factor_dtype;        // of A's and B's gradients
+  work::Ring ring;
+  int64_t ring_stride;
   Part part[kMostParts];
   Gated gated;
   CUtensorMap down_riding;

@@ -66,7 +66,7 @@ struct Config {
 
   static constexpr int kStageBytes = kTileBoxes * kBoxBytes + kRideBytes;
   // Of a thread of the warpgroup that loads and of one that multiplies: all there are.
-  static constexpr int kLoadRegisters = kGated ? 72 : 40, kMultiplyRegisters = kGated ? 216 : 232;
+  static constexpr int kLoadRegisters = kGated ? 72 : 56, kMultiplyRegisters = kGated ? 216 : 224;
 
   static constexpr int kStages = kBlockN == 256 ? 4 : 6;
   static_assert(kShrinkBoxes <= kTileBoxes && kGradientBoxes <= kTileBoxes, "a stage is made for a tile");
@@ -110,6 +110,7 @@ struct Shared {
   // Between the warpgroups that multiply and the finisher: boxes in out, and the tile that they are of.
   uint64_t finish_full[kConsumers], finish_empty[kConsumers], finish_tile_full;
   int4 finish_tile;  // row, column and part; -1: none comes any more
+  uint64_t dequantised;  // by both warps of the finisher, all that there was
 };
 
 template <typename C>
@@ -122,6 +123,7 @@ __device__ void init_barriers(Shared<C>& shared) {
   for (uint64_t& barrier : shared.finish_full) ptx::mbarrier_init(&barrier, kWarpgroup);
   for (uint64_t& barrier : shared.finish_empty) ptx::mbarrier_init(&barrier, kFinishThreads);
   ptx::mbarrier_init(&shared.finish_tile_full, 1);
+  ptx::mbarrier_init(&shared.dequantised, kFinishThreads / 32);
   ptx::mbarrier_init(&shared.item_full, 1);
   ptx::mbarrier_init(&shared.item_empty, kCluster * (kWarps + 1));
   ptx::fence_mbarrier_init();

@@ -17,6 +17,7 @@ struct Producer {
   static constexpr int kRankBoxes = boxes_of(C::kBlockR);
   static constexpr int kHalf = C::kTileCols / kBox;  // boxes of one of two linears in a gated tile
   Ring<C::kStages> ring{};
+  int ready = work::kNone;  // the column of tiles whose weight was waited for last
 
   // A free stage, in which so many bytes will land.
   __device__ uint32_t begin_step(int bytes) {
@@ -67,6 +68,18 @@ struct Producer {
     wait_for_low(item.waits + part * p.low_flags + rank * kConsumers, item.mark);
   }
 
+  // Of all parts of a tile, whose weights are dequantised first.
+  __device__ void wait_for_weight(const Item& item) {
+    if (p.ring.pieces == 0) return;
+    const int column = (item.raises - p.ring.done) / (2 * p.ring.rows);
+    if (column == ready) return;
+    const int* flags = p.flags + p.ring.ready + column * p.ring.ready_stride;
+    while (!ptx::flags_are(flags, p.ring.of_tile, item.mark)) __nanosleep(64);
+    ptx::acquire();
+    ptx::fence_async_global();
+    ready = column;
+  }
+
   __device__ void run(const Item& item) {
     if (item.work == Work::kShrink) return shrink(item);
     if (item.work == Work::kTile) {
@@ -75,6 +88,8 @@ struct Producer {
     }
     if constexpr (kBackward && !C::kGateGrads) gradient(item);
   }
+
+  static __device__ int place_of(const Part& part, const Item& item) { return part.ring != nullptr ? item.place : item.col; }
 
   __device__ void shrink(const Item& item) {
     const Part& part = p.part[item.part];
@@ -122,18 +137,19 @@ struct Producer {
 
   // Forward a tile is one linear's; backward it sums over all of them. What may have to be waited for comes last.
   __device__ void tile(const Item& item) {
-    const int row = item.row + rank * kBlockM, col = item.col;
+    const int row = item.row + rank * kBlockM;
     const int first = kBackward ? 0 : item.part, last = kBackward ? p.summed : item.part + 1;
     const bool riding = rides<C, kBackward, kDrops>(item);
+    wait_for_weight(item);
     if constexpr (C::kSegmented) announce_steps(rank_steps(item, first, last));
     for (int i = first; i < last; ++i) {
       const Part& part = p.part[i];
-      const int release_at = i + 1 == last ? lookahead(part.depth, kBox) : -1;
+      const int release_at = i + 1 == last ? lookahead(part.depth, kBox) : -1, place = place_of(part, item);
 #pragma unroll 1
       for (int k = 0; k < part.depth; k += kBox) {
         const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes + (riding ? C::kRideBytes : 0));
         load<false>(stage, &part.lhs, row, k, 2);
-        load_right(stage + 2 * kBoxBytes, &part.weight, col, k, C::kBlockN / kBox);
+        load_right(stage + 2 * kBoxBytes, &part.weight, place, k, C::kBlockN / kBox);
         if (riding) load_right(stage + C::kTileBoxes * kBoxBytes, &p.down_riding, 0, k, 1);
         ring.advance();
         if (k == release_at) release_item();
@@ -146,12 +162,14 @@ struct Producer {
   __device__ void tile_gated(const Item& item) {
     const int row = item.row + rank * kBlockM, col = item.col;
     const int depth = p.part[0].depth, release_at = lookahead(depth, kBox);
+    const int places[2] = {place_of(p.part[0], item), place_of(p.part[1], item) + (p.part[1].ring != nullptr ? C::kTileCols : 0)};
+    wait_for_weight(item);
     if constexpr (C::kSegmented) announce_steps(kHalf * rank_steps(item, 0, 2));
 #pragma unroll 1
     for (int k = 0; k < depth; k += kBox) {
       const uint32_t stage = begin_step(C::kTileBoxes * kBoxBytes);
       load<false>(stage, &p.part[0].lhs, row, k, 2);
-      for (int i = 0; i < 2; ++i) load_right(stage + (2 + i * kHalf) * kBoxBytes, &p.part[i].weight, col, k, kHalf);
+      for (int i = 0; i < 2; ++i) load_right(stage + (2 + i * kHalf) * kBoxBytes, &p.part[i].weight, places[i], k, kHalf);
       ring.advance();
       if (k == release_at) release_item();
     }

@@ -60,7 +60,7 @@ bool are_few_rows(int64_t M, const std::vector<Part>& parts, bool backward) {
   int64_t depth = 0;
   for (const Part& part : parts) {
     // A mask, a gain, and float16's room for xa are the kernels'.
-    if (part.seed || part.gain || part.weight.scalar_type() == at::kHalf) return false;
+    if (part.seed || part.gain || part.stored() || part.weight.scalar_type() == at::kHalf) return false;
     const int64_t N = part.weight.size(0), K = part.weight.size(1);
     if (N % 8 != 0 || K % 8 != 0) return false;  // torch's products are slow there
     const double bytes = 2.0 * N * K;

@@ -4,6 +4,7 @@
 #include "../scaled_rows.h"
 #include "few_rows.h"
 #include "operands.h"
+#include "stored.h"
 
 namespace fused_lora {
 namespace {
@@ -45,7 +46,7 @@ const float* gain_of(const Part& part) {
 ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& read) {
   check(!part.bias || part.bias->is_contiguous(), "bias must be contiguous");
   return {
-      .weight = read(part.weight),
+      .weight = part.stored() ? sizes_of_stored(part, xa) : read(part.weight),
       .A = read(part.A),
       .B = read(part.B),
       .bias = part.bias ? dense_operand(*part.bias, part.bias->numel()) : Operand{},
@@ -54,6 +55,7 @@ ForwardPart read_part(const Part& part, const Tensor& xa, double p, Readable& re
       .gain = gain_of(part),
       .scale = scale_of(part),
       .dropout = dropout_of(part.seed, p),
+      .stored = stored_of(part),
   };
 }
 
@@ -77,7 +79,7 @@ void scale_rows(Tensor& weight, Tensor& B, const Part& part, bool need_weight, c
 
 // What dgain is made of, and where it goes: nothing without y.
 Tensor read_gain(BackwardPart& params, const Part& part, const std::optional<Tensor>& y, Readable& read) {
-  const int64_t N = part.weight.size(0), sizes[] = {y ? N : 0};
+  const int64_t N = part.N(), sizes[] = {y ? N : 0};
   const Tensor dgain = empty(sizes, part.weight, ScalarType::Float);
   if (!y) return dgain;
   check(part.gain.has_value(), "ys must have entries of parts with a gain alone");
@@ -147,25 +149,27 @@ void check_routing(const Routing& routing, const std::vector<Part>& parts, doubl
 bool takes_few_rows(int64_t M, const std::vector<Part>& parts, bool gated, const Routing& routing) {
   if (gated || current_card().capability != 90) return false;
   return std::all_of(parts.begin(), parts.end(), [&](const Part& part) {
-    return !part.seed && sm90::takes_few_rows(M, part.weight.size(0), part.weight.size(1), part.A.size(0), bool{routing});
+    return !part.seed && !part.stored() && sm90::takes_few_rows(M, part.N(), part.K(), part.A.size(0), bool{routing});
   });
 }
 
-// A launch, and torch's memory for its sums, which is free for what comes behind it on its stream.
+// A launch, and torch's memory for its sums and its ring, which is free for what comes behind it on its stream.
 template <typename Params>
 void launch(const Params& params, const Tensor& x) {
   const Launch own(work::pass_of(params), stream_of(x));
-  if (own.floats() == 0) return own.run(params, nullptr);
-  const int64_t sizes[] = {own.floats()};
-  const Tensor sums = empty(sizes, x, ScalarType::Float);
-  own.run(params, static_cast<float*>(sums.data_ptr()));
+  std::vector<Tensor> kept;
+  const auto memory = [&](int64_t count, ScalarType dtype) -> void* {
+    const int64_t sizes[] = {count};
+    return count == 0 ? nullptr : kept.emplace_back(empty(sizes, x, dtype)).data_ptr();
+  };
+  own.run(params, static_cast<float*>(memory(own.floats(), ScalarType::Float)), memory(own.ring_bytes(), ScalarType::Byte));
 }
 
 // hidden = act(gate) up, and gate and up or their factors, or two empty matrices.
 std::vector<Tensor> gate(ForwardParams& params, const Tensor& x, const std::vector<Part>& parts, const std::vector<double>& act,
                          const std::string& keep) {
-  const int64_t M = params.x.rows, F = parts[0].weight.size(0);
-  check(parts.size() == 2 && parts[1].weight.size(0) == F, "gate and up must be two parts of the same out_features");
+  const int64_t M = params.x.rows, F = parts[0].N();
+  check(parts.size() == 2 && parts[1].N() == F, "gate and up must be two parts of the same out_features");
   const bool keeps = keep != "none";
   const std::vector<Tensor> results{padded_like(x, M, F), padded_like(x, keeps ? M : 0, F), padded_like(x, keeps ? M : 0, F)};
   params.gated = true;
@@ -216,7 +220,7 @@ std::vector<Tensor> lora_parts_forward(const Tensor& x, const std::vector<Part>&
   if (act.empty()) {
     auto shape = sizes_of(x);
     for (size_t i = 0; i < parts.size(); ++i) {
-      shape.back() = parts[i].weight.size(0);
+      shape.back() = parts[i].N();
       results.push_back(empty(shape, x));
       params.part[i].y = dense_operand(results[i], shape.back());
     }
@@ -257,7 +261,7 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
     const std::optional<Tensor> dxa = dxas[i];
     const bool summed = !dxa.has_value();
     check(i == 0 || !summed || params.summed == static_cast<int>(i), "parts with a dxa must come last");
-    const int64_t K = part.weight.size(1), N = part.weight.size(0), r = part.A.size(0);
+    const int64_t K = part.K(), N = part.N(), r = part.A.size(0);
     const int64_t of_bias[] = {N};
     if (i == 0 || !are_same(xs[i], xs[i - 1])) rows = act.empty() ? rows_of(xs[i]) : flat(xs[i]);  // a gated pass reads no x
     params.summed += summed;
@@ -269,11 +273,12 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
     const Tensor dB = grads[count + i] = grad_of(part.B, of_B, needs[count + i]);
     const Tensor dbias = grads[2 * count + i] = grad_of(part.bias.value_or(x), of_bias, needs[2 * count + i]);
     Tensor weight = part.weight, B = part.B;
+    check(!part.gain || !part.stored(), "a weight in a format is not multiplied by a gain backward");
     if (part.gain && summed && (need_dx || needs[i])) scale_rows(weight, B, part, need_dx, x);
     params.part[i] = {
         .dy = read(flat(dys[i])),
         .x = read.keep(rows),
-        .weight = summed ? read(weight) : Operand{},
+        .weight = !summed ? Operand{} : part.stored() ? sizes_of_stored(part, x) : read(weight),
         .A = summed ? read(part.A) : operand_of(part.A),  // whose sizes alone matter elsewhere
         .B = summed ? read(B) : operand_of(B),
         .xa = read(xas[i]),
@@ -285,6 +290,7 @@ std::vector<Tensor> lora_parts_backward(const BackwardPass& pass) {
         .scale = scale_of(part),
         .dropout = dropout_of(part.seed, p),
     };
+    if (summed) params.part[i].stored = stored_of(part);
     params.part[i].segments = segments_of(routing, i, parts[i].A);
     if (!ys.empty()) grads[3 * count + i] = read_gain(params.part[i], part, ys[i], read);
   }

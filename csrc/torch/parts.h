@@ -22,6 +22,9 @@ struct Part {
   std::optional<Tensor> seed, gain, weight_scale, weight_outer;
 
   bool stored() const { return weight_scale.has_value(); }
+  // W's sizes. NF4's codes, two a byte, tell no more than how many there are, and may have one too many.
+  int64_t K() const { return stored() ? A.size(1) : weight.size(1); }
+  int64_t N() const { return stored() && weight.scalar_type() == ScalarType::Byte ? 2 * weight.numel() / K() : weight.size(0); }
 };
 
 inline std::vector<Part> unflatten(const FlatParts& flat) {

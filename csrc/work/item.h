@@ -28,12 +28,13 @@ struct alignas(16) Item {
   int row, rows;  // of low, out, or of the tokens that a gradient sums over; out's are one tile
   int col;        // the first of a tile or a gradient
   int waits;   // the flag of the first rows of low that are read
-  int raises;  // the first of its own. A gradient but the first waits for those of the slice before, chain_flags before them
+  int raises;  // the first of its own; of a tile by a ring, that it has read its weight. A gradient but the first waits for those of the slice before, chain_flags before them
   int mark;    // the launch's, once an item is taken
   union {
     int stride;  // a shrink item makes low of an item's rows every `stride` rows, in `rows` of them
     int rank;    // or, where items have not all ranks, the first of its own; of a gradient too
     int half;    // of a half, the number of the item that was cut
+    int place;   // of a whole tile, the column with which its weight begins: its own, or where it is dequantised (ring.h)
   };
 };
 static_assert(sizeof(Item) == 32, "two loads of 16 bytes");
@@ -43,7 +44,8 @@ struct alignas(16) Counters {
   int launches;
   int taken;   // items, and more
   int exited;  // blocks
-  int unused;
+  int filled, refilled;  // pieces of weights that were taken, and more: of the ring when it is empty, and others
+  int unused[3];
 };
 
 }  // namespace fused_lora::work

@@ -22,6 +22,7 @@ struct PassPart {
   int64_t cols, depth, r;       // r = 0: it has no factors
   bool wants_dA, wants_dB;      // backward; sums over tokens come with dB
   bool reads_y;                 // for them, in steps beside those of dy
+  bool stored;                  // its weight is in a format
 };
 
 struct Pass {
@@ -40,6 +41,9 @@ struct Pass {
     for (int i = 0; i < parts; ++i) r = std::max(r, part[i].r);
     return r;
   }
+  // Whether tiles read a part's weight from where it is dequantised.
+  bool dequantises(int i) const { return wants_out && i < summed && part[i].stored; }
+
   // Of one tile's products.
   int64_t depth() const {
     int64_t sum = part[0].depth;
@@ -60,7 +64,7 @@ struct Pass {
   Key key() const {
     Key key{listed_rows(), backward | drops << 1 | wants_out << 2 | gated << 3 | levels << 4, parts | summed << 8};
     for (int i = 0; i < parts; ++i) {
-      const int64_t of_part[4] = {part[i].cols, part[i].depth, part[i].r, part[i].wants_dA | part[i].wants_dB << 1 | part[i].reads_y << 2};
+      const int64_t of_part[4] = {part[i].cols, part[i].depth, part[i].r, part[i].wants_dA | part[i].wants_dB << 1 | part[i].reads_y << 2 | part[i].stored << 3};
       std::copy_n(of_part, 4, key.begin() + 3 + 4 * i);
     }
     return key;
@@ -81,7 +85,7 @@ inline int64_t ranks_of(int window, const Operand& A) { return window > 0 && A.r
 
 inline Pass pass_of(const ForwardParams& f) {
   Pass pass{f.x.rows, false, f.part[0].dropout.seed != nullptr, true, f.gated, f.parts, f.parts, levels_of(f), {}};
-  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, ranks_of(f.window, f.part[i].A), false, false, false};
+  for (int i = 0; i < f.parts; ++i) pass.part[i] = {f.part[i].weight.rows, f.x.cols, ranks_of(f.window, f.part[i].A), false, false, false, f.part[i].stored.exists()};
   return pass;
 }
 
@@ -89,7 +93,7 @@ inline Pass pass_of(const BackwardParams& b) {
   Pass pass{b.part[0].dy.rows, true, b.part[0].dropout.seed != nullptr, b.dx.data != nullptr || b.gated, b.gated, b.parts, b.summed, levels_of(b), {}};
   for (int i = 0; i < b.parts; ++i) {
     const BackwardPart& part = b.part[i];
-    pass.part[i] = {part.x.cols, part.dy.cols, ranks_of(b.window, part.A), part.dA.data != nullptr, wants_dB(part), part.dgain != nullptr};
+    pass.part[i] = {part.x.cols, part.dy.cols, ranks_of(b.window, part.A), part.dA.data != nullptr, wants_dB(part), part.dgain != nullptr, part.stored.exists()};
   }
   return pass;
 }

@@ -37,7 +37,8 @@ class Planner {
       y_cols_ += part.reads_y ? gradient_cols(part.depth) : 0;
     }
     // Riding delays the other tiles of the first wave; that is worth it where lhs is read by few columns of tiles.
-    rides_ = tiling.can_ride && !pass.segmented() && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols_ <= 4;
+    for (int i = 0; i < pass.parts; ++i) dequantises_ |= pass.dequantises(i);
+    rides_ = tiling.can_ride && !dequantises_ && !pass.segmented() && !pass.backward && !pass.drops && pass.parts == 1 && pass.part[0].r > 0 && tile_cols_ <= 4;
     order_ = order();
     for (int group = 0, first = 0; group < order_.groups; ++group) {
       const int count = rows_ / order_.groups + (group < rows_ % order_.groups);
@@ -55,6 +56,7 @@ class Planner {
     plan_.finish_spacing = finish_spacing();
     plan_.first_shrinks = order_.shrink_batch > 0 ? ceil_div(groups_[0].count, order_.shrink_batch) * static_cast<int>(shrinking_.size()) : 0;
     for (int i = 0; i < pass_.parts; ++i) plan_.partials += partials(pass_.part[i]);
+    if (dequantises_) make_ring();
     list();
     return std::move(plan_);
   }
@@ -65,6 +67,30 @@ class Planner {
   int64_t partials(const PassPart& part) const {
     const int64_t of_A = part.wants_dA ? partial_floats(tiling_, pass_, part.cols) : 0;
     return of_A + (part.wants_dB ? partial_floats(tiling_, pass_, part.depth) + kSums * partial_cols(tiling_, part.depth) : 0);
+  }
+
+  // Three quarters of the tiles' columns, or as many as stay in the L2 cache. The list goes through halves of it, of which one is read while
+  // the other is filled.
+  void make_ring() {
+    constexpr int64_t kMostBytes = 64 << 20;
+    Ring& ring = plan_.ring;
+    int64_t depth = pass_.part[0].depth, pieces = ceil_div(depth, kPieceSize);
+    for (int i = 1; pass_.backward && i < pass_.summed; ++i) {
+      depth += pass_.part[i].depth;
+      pieces += ceil_div(pass_.part[i].depth, kPieceSize);
+    }
+    const int64_t of_column = int64_t{tiling_.block_cols} * ((depth + 63) / 64 * 64) * 2;  // of 16 bits
+    const int most = std::max(2, static_cast<int>(kMostBytes / of_column) / 2 * 2);
+    ring.tiles = std::min({tile_cols_, most, ceil_div(3 * tile_cols_, 4)});
+    ring.across = tiling_.block_cols / kPieceSize;
+    ring.of_tile = ring.across * static_cast<int>(pieces);
+    ring.pieces = ring.of_tile * tile_cols_;
+    ring.rows = rows_;
+    ring.bytes = ring.tiles * of_column;
+    ring.ready = (plan_.flags + 3) / 4 * 4;
+    ring.ready_stride = (ring.of_tile + 3) / 4 * 4;
+    ring.done = ring.ready + ring.ready_stride * tile_cols_;
+    plan_.flags = ring.done + (2 * rows_ * tile_cols_ + 3) / 4 * 4;
   }
 
   // Boxes and steps are 64 wide. Where ranks are masked, a tile is gone two steps a box before the next one's depth ends.
@@ -93,7 +119,7 @@ class Planner {
     // reads y takes twice as long.
     order.halves_slices = order.groups == 1 || (pass_.drops && pass_.depth() >= 2048) || y_cols_ > 0;
     const bool few_cols = tile_cols_ > 0 && 5 * tile_cols_ <= tiling_.workers;
-    return pass_.backward && long_tiles && few_cols && !pass_.gated ? in_waves(order) : order;
+    return pass_.backward && long_tiles && few_cols && !pass_.gated && !dequantises_ ? in_waves(order) : order;
   }
 
   // When a forward pass with a mask ends, in tiles' times: its shrink items of so many rows first, then its tiles, taken by whoever
@@ -123,15 +149,24 @@ class Planner {
   }
 
   void list() {
+    const int at_once = dequantises_ ? ceil_div(plan_.ring.tiles, 2) : std::max(1, tile_cols_);
+    list_columns(0, std::min(at_once, tile_cols_));
+    for (int col = at_once; col < tile_cols_; col += at_once) {
+      for (int group = 0; group < order_.groups; ++group) add_tiles(group, col, 0, groups_[group].count * std::min(at_once, tile_cols_ - col));
+    }
+  }
+
+  // The first columns of tiles, with all that is no tile between them.
+  void list_columns(int col, int columns) {
     const int last_step = order_.groups + std::max(0, -order_.gradient_lead);
     for (int step = -std::max(order_.shrink_lead, order_.gradient_lead); step < last_step; ++step) {
-      const int tiles = exists(step) ? groups_[step].count * tile_cols_ : 0;
+      const int tiles = exists(step) ? groups_[step].count * columns : 0;
       const int first_tiles = order_.tail == 0 ? tiles : tiles - tiles / order_.tail;
-      if (order_.waves) add_tiles(step, 0, tiles);
+      if (order_.waves) add_tiles(step, col, 0, tiles);
       if (order_.shrink_batch > 0) add_shrinks(step + order_.shrink_lead);
-      if (!order_.waves) add_tiles(step, 0, first_tiles);
+      if (!order_.waves) add_tiles(step, col, 0, first_tiles);
       add_gradients(step + order_.gradient_lead);
-      if (!order_.waves) add_tiles(step, first_tiles, tiles);
+      if (!order_.waves) add_tiles(step, col, first_tiles, tiles);
     }
   }
 
@@ -162,17 +197,20 @@ class Planner {
     }
   }
 
-  // Of the group's tiles, column by column.
-  void add_tiles(int group, int first, int last) {
+  // Of the group's tiles from a column on, column by column.
+  void add_tiles(int group, int first_col, int first, int last) {
     for (int i = first; i < last; ++i) {
       const Rows rows = groups_[group];
-      int col = i / rows.count, part = 0;
-      const int row = rows.first + i % rows.count;
+      const int column = first_col + i / rows.count, row = rows.first + i % rows.count;
+      int col = column, part = 0;
       for (int own; col >= (own = ceil_div(pass_.part[part].cols, tiling_.tile_cols)); ++part) col -= own;
       const bool rides = rides_ && col == 0;
       const int low = shrinking_.empty() ? kNone : low_flag(part, row);
-      add(Work::kTile, rides ? kRides : 0, part, {row, 1}, col * tiling_.tile_cols, rides ? kNone : low,
-          rides && tile_cols_ > 1 ? low : kNone);
+      const Ring& ring = plan_.ring;
+      const bool by_ring = ring.tiles > 0;
+      const int place = by_ring ? column % ring.tiles * tiling_.block_cols : col * tiling_.tile_cols;
+      const int raises = by_ring ? ring.done + 2 * (column * rows_ + row) : rides && tile_cols_ > 1 ? low : kNone;
+      add(Work::kTile, rides ? kRides : 0, part, {row, 1}, col * tiling_.tile_cols, rides ? kNone : low, raises, place);
     }
   }
 
@@ -209,6 +247,7 @@ class Planner {
   const int rows_, rank_items_ = tiling_.rank / tiling_.item_ranks;
   int tile_cols_ = 0, gradient_cols_ = 0, y_cols_ = 0;  // of all parts, in items
   std::vector<int> shrinking_;             // parts whose low is wanted
+  bool dequantises_ = false;
   bool rides_;                             // low comes from the first column of tiles instead of shrink items
   Order order_;
   std::vector<Rows> groups_;

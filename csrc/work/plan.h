@@ -5,6 +5,7 @@
 
 #include "item.h"
 #include "pass.h"
+#include "ring.h"
 
 namespace fused_lora::work {
 
@@ -35,6 +36,7 @@ struct Plan {
   int chain_flags;     // of all gradients, a slice
   int flags;           // in all
   int64_t partials;    // floats for sums of gradients that are under way
+  Ring ring;
   int finish_spacing;  // steps of a tile between boxes of the one before that leave for the finisher
   int first_shrinks;   // items that the first tiles wait for
   int halves;          // items that were cut in two (halves.h)

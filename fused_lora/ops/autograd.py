@@ -75,11 +75,11 @@ class _SavedFirst(LoRAPartsFunction):
     """The same of one part in a checkpoint's second pass, which may stop before the result."""
 
     @staticmethod
-    def forward(ctx, x, p, *part):
-        part = Part(*part)
+    def forward(ctx, x, p, *flat):
+        (part,) = unflatten(flat)
         stand_in, xa = recomputed.stand_in_and_low(x, part, p)
         ctx.p = p
-        ctx.save_for_backward(x, xa, None, *saved(part))
+        ctx.save_for_backward(x, xa, None, *flatten([saved(part)]))
         ctx.set_materialize_grads(False)
         return (stand_in,)
 

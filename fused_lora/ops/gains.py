@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..formats import Stored
 from .alone import in_triton, kernel_bias, rows_of
 from .library import launching
 from .parts import Part
@@ -24,7 +25,7 @@ def are_for_csrc(x: Tensor, parts: Sequence[Part], summed: Sequence[Part]) -> bo
     """Whether its kernels for x's card know gains backward, and gain W of the summed parts is cheaper than gain dy of
     all. In bytes: W is read and written, 4 an entry; or dy and y are read and gain dy written, 6 an entry, against y
     in csrc, half of whose reading is hidden (docs/dora.md): 1."""
-    if backends.gpu(x.device).capability != 90:
+    if backends.gpu(x.device).capability != 90 or any(isinstance(part.weight, Stored) for part in parts):
         return False
     weights = sum(part.weight.numel() for part in summed if part.gain is not None)
     columns = sum(part.weight.shape[0] for part in parts if part.gain is not None)

@@ -36,7 +36,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, parts: Sequence[Part], ga
     with_factors = [part for part in parts if part.A.numel() > 0]
     ranks = tuple(part.r for part in with_factors)
     read = [part for part in parts if part.A.numel() > 0 or isinstance(part.weight, Stored)]
-    readable = all(backends.csrc_reads(part.weight, part.A, part.B) for part in read)
+    readable = all(choices.csrc_reads(part.weight, part.A, part.B) for part in read)
     found = choices.together_obstacle(device, dtype, ranks, readable)
     return found or (choices.gated_obstacle(ranks) if gated else None)
 
@@ -58,7 +58,7 @@ def _in_csrc(x: Tensor, parts: Sequence[Part], gated: bool, p: float) -> bool:
 def choice(x: Tensor, part: Part, p: float) -> backends.Choice:
     """Of a part by itself, of as many rows as x has."""
     N, K = part.weight.shape
-    M, readable = math.prod(x.shape[:-1]), backends.csrc_reads(part.weight, part.A, part.B)
+    M, readable = math.prod(x.shape[:-1]), choices.csrc_reads(part.weight, part.A, part.B)
     return choices.choose_lora_linear(x.device, x.dtype, part.r, readable, M, N, K, p)
 
 

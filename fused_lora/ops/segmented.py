@@ -78,7 +78,7 @@ def obstacle(
         return "their factors have dtypes of their own"
     if any(part.weight.numel() == 0 for part in parts):
         return "there is nothing to compute"
-    readable, window = all(backends.csrc_reads(part.weight, part.A, part.B) for part in parts), each[0].window
+    readable, window = all(choices.csrc_reads(part.weight, part.A, part.B) for part in parts), each[0].window
     drop = [of.thresholds is not None for of in each]
     choice = choices.choose_segments(device, dtype, window, readable, any(drop))
     if choice.name != "cuda":
@@ -117,7 +117,7 @@ def in_kernels(x: Tensor, parts: Sequence[Part], each: Sequence[Segments], gated
 def weight_obstacle(x: Tensor, weight: Tensor, window: int) -> str | None:
     """Why no kernel has segments for x, a weight and slabs in the weight's dtype, or None."""
     dtype = of_parts.autocast_dtype(x) or x.dtype
-    found = choices.choose_segments(x.device, dtype, window, backends.csrc_reads(weight, weight, weight), False)
+    found = choices.choose_segments(x.device, dtype, window, choices.csrc_reads(weight, weight, weight), False)
     return found.reason if found.name == "reference" else None
 
 

@@ -77,7 +77,7 @@ def _look_at(x, weight, A, B, bias, scale, seed, p) -> str:
     if is_rare:
         return ""
     (N, K), M = weight.shape, x.numel() // x.shape[-1]
-    readable = backends.csrc_reads(weight, A, B)
+    readable = choices.csrc_reads(weight, A, B)
     name = choices.choose_lora_linear(x.device, x.dtype, A.shape[0], readable, M, N, K, p).name
     return name if name in SHORT or (name == "cuda" and backends.eager_extension() is None) else ""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.csrc.items import read_items
-from tests.csrc.passes import Sizes
+from tests.csrc.passes import RingSizes, Sizes
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def list_work(compile_list):
         lines = "\n".join(map(str, passes))
         done = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
-            sizes, items = line.split(";")
-            yield Sizes(*map(int, sizes.split())), read_items(items)
+            sizes, ring, items = line.split(";")
+            yield Sizes(*map(int, sizes.split()), RingSizes(*map(int, ring.split()))), read_items(items)
 
     return run

@@ -159,9 +159,17 @@ class Consumer:
         else:
             yield from self.issue(rank_steps)
         self.drain()
+        if sizes.ring.pieces and self.index == 0:
+            launch.raise_(item.raises + self.block.rank)
         yield from self.outbox.keep_out()
 
     def sends_flag_first(self, steps, masked) -> bool:
+        return self.waits_for_weight() or self.has_few_steps(steps, masked)
+
+    def waits_for_weight(self) -> bool:
+        return self.launch.sizes.ring.pieces > 0
+
+    def has_few_steps(self, steps, masked) -> bool:
         return not masked and steps <= self.launch.sizes.tile_boxes + FLAG_PARTS
 
     def hold_steps(self, steps, at_once=1) -> Turns:

@@ -33,12 +33,23 @@ class Segments(C.Structure):
     _fields_.append(("thresholds", C.c_void_p))
 
 
+class Stored(C.Structure):
+    """csrc/sm80 knows none."""
+
+    _fields_ = [
+        ("format", C.c_int8), ("codes", C.c_void_p), ("scale", C.c_void_p), ("outer", C.c_void_p),
+        ("cols", C.c_int64), ("row_shift", C.c_int), ("col_shift", C.c_int), ("scale_stride", C.c_int64),
+        ("aligned", C.c_bool),
+    ]  # fmt: skip
+
+
 class ForwardPart(C.Structure):
     _fields_ = [(name, Operand) for name in ("weight", "A", "B", "bias", "xa", "y")] + [
         ("gain", C.c_void_p),
         ("scale", C.c_void_p),
         ("dropout", Dropout),
         ("segments", Segments),
+        ("stored", Stored),
     ]
 
 
@@ -58,6 +69,7 @@ class BackwardPart(C.Structure):
         ("bias", Operand),
         ("dgain", C.c_void_p),
         ("segments", Segments),
+        ("stored", Stored),
     ]
 
 

@@ -1,5 +1,5 @@
 // Reads passes from standard input, a line each: "M backward drops wants_out gated block_n clusters parts summed", then for each part "cols depth r
-// wants_dA wants_dB reads_y". Writes for each one line: what the plan and its kernel say, then the items.
+// wants_dA wants_dB reads_y stored". Writes for each one line: what the plan and its kernel say, then the items.
 #include <cstdio>
 
 #include "../../csrc/sm90/tiling.cuh"
@@ -13,8 +13,11 @@ template <typename C>
 void list(const Pass& pass, int clusters) {
   const Plan plan = fused_lora::work::make_plan(pass, tiling_of<C>(clusters));
   std::printf("%d %d %d %lld %d ", plan.low_flags, plan.chain_flags, plan.flags, static_cast<long long>(plan.partials), plan.finish_spacing);
-  std::printf("%d %d %d %d %d %d %d %d ;", plan.tiling.tile_cols, plan.tiling.gradient_cols, C::kStages, C::kBlockN / kBox,
+  std::printf("%d %d %d %d %d %d %d %d ", plan.tiling.tile_cols, plan.tiling.gradient_cols, C::kStages, C::kBlockN / kBox,
               C::kTileCols / kBox, boxes_of(C::kBlockR), C::kShrinkHalves, C::kGradientBlocks);
+  const auto& ring = plan.ring;
+  std::printf(";%d %d %d %d %d %d %lld %lld ;", ring.tiles, ring.of_tile, ring.pieces, ring.ready, ring.ready_stride, ring.done,
+              static_cast<long long>(ring.bytes), static_cast<long long>(fused_lora::work::ring_stride(pass, ring, C::kBlockN)));
   print_items(plan.items);
 }
 
@@ -33,9 +36,9 @@ int main() {
     Pass pass{M, backward != 0, drops != 0, out != 0, gated != 0, parts, summed, {}};
     for (int i = 0; i < parts; ++i) {
       long long cols, depth, r;
-      int dA, dB, y;
-      if (std::scanf("%lld %lld %lld %d %d %d", &cols, &depth, &r, &dA, &dB, &y) != 6) return 1;
-      pass.part[i] = {cols, depth, r, dA != 0, dB != 0, y != 0};
+      int dA, dB, y, stored;
+      if (std::scanf("%lld %lld %lld %d %d %d %d", &cols, &depth, &r, &dA, &dB, &y, &stored) != 7) return 1;
+      pass.part[i] = {cols, depth, r, dA != 0, dB != 0, y != 0, stored != 0};
     }
     block_n == 256 ? list_tiles<256>(pass, clusters) : list_tiles<128>(pass, clusters);
   }

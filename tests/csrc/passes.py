@@ -27,6 +27,7 @@ class Part:
     wants_a: bool
     wants_b: bool
     reads_y: bool = False
+    stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ def promised_floats(each: Pass) -> int:
     return of_a + sum(-(-part.depth // 512) * 512 * (rank + 2) for part in each.parts if part.wants_b)
 
 
+class RingSizes(NamedTuple):
+    """Where weights in a format are dequantised: as csrc/work/ring.h has it."""
+
+    tiles: int
+    of_tile: int
+    pieces: int
+    ready: int
+    ready_stride: int
+    done: int
+    bytes: int
+    stride: int
+
+
 class Sizes(NamedTuple):
     """What list_work.cu says of a pass's plan, and of the kernel that is its."""
 
@@ -72,10 +86,11 @@ class Sizes(NamedTuple):
     rank_boxes: int
     shrink_halves: int
     gradient_blocks: int
+    ring: RingSizes
 
 
 def some_passes(count, widths=(1, 136, 151, 512, 4096, 8191, 50257), most_width=14400, most_rows=40000, seed=0):
-    rng, of_y = random.Random(seed), random.Random(seed)
+    rng, of_y, of_formats = (random.Random(seed) for _ in range(3))
     for _ in range(count):
         backward, wants_out, gated = rng.random() < 0.7, rng.random() < 0.8, rng.random() < 0.3
         shared = rng.choice([17, 64, 1001, *widths, rng.randint(1, most_width)])
@@ -89,7 +104,8 @@ def some_passes(count, widths=(1, 136, 151, 512, 4096, 8191, 50257), most_width=
             sums = backward and not gated  # a gated backward pass makes nothing but tiles
             wants = [sums and r > 0 and rng.random() < 0.8, sums and rng.random() < 0.8]
             reads_y = wants[1] and of_y.random() < 0.3
-            parts.append(Part(*((shared, own) if backward else (own, shared)), r, *wants, reads_y))
+            stored = of_formats.random() < 0.3
+            parts.append(Part(*((shared, own) if backward else (own, shared)), r, *wants, reads_y, stored))
         wants_out = wants_out or gated or not backward or not any(part.wants_a or part.wants_b for part in parts)
         block_n = 256 if gated or max(part.r for part in parts) > 128 else rng.choice([128, 256])
         summed = len(parts)

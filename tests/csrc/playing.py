@@ -17,6 +17,7 @@ from tests.csrc.passes import (
     FLAG_ROWS,
     LOOKAHEAD,
     NONE,
+    PAIR_ROWS,
     Pass,
     Sizes,
     Turns,
@@ -28,12 +29,16 @@ def lookahead(size: int, width: int) -> int:
     return max(0, size - LOOKAHEAD * width) // width * width
 
 
+FINISHING_WARPS = 2
+
+
 class Launch:
     """What clusters share, and how they are played. rows_start_anywhere: out leaves through the finisher."""
 
     def __init__(self, each: Pass, sizes: Sizes, items: list, rng, clusters: int):
         self.each, self.sizes, self.items, self.rng = each, sizes, items, rng
         self.raised, self.taken, self.exited = set(), 0, 0
+        self.pieces = 0  # of weights that are dequantised, taken
         self.rows_start_anywhere = rng.random() < 0.5
         self.sums = [rng.random() < 0.5 or part.r == 0 for part in each.parts]
         self.copied = rng.random() < 0.5
@@ -73,11 +78,25 @@ class Launch:
     def leave(self) -> None:
         """Of a block whose producer has seen the list's end."""
         self.exited += 1
+        assert self.exited < CLUSTER * len(self.clusters) or self.pieces == 0 or self.pieces >= self.sizes.ring.pieces
 
     # ---- what the kernels' parameters say ----
 
     def parts_of_tile(self, item: Item) -> range:
         return range(self.each.summed) if self.each.backward else range(item.part, item.part + 1)
+
+    def column_of(self, item: Item) -> int:
+        """Of tiles, where their weights are dequantised."""
+        return (item.raises - self.sizes.ring.done) // (2 * self.row_count)
+
+    @property
+    def row_count(self) -> int:
+        return -(-self.each.M // PAIR_ROWS)
+
+    def read_flags(self, column: int) -> range:
+        """Those of a column's tiles, which have read their weights."""
+        first = self.sizes.ring.done + 2 * column * self.row_count
+        return range(first, first + 2 * self.row_count)
 
     def tokens(self, item: Item) -> int:
         return min(self.each.M - item.row, item.rows)
@@ -120,11 +139,12 @@ class Block:
         self.steps = []  # of each that was loaded: boxes that both blocks share, every other one loaded by each
         self.consumers = [Consumer(launch, self, index) for index in range(CONSUMERS)]
         self.tiles, self.given, self.taken = [], [0] * CONSUMERS, [0] * CONSUMERS  # the finisher's; two in boxes
-        self.waiting_to_finish = 0
+        self.waiting_to_finish = self.dequantised = 0
         cluster.consumers += self.consumers
 
     def threads(self) -> list[Turns]:
-        return [self.produce(), self.finish_tiles(), *(consumer.run() for consumer in self.consumers)]
+        pieces = [self.dequantise() for _ in range(FINISHING_WARPS)] if self.launch.sizes.ring.pieces else []
+        return [self.produce(), self.finish_tiles(), *pieces, *(consumer.run() for consumer in self.consumers)]
 
     def full(self, step: int) -> bool:
         other = self.cluster.blocks[1 - self.rank]
@@ -139,7 +159,15 @@ class Block:
                 break
             load = {SHRINK: self.shrink, TILE: self.tile}.get(item.work, self.gradient)
             yield from load(item)
+        if self.launch.sizes.ring.pieces:
+            yield lambda: self.dequantised == FINISHING_WARPS
         self.launch.leave()
+
+    def wait_for_weight(self, item: Item) -> Turns:
+        ring = self.launch.sizes.ring
+        if ring.pieces:
+            first = ring.ready + self.launch.column_of(item) * ring.ready_stride
+            yield from self.launch.wait(*range(first, first + ring.of_tile))
 
     def step(self, shared_boxes: int) -> Turns:
         step, stages = len(self.steps), self.launch.sizes.stages
@@ -164,6 +192,7 @@ class Block:
 
     def tile(self, item: Item) -> Turns:
         each, sizes, parts = self.launch.each, self.launch.sizes, self.launch.parts_of_tile(item)
+        yield from self.wait_for_weight(item)
         for i in parts:
             depth = each.parts[i].depth
             for k in range(0, depth, BOX):
@@ -192,6 +221,23 @@ class Block:
                 yield from self.step(0)
             if i == lookahead(tokens, BOX):
                 self.cluster.release_item()
+
+    # ---- dequantiser.cuh ----
+
+    def dequantise(self) -> Turns:
+        """A warp of the finisher. It never waits for boxes, nor boxes for it."""
+        launch, ring = self.launch, self.launch.sizes.ring
+        while True:
+            yield lambda: True
+            piece = launch.pieces
+            launch.pieces += 1
+            if piece >= ring.pieces:
+                break
+            column = piece // ring.of_tile
+            if column >= ring.tiles:
+                yield from launch.wait(*launch.read_flags(column - ring.tiles))
+            launch.raise_(ring.ready + column * ring.ready_stride + piece % ring.of_tile)
+        self.dequantised += 1
 
     # ---- finisher.cuh ----
 

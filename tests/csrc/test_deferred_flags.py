@@ -31,6 +31,38 @@ def test_nobody_waits_for_ever(list_work):
     play(list_work, small_passes())
 
 
+def passes_by_rings():
+    """Of weights in a format, with so many clusters that those which make ranks read weights next whose place is not
+    free yet."""
+    for M, cols, depth, r in ((1000, 1600, 1024, 16), (1000, 900, 3100, 40), (600, 2000, 700, 200)):
+        for backward in (False, True):
+            part = Part(cols, depth, r, backward, backward, False, True)
+            yield Pass(M, backward, False, True, False, 256, 66, (part,), 1)
+    part = Part(900, 1000, 16, False, False, False, True)
+    yield Pass(1000, False, False, True, True, 256, 66, (part, part), 2)
+
+
+def play_by_rings(list_work):
+    passes = list(passes_by_rings())
+    for each, (sizes, items) in zip(passes, list_work(passes), strict=True):
+        assert sizes.ring.pieces > 0
+        for clusters in (3, 60):
+            Launch(each, sizes, items, random.Random(0), clusters).play()
+
+
+def test_nobody_waits_for_ever_for_a_weight(list_work):
+    play_by_rings(list_work)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Consumer, "waits_for_weight"), (Launch, "raise_")])
+def test_a_fault_of_rings_is_found(owner, name, list_work, monkeypatch):
+    """That which was there: a flag of ranks is kept while a tile waits for its weight."""
+    wrong = all_but_every_hundredth if name == "raise_" else lambda self: False
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError, match="wait for ever"):
+        play_by_rings(list_work)
+
+
 def nothing(*_):
     yield from ()
 

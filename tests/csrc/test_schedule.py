@@ -64,6 +64,33 @@ def wanted_tiles(each: Pass, sizes) -> set[tuple[int, int, int]]:
     }
 
 
+def check_ring(each: Pass, sizes, items: list[Item]) -> None:
+    """Tiles of a column begin behind all those that read their weights from the same place before."""
+    ring, tiles = sizes.ring, [item for item in items if item.work == TILE]
+    if not any(part.stored for part in each.parts[: each.summed]) or not tiles:
+        assert (ring.tiles, ring.pieces, ring.bytes) == (0, 0, 0)
+        assert all(item.own == item.col for item in tiles)
+        return
+    rows, block_cols = -(-each.M // PAIR_ROWS), each.block_n
+    column_of = [(item.raises - ring.done) // (2 * rows) for item in tiles]
+    columns = max(column_of) + 1
+    assert sorted(item.raises for item in tiles) == list(range(ring.done, ring.done + 2 * rows * columns, 2))
+    assert all(item.own == column % ring.tiles * block_cols for item, column in zip(tiles, column_of, strict=True))
+    places = {column: [i for i, own in enumerate(column_of) if own == column] for column in range(columns)}
+    for column in range(ring.tiles, columns):
+        assert max(places[column - ring.tiles]) < min(places[column])
+    depths = [part.depth for part in each.parts[: each.summed if each.backward else 1]]
+    assert ring.of_tile == block_cols // 128 * sum(-(-depth // 128) for depth in depths)
+    assert ring.pieces == ring.of_tile * columns
+    assert ring.ready % 4 == ring.ready_stride % 4 == 0
+    assert ring.ready + ring.ready_stride * columns <= ring.done <= sizes.flags - 2 * rows * columns
+    # Never a whole weight but of a few columns, and about what stays in the L2 cache.
+    assert ring.tiles <= max(2, -(-3 * columns // 4))
+    assert ring.bytes <= max(64 << 20, 2 * 2 * block_cols * sum(depth + 64 for depth in depths))
+    needed = ring.stride * (sum(depths) if each.backward else ring.tiles * block_cols)
+    assert 2 * needed <= ring.bytes
+
+
 def check_gradients(each: Pass, sizes, items: list[Item]) -> None:
     """Each column of a gradient once, in slices that follow one another from the first row to the last."""
     for work, wants, size in ((GRADIENT_A, "wants_a", "cols"), (GRADIENT_B, "wants_b", "depth")):
@@ -97,6 +124,7 @@ def check(each: Pass, sizes, items: list[Item]) -> None:
     tiles = [(item.part, item.row, item.col) for item in items if item.work == TILE]
     assert sorted(tiles) == sorted(wanted_tiles(each, sizes))
     check_gradients(each, sizes, items)
+    check_ring(each, sizes, items)
     for item in items:
         assert item.work != TILE or (item.waits == NONE) == (item.rides or not needs_low(each))
         if made_low(item) and not (item.rides and item.raises == NONE):

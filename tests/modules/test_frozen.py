@@ -237,6 +237,8 @@ def test_the_report_and_explain_name_the_format():
     assert explain(model[0], tokens=7).base == "nf4"
     assert explain(model[1], tokens=7).base is None
     assert explain(model[0], tokens=7).dtype is torch.float32
+    for_a_card = explain(model[0], tokens=7, gpu="A100")
+    assert (for_a_card.base, for_a_card.predicted, for_a_card.forward) == ("nf4", None, ())
 
 
 class Weights:

@@ -1,0 +1,177 @@
+// Weights in a format are dequantised a piece at a time (work/ring.h): what the ring has room for at first by all warps,
+// the rest beside the products by those that finish tiles.
+#pragma once
+
+#include "../dequantise.cuh"
+#include "params.cuh"
+#include "pipeline.cuh"
+
+namespace fused_lora::sm90 {
+
+// Of one warp.
+template <typename T, bool kBackward, bool kGates>
+struct Dequantiser {
+  const KernelParams& p;
+  const int mark;
+  int piece = 0;
+
+  __device__ explicit Dequantiser(const KernelParams& params) : p(params), mark(params.counters->launches + 1) {}
+
+  __device__ bool done() const { return piece >= p.ring.pieces; }
+
+  // What an empty ring has room for, and nobody waits for anything.
+  __device__ void fill() {
+    for (;;) {
+      piece = taken(&p.counters->filled);
+      if (piece >= first_pieces()) return;
+      dequantise<8>();
+    }
+  }
+
+  // The next one, whose codes are on their way into the L2 cache then.
+  __device__ void take() {
+    piece = taken(&p.counters->filled);
+    if (piece >= first_pieces()) piece = first_pieces() + taken(&p.counters->refilled);
+    if (!done()) prefetch();
+  }
+
+  // The piece, if its place is free.
+  __device__ __forceinline__ bool work() {
+    if (done() || !is_free()) return false;
+    dequantise<4>();
+    take();
+    return true;
+  }
+
+ private:
+  static __device__ int lane() { return threadIdx.x % 32; }
+  static __device__ int pieces_of(int depth) { return ceil_div(depth, work::kPieceSize); }
+  __device__ int column() const { return piece / p.ring.of_tile; }
+  __device__ int first_pieces() const { return min(p.ring.pieces, p.ring.tiles * p.ring.of_tile); }
+
+  static __device__ int taken(int* counter) {
+    int number = 0;
+    if (lane() == 0) number = atomicAdd(counter, 1);
+    return __shfl_sync(~0u, number, 0);
+  }
+
+  // Whether all tiles have read what was there before.
+  __device__ bool is_free() const {
+    const int before = column() - p.ring.tiles;
+    if (before < 0) return true;
+    const int* flags = p.flags + p.ring.done + 2 * before * p.ring.rows;
+    bool read = true;
+    for (int row = lane(); row < p.ring.rows; row += 32) {
+      const int2 own = ptx::load_flag_pair(flags + 2 * row);
+      read &= own.x == mark && own.y == mark;
+    }
+    if (!__all_sync(~0u, read)) return false;
+    ptx::acquire();
+    return true;
+  }
+
+  // Which weight's rows and columns, and where they go in the ring; all in pieces.
+  struct Place {
+    int part, row, col, to_row, to_col;
+  };
+  __device__ __forceinline__ Place place() const {
+    int along = piece % p.ring.of_tile / p.ring.across, part = 0, col = column();
+    const int across = piece % p.ring.across, to = col % p.ring.tiles * p.ring.across + across;
+    if constexpr (kBackward) {
+      for (int own; along >= (own = pieces_of(p.part[part].depth)); ++part) along -= own;
+      return {part, along, col * p.ring.across + across, along, to};
+    } else if constexpr (kGates) {
+      const int half = p.ring.across / 2;
+      return {across / half, col * half + across % half, along, to, along};
+    } else {
+      for (int own; col >= (own = ceil_div(p.part[part].cols, p.ring.across * work::kPieceSize)); ++part) col -= own;
+      return {part, col * p.ring.across + across, along, to, along};
+    }
+  }
+
+  // Of a piece's rows and columns those that the weight has.
+  struct Extent {
+    int first_row, first_col, rows, cols;
+    __device__ Extent(const Part& part, const Place& place)
+        : first_row(place.row * work::kPieceSize),
+          first_col(place.col * work::kPieceSize),
+          rows(min(work::kPieceSize, (kBackward ? part.depth : part.cols) - first_row)),
+          cols(min(work::kPieceSize, static_cast<int>(part.stored.cols) - first_col)) {}
+  };
+
+  __device__ void prefetch() const {
+    const Place at = place();
+    const Part& part = p.part[at.part];
+    if (!part.stored.exists()) return;
+    const Extent own(part, at);
+    const bool half = part.stored.format == Format::kNf4 || part.stored.format == Format::kNestedNf4;
+    for (int row = lane(); row < own.rows && own.cols > 0; row += 32) {
+      const int64_t code = (own.first_row + row) * part.stored.cols + own.first_col;
+      ptx::prefetch(static_cast<const uint8_t*>(part.stored.codes) + (half ? code / 2 : code));
+    }
+  }
+
+  template <int kTogether>
+  __device__ __forceinline__ void dequantise() const {
+    const Place at = place();
+    const Part& part = p.part[at.part];
+    if (part.stored.exists()) {
+      uint16_t* to = part.ring + (at.to_row * p.ring_stride + at.to_col) * work::kPieceSize;
+      write<kTogether>(part.stored, Extent(part, at), to);
+    }
+    ptx::fence_async_global();
+    __syncwarp();
+    if (lane() == 0) ptx::flag_raise(p.flags + p.ring.ready + column() * p.ring.ready_stride + piece % p.ring.of_tile, mark);
+  }
+
+  template <int kTogether>
+  __device__ __forceinline__ void write(const Stored& w, const Extent& own, uint16_t* to) const {
+    in_format(w.format, [&](auto format) {
+      constexpr Format kFormat = decltype(format)::value;
+      const float nf4 = kIsNf4<kFormat> ? nf4_value(lane()) : 0;
+      if (w.aligned) {
+        write_eights<kFormat, kTogether>(w, own, to, nf4);
+      } else {
+        write_entries<kFormat>(w, own, to, nf4);
+      }
+    });
+  }
+
+  // Two rows at once, 16 bytes a lane. What some lanes have not is read from where others read it.
+  template <Format kFormat, int kTogether>
+  __device__ __forceinline__ void write_eights(const Stored& w, const Extent& own, uint16_t* to, float nf4) const {
+    const int own_row = lane() / 16, own_col = lane() % 16 * 8;
+    const bool reads = own_col < own.cols;
+    EightCodes<kFormat, T> codes(w, own.first_row + own_row, own.first_col + (reads ? own_col : 0), nf4);
+    uint4* target = reinterpret_cast<uint4*>(to + own_row * p.ring_stride + own_col);
+    int left = own.rows - own_row;
+#pragma unroll 1
+    for (int row = 0; row < own.rows; row += 2 * kTogether) {
+      typename EightCodes<kFormat, T>::Loaded loaded[kTogether] = {};
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (2 * i < left) loaded[i] = codes.next(w);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const uint4 eight = codes.made_of(w, loaded[i]);
+        if (2 * i < left && reads) ptx::store_global(target, eight);
+        target += p.ring_stride / 4;
+      }
+      left -= 2 * kTogether;
+    }
+  }
+
+  // Where rows start anywhere.
+  template <Format kFormat>
+  __device__ __forceinline__ void write_entries(const Stored& w, const Extent& own, uint16_t* to, float nf4) const {
+#pragma unroll 1
+    for (int i = lane(); i < own.rows * work::kPieceSize; i += 32) {  // as often in all lanes
+      const int row = i / work::kPieceSize, col = i % work::kPieceSize;
+      const float value = entry_of<kFormat>(w, own.first_row + row, own.first_col + (col < own.cols ? col : 0), nf4);
+      if (col < own.cols) to[row * p.ring_stride + col] = static_cast<uint16_t>(pack<T>(value, value));
+    }
+  }
+};
+
+}  // namespace fused_lora::sm90
