@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .frozen import Frozen
 from .lora_linear import LoRALinear
 from .protocol import is_bank
 
@@ -36,7 +37,7 @@ class ReplaceReport:
         """Counts the parameters of `model` as they are now."""
         layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
         layers += [factors for bank in model.modules() if is_bank(bank) for factors in (bank.lora_A, bank.lora_B)]
-        self.parameters = _elements(model.parameters())
+        self.parameters = _all_elements(model)
         self.trainable = _elements(filter(_trains, model.parameters()))
         self.updates = _elements(filter(_trains, (p for layer in layers for p in layer.parameters(recurse=False))))
 
@@ -69,10 +70,19 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
     trainable params: 1,024 || all params: 9,216 || trainable%: 11.1111
     """
-    parameters = list(model.parameters())
-    trainable, everything = _elements(filter(_trains, parameters)), _elements(parameters)
+    trainable, everything = _elements(filter(_trains, model.parameters())), _all_elements(model)
     share = 100 * trainable / max(everything, 1)
     print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+
+def _all_elements(model: nn.Module) -> int:
+    """A weight in a format counts as the matrix that it stands for."""
+    total = _elements(model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, Frozen) and layer.base is not None:
+            held = (tensor for tensor in layer.frozen_tensors() if tensor is not None)
+            total += layer.out_features * layer.in_features - _elements(held)
+    return total
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import LoRALinear, explain, merge_and_unload, replace_linear
+from fused_lora import LoRALinear, explain, merge_and_unload, print_trainable_parameters, replace_linear
 from fused_lora.formats import FP8, INT8, NAMED, NF4, Stored, dequantise
 from fused_lora.integrations.tensor_parallel import ColwiseLoRA
 from fused_lora.modules import LoRAMLP
@@ -239,6 +239,16 @@ def test_the_report_and_explain_name_the_format():
     assert explain(model[0], tokens=7).dtype is torch.float32
     for_a_card = explain(model[0], tokens=7, gpu="A100")
     assert (for_a_card.base, for_a_card.predicted, for_a_card.forward) == ("nf4", None, ())
+
+
+@every_format
+def test_a_weight_counts_as_its_matrix(form, capsys):
+    plain = replace_linear(nn.Sequential(linear(), linear(33, 20)), 3, 5.0)
+    model = nn.Sequential(linear(), linear(33, 20))
+    report = replace_linear(model, 3, 5.0, base=form)
+    assert (report.parameters, report.trainable, report.updates) == (plain.parameters, plain.trainable, plain.updates)
+    print_trainable_parameters(model)
+    assert f"all params: {plain.parameters:,d} " in capsys.readouterr().out
 
 
 class Weights:
