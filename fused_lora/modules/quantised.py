@@ -84,7 +84,9 @@ def _four_bits(linear: nn.Linear, weight: Tensor) -> Taken:
     _require(state is not None, "its weight is not quantised yet: move the model to where it computes first")
     _require(state.quant_type == "nf4", f"its weight is in {state.quant_type}, which is no format here: nf4 is one")
     _require(state.blocksize == NF4_BLOCK, f"its weight has blocks of {state.blocksize}, and {NF4_BLOCK} are read")
-    _require(not getattr(state, "packing_format_for_cpu", False), "its weight is packed for a CPU: state_dict() unpacks it")
+    _require(
+        not getattr(state, "packing_format_for_cpu", False), "its weight is packed for a CPU: state_dict() unpacks it"
+    )
     _require(_is_nf4(state.code), "its weight has other values than nf4's")
     N, K = _shape(linear)
     _require(tuple(state.shape) == (N, K), f"its weight has the shape {tuple(state.shape)} where {(N, K)} is expected")
