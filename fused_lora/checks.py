@@ -89,6 +89,12 @@ def check_weight(name: str, weight: Tensor | Stored) -> None:
         check_matrix(name, weight)
 
 
+def check_in_full(name: str, weight: Tensor | Stored) -> None:
+    """Whether an update can be merged into a weight."""
+    if isinstance(weight, Stored):
+        raise NotImplementedError(f"{name} is quantised, and nothing can be merged into it: to_linear() dequantises it")
+
+
 def check_beside(name: str, x: Tensor, weight: Tensor | Stored) -> None:
     """Whether activations have a weight's dtype; beside codes they have one that scales lose nothing of."""
     if isinstance(weight, Stored):

@@ -10,6 +10,7 @@ from .cards import CARDS
 from .explain_banks import apart, explain_bank
 from .explanations import Explanation, MLPExplanation, ModelExplanation, in_short
 from .modules import LoRAMLP
+from .modules.frozen import Frozen
 from .modules.protocol import LoRALayer, is_bank, is_lora, together
 from .modules.siblings import LoRASiblings
 from .ops.lora_parts import measured_obstacle
@@ -99,8 +100,9 @@ def _group_notes(module: LoRASiblings, tokens: int, gpu: str | None) -> dict[nn.
 
 def _like(layer: nn.Module) -> torch.Tensor:
     """Of the dtype and the place of what a layer reads: a plain tensor, whatever its weight is."""
-    weight = layer.frozen_weight if is_lora(layer) else torch.empty(0)
-    return torch.empty(0, dtype=weight.dtype, device=weight.device)
+    if not is_lora(layer):
+        return torch.empty(0)
+    return torch.empty(0, dtype=layer.compute_dtype, device=layer.frozen_weight.device)
 
 
 def _how(layers: list[LoRALayer], tokens: int) -> str:
@@ -183,11 +185,16 @@ def explain(
     if isinstance(layer, LoRAMLP):
         return _explain_mlp(layer, tokens, gpu)
     if is_bank(layer):
-        return explain_bank(layer, tokens)
+        return _with_base(explain_bank(layer, tokens), layer)
     if layer is not None and not is_lora(layer):
         return _explain_model(layer, tokens=tokens, gpu=gpu)
     found = _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu)
-    return _with_note(found, _by_name(layer))
+    return _with_base(_with_note(found, _by_name(layer)), layer)
+
+
+def _with_base(explanation: Explanation, layer: nn.Module | None) -> Explanation:
+    in_format = isinstance(layer, Frozen) and layer.base is not None
+    return replace(explanation, base=layer.base.name) if in_format else explanation
 
 
 def _by_name(layer: LoRALayer | None) -> str | None:
@@ -201,19 +208,19 @@ def _explain_own(layer: LoRALayer, tokens: int, reason: str) -> Explanation:
     """Of a layer that no pass of this package computes."""
     weight = layer.frozen_weight
     N, K = weight.shape
-    return Explanation((tokens, K, N, 0), weight.dtype, str(weight.device), "its own forward", reason)
+    return Explanation((tokens, K, N, 0), layer.compute_dtype, str(weight.device), "its own forward", reason)
 
 
 def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtype, p, device, gpu) -> Explanation:
-    readable = True
+    readable, in_full = True, True
     if layer is not None:
         reason = layer.why_not()
         if reason is not None:
             return _explain_own(layer, tokens, reason)
         part, p = layer.lora_part(), layer.dropping
         (out_features, in_features), r = part.weight.shape, part.r
-        dtype, lora_dtype, device = part.weight.dtype, part.A.dtype, part.weight.device
-        readable = choices.csrc_reads(part.weight, part.A, part.B)
+        dtype, lora_dtype, device = layer.compute_dtype, part.A.dtype, part.weight.device
+        readable, in_full = choices.csrc_reads(part.weight, part.A, part.B), isinstance(part.weight, torch.Tensor)
     elif device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -242,6 +249,8 @@ def _explain_layer(layer, tokens, in_features, out_features, r, dtype, lora_dtyp
         target, reason, device = _known_gpu(gpu), f"explained for {gpu}", gpu
         if dtype in backends.CUDA_DTYPES:
             reason += " without the CUDA extension"
+    if not in_full:  # what reads codes is not recorded
+        return Explanation(shape, dtype, str(device), "triton", reason, gpu=gpu)
     x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
     A = torch.empty(r, in_features, dtype=factor_dtype, device="meta")

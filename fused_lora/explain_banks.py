@@ -13,14 +13,15 @@ def explain_bank(bank: LoRABank, tokens: int) -> Explanation:
     part, adapters = bank.part(()), bank.adapters.values()
     weight, choice, r = part.weight, _choice_of(bank), max((adapter.r for adapter in adapters), default=0)
     N, K = weight.shape
-    of = ((tokens, K, N, r), weight.dtype, str(weight.device))
+    of = ((tokens, K, N, r), bank.compute_dtype, str(weight.device))
     reason = f"{len(adapters)} adapters, each row by its own"
     if choice.name == "cuda":
         launch = ("lora_linear_kernel (segments)", backends.gpu(weight.device).sm_count, {})
         return Explanation(*of, "cuda", reason, (launch,), (launch,))
     if choice.name == "reference" or not adapters:
         return Explanation(*of, "reference", f"{len(adapters)} adapters: {choice.reason}")
-    return Explanation(*of, "triton", f"{reason}; {choice.reason}", *_record(tokens, bank))
+    launches = _record(tokens, bank) if bank.base is None else ()  # what reads codes is not recorded
+    return Explanation(*of, "triton", f"{reason}; {choice.reason}", *launches)
 
 
 def apart(banks: Sequence[LoRABank], gated: bool = False) -> str | None:
@@ -41,7 +42,7 @@ def _record(tokens: int, bank: LoRABank) -> tuple:
     from .kernels.lora_segments import record
 
     part, windows = bank.part(()), len(bank.adapters)
-    gpu, precision = backends.gpu(part.weight.device), backends.precision(part.weight.dtype)
+    gpu, precision = backends.gpu(part.weight.device), backends.precision(bank.compute_dtype)
     return tuple(map(in_short, record(tokens, part, windows, _window(bank), bank.dropping > 0, gpu, precision)))
 
 
@@ -53,4 +54,4 @@ def _choice_of(bank: LoRABank) -> backends.Choice:
     """The backend of rows that have any of its adapters."""
     part = bank.part(())
     weight, readable = part.weight, choices.csrc_reads(part.weight, part.A, part.B)
-    return choices.choose_segments(weight.device, weight.dtype, _window(bank), readable, bank.dropping > 0)
+    return choices.choose_segments(weight.device, bank.compute_dtype, _window(bank), readable, bank.dropping > 0)

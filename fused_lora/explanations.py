@@ -14,7 +14,8 @@ _PATH = ("TMA", "FACTOR_TMA", "LOW_TMA", "DROPOUT")
 @dataclass(frozen=True)
 class Explanation:
     """shape (M, K, N, r), r = 0 where no update is computed; backend and reason; for kernels the launches of forward
-    and backward, each (kernel, programs, parameters); for a card by name what they take, if that can be predicted."""
+    and backward, each (kernel, programs, parameters); for a card by name what they take, if that can be predicted; base
+    is the format of the frozen weight, where it is in one."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
@@ -26,11 +27,13 @@ class Explanation:
     notes: tuple[str, ...] = ()
     gpu: str | None = None
     predicted: Prediction | None = None
+    base: str | None = None
 
     def __str__(self) -> str:
         M, K, N, r = self.shape
         lines = [
-            f"M={M} tokens, K={K} -> N={N}{f', r={r}' if r else ''}, {self.dtype} on {self.device}",
+            f"M={M} tokens, K={K} -> N={N}{f', r={r}' if r else ''}, {self.dtype} on {self.device}"
+            + (f", the frozen weight in {self.base}" if self.base else ""),
             f"backend: {self.backend} ({self.reason})",
         ]
         for title in ("forward", "backward"):

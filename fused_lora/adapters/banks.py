@@ -11,6 +11,7 @@ from ..modules import LoRABank, ReplaceReport, add_adapter
 from ..modules.banks import banks_with
 from ..modules.config import LoRAConfig
 from ..modules.protocol import is_bank
+from ..modules.quantised import size_and_dtype
 from . import files
 from .layers import bare_name, modules_of
 from .reading import exactly, missing, of_any, shape_errors
@@ -71,7 +72,7 @@ def _layer_errors(layer: str, pair: dict, module, known: dict, config: LoRAConfi
     if known and known[layer].adapters[name].r != r:
         return [f"{layer} has r={known[layer].adapters[name].r}, the config says r={r}"]
     if isinstance(module, nn.Linear) or is_bank(module):
-        return shape_errors(layer, pair, r, module.weight.shape)
+        return shape_errors(layer, pair, r, size_and_dtype(module)[0])
     found = "no such module" if module is None else f"a {type(module).__name__}"
     return [f"unexpected {', '.join(files.key_of(layer, which) for which in pair)}: {found} there"]
 
@@ -84,7 +85,7 @@ def load(
     if not _banks_of(model, name):
         modules = modules_of(model)
         dtypes = {tensor.dtype for pair in factors.values() for tensor in pair.values()}
-        dtypes |= {modules[layer].weight.dtype for layer in factors}
+        dtypes |= {size_and_dtype(modules[layer])[1] for layer in factors}
         asked = dataclasses.asdict(_exact(config, factors))
         dtype = lora_dtype or reduce(torch.promote_types, dtypes)
         # What trains beside adapters that are there already is somebody's wish.

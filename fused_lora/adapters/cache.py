@@ -49,7 +49,7 @@ class AdapterCache:
 
         slots, r   how many adapters the device holds, and the largest rank of any
         host       how many the host's memory holds, each of r (K + N) elements for each of the banks
-        target_modules, exclude_modules, lora_dtype    as in add_adapter: which linears can be adapted, and in what
+        target_modules, exclude_modules, lora_dtype, base    as in add_adapter: which linears, and in what
 
     Raises ValueError naming the argument. S-LoRA: Sheng et al. 2023, arXiv:2311.03285.
     """
@@ -63,13 +63,14 @@ class AdapterCache:
         target_modules: str | Iterable[str] | None = None,
         exclude_modules: str | Iterable[str] | None = None,
         lora_dtype: torch.dtype | None = None,
+        base=None,
     ):
         for name, count in (("slots", slots), ("r", r), ("host", host)):
             checks.check_count(name, count, least=1)
         if r > SIZES[-1]:
             raise ValueError(f"r must be at most {SIZES[-1]} in a bank, got {r}")
         self.model, self.r = model, r
-        self._banks = banks_for(model, Selection(target_modules, exclude_modules), lora_dtype, capacity=0)
+        self._banks = banks_for(model, Selection(target_modules, exclude_modules), lora_dtype, 0, base=base)
         self._slots = [Slot({layer: bank.reserve(r) for layer, bank in self._banks.items()}) for _ in range(slots)]
         self._blobs = Blobs({layer: bank._slab for layer, bank in self._banks.items()}, r, host)
         self._entries: dict[str, _Entry] = {}
@@ -164,7 +165,7 @@ class AdapterCache:
                 raise ValueError(f"{layer} of {name} is none of the cache's layers: target_modules")
             if r > self.r:
                 raise ValueError(f"{name} has r={r} in {layer}, slots are for r={self.r} at most")
-            errors = shape_errors(layer, factors[layer], r, self._banks[layer].weight.shape)
+            errors = shape_errors(layer, factors[layer], r, self._banks[layer].frozen_weight.shape)
             if errors:
                 raise ValueError(f"{name}: {errors[0]}")
             dtype = self._banks[layer].lora_dtype

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import LoRALinear, ReplaceReport
 from ..modules.config import LoRAConfig, remember, served
+from ..modules.quantised import size_and_dtype
 from ..modules.replace import convert
 from ..modules.routing import check_name
 from ..modules.selection import Selection
@@ -92,7 +93,7 @@ def _layer_errors(layers: dict[str, LoRALinear], config: LoRAConfig, factors: di
             errors.append(f"unexpected {', '.join(files.key_of(name, which) for which in pair)}: no LoRALinear there")
             continue
         layer = layers[name]
-        errors += shape_errors(name, pair, layer.r, layer.weight.shape)
+        errors += shape_errors(name, pair, layer.r, layer.frozen_weight.shape)
         if config.use_dora != layer.use_dora:
             errors.append(f"{name} has use_dora={layer.use_dora}, the config says use_dora={config.use_dora}")
         if config.of(name)[0] != layer.r:
@@ -108,7 +109,7 @@ def _replacing_errors(model: nn.Module, config: LoRAConfig, factors: dict) -> li
         if isinstance(linear, nn.Linear) and linear.weight.is_meta:
             errors.append(f"{name} is on meta: bring back what is offloaded first")
         elif isinstance(linear, nn.Linear):
-            errors += shape_errors(name, pair, config.of(name)[0], linear.weight.shape)
+            errors += shape_errors(name, pair, config.of(name)[0], size_and_dtype(linear)[0])
         else:
             found = "no such module" if linear is None else f"a {type(linear).__name__}"
             errors.append(f"unexpected {', '.join(files.key_of(name, which) for which in pair)}: {found} there")
@@ -140,7 +141,7 @@ def _replace(model: nn.Module, config: LoRAConfig, factors: dict[str, dict[str, 
         rank_pattern=of_any(factors, config.rank_pattern), alpha_pattern=of_any(factors, config.alpha_pattern),
     )  # fmt: skip
     dtypes = {tensor.dtype for pair in factors.values() for tensor in pair.values()}
-    dtypes |= {model.get_submodule(name).weight.dtype for name in factors}
+    dtypes |= {size_and_dtype(model.get_submodule(name))[1] for name in factors}
     return convert(model, config, lora_dtype=reduce(torch.promote_types, dtypes), freeze=True)
 
 

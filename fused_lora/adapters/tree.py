@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import whole_files
+from .. import checks, whole_files
 from ..modules import adapter_parameters, add_adapter, delete_adapter, rename_adapter, route, set_adapter
 from ..modules.banks import banks_with
 from ..modules.protocol import is_bank
@@ -158,7 +158,7 @@ class AdapterTree(Nodes):
     @torch.no_grad()
     def merge_into_base(self, name: str) -> None:
         """W += scale B A of a root, rounded once to W's dtype as fused_lora.merge_ does; its children become roots. It
-        must be the only root, since W is everybody's."""
+        must be the only root, since W is everybody's. NotImplementedError for a W in a format."""
         others = [root for root in self.children(None) if root != name]
         if self.parent(name) is not None or others:
             raise ValueError(f"name must be the only root, got {name!r}: beside {', '.join(others) or 'its parent'}")
@@ -166,6 +166,8 @@ class AdapterTree(Nodes):
         for layer, bank in banks.items():
             if not all(factor.isfinite().all() for factor in bank.factors(name)):
                 raise ValueError(f"the factors of {layer} must be finite to be merged")
+        for layer, bank in banks.items():
+            checks.check_in_full(f"{layer}.weight", bank.frozen_weight)
         for bank in banks.values():
             merge_(bank.weight, *bank.factors(name), bank.adapters[name].scaling)
         for child in self.children(name):

@@ -97,5 +97,5 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight must be a matrix of floats, got {tuple(weight.shape)} of {weight.dtype}")
     if weight.numel() == 0:
         raise ValueError(f"weight must have entries, got {tuple(weight.shape)}")
-    if not weight.isfinite().all():
+    if not weight.is_meta and not weight.isfinite().all():
         raise ValueError("weight must be finite: a scale is of its largest entry")

@@ -57,6 +57,8 @@ class RowwiseLoRA(RowwiseParallel):
 
 
 def _cut(layer: LoRALinear, style: ParallelStyle, mesh: DeviceMesh, placements: dict[str, Placement]) -> nn.Module:
+    if layer.base is not None:
+        raise NotImplementedError(f"weight must be in no format to be cut by tensor parallelism, got {layer.base.name}")
     for name, parameter in list(layer.named_parameters()):
         shards = distribute_tensor(parameter.detach(), mesh, [placements[name]], src_data_rank=style.src_data_rank)
         setattr(layer, name, nn.Parameter(shards, requires_grad=parameter.requires_grad))

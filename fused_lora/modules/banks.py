@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from .. import checks
+from ..formats import Format
 from .config import LoRAConfig, asked_for, fields_of, forget, remember, remembered
 from .exchanging import exchange
 from .freezing import freeze_all_but_updates
+from .frozen import asked_base, names_of_bases, naming
 from .fusing import fuse as fuse_layers
 from .lora_bank import LoRABank
 from .protocol import is_bank
@@ -34,14 +36,15 @@ def add_adapter(
     capacity: int = 0,
     fuse: str = "auto",
     freeze: bool = False,
+    base: str | Format | None = None,
 ) -> ReplaceReport:
     """One adapter more for linears of a model, under a name by which route() gives it rows: nn.Linear modules become
     LoRABank layers, in place, and those that are some get it beside the ones that they have.
 
     target_modules, exclude_modules, rank_pattern, alpha_pattern and config choose the layers and their r and lora_alpha
-    as in replace_linear, each time anew: adapters may differ in all of it, and in lora_dropout. lora_dtype and capacity
-    (ranks) are those of new banks, and fuse is replace_linear's. The bases stop requiring gradients; everything else is
-    left as it was, but with freeze=True all but adapters stops too.
+    as in replace_linear, each time anew: adapters may differ in all of it, and in lora_dropout. lora_dtype, capacity
+    (ranks) and base are those of new banks; fuse and base are replace_linear's. The bases stop requiring gradients;
+    everything else is left as it was, but with freeze=True all but adapters stops too.
 
     Raises ValueError naming the argument, RuntimeError where a captured CUDA graph leaves no room; nothing has changed
     then. LoRA: Hu et al. 2021, arXiv:2106.09685.
@@ -49,12 +52,12 @@ def add_adapter(
     asked = _config(config, r=r, lora_alpha=lora_alpha, target_modules=target_modules, exclude_modules=exclude_modules,
                     use_rslora=use_rslora, lora_dropout=lora_dropout, rank_pattern=rank_pattern,
                     alpha_pattern=alpha_pattern)  # fmt: skip
+    base = asked_base(base)
     report, linears, banks = find_targets(model, asked.selection)
     if not linears and not banks:
         raise_none(report, asked.selection)
-    made = dict(
-        zip(report.replaced, (LoRABank.beside(linear, lora_dtype, capacity) for linear in linears), strict=True)
-    )
+    named = zip(report.replaced, linears, strict=True)
+    made = {layer: naming(layer, LoRABank.beside, linear, lora_dtype, capacity, base) for layer, linear in named}
     found = banks | made
     every = {layer: found[layer] for layer, _ in model.named_modules() if layer in found}
     for layer, bank in every.items():
@@ -63,10 +66,10 @@ def add_adapter(
         warnings.warn(f"{entry} matches no layer that gets the adapter", stacklevel=2)
         report.unmatched.append(entry)
     _add_to_all(every, name, asked)
-    _install(model, linears, list(made.values()))
+    _install(model, linears, list(made.values()), base)
     for layer in banks:
         del report.skipped[layer]
-    report.adapted = list(every)
+    report.adapted, report.base = list(every), names_of_bases(made.values())
     if config is not None:
         remember(model, fields_of(config), name)
     if freeze:
@@ -78,23 +81,31 @@ def add_adapter(
 
 
 def banks_for(
-    model: nn.Module, selection: Selection, lora_dtype: torch.dtype | None, capacity: int, fuse: str = "auto"
+    model: nn.Module,
+    selection: Selection,
+    lora_dtype: torch.dtype | None,
+    capacity: int,
+    fuse: str = "auto",
+    base: str | Format | None = None,
 ) -> dict[str, LoRABank]:
     """The linears that are selected as banks, in the model's order: those that are some already, and new ones."""
+    base = asked_base(base)
     report, linears, banks = find_targets(model, selection)
     if not linears and not banks:
         raise_none(report, selection)
-    made = [LoRABank.beside(linear, lora_dtype, capacity) for linear in linears]
-    _install(model, linears, made)
+    named = zip(report.replaced, linears, strict=True)
+    made = [naming(layer, LoRABank.beside, linear, lora_dtype, capacity, base) for layer, linear in named]
+    _install(model, linears, made, base)
     if fuse == "auto" and made:
         fuse_layers(model, made)
     wanted = {*map(id, banks.values()), *map(id, made)}
     return {layer: module for layer, module in model.named_modules() if id(module) in wanted}
 
 
-def _install(model: nn.Module, linears: list[nn.Linear], banks: list[LoRABank]) -> None:
+def _install(model: nn.Module, linears: list[nn.Linear], banks: list[LoRABank], base: Format | None = None) -> None:
     exchange(model, {id(linear): bank for linear, bank in zip(linears, banks, strict=True)})
-    for bank in banks:
+    for linear, bank in zip(linears, banks, strict=True):
+        bank.quantise(linear, base)
         bank.take_base()
 
 

@@ -57,8 +57,7 @@ def _join(module: nn.Module, layers: set[int], readings: dict[tuple, Reading | N
 
 def _alike(children: dict[str, nn.Module]) -> set[str]:
     """Those of the first one's dtype and device."""
-    weights = {name: child.frozen_weight for name, child in children.items()}
-    kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
+    kinds = {name: (child.compute_dtype, child.frozen_weight.device) for name, child in children.items()}
     first = next(iter(kinds.values()))
     return {name for name, kind in kinds.items() if kind == first}
 

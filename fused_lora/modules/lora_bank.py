@@ -4,16 +4,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import checks, ops
+from ..formats import Format
 from . import hooks, routing, siblings
 from .attributes import parameter
+from .frozen import Frozen, asked_base, check_linear, found_in
 from .keeping import Keeping
-from .protocol import PLAIN
+from .protocol import are_plain
+from .quantised import Taken
 
 
-class LoRABank(Keeping):
+class LoRABank(Frozen, Keeping):
     """y = x W^T + bias for every row, and scale x A^T B^T by the adapter that route() gives the row.
 
         weight (N, K), bias (N,)      the frozen linear's, under nn.Linear's names
@@ -45,36 +47,48 @@ class LoRABank(Keeping):
         self._begin(like, lora_dtype, capacity)
         self.take_base()
 
-    def _begin(self, linear: nn.Linear, lora_dtype: torch.dtype | None, capacity: int) -> None:
+    def _begin(
+        self, linear: nn.Linear, lora_dtype: torch.dtype | None, capacity: int, found: Taken | None = None
+    ) -> None:
         checks.check_count("capacity", capacity)
         if lora_dtype is not None:
             checks.check_dtype("lora_dtype", lora_dtype)
-        weight, bias = linear.weight, linear.bias
-        super().__init__(linear.in_features, linear.out_features, capacity, weight.device, lora_dtype or weight.dtype)
+        weight, dtype = linear.weight, linear.weight.dtype if found is None else found.dtype
+        super().__init__(linear.in_features, linear.out_features, capacity, weight.device, lora_dtype or dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = weight, bias
+        self._start_on(linear, found)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, lora_dtype: torch.dtype | None = None, capacity: int = 0) -> "LoRABank":
-        """A bank on the linear's own parameters, which it freezes."""
-        checks.check_base(linear)
-        bank = cls.beside(linear, lora_dtype, capacity)
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        lora_dtype: torch.dtype | None = None,
+        capacity: int = 0,
+        base: str | Format | None = None,
+    ) -> "LoRABank":
+        """A bank on the linear's own parameters, which it freezes; with a base as LoRALinear.from_linear has it."""
+        check_linear(linear)
+        base = asked_base(base)
+        bank = cls.beside(linear, lora_dtype, capacity, base)
+        bank.quantise(linear, base)
         bank.take_base()
         return bank
 
     @classmethod
-    def beside(cls, linear: nn.Linear, lora_dtype: torch.dtype | None, capacity: int) -> "LoRABank":
+    def beside(
+        cls, linear: nn.Linear, lora_dtype: torch.dtype | None, capacity: int, base: Format | None = None
+    ) -> "LoRABank":
         """from_linear without take_base: what can fail, before anything of the linear is changed."""
-        checks.check_matrix("linear.weight", linear.weight)
+        found = found_in(linear, base)
         bank = cls.__new__(cls)
-        bank._begin(linear, lora_dtype, capacity)
+        bank._begin(linear, lora_dtype, capacity, found)
         return bank.train(linear.training)
 
     def take_base(self) -> None:
         """weight and bias stop requiring gradients."""
-        for base in (self.weight, self.bias):
-            if base is not None:
-                base.requires_grad_(False)
+        self._freeze()
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
         if siblings.thread.call is not None:
@@ -83,13 +97,8 @@ class LoRABank(Keeping):
                 return y
         routed = routing.current(self, input)
         if not routed.adapters:
-            return F.linear(input, self.weight, self.bias)
+            return self._plainly(input)
         return ops.lora_segments(input, [routed])[0]
-
-    @property
-    def frozen_weight(self) -> Tensor:
-        """weight."""
-        return self.weight
 
     @property
     def dropping(self) -> float:
@@ -98,7 +107,7 @@ class LoRABank(Keeping):
 
     def lora_sources(self) -> tuple:
         """All that a result depends on, but for x."""
-        return (parameter(self, "weight"), parameter(self, "bias"), *routing.sources(self))
+        return (*self.frozen_tensors(), parameter(self, "bias"), *routing.sources(self))
 
     def why_not(self) -> str | None:
         """Why it is a plain linear now: never."""
@@ -109,7 +118,7 @@ class LoRABank(Keeping):
         reason = hooks.why_alone(self, LoRABank.forward) or routing.obstacle(self)
         if reason is not None:
             return reason
-        if type(self.weight) not in PLAIN:
+        if not are_plain(self.frozen_weight):
             return "it is in shards now"
         routed = routing.current(self, x)
         return routed if routed.adapters else "none of its adapters is in the route"
@@ -117,7 +126,7 @@ class LoRABank(Keeping):
     def part(self, names: Sequence[str]) -> ops.Part:
         """The linear with the slabs, in which the factors of these adapters are what their parameters are now."""
         A, up = self.slabs_with(names)
-        return ops.Part(parameter(self, "weight"), A, up.t(), parameter(self, "bias"), self._slab.scales)
+        return ops.Part(self.frozen_weight, A, up.t(), parameter(self, "bias"), self._slab.scales)
 
     def routed(self, names: tuple[str, ...], tables, window: int, adapters: tuple[ops.Adapter, ...]) -> ops.Routed:
         """What it computes of rows that have these adapters by the tables."""
@@ -130,5 +139,5 @@ class LoRABank(Keeping):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"adapters={len(self.adapters)}"
+            f"adapters={len(self.adapters)}" + (f", base={self.base.name}" if self.base is not None else "")
         )

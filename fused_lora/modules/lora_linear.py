@@ -5,12 +5,13 @@ import math
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .. import checks, ops, padding
+from ..formats import Format
 from . import hooks, siblings
 from .attributes import parameter
+from .frozen import asked_base, check_linear, found_in
 from .loading import loading_errors
 from .merging import Merging
 from .protocol import is_whole
@@ -122,8 +123,11 @@ class LoRALinear(Merging):
             raise RuntimeError("lora_A and lora_B cannot begin anew while they are merged: call unmerge_() first")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        self._reset_magnitudes()
+
+    def _reset_magnitudes(self) -> None:
         if self.use_dora:
-            self.lora_magnitude_vector.copy_(ops.row_norms(self.weight, self.lora_A, self.lora_B, self.scale))
+            self.lora_magnitude_vector.copy_(ops.row_norms(self.frozen_weight, self.lora_A, self.lora_B, self.scale))
 
     @classmethod
     def from_linear(
@@ -137,42 +141,55 @@ class LoRALinear(Merging):
         train_bias: bool = False,
         pad_rows: bool | None = None,
         use_dora: bool = False,
+        base: str | Format | None = None,
     ) -> "LoRALinear":
         """A LoRALinear on the linear's own parameters, which it freezes, the bias unless train_bias.
 
-        Nothing is copied, but where a weight moves to padded rows.
+        Nothing is copied, but where a weight moves to padded rows. With a base the weight is quantised: "fp8", "int8",
+        "nf4", "nf4-nested", or a format of fused_lora.formats. The linear then has lost its own, and is of no use. What
+        bitsandbytes or Hugging Face has quantised is taken as it is (quantised.py): the tensors are shared.
         """
-        checks.check_base(linear)
-        layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora)
+        check_linear(linear)
+        base = asked_base(base)
+        layer = cls.beside(linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora, base)
+        layer.quantise(linear, base)
         layer.take_base(train_bias)
         return layer
 
     @classmethod
     def beside(
-        cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora
+        cls, linear: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, lora_dtype, pad_rows, use_dora, base=None
     ) -> "LoRALinear":
         """from_linear without take_base: what can fail, before anything of the linear is changed."""
-        checks.check_matrix("linear.weight", linear.weight)
+        found = found_in(linear, base)
+        dtype = linear.weight.dtype if found is None else found.dtype
         with torch.device("meta"):
             layer = cls(
                 linear.in_features, linear.out_features, r, lora_alpha, lora_dropout, linear.bias is not None,
-                use_rslora, dtype=linear.weight.dtype, lora_dtype=lora_dtype, pad_rows=pad_rows, use_dora=use_dora,
+                use_rslora, dtype=dtype, lora_dtype=lora_dtype, pad_rows=pad_rows, use_dora=use_dora,
             )  # fmt: skip
         # Only the factors are allocated: a to_empty() would hold a second weight for a moment.
         device = linear.weight.device
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._start_on(linear, found)
         for name, factor in list(layer.named_parameters()):
             if factor.is_meta and name.startswith("lora_"):
                 setattr(layer, name, nn.Parameter(torch.empty_like(factor, device=device)))
         layer.reset_lora_parameters()
         return layer.train(linear.training)
 
+    @torch.no_grad()
+    def quantise(self, linear: nn.Linear, base: Format | None) -> None:
+        """Frozen's; DoRA's magnitudes then are the norms of what W has become."""
+        super().quantise(linear, base)
+        if base is not None:
+            self._reset_magnitudes()
+
     def take_base(self, train_bias: bool = False) -> None:
         """weight, and bias unless train_bias, stop requiring gradients; a bias to be trained starts requiring one.
 
         weight moves to padded rows where that was chosen.
         """
-        self.weight.requires_grad_(False)
+        self._freeze()
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
         self._settle()
@@ -181,7 +198,7 @@ class LoRALinear(Merging):
         if isinstance(input, fx.Proxy):
             return self._traced(input)
         if self.merged:
-            return F.linear(input, self.weight, self.bias)
+            return self._plainly(input)
         if siblings.thread.call is not None:
             y = siblings.output(self, input)
             if y is not None:
@@ -199,11 +216,6 @@ class LoRALinear(Merging):
 
     # What protocol.py asks of any layer.
 
-    @property
-    def frozen_weight(self) -> Tensor:
-        """weight."""
-        return self.weight
-
     def lora_part(self) -> ops.Part:
         """What the layer adds to a pass that it shares with others."""
         part = self._part()
@@ -215,11 +227,12 @@ class LoRALinear(Merging):
 
     def lora_sources(self) -> tuple:
         """All that its part is made of."""
-        return (*self._part(), parameter(self, "lora_magnitude_vector"))
+        return (*self.frozen_tensors(), *self._part()[1:], parameter(self, "lora_magnitude_vector"))
 
     def _part(self) -> ops.Part:
         weight, A, B = parameter(self, "weight"), parameter(self, "lora_A"), parameter(self, "lora_B")
-        return ops.Part(weight, A, B, parameter(self, "bias"), self._scale_beside(weight))
+        scale = self._scale_beside(weight)
+        return ops.Part(weight if self.base is None else self._stored(weight), A, B, parameter(self, "bias"), scale)
 
     @property
     def dropping(self) -> float:
@@ -248,5 +261,6 @@ class LoRALinear(Merging):
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
             + (", use_rslora=True" if self.use_rslora else "")
             + (", use_dora=True" if self.use_dora else "")
+            + (f", base={self.base.name}" if self.base is not None else "")
             + (", merged" if self.merged else "")
         )

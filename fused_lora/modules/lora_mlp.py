@@ -78,10 +78,10 @@ class LoRAMLP(Mixin):
             return f"gate and up must have weights of one shape, got {tuple(gate.shape)} and {tuple(up.shape)}"
         if down.shape[1] != gate.shape[0]:
             return f"down must have in_features {gate.shape[0]}, got {down.shape[1]}"
-        for name in ("dtype", "device"):
-            found = {str(getattr(weight, name)) for weight in weights}
+        dtypes, devices = {layer.compute_dtype for layer in layers}, {weight.device for weight in weights}
+        for name, found in (("dtype", dtypes), ("device", devices)):
             if len(found) != 1:
-                return f"gate, up and down must have weights of one {name}, got {sorted(found)}"
+                return f"gate, up and down must have weights of one {name}, got {sorted(map(str, found))}"
         return None
 
     def why_not(self, x: Tensor) -> str | None:

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, ops
+from ..formats import dequantise
 from . import magnitudes
-from .loading import MAGNITUDES, MATRICES, says_merged
+from .frozen import Frozen
+from .loading import MAGNITUDES, MATRICES, SCALES, says_merged
 from .scaled import Scaled
 
 
-class Merging(Scaled):
+class Merging(Frozen, Scaled):
     """What LoRALinear has of it: weight, bias, lora_A, lora_B, and lora_magnitude_vector where it is DoRA."""
 
     _merged_gain: Tensor | None = None  # of DoRA, while merged: what the weight was multiplied by
@@ -25,7 +27,7 @@ class Merging(Scaled):
         return (own[MAGNITUDES] if MAGNITUDES in own else getattr(self, MAGNITUDES, None)) is not None
 
     def _gain(self, scale: Tensor) -> Tensor:
-        return magnitudes.gain(self.lora_magnitude_vector, self.weight, self.lora_A, self.lora_B, scale)
+        return magnitudes.gain(self.lora_magnitude_vector, self.frozen_weight, self.lora_A, self.lora_B, scale)
 
     def get_extra_state(self) -> Tensor:
         """merged, for state dicts: a weight means nothing without it. Of DoRA the gain in it instead of True."""
@@ -42,7 +44,7 @@ class Merging(Scaled):
 
         The factors have no gradients meanwhile. Raises RuntimeError if merged already, ValueError for a factor that is
         not finite and a magnitude of 0 (they could not be taken out) and for tensors that are offloaded, TypeError for
-        sharded ones.
+        sharded ones, NotImplementedError for a weight in a format.
         """
         if self.merged:
             raise RuntimeError("the update is already merged")
@@ -70,6 +72,7 @@ class Merging(Scaled):
 
     def check_mergeable(self) -> None:
         """Raises what merge_ does of the tensors as they are."""
+        checks.check_in_full("weight", self.frozen_weight)
         self._check_at_hand()
         checks.check_own("weight", self.weight)
         self._check_finite()
@@ -80,18 +83,25 @@ class Merging(Scaled):
     def to_linear(self) -> nn.Linear:
         """A new nn.Linear with the merged weight and a copy of the bias, which train; this layer stays as it is.
 
-        Raises ValueError or TypeError as merge_ does.
+        Of a weight in a format it is what that stands for and the update, rounded once to compute_dtype. Raises
+        ValueError or TypeError as merge_ does.
         """
         self._check_at_hand()
-        N, K = self.weight.shape
-        linear = nn.Linear(K, N, self.bias is not None, device="meta", dtype=self.weight.dtype)
-        linear.weight = nn.Parameter(self.weight.detach().clone())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
         if not self.merged:
             self._check_finite()
-            self._merge_into(linear.weight)
+        N, K = self.frozen_weight.shape
+        linear = nn.Linear(K, N, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self._merged_weight())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear.train(self.training)
+
+    def _merged_weight(self) -> Tensor:
+        """In memory of its own."""
+        weight = dequantise(self.frozen_weight) if self.base is not None else self.weight.detach().clone()
+        if not self.merged:
+            self._merge_into(weight)
+        return weight.to(self.compute_dtype)
 
     def _merge_into(self, weight: Tensor) -> Tensor | None:
         """The gain, of DoRA."""
@@ -104,11 +114,12 @@ class Merging(Scaled):
 
     def _lasting_gain(self) -> Tensor:
         return magnitudes.lasting_gain(
-            self.lora_magnitude_vector.detach(), self.weight, self.lora_A, self.lora_B, self.scale
+            self.lora_magnitude_vector.detach(), self.frozen_weight, self.lora_A, self.lora_B, self.scale
         )
 
     def _check_at_hand(self) -> None:
-        for name in (*MATRICES, *self._magnitudes()):
+        scales = [name for name in SCALES if self._parameters.get(name) is not None]
+        for name in (*MATRICES, *scales, *self._magnitudes()):
             checks.check_at_hand(name, getattr(self, name))
 
     def _magnitudes(self) -> tuple[str, ...]:

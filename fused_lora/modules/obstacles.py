@@ -4,22 +4,26 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from . import quantised
 
 
 def obstacle(linear: nn.Linear) -> str | None:
     """Why LoRALinear cannot stand for a linear, or None."""
     if hasattr(getattr(linear, "weight", None), "placements"):
         return "its weight is in shards: replace_linear comes before fully_shard and parallelize_module"
-    if type(linear) is not nn.Linear:
+    found = quantised.read(linear)
+    if isinstance(found, str):
+        return found
+    if type(linear) is not nn.Linear and found is None:
         return f"a subclass of nn.Linear ({type(linear).__name__})"
     if "_hf_hook" in vars(linear):
         return "accelerate brings its weight in at each call: replace_linear comes before cpu_offload or dispatch_model"
-    lost = _lost(linear)
+    lost = _lost(linear, quantised.HELD if found else set())
     if lost:
         return f"{lost}, which a replacement would lose"
-    weight = _parameter_obstacle("weight", linear.weight, (linear.out_features, linear.in_features))
+    weight = found is None and _parameter_obstacle("weight", linear.weight, (linear.out_features, linear.in_features))
     if weight or linear.bias is None:
-        return weight
+        return weight or None
     return _parameter_obstacle("bias", linear.bias, (linear.out_features,))
 
 
@@ -35,16 +39,20 @@ def _parameter_obstacle(name: str, parameter: Tensor | None, shape: tuple[int, .
     return None
 
 
-def _lost(linear: nn.Linear) -> str | None:
-    """What a linear has that nn.Linear has not."""
+def _lost(linear: nn.Linear, held: set[str]) -> str | None:
+    """What a linear has that nn.Linear has not; held: what one that is quantised has."""
     state = vars(linear)
     # Hooks of every kind, those of state dicts too: nn.Module keeps them in attributes that end so.
-    if any(value for name, value in state.items() if name.endswith("_hooks")):
+    hooks = {name for name, value in state.items() if name.endswith("_hooks") and value}
+    if held:
+        hooks -= {"_load_state_dict_pre_hooks"}  # bitsandbytes', which reads files of its own
+    if hooks:
         return "it has hooks"
     replaced = [name for name in state if callable(getattr(nn.Linear, name, None))]
     if replaced:
         return f"its {replaced[0]} was replaced"
-    more = [*(state["_parameters"].keys() - {"weight", "bias"}), *state["_buffers"], *state["_modules"]]
+    tensors = state["_parameters"].keys() | state["_buffers"].keys()
+    more = [*(tensors - {"weight", "bias"} - held), *state["_modules"]]
     return f"it holds {', '.join(sorted(more))}" if more else None
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..formats import Stored
 from ..ops import Part, Routed
 from ..ops.lora_parts import MOST_PARTS, obstacle
 from ..ops.lora_segments_mlp import obstacle as mlp_obstacle
@@ -22,8 +23,12 @@ class LoRALayer(Protocol):
     merged: bool
 
     @property
-    def frozen_weight(self) -> Tensor:
+    def frozen_weight(self) -> Tensor | Stored:
         """(N, K), whatever the layer is computed by now."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """That of the activations it is made for: the weight's, where that is in no format."""
 
     def lora_part(self) -> Part:
         """Its own tensors where it has one of each: what they are changed to, the layer is. Where why_not is None. They
@@ -48,7 +53,14 @@ PLAIN = (nn.Parameter, Tensor)  # subclasses, as nested, sharded and fake ones, 
 
 def is_whole(part: Part) -> bool:
     """Whether its tensors are plain ones, and not in shards of any kind."""
-    return type(part.weight) in PLAIN and type(part.A) in PLAIN and type(part.B) in PLAIN
+    return are_plain(part.weight) and type(part.A) in PLAIN and type(part.B) in PLAIN
+
+
+def are_plain(weight: Tensor | Stored) -> bool:
+    """The same of what a frozen weight is made of."""
+    if not isinstance(weight, Stored):
+        return type(weight) in PLAIN
+    return all(tensor is None or type(tensor) in PLAIN for tensor in weight.tensors)
 
 
 def is_lora(module: nn.Module | None) -> bool:

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from .. import checks
+from ..formats import Format
 from .config import LoRAConfig, asked_for, fields_of, remember
 from .exchanging import exchange
 from .freezing import freeze_all_but_updates
+from .frozen import asked_base, names_of_bases, naming
 from .fusing import fuse as fuse_layers
 from .lora_linear import LoRALinear
 from .report import ReplaceReport
@@ -35,6 +37,7 @@ def replace_linear(
     alpha_pattern: dict[str, float] | None = None,
     use_dora: bool = False,
     config=None,
+    base: str | Format | None = None,
 ) -> ReplaceReport:
     """Swaps nn.Linear modules of `model` for LoRALinear, in place, and returns what was replaced and skipped and why.
 
@@ -50,6 +53,10 @@ def replace_linear(
     a warning: scale is then 1 / r, where PEFT's lora_alpha is 8.
 
     use_dora gives each row a length of its own, as LoRALinear says.
+
+    base keeps the frozen weights in fewer bits: "fp8", "int8", "nf4", "nf4-nested", or a format of fused_lora.formats.
+    They are quantised one by one, so that two copies of the model never are in memory, and the linears that were
+    replaced have none any more. Factors have the weights' dtype unless lora_dtype says otherwise.
 
     config says all that in the place of these arguments: a LoraConfig of PEFT, a folder with an adapter_config.json, or
     such a dict, taken as PEFT takes it (bias="all" lets every bias of the model require gradients). What else it holds
@@ -82,14 +89,14 @@ def replace_linear(
         if lora_alpha is None:
             asked["lora_alpha"] = 1.0
             warnings.warn("lora_alpha was left out, and is 1.0: scale is 1 / r (PEFT's default is 8)", stacklevel=2)
-        return convert(model, LoRAConfig(**asked), lora_dtype, fuse, pad_rows, freeze)
+        return convert(model, LoRAConfig(**asked), lora_dtype, fuse, pad_rows, freeze, base)
     unset = {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "bias": "none"}
     beside = [name for name, value in asked.items() if value != unset.get(name)]
     if beside:
         names = ", ".join("train_bias" if name == "bias" else name for name in beside)
         raise ValueError(f"give config or {names}, not both")
     given = fields_of(config)
-    report = convert(model, asked_for(given), lora_dtype, fuse, pad_rows, freeze)
+    report = convert(model, asked_for(given), lora_dtype, fuse, pad_rows, freeze, base)
     remember(model, given)
     return report
 
@@ -101,6 +108,7 @@ def convert(
     fuse: str = "auto",
     pad_rows: bool | None = None,
     freeze: bool = False,
+    base: str | Format | None = None,
 ) -> ReplaceReport:
     """replace_linear by what a config asks for."""
     checks.check_rank(config.r)
@@ -108,20 +116,23 @@ def convert(
     checks.check_probability("lora_dropout", config.lora_dropout)
     if fuse not in FUSE:
         raise ValueError(f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
+    base = asked_base(base)
     report, targets = find_linears(model, config.selection)
     # Everything that can fail comes before the first change.
-    layers = {
-        id(linear): LoRALinear.beside(
-            linear, *config.of(name), config.lora_dropout, config.use_rslora, lora_dtype, pad_rows, config.use_dora
+    layers = [
+        naming(
+            name, LoRALinear.beside, linear, *config.of(name), config.lora_dropout, config.use_rslora, lora_dtype,
+            pad_rows, config.use_dora, base,
         )
         for name, linear in zip(report.replaced, targets, strict=True)
-    }
+    ]  # fmt: skip
     unmatched = config.unmatched(report.replaced)
     for entry in unmatched:
         warnings.warn(f"{entry} matches no layer that is replaced", stacklevel=3)
     report.unmatched += unmatched
-    exchange(model, layers)
-    for layer in layers.values():
+    exchange(model, {id(linear): layer for linear, layer in zip(targets, layers, strict=True)})
+    for linear, layer in zip(targets, layers, strict=True):
+        layer.quantise(linear, base)
         layer.take_base(train_bias=config.bias != "none")
     if freeze:
         freeze_all_but_updates(model)
@@ -129,6 +140,7 @@ def convert(
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 parameter.requires_grad_(True)
+    report.base = names_of_bases(layers)
     report.count(model)
     if fuse == "auto":
         report.groups, report.mlps = fuse_layers(model, report.layers(model))

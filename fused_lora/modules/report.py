@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .frozen import Frozen
 from .lora_linear import LoRALinear
 from .protocol import is_bank
 
@@ -18,7 +19,8 @@ class ReplaceReport:
     of add_adapter, are those that got the adapter, new ones and others.
 
     trainable, parameters and updates count elements as replace_linear left the model: those that require gradients,
-    all, and those of the factors and trained biases of LoRALinear layers."""
+    all, and those of the factors and trained biases of LoRALinear layers. base is the format that frozen weights are in
+    now, or None."""
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -26,6 +28,7 @@ class ReplaceReport:
     mlps: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
+    base: str | None = None
     trainable: int = 0
     parameters: int = 0
     updates: int = 0
@@ -34,7 +37,7 @@ class ReplaceReport:
         """Counts the parameters of `model` as they are now."""
         layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
         layers += [factors for bank in model.modules() if is_bank(bank) for factors in (bank.lora_A, bank.lora_B)]
-        self.parameters = _elements(model.parameters())
+        self.parameters = _all_elements(model)
         self.trainable = _elements(filter(_trains, model.parameters()))
         self.updates = _elements(filter(_trains, (p for layer in layers for p in layer.parameters(recurse=False))))
 
@@ -46,6 +49,7 @@ class ReplaceReport:
         lines = [f"replaced {len(self.replaced)} linear layers, left {len(self.skipped)}"]
         if self.adapted:
             lines[0] = f"an adapter more in {len(self.adapted)} linear layers, left {len(self.skipped)}"
+        lines += [f"frozen weights are in {self.base}"] if self.base else []
         lines += [self._counts()] if self.parameters else []
         lines += [f"  + {name}" for name in self.adapted or self.replaced]
         lines += [f"  - {name}: {reason}" for name, reason in self.skipped.items()]
@@ -66,10 +70,19 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
     trainable params: 1,024 || all params: 9,216 || trainable%: 11.1111
     """
-    parameters = list(model.parameters())
-    trainable, everything = _elements(filter(_trains, parameters)), _elements(parameters)
+    trainable, everything = _elements(filter(_trains, model.parameters())), _all_elements(model)
     share = 100 * trainable / max(everything, 1)
     print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+
+def _all_elements(model: nn.Module) -> int:
+    """A weight in a format counts as the matrix that it stands for."""
+    total = _elements(model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, Frozen) and layer.base is not None:
+            held = (tensor for tensor in layer.frozen_tensors() if tensor is not None)
+            total += layer.out_features * layer.in_features - _elements(held)
+    return total
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:

@@ -11,7 +11,8 @@ from .. import checks
 @torch.inference_mode(False)  # a tensor of inference mode could not be saved for a later backward
 def scale_beside(scaling: float, weight: Tensor) -> Tensor:
     """A scale as ops take it."""
-    return torch.full((), scaling, dtype=checks.scale_dtype(weight), device=weight.device)
+    dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32  # beside codes of any kind too
+    return torch.full((), scaling, dtype=dtype, device=weight.device)
 
 
 class Scaled(nn.Module):

@@ -7,6 +7,7 @@ from torch import nn
 
 from .config import forget
 from .exchanging import exchange
+from .frozen import naming
 from .lora_linear import LoRALinear
 from .mixins import unmix
 from .protocol import LoRALayer, is_bank, is_lora
@@ -23,7 +24,8 @@ def merge_and_unload(model: Model) -> Model:
     save_pretrained of a Hugging Face model writes it, and from_pretrained reads it.
 
     Raises ValueError or TypeError naming the layer, before any change, for factors that are not finite and for tensors
-    that are offloaded, sharded or made at each use; ValueError for a model without LoRALinear layers.
+    that are offloaded, sharded or made at each use; NotImplementedError for a weight in a format, and ValueError for a
+    model without LoRALinear layers.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if any(map(is_bank, model.modules())):
@@ -33,10 +35,7 @@ def merge_and_unload(model: Model) -> Model:
         raise ValueError("model has no LoRALinear layers to merge" + (": PEFT's are merged by PEFT" if theirs else ""))
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
     for name, layer in unmerged.items():
-        try:
-            layer.check_mergeable()
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}" if name else str(error)) from None
+        naming(name, layer.check_mergeable)
     for layer in unmerged.values():
         layer.merge_()
     forget(model)

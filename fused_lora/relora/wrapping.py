@@ -57,6 +57,7 @@ def check_model(model: nn.Module, optimizer: Optimizer | None, lora: dict, warm_
         reason = layer.why_not()
         if reason is not None:
             raise ValueError(f"{name} has no update that could be merged: {reason}")
+        checks.check_in_full(f"{name}.weight", layer.lora_part().weight)
         if layer.lora_part().gain is not None:
             raise ValueError(f"{name} is DoRA, whose gain a restart would leave behind: ReLoRA merges plain updates")
         for what, tensor in tensors_of(name, layer.lora_part()).items():

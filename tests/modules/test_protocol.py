@@ -30,6 +30,10 @@ class Foreign(nn.Module):
     def frozen_weight(self):
         return self.base.weight
 
+    @property
+    def compute_dtype(self):
+        return self.base.weight.dtype
+
     def lora_part(self):
         return Part(self.base.weight, self.down, self.up, self.base.bias, self.scale)
 

@@ -71,6 +71,11 @@ class AcceleratedLinear(Mixin):
         return like.new_empty(1, 1).expand(self.out_features, self.in_features)
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The base's."""
+        return self.frozen_weight.dtype
+
+    @property
     def dropping(self) -> float:
         """The probability by which it drops now."""
         names = self._names()
