@@ -25,7 +25,7 @@ struct Dequantiser {
       piece = taken(&p.counters->filled);
       if (piece >= first_pieces()) return;
       prefetch();
-      dequantise<8>();
+      dequantise();
     }
   }
 
@@ -39,7 +39,7 @@ struct Dequantiser {
   // The piece, if its place is free.
   __device__ __forceinline__ bool work() {
     if (done() || !is_free()) return false;
-    dequantise<4>();
+    dequantise();
     take();
     return true;
   }
@@ -112,54 +112,59 @@ struct Dequantiser {
     }
   }
 
-  template <int kTogether>
   __device__ __forceinline__ void dequantise() const {
     const Place at = place();
     const Part& part = p.part[at.part];
     if (part.stored.exists()) {
       uint16_t* to = part.ring + at.to_row * work::kPieceRows * p.ring_stride + at.to_col * work::kPieceCols;
-      write<kTogether>(part.stored, Extent(part, at), to);
+      write(part.stored, Extent(part, at), to);
     }
     ptx::fence_async_global();
     __syncwarp();
     if (lane() == 0) ptx::flag_raise(p.flags + p.ring.ready + column() * p.ring.ready_stride + piece % p.ring.of_tile, mark);
   }
 
-  template <int kTogether>
   __device__ __forceinline__ void write(const Stored& w, const Extent& own, uint16_t* to) const {
     in_format(w.format, [&](auto format) {
       constexpr Format kFormat = decltype(format)::value;
       const float nf4 = kIsNf4<kFormat> ? nf4_value(lane()) : 0;
       if (w.aligned) {
-        write_eights<kFormat, kTogether>(w, own, to, nf4);
+        write_eights<kFormat>(w, own, to, nf4);
       } else {
         write_entries<kFormat>(w, own, to, nf4);
       }
     });
   }
 
-  // Two rows at once, 16 bytes a lane. What some lanes have not is read from where others read it.
-  template <Format kFormat, int kTogether>
+  // Two rows at once, 16 bytes a lane, and some of these together, while the next ones are on their way. What some lanes have not is
+  // read from where others read it.
+  template <Format kFormat>
   __device__ __forceinline__ void write_eights(const Stored& w, const Extent& own, uint16_t* to, float nf4) const {
+    using Codes = EightCodes<kFormat, T>;
+    constexpr int kTogether = 3;
     const int own_row = lane() / 16, own_col = lane() % 16 * 8;
     const bool reads = own_col < own.cols;
-    EightCodes<kFormat, T> codes(w, own.first_row + own_row, own.first_col + (reads ? own_col : 0), nf4);
+    Codes codes(w, own.first_row + own_row, own.first_col + (reads ? own_col : 0), nf4);
     uint4* target = reinterpret_cast<uint4*>(to + own_row * p.ring_stride + own_col);
-    int left = own.rows - own_row;
+    int left = own.rows - own_row, asked = left;
+    typename Codes::Loaded loaded[kTogether] = {};
+    const auto ask = [&](int i) {
+      if (asked > 0) loaded[i] = codes.next(w);
+      asked -= 2;
+    };
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) ask(i);
 #pragma unroll 1
-    for (int row = 0; row < own.rows; row += 2 * kTogether) {
-      typename EightCodes<kFormat, T>::Loaded loaded[kTogether] = {};
+    for (int row = 0; row < own.rows; row += 2 * kTogether) {  // as often in all lanes
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        if (2 * i < left) loaded[i] = codes.next(w);
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const uint4 eight = codes.made_of(w, loaded[i]);
-        if (2 * i < left && reads) ptx::store_global(target, eight);
+        const typename Codes::Loaded now = loaded[i];
+        ask(i);
+        const uint4 eight = codes.made_of(w, now);
+        if (left > 0 && reads) ptx::store_global(target, eight);
+        left -= 2;
         target += p.ring_stride / 4;
       }
-      left -= 2 * kTogether;
     }
   }
 
