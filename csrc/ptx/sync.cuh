@@ -48,6 +48,12 @@ __device__ __forceinline__ void flag_raise_unordered(int* flag, int mark) {
   asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(mark) : "memory");
 }
 
+__device__ __forceinline__ uint32_t clock() {
+  uint32_t cycles;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles));
+  return cycles;
+}
+
 // Into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 

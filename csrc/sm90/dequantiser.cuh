@@ -14,6 +14,7 @@ struct Dequantiser {
   const KernelParams& p;
   const int mark;
   int piece = 0;
+  uint32_t asked = 0;  // when its place was not free
 
   __device__ explicit Dequantiser(const KernelParams& params) : p(params), mark(params.counters->launches + 1) {}
 
@@ -36,9 +37,15 @@ struct Dequantiser {
     if (!done()) prefetch();
   }
 
-  // The piece, if its place is free.
+  // The piece, if its place is free. All warps that wait ask for the same flags: without pauses that slows the copies of tiles.
   __device__ __forceinline__ bool work() {
-    if (done() || !is_free()) return false;
+    constexpr uint32_t kPause = 2000;  // cycles
+    if (done() || (asked != 0 && ptx::clock() - asked < kPause)) return false;
+    if (!is_free()) {
+      asked = ptx::clock() | 1;
+      return false;
+    }
+    asked = 0;
     dequantise();
     take();
     return true;

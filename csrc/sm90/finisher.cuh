@@ -183,7 +183,7 @@ __device__ __forceinline__ void finish_tiles_beside(Shared<C>& shared, const Box
     const bool begins = n == C::kFinishBoxes;
     uint64_t* barrier = begins ? &shared.finish_tile_full : &shared.finish_full[n % kConsumers];
     if (!finishes || !__all_sync(~0u, ptx::mbarrier_is_over(barrier, begins ? tile_phase : full_phase))) {
-      if (!pieces.work()) __nanosleep(50);
+      if (!pieces.work()) __nanosleep(finishes ? 50 : 500);
     } else if (begins) {
       tile = shared.finish_tile;
       tile_phase ^= 1;
