@@ -28,4 +28,6 @@ class INT8:
         return Stored(codes, scale, None, *weight.shape)
 
     def dequantise(self, stored: Stored, first: int, last: int) -> Tensor:
-        return stored.codes[first:last].float() * (stored.scale[first:last] / LARGEST)[:, None]
+        # By a tensor: a CUDA device multiplies by the reciprocal of a number, whose last bit may be another.
+        scale = stored.scale[first:last] / stored.scale.new_full((), LARGEST)
+        return stored.codes[first:last].float() * scale[:, None]
