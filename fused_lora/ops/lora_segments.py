@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, segments
+from ..formats import Stored
 from . import parts as of_parts
 from . import segmented
 from .autograd import NOTHING, distinct, needs_formula, partials, watched
@@ -218,12 +219,19 @@ def saved(ctx, call: Call) -> Call:
     """What is kept of a call for its backward pass, beside what ctx is given."""
     if not torch.compiler.is_compiling():
         ctx.slabs = [(part.A, part.B) for part in call.parts]
-        call = call._replace(parts=[part._replace(A=None, B=None) for part in call.parts])
+        call = call._replace(parts=[_without_slabs(part) for part in call.parts])
     # Scales and thresholds are of all adapters, and a change of another's is none of this pass's.
     return call._replace(
         parts=[part._replace(scale=part.scale.clone()) for part in call.parts],
         tables=segmented.with_own_thresholds(call.tables),
     )
+
+
+def _without_slabs(part: Part) -> Part:
+    if not isinstance(part.weight, Stored):
+        return part._replace(A=None, B=None)
+    N, K = part.weight.shape  # which its codes do not tell
+    return part._replace(A=part.A.new_empty(0, K), B=part.B.new_empty(N, 0))
 
 
 def read_again(ctx, call: Call) -> Call:
