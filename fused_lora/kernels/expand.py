@@ -208,14 +208,17 @@ def _plan(
 ) -> Plan:  # fmt: skip
     M, K, N, r = lhs.rows, lhs.cols, weight.rows if rhs_t else weight.cols, low.cols
     out = dense(M, N, lhs) if out is None else out
+    is_whole = out.stride_row == N
     tma = all(layout.tma_ready(gpu) for layout in (lhs, weight, out))
     low_tma = tma and low.tma_ready(gpu) and factor.tma_ready(gpu)
     if tile is None:
-        of_kind = (gpu, lhs.dtype.itemsize, tma, precision, launch.in_eights(lhs, weight))
+        # Beside the mask, a stride and a first column take registers that the largest tile of mma.sync does not leave.
+        large = launch.in_eights(lhs, weight) and (is_whole or not dropout)
+        of_kind = (gpu, lhs.dtype.itemsize, tma, precision, large)
         tile = measured(tiles.expand_tile(M, N, *of_kind), tiles.expand_candidates(*of_kind), tma, low_tma, dropout)
     # Where rank and base share a loop, they share its step.
     step = tile.block_k if low_tma and not dropout else tiles.rank_block(r, _most_ranks(tile, gpu, dropout))
-    stride_out = None if tma or out.stride_row == N else out.stride_row
+    stride_out = None if tma or is_whole else out.stride_row
     tile_count = ceil(M / tile.block_m) * ceil(N / tile.block_n)
     weight_block = (tile.block_n, tile.block_k) if rhs_t else (tile.block_k, tile.block_n)
     factor_block = (tile.block_n, step) if rhs_t else (step, tile.block_n)

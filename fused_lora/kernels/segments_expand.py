@@ -136,8 +136,10 @@ def _plan(
 ) -> Plan:  # fmt: skip
     M, K, N = lhs.rows, lhs.cols, weight.rows if rhs_t else weight.cols
     out = dense(M, N, lhs) if out is None else out
+    is_whole = out.stride_row == N
     tma = all(layout.tma_ready(gpu) for layout in (lhs, weight, out))
-    of_kind = (gpu, lhs.dtype.itemsize, tma, precision, launch.in_eights(lhs, weight))
+    large = launch.in_eights(lhs, weight) and (is_whole or not drops)  # as in expand
+    of_kind = (gpu, lhs.dtype.itemsize, tma, precision, large)
     # There are no registers for two large tiles, of all levels and of the one that is masked.
     tile = tiles.expand_candidates(*of_kind)[-1] if drops and levels > 1 else tiles.expand_tile(M, N, *of_kind)
     tile_count = ceil(M / tile.block_m) * ceil(N / tile.block_n)
@@ -156,6 +158,6 @@ def _plan(
         blocks,
         (
             M, N, K, factor.rows, levels, ceil(M / BLOCK), *lhs.strides, *weight.strides, *factor.strides,
-            None if tma or out.stride_row == N else out.stride_row,
+            None if tma or is_whole else out.stride_row,
         ),
     )  # fmt: skip
