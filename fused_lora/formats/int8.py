@@ -26,7 +26,9 @@ class INT8:
         return Stored(self.encode(self.in_codes(weight, scale[:, None])), scale, None, *weight.shape)
 
     def dequantise(self, stored: Stored, first: int, last: int) -> Tensor:
-        return self.codes_of(stored, first, last).float() * (self.scales_of(stored, first, last) / LARGEST)
+        # By a tensor: a CUDA device multiplies by the reciprocal of a number, whose last bit may be another.
+        scales = self.scales_of(stored, first, last) / stored.scale.new_full((), LARGEST)
+        return self.codes_of(stored, first, last).float() * scales
 
     def rows_of_blocks(self, K: int) -> int:
         return 1

@@ -2,7 +2,9 @@
 
 import torch
 
+from ..formats import Stored
 from ..reference import room
+from .chunked import by_chunks, cut
 from .dropout import Dropout
 from .expand import expand
 from .expand_grads import can_expand_grads, expand_grads
@@ -14,12 +16,12 @@ NO_DROPOUT = Dropout()
 
 
 def lora_linear_forward(x, weight, A, B, bias, scale, dropout: Dropout, gpu: Gpu, precision: str, gain=None):
-    """(y, xa): two launches, shrink and expand."""
+    """(y, xa): two launches, shrink and expand; with a stored weight two for each chunk of it after the shrink."""
     more = room(scale, x.dtype)
     if more is not None:
         scale, B = scale / more, B * more
     xa = shrink(x, A.to(x.dtype), scale, dropout.keep_scale, dropout, gpu, precision, rhs_t=True)
-    y = expand(x, weight, xa, B.to(x.dtype), bias, NO_DROPOUT, gpu, precision, rhs_t=True, gain=gain)
+    y = _expand(x, weight, xa, B.to(x.dtype), bias, NO_DROPOUT, gpu, precision, rhs_t=True, gain=gain)
     return y, xa
 
 
@@ -30,15 +32,31 @@ def lora_linear_backward(dy, x, weight, A, B, xa, scale, dropout: Dropout, gpu: 
     if dxa is None and (need_dx or need_dA):
         dxa = shrink(dy, factor_B, scale, dropout.keep_scale, NO_DROPOUT, gpu, precision, rhs_t=False)
     dx = dA = dB = None
-    if all(needs) and not dropout.active and can_expand_grads(gpu, dy, weight, dxa, factor_A, x, xa):
+    together = all(needs) and not dropout.active and not isinstance(weight, Stored)
+    if together and can_expand_grads(gpu, dy, weight, dxa, factor_A, x, xa):
         dx, dA, dB = expand_grads(dy, weight, dxa, factor_A, x, xa, A, B, gpu)
     else:
         if need_dx:
-            dx = expand(dy, weight, dxa, factor_A, None, dropout, gpu, precision, rhs_t=False)
+            dx = _expand(dy, weight, dxa, factor_A, None, dropout, gpu, precision, rhs_t=False)
         if need_dA or need_dB:
             dA, dB = factor_grads(x, dxa, A, dy, xa, B, dropout, gpu, precision, (need_dA, need_dB))
     more = room(scale, x.dtype) if need_dB else None
     return dx, dA, dB if more is None else dB.mul_(more), dxa
+
+
+def _expand(lhs, weight, low, factor, bias, dropout: Dropout, gpu: Gpu, precision: str, *, rhs_t: bool, gain=None):
+    """As expand, also with a stored weight."""
+    if not isinstance(weight, Stored):
+        return expand(lhs, weight, low, factor, bias, dropout, gpu, precision, rhs_t=rhs_t, gain=gain)
+
+    def multiply(part, columns: slice, out, first_col: int | None):
+        own = factor[columns] if rhs_t else factor[:, columns]
+        expand(
+            lhs, part, low, own, cut(bias, columns), dropout, gpu, precision, rhs_t=rhs_t, gain=cut(gain, columns),
+            out=out, first_col=first_col if dropout.active else None,
+        )  # fmt: skip
+
+    return by_chunks(lhs, weight, rhs_t, multiply)
 
 
 def forward_pass(x, weight, A, B, bias, scale, seed, gain, p: float, gpu: Gpu, precision: str, sizes: tuple[int, ...]):
@@ -69,6 +87,15 @@ def backward_pass(
     if dxa is not None or not keeps_dxa:
         grads[-1] = None
     return None if dx is None else in_sizes(dx, sizes), *grads
+
+
+def stored_forward_pass(x, codes, scales, outer, A, B, *others):
+    """forward_pass with a stored weight, whose tensors are inputs of their own."""
+    return forward_pass(x, Stored(codes, scales, outer, B.shape[0], A.shape[1]), A, B, *others)
+
+
+def stored_backward_pass(dy, x, codes, scales, outer, A, B, *others):
+    return backward_pass(dy, x, Stored(codes, scales, outer, B.shape[0], A.shape[1]), A, B, *others)
 
 
 def in_sizes(rows: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:

@@ -5,8 +5,10 @@ from math import ceil
 
 import torch
 
+from ..formats import Stored
 from ..reference import room
 from ..segments import BLOCK, SLICE, Drops, Tables, ranks_of
+from .chunked import by_chunks, cut
 from .launch import record_launches
 from .segments_expand import segments_expand
 from .segments_factor_grads import segments_factor_grads
@@ -23,7 +25,21 @@ def lora_segments_forward(
     if more is not None:
         scales, up = scales / more, up * more.repeat_interleave(SLICE)[:, None]
     xa = segments_shrink(x, A.to(x.dtype), scales, tables, window, drops, gpu, precision)
-    return segments_expand(x, weight, xa, up.to(x.dtype), bias, tables, window, None, gpu, precision, rhs_t=True), xa
+    return _expand(x, weight, xa, up.to(x.dtype), bias, tables, window, None, gpu, precision, rhs_t=True), xa
+
+
+def _expand(lhs, weight, low, factor, bias, tables: Tables, window: int, drops: Drops | None, *machine, rhs_t: bool):
+    """As segments_expand, also with a stored weight."""
+    if not isinstance(weight, Stored):
+        return segments_expand(lhs, weight, low, factor, bias, tables, window, drops, *machine, rhs_t=rhs_t)
+
+    def multiply(part, columns: slice, out, first_col: int | None):
+        segments_expand(
+            lhs, part, low, factor[:, columns], cut(bias, columns), tables, window, drops, *machine, rhs_t=rhs_t,
+            out=out, first_col=None if drops is None else first_col,
+        )  # fmt: skip
+
+    return by_chunks(lhs, weight, rhs_t, multiply)
 
 
 def lora_segments_backward(
@@ -36,7 +52,7 @@ def lora_segments_backward(
     if need_dx or need_dA:
         dxa = segments_shrink(dy, B.t().to(x.dtype), scales, tables, window, None, gpu, precision)
     if need_dx:
-        dx = segments_expand(dy, weight, dxa, A.to(x.dtype), None, tables, window, drops, gpu, precision, rhs_t=False)
+        dx = _expand(dy, weight, dxa, A.to(x.dtype), None, tables, window, drops, gpu, precision, rhs_t=False)
     if need_dA or need_dB:
         of = (tables, window, drops, gpu, precision, (need_dA, need_dB))
         dA, dB = segments_factor_grads(x, dxa, dy, xa, (A.dtype, B.dtype), *of)

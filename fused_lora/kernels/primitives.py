@@ -44,12 +44,16 @@ def store_tile(
 
 
 @triton.jit
-def store_dense_tile(dst, value, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """As store_tile, into a freshly allocated (rows, cols): offsets inside of a tile fit 32 bits."""
+def store_dense_tile(
+    dst, value, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, stride=None
+):  # fmt: skip
+    """As store_tile, into a freshly allocated (rows, cols), or into columns of one that is `stride` wide: offsets
+    inside of a tile fit 32 bits."""
+    stride_row = cols if stride is None else stride
     offs_row, offs_col = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
     mask = (offs_row < rows - row)[:, None] & (offs_col < cols - col)[None, :]
-    dst += tl.cast(row, tl.int64) * cols + col
-    tl.store(dst + (offs_row[:, None] * cols + offs_col[None, :]), value.to(dst.dtype.element_ty), mask=mask)
+    dst += tl.cast(row, tl.int64) * stride_row + col
+    tl.store(dst + (offs_row[:, None] * stride_row + offs_col[None, :]), value.to(dst.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -135,6 +139,12 @@ def accumulate_strided(
         lhs += BLOCK_K * lhs_stride
         rhs += BLOCK_K * rhs_stride
     return acc
+
+
+@triton.jit
+def from_first(col, first_col):
+    """The column of the whole result that a column of out is."""
+    return col if first_col is None else first_col + col
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from . import launch, tiles
 from .dropout import keep_mask
 from .expand import GROUP_M, finish_tile
 from .launch import Layout, Plan, dense, planned, pointers_aligned
-from .primitives import accumulate, accumulate_strided, grouped_order, in_eights
+from .primitives import accumulate, accumulate_strided, from_first, grouped_order, in_eights
 from .segment_tables import NOTHING, block_of, low_rows, place_of, thresholds_of
 from .tiles import Gpu
 
@@ -43,7 +43,7 @@ def _add_level(
 
 @triton.jit
 def _ranks(
-    low, factor, blocks_ptr, windows_ptr, rows_ptr, seed_ptr, thresholds_ptr, row, col, N, R, levels, blocks,
+    low, factor, blocks_ptr, windows_ptr, rows_ptr, seed_ptr, thresholds_ptr, first_col, row, col, N, R, levels, blocks,
     stride_factor_row, stride_factor_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOXES: tl.constexpr, DROPOUT: tl.constexpr,
     ONE_LEVEL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,42 +58,44 @@ def _ranks(
         )  # fmt: skip
         if DROPOUT:
             thresholds = thresholds_of(thresholds_ptr, rows_ptr, blocks, level, row, BLOCK_M)
-            own = tl.where(keep_mask(tl.load(seed_ptr) + level, row, col, thresholds, BLOCK_M, BLOCK_N), own, 0.0)
+            mask = keep_mask(tl.load(seed_ptr) + level, row, from_first(col, first_col), thresholds, BLOCK_M, BLOCK_N)
+            own = tl.where(mask, own, 0.0)
         acc = acc + own if DROPOUT and not ONE_LEVEL else own
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_col"])
 def segments_expand_kernel(
     lhs, weight, out, low, factor, bias_ptr, blocks_ptr, windows_ptr, rows_ptr, seed_ptr, thresholds_ptr,
-    M, N, K, R, levels, blocks,
+    first_col, M, N, K, R, levels, blocks,
     stride_lhs_row, stride_lhs_col, stride_weight_row, stride_weight_col, stride_factor_row, stride_factor_col,
+    stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BOXES: tl.constexpr,
     RHS_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ONE_LEVEL: tl.constexpr, TMA: tl.constexpr,
     EVEN_K: tl.constexpr, EIGHTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Persistent under TMA; without, one program a tile: in a loop over tiles the operands' addresses leave the
-    registers. Tiles are not cut where segments end: only ranks know them."""
+    registers. Tiles are not cut where segments end: only ranks know them. first_col and stride_out as expand's."""
     if TMA:
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
             row, col = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
             acc = _ranks(
-                low, factor, blocks_ptr, windows_ptr, rows_ptr, seed_ptr, thresholds_ptr, row, col, N, R, levels,
-                blocks, stride_factor_row, stride_factor_col,
+                low, factor, blocks_ptr, windows_ptr, rows_ptr, seed_ptr, thresholds_ptr, first_col, row, col, N, R,
+                levels, blocks, stride_factor_row, stride_factor_col,
                 BLOCK_M, BLOCK_N, BOXES, DROPOUT, ONE_LEVEL, WIDE, PRECISION,
             )  # fmt: skip
             acc = accumulate(
                 acc, lhs, weight, row, col, M, N, K, 0, K, 0, 1, 0, 1, 0, 0,
                 BLOCK_M, BLOCK_N, BLOCK_K, RHS_T, False, True, True, PRECISION,
             )  # fmt: skip
-            finish_tile(out, acc, None, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, False, HAS_BIAS, True)
+            finish_tile(out, acc, None, bias_ptr, row, col, M, N, None, BLOCK_M, BLOCK_N, False, HAS_BIAS, True)
     else:
         N, K = in_eights(N, EIGHTS and not RHS_T), in_eights(K, EIGHTS)
         stride_lhs_row, stride_weight_row = in_eights(stride_lhs_row, EIGHTS), in_eights(stride_weight_row, EIGHTS)
         row, col = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = _ranks(
-            low, factor, blocks_ptr, windows_ptr, rows_ptr, seed_ptr, thresholds_ptr, row, col, N, R, levels,
-            blocks, stride_factor_row, stride_factor_col,
+            low, factor, blocks_ptr, windows_ptr, rows_ptr, seed_ptr, thresholds_ptr, first_col, row, col, N, R,
+            levels, blocks, stride_factor_row, stride_factor_col,
             BLOCK_M, BLOCK_N, BOXES, DROPOUT, ONE_LEVEL, WIDE, PRECISION,
         )  # fmt: skip
         acc = accumulate_strided(
@@ -101,36 +103,43 @@ def segments_expand_kernel(
             stride_weight_col if RHS_T else stride_weight_row, stride_weight_row if RHS_T else stride_weight_col, 0, 0,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE, "", PRECISION,
         )  # fmt: skip
-        finish_tile(out, acc, None, bias_ptr, row, col, M, N, BLOCK_M, BLOCK_N, False, HAS_BIAS, False)
+        finish_tile(out, acc, None, bias_ptr, row, col, M, N, stride_out, BLOCK_M, BLOCK_N, False, HAS_BIAS, False)
 
 
 def segments_expand(
     lhs, weight, low, factor, bias, tables: Tables, window: int, drops: Drops | None, gpu: Gpu, precision: str, *,
-    rhs_t: bool,
+    rhs_t: bool, out=None, first_col: int | None = None,
 ):  # fmt: skip
     """lhs @ weight (weight^T with rhs_t) + dropout(low @ factor) + bias.
 
     lhs (M, depth)   low as segments_shrink has it   factor (R, columns) a slab   ->   (M, columns)
+
+    out and first_col as expand has them.
     """
     levels = tables.blocks.shape[0]
     layouts = [Layout.of(matrix) for matrix in (lhs, weight, factor)]
     key = (*layouts, levels, window, None if bias is None else bias.dtype, drops is not None, gpu, precision, rhs_t)
+    key += (None if out is None else Layout.of(out),)
     plan = planned(
-        (segments_expand, *key, *pointers_aligned(bias, low, *tables, *(drops or NOTHING))), lambda: _plan(*key)
+        (segments_expand, *key, first_col is None, *pointers_aligned(bias, low, *tables, *(drops or NOTHING))),
+        lambda: _plan(*key),
     )
-    out = torch.empty(lhs.shape[0], weight.shape[0 if rhs_t else 1], dtype=lhs.dtype, device=lhs.device)
-    plan.run((lhs, weight, out), (low, factor, bias, *tables, *(drops or NOTHING)))
+    if out is None:
+        out = torch.empty(lhs.shape[0], weight.shape[0 if rhs_t else 1], dtype=lhs.dtype, device=lhs.device)
+    plan.run((lhs, weight, out), (low, factor, bias, *tables, *(drops or NOTHING), first_col))
     return out
 
 
 def _plan(
     lhs: Layout, weight: Layout, factor: Layout, levels: int, window: int, bias_dtype, drops: bool, gpu: Gpu,
-    precision: str, rhs_t: bool,
+    precision: str, rhs_t: bool, out: Layout | None,
 ) -> Plan:  # fmt: skip
     M, K, N = lhs.rows, lhs.cols, weight.rows if rhs_t else weight.cols
-    out = dense(M, N, lhs)
+    out = dense(M, N, lhs) if out is None else out
+    is_whole = out.stride_row == N
     tma = all(layout.tma_ready(gpu) for layout in (lhs, weight, out))
-    of_kind = (gpu, lhs.dtype.itemsize, tma, precision, launch.in_eights(lhs, weight))
+    large = launch.in_eights(lhs, weight) and (is_whole or not drops)  # as in expand
+    of_kind = (gpu, lhs.dtype.itemsize, tma, precision, large)
     # There are no registers for two large tiles, of all levels and of the one that is masked.
     tile = tiles.expand_candidates(*of_kind)[-1] if drops and levels > 1 else tiles.expand_tile(M, N, *of_kind)
     tile_count = ceil(M / tile.block_m) * ceil(N / tile.block_n)
@@ -147,5 +156,8 @@ def _plan(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
         blocks,
-        (M, N, K, factor.rows, levels, ceil(M / BLOCK), *lhs.strides, *weight.strides, *factor.strides),
+        (
+            M, N, K, factor.rows, levels, ceil(M / BLOCK), *lhs.strides, *weight.strides, *factor.strides,
+            None if tma or is_whole else out.stride_row,
+        ),
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import addmm, backends, reference
+from ..formats import Stored
 from .library import launching, ops
 
 
@@ -44,11 +45,18 @@ def in_triton(tensor: Tensor) -> bool:
 
 
 @cache
-def _triton():
+def _triton(stored: bool):
     """Imported where it is used: not everybody has Triton. A call's own import statement would take it 3 us."""
     from ..kernels import lora_linear, replay
 
+    if stored:
+        return lora_linear.stored_forward_pass, lora_linear.stored_backward_pass, replay.replayed
     return lora_linear.forward_pass, lora_linear.backward_pass, replay.replayed
+
+
+def _tensors(weight: Tensor | Stored) -> tuple[Tensor | None, ...]:
+    """As inputs of those passes."""
+    return weight.tensors if isinstance(weight, Stored) else (weight,)
 
 
 def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tuple | None = None, gain=None):
@@ -58,9 +66,9 @@ def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tu
         return ops.cuda_lora_parts_forward(x, flat, p, [], "none")
     rows = rows_of(x)
     if backend == "triton":
-        forward_pass, _, replayed = _triton()
+        forward_pass, _, replayed = _triton(isinstance(weight, Stored))
         with launching("forward", x):
-            inputs = rows, weight, A, B, kernel_bias(bias), scale, seed, gain
+            inputs = rows, *_tensors(weight), A, B, kernel_bias(bias), scale, seed, gain
             return replayed(forward_pass, inputs, lambda: (p, *_triton_constants(x)), kind)
     own = addmm.lora_linear_forward if backend == "addmm" else reference.lora_linear_forward_ref
     with no_autocast(x):
@@ -75,9 +83,9 @@ def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, 
         return dx, dA, dB, dxa
     rows_dy, rows = rows_of(dy), rows_of(x)
     if backend == "triton":
-        _, backward_pass, replayed = _triton()
+        _, backward_pass, replayed = _triton(isinstance(weight, Stored))
         with launching("backward", x):
-            inputs = rows_dy, rows, weight, A, B, xa, scale, seed, dxa
+            inputs = rows_dy, rows, *_tensors(weight), A, B, xa, scale, seed, dxa
             *grads, made = replayed(backward_pass, inputs, lambda: (p, *_triton_constants(x), needs, keeps_dxa))
         return *grads, dxa if made is None else made
     own = addmm.lora_linear_backward if backend == "addmm" else reference.lora_linear_backward_ref

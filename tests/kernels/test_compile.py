@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_lora import padding
+from fused_lora.formats import FP8, INT8, NF4, Stored
 from fused_lora.kernels import tiles
+from fused_lora.kernels.dequantise import dequantise
 from fused_lora.kernels.dropout import Dropout
 from fused_lora.kernels.gain_backward import gain_backward
 from fused_lora.kernels.launch import record_launches
@@ -26,15 +29,17 @@ GPUS = {"sm_80": KNOWN_GPUS["A100"], "sm_86": KNOWN_GPUS["RTX 3090"], "sm_89": K
 GPUS["sm_90"] = KNOWN_GPUS["H100"]
 RANKS = [16, 32, 64, 128, 512]
 WITHOUT_PRODUCTS = {"reduce_splits_kernel", "reinit_kernel", "fill_up_kernel", "gain_backward_kernel", "norms_kernel"}
+WITHOUT_PRODUCTS.add("dequantise_kernel")
 
 
 def _empty(*shape, dtype):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def record(M, K, N, r, dtype, gpu: Gpu, precision="ieee", p=0.0, needs=(True, True, True)):
+def record(M, K, N, r, dtype, gpu: Gpu, precision="ieee", p=0.0, needs=(True, True, True), weight=None):
     """The launches of forward and backward."""
-    x, weight, dy = _empty(M, K, dtype=dtype), _empty(N, K, dtype=dtype), _empty(M, N, dtype=dtype)
+    x, dy = _empty(M, K, dtype=dtype), _empty(M, N, dtype=dtype)
+    weight = _empty(N, K, dtype=dtype) if weight is None else weight
     A, B, bias = _empty(r, K, dtype=dtype), _empty(N, r, dtype=dtype), _empty(N, dtype=dtype)
     scale = _empty(1, dtype=torch.float32)
     dropout = Dropout(p, _empty(1, dtype=torch.int64) if p else None)
@@ -88,9 +93,10 @@ def record_dora(gpu: Gpu):
     return launches
 
 
-def record_segments(M, K, N, window, dtype, gpu: Gpu, precision="ieee", levels=1, drops=False):
+def record_segments(M, K, N, window, dtype, gpu: Gpu, precision="ieee", levels=1, drops=False, weight=None):
     """Of rows with adapters of their own, in eight windows of a slab of 1,024 ranks."""
-    x, weight, dy = _empty(M, K, dtype=dtype), _empty(N, K, dtype=dtype), _empty(M, N, dtype=dtype)
+    x, dy = _empty(M, K, dtype=dtype), _empty(M, N, dtype=dtype)
+    weight = _empty(N, K, dtype=dtype) if weight is None else weight
     A, B, bias = _empty(1024, K, dtype=dtype), _empty(1024, N, dtype=dtype).t(), _empty(N, dtype=dtype)
     scales, blocks = _empty(64, dtype=torch.float32), -(-M // 256)
     shapes = ((levels, blocks, 4), (8, 4), (levels, 256 * blocks, 2))
@@ -99,6 +105,36 @@ def record_segments(M, K, N, window, dtype, gpu: Gpu, precision="ieee", levels=1
     with record_launches() as launches:
         _, xa = lora_segments_forward(x, weight, A, B, bias, scales, *of)
         lora_segments_backward(dy, x, weight, A, B, xa, scales, *of, (True, True, True))
+    return launches
+
+
+def _stored(form, N, K):
+    """On `meta`."""
+    stored = form.quantise(torch.ones(N, K))
+    return Stored(*(each if each is None else each.to("meta") for each in stored.tensors), N, K)
+
+
+def record_stored(gpu: Gpu):
+    """Weights in every format, of rows at which accesses of all widths begin; and products that fill some columns of a
+    result: by the copy engine or not, of a whole number of eights and not, with dropout and without."""
+    launches = []
+    for form in (FP8("rows"), FP8("blocks"), FP8("tensor"), INT8(), NF4(), NF4(nested=True)):
+        for K in (4096, 1000, 1001):
+            weight = _stored(form, 300, K)
+            for dtype in (torch.bfloat16, torch.float32):
+                with record_launches() as found:
+                    dequantise(weight, padding.empty(200, K, _empty(1, dtype=dtype)), 100)
+                launches += found
+    for M, K, N, dtype in [
+        (8192, 4096, 4096, torch.bfloat16), (8000, 4104, 4104, torch.bfloat16), (512, 4097, 4099, torch.float16),
+        (8192, 4096, 2048, torch.float32),
+    ]:  # fmt: skip
+        weight = _stored(FP8("tensor"), N, K)
+        launches += record(M, K, N, 16, dtype, gpu, weight=weight)
+        launches += record(M, K, N, 128, dtype, gpu, p=0.1, weight=weight)
+        launches += record_segments(M, K, N, 64, dtype, gpu, drops=True, weight=weight)
+        if dtype is not torch.float32:
+            launches += record_segments(M, K, N, 64, dtype, gpu, levels=2, weight=weight)
     return launches
 
 
@@ -114,7 +150,7 @@ def _rows_for_each_expand_tile(gpu: Gpu, tma: bool, precision: str, itemsize: in
 def default_launches(name: str):
     """Every default launch of an architecture, each distinct one once."""
     gpu = GPUS[name]
-    launches = record_merges(gpu) + record_restarts(gpu) + record_dora(gpu)
+    launches = record_merges(gpu) + record_restarts(gpu) + record_dora(gpu) + record_stored(gpu)
     for M in _rows_for_each_expand_tile(gpu, gpu.has_tma, "ieee", 2):
         for r in (16, 128):
             launches += record(M, 512, 512, r, torch.bfloat16, gpu)
