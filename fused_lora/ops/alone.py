@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import addmm, backends, reference
 from ..formats import Stored
 from .library import launching, ops
+from .parts import Part, flatten
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def _tensors(weight: Tensor | Stored) -> tuple[Tensor | None, ...]:
 def forward(backend: str, x, weight, A, B, bias, scale, seed, p: float, kind: tuple | None = None, gain=None):
     """(y, xa); csrc's xa has padded rows. kind: all that decides how the call is computed, if that is known."""
     if backend == "cuda":
-        flat = [weight, A, B, kernel_bias(bias), scale, seed, gain]
+        flat = flatten([Part(weight, A, B, kernel_bias(bias), scale, seed, gain)])
         return ops.cuda_lora_parts_forward(x, flat, p, [], "none")
     rows = rows_of(x)
     if backend == "triton":
@@ -96,7 +97,7 @@ def backward(backend: str, dy, x, weight, A, B, xa, scale, seed, dxa, p: float, 
 
 def csrc_backward(dy, x, weight, A, B, bias, xa, scale, seed, p: float, needs: Sequence[bool]):
     """(dx, dA, dB, dbias), None where needs says so."""
-    flat, (need_dx, *others) = [weight, A, B, bias, scale, seed, None], needs
+    flat, (need_dx, *others) = flatten([Part(weight, A, B, bias, scale, seed)]), needs
     grads = ops.cuda_lora_parts_backward([dy], [x], flat, [xa], [None], p, need_dx, others, [], [], False, [])
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 

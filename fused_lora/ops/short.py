@@ -13,7 +13,7 @@ from .. import backends, checks, choices
 from ..layout import layout_of
 from ..recent import Recent
 from . import alone, autograd
-from .parts import Part, drawn_seed
+from .parts import Part, drawn_seed, flatten
 
 MOST_KINDS = 4096  # of calls
 SHORT = ("triton", "addmm")  # and csrc without an autograd of its own
@@ -102,7 +102,7 @@ class LoRALinearFunction(torch.autograd.Function):
         need_dx, _, need_dA, need_dB, *_ = ctx.needs_input_grad
         backend, p = ctx.call
         if autograd.needs_formula([dy]):
-            part, needs = Part(weight, A, B, None, scale, seed), (False, need_dA, need_dB, False, False, False, False)
+            part, needs = Part(weight, A, B, None, scale, seed), flatten([Part(False, need_dA, need_dB, scale=False)])
             formula = lambda x, parts: autograd.linears(x, parts, p)  # noqa: E731
             dx, _, _, dA, dB, *_ = autograd.by_formula(formula, [dy], x, [part], need_dx, needs)
         else:

@@ -80,10 +80,10 @@ def test_what_are_no_parts(module, problem):
     x, weight, A, B, bias, *_ = in_order(inputs, scale)
     with pytest.raises(TypeError):
         module.lora_group(x, 5, None, 0.0)
-    with pytest.raises(RuntimeError, match="parts must be flat, of 7 tensors each, got 2"):
+    with pytest.raises(RuntimeError, match="parts must be flat, of 9 tensors each, got 2"):
         module.lora_group(x, [weight, A], None, 0.0)
     with pytest.raises(TypeError):
-        module.lora_group(x, [weight, A, B, bias, scale, "seed"], None, 0.0)
+        module.lora_group(x, [weight, A, B, bias, scale, "seed", None, None, None], None, 0.0)
 
 
 def test_nothing_is_kept(module, problem):
@@ -93,7 +93,8 @@ def test_nothing_is_kept(module, problem):
     def allocated_after_calls():
         for _ in range(20):
             module.lora_linear(*in_order(inputs, scale))
-            module.lora_group(*in_order(inputs, scale)[:1], [*in_order(inputs, scale)[1:6], None, None] * 2, None, 0.0)
+            x, *part = in_order(inputs, scale)[:6]
+            module.lora_group(x, [*part, None, None, None, None] * 2, None, 0.0)
         gc.collect()
         return torch.cuda.memory_allocated()
 
