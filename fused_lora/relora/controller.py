@@ -24,6 +24,7 @@ from .uninterrupted import uninterrupted
 from .wrapping import (
     check_model,
     check_scheduler,
+    forms_of,
     lora_layers,
     parameters_to_train,
     parts_of,
@@ -59,9 +60,9 @@ class ReLoRA:
       scheduler is a jagged_cosine_schedule whose rates climb again after it, and set back otherwise: without a climb, a
       kept step makes the first updates several times the learning rate (docs/reproduction.md).
     * lr_factor: the learning rates of all groups after the warm start, in units of those before.
-    * precision: how 16-bit weights take an update, "residual" (exact; an int16 for each weight), "stochastic" or
-      "nearest"; "auto" is residual for 16-bit weights, and wider ones need none. Weights in a format have a bf16 beside
-      each. What arrived in these at the last merge is in `arrived`, by layer (docs/quantised.md).
+    * precision: how weights of 16 bits and fewer take an update, "residual" (the default, by "auto": an int16 beside
+      each of 16 bits, exact; a bf16 beside each in a format, nearly so), "stochastic" or "nearest". What arrived in
+      those in a format at the last merge is in `arrived`, by layer.
     * steps_scheduler: False where another steps the scheduler after each optimizer step, as Trainer does.
     * state: what state_dict() gave for a model, optimizer and scheduler that are as they were then, the model's layers
       included. The run goes on from there. load_state_dict is for those that are still new.
@@ -208,7 +209,7 @@ class ReLoRA:
         cycle = self.cycle + 1
         rounding = "stochastic" if self.precision == "stochastic" else "nearest"
         seeds = {name: self._seed_of(name, cycle) for name in self.layers}
-        self.arrived = merge_parts(parts_of(self.layers), seeds, self.lows, rounding)
+        self.arrived = merge_parts(parts_of(self.layers), forms_of(self.layers), seeds, self.lows, rounding)
         self.cycle = cycle
 
     def state_dict(self) -> dict:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..formats import Arrived, Stored
+from ..formats import Arrived, Format, Stored
 from ..ops import Part, merge_and_reinit_
 from . import stored
 from .shards import is_sharded, keep, local, whole
@@ -36,14 +36,14 @@ def check_mergeable(parts: dict[str, Part]) -> None:
 
 
 def merge_parts(
-    parts: dict[str, Part], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str
+    parts: dict[str, Part], forms: dict[str, Format], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str
 ) -> dict[str, Arrived]:
-    """Every layer's restart, and of weights in a format what arrived in them.
+    """Every layer's restart, and of weights in a format, whose formats are given, what arrived in them.
 
     Raises ValueError as check_mergeable does, and for sums that are not finite, before anything is merged.
     """
     check_mergeable(parts)
-    merges = stored.prepare(parts, seeds, lows, rounding)
+    merges = stored.prepare(parts, forms, seeds, lows, rounding)
     _merge_matrices({name: part for name, part in parts.items() if name not in merges}, seeds, lows, rounding)
     return stored.restart(merges, parts, seeds)
 

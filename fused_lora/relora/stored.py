@@ -4,28 +4,26 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..formats import Arrived, Stored, format_of
+from ..formats import Arrived, Format
 from ..formats.merging import Prepared, prepared
 from ..ops import Part
 from .seeds import mix
 
 
 def prepare(
-    parts: dict[str, Part], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str
+    parts: dict[str, Part], forms: dict[str, Format], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str
 ) -> dict[str, Prepared]:
     """The merges of those whose weight is in a format, of which nothing is written yet. ValueError for what is not
     finite, with the layer's name."""
     found = {}
-    for name, part in parts.items():
-        if isinstance(part.weight, Stored):
-            # Of another seed than A, which would else have rows in common with it.
-            random = mix(seeds[name], 1) if rounding == "stochastic" else None
-            try:
-                found[name] = prepared(
-                    part.weight, format_of(part.weight), part.A, part.B, part.scale, rounding, random, lows.get(name)
-                )
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    for name, form in forms.items():
+        weight, A, B, _, scale, *_ = parts[name]
+        # Of another seed than A, which would else have rows in common with it.
+        random = mix(seeds[name], 1) if rounding == "stochastic" else None
+        try:
+            found[name] = prepared(weight, form, A, B, scale, rounding, random, lows.get(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return found
 
 

@@ -5,7 +5,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from .. import checks
-from ..formats import Stored, dequantise
+from ..formats import Format, Stored, dequantise
 from ..modules import ReplaceReport, replace_linear
 from ..modules.protocol import LoRALayer, is_lora
 from ..modules.selection import Selection
@@ -24,6 +24,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def parts_of(layers: dict[str, LoRALayer]) -> dict[str, Part]:
     return {name: layer.lora_part() for name, layer in layers.items()}
+
+
+def forms_of(layers: dict[str, LoRALayer]) -> dict[str, Format]:
+    """Of those whose weight is in one."""
+    return {name: layer.base for name, layer in layers.items() if is_stored(layer.lora_part())}
 
 
 def weights_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
