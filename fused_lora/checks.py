@@ -90,9 +90,16 @@ def check_weight(name: str, weight: Tensor | Stored) -> None:
 
 
 def check_in_full(name: str, weight: Tensor | Stored) -> None:
-    """Whether an update can be merged into a weight."""
+    """Whether an update can be merged into a weight for good, and all of it arrives."""
     if isinstance(weight, Stored):
-        raise NotImplementedError(f"{name} is quantised, and nothing can be merged into it: to_linear() dequantises it")
+        raise NotImplementedError(f"{name} is quantised, and would lose what its codes cannot hold of an update")
+
+
+MUCH = 0.5  # of an update, in codes: where less arrives, somebody is told
+
+
+def little_arrived(what: str, share: float) -> str:
+    return f"{share:.1%} of {what} arrived in its quantised weight: the rest is lost in rounding"
 
 
 def check_beside(name: str, x: Tensor, weight: Tensor | Stored) -> None:

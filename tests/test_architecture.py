@@ -48,7 +48,7 @@ ROOMS = {
         "layout",
     },
     "modules": {"segments", "formats", "ops", "checks", "reference", "padding", "whole_files"},
-    "relora": {"modules", "ops", "checks", "reference"},
+    "relora": {"modules", "ops", "checks", "reference", "formats"},
     "adapters": {"modules", "ops", "segments", "checks", "whole_files"},
     "tasks": {"adapters", "relora", "modules", "checks", "whole_files"},
     "pretrain": {"extras", "whole_files", "relora", "modules", "ops", "checks", "reference"},

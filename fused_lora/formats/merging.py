@@ -61,15 +61,22 @@ def merge_(
 ) -> Arrived:
     """W += scale B A, in place of stored's codes and scales, which it was quantised to by form.
 
-        A (r, K), B (N, r) in any floating dtypes   residual (N, K), bf16 as a rule, on W's device
+        A (r, K), B (N, r) in any floating dtypes   residual (N, K), bf16 as a rule, on W's device or the host
 
     * rounding="nearest": what is below half a step between codes is lost.
     * "stochastic": up or down, each as likely as it is near, by a hash of (seed, row, column). Unbiased, and noisier.
+      Small neighbouring seeds have rows in common: take seeds of 62 bits.
     * residual: what W has beside its codes. It is added, and keeps what rounding leaves: only its own rounding is lost.
 
-    Raises ValueError before anything is changed: for shapes, for an unknown rounding, a stochastic one without a seed
-    or beside a residual, and for a sum that is not finite.
+    Where it breaks off, everything is as it was. Raises ValueError before anything is changed: for shapes, for an
+    unknown rounding, a stochastic one without a seed or beside a residual, and for a sum that is not finite.
     """
+    return prepared(stored, form, A, B, scale, rounding, seed, residual).write_()
+
+
+@torch.no_grad()
+def prepared(stored, form, A, B, scale, rounding="nearest", seed=None, residual=None) -> "Prepared":
+    """merge_'s first look at all, with its errors. Of several weights each can be seen before the first is written."""
     _check(stored, A, B, rounding, seed, residual)
     update = updates(A, B, scale)
     before = Weight(form, stored, residual)
@@ -79,13 +86,39 @@ def merge_(
         raise ValueError("W + scale B A must be finite: a scale is of its largest entry")
     after = Weight(form, form.rescaled(stored, largest, touched, cover=rounding == "stochastic"), residual)
     seed = torch.as_tensor(seed, device=stored.device) if rounding == "stochastic" else None
-    sums = torch.zeros(4, dtype=torch.float64, device=stored.device)
-    for rows in chunks:
-        sums += _write(before, after, update(*rows), touched, seed, rows)
-    stored.scale.copy_(after.stored.scale)
-    if stored.outer is not None:
-        stored.outer.copy_(after.stored.outer)
-    return Arrived.of(sums)
+    return Prepared(before, after, update, chunks, touched, seed)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge whose scales are known, and of which nothing is written yet."""
+
+    before: "Weight"
+    after: "Weight"
+    update: Callable[[int, int], Tensor]
+    chunks: list[tuple[int, int]]
+    touched: Tensor
+    seed: Tensor | None
+
+    @torch.no_grad()
+    def write_(self) -> Arrived:
+        """All of it; or, where it breaks off, nothing."""
+        kept = self.before.copied()
+        try:
+            return self._write_all()
+        except BaseException:
+            self.before.put_back_(kept)
+            raise
+
+    def _write_all(self) -> Arrived:
+        stored, new = self.before.stored, self.after.stored
+        sums = torch.zeros(4, dtype=torch.float64, device=stored.device)
+        for rows in self.chunks:
+            sums += _write(self.before, self.after, self.update(*rows), self.touched, self.seed, rows)
+        stored.scale.copy_(new.scale)
+        if stored.outer is not None:
+            stored.outer.copy_(new.outer)
+        return Arrived.of(sums)
 
 
 @dataclass(frozen=True)
@@ -98,7 +131,17 @@ class Weight:
 
     def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         found = self.form.dequantise(self.stored, first, last).to(dtype)
-        return found if self.residual is None else found + self.residual[first:last].to(dtype)
+        return found if self.residual is None else found + self.residual[first:last].to(found.device, dtype)
+
+    def copied(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self._tensors()]
+
+    def put_back_(self, kept: list[Tensor]) -> None:
+        for tensor, before in zip(self._tensors(), kept, strict=True):
+            tensor.copy_(before)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (*self.stored.tensors, self.residual) if tensor is not None]
 
 
 def updates(A: Tensor, B: Tensor, scale: float | Tensor) -> Callable[[int, int], Tensor]:
@@ -144,8 +187,9 @@ def _write(before: Weight, after: Weight, delta: Tensor, touched: Tensor, seed: 
     form.codes_of(stored, first, last).copy_(form.encode(numbers))
     if before.residual is not None:
         rest = total - form.dequantise(after.stored, first, last)
-        here = before.residual[first:last]
-        here.copy_(torch.where(added, rest, torch.where(moved, here + rest, here)))
+        kept = before.residual[first:last]
+        here = kept.to(stored.device)
+        kept.copy_(torch.where(added, rest, torch.where(moved, here + rest, here)))
     change, delta = after.rows(first, last, torch.float64) - old, delta.double()
     lost = (change - delta).square().sum()
     return torch.stack([old.square().sum(), delta.square().sum(), (change * delta).sum(), lost])

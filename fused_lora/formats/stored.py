@@ -40,6 +40,19 @@ class Stored(NamedTuple):
     def numel(self) -> int:
         return self.N * self.K
 
+    def bytes(self) -> Tensor:
+        """A copy of all that it is kept in, as one row of uint8."""
+        parts = [tensor for tensor in self.tensors if tensor is not None]
+        return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in parts])
+
+    @torch.no_grad()
+    def set_bytes_(self, kept: Tensor) -> None:
+        """What bytes() gave, bit for bit."""
+        parts = [tensor for tensor in self.tensors if tensor is not None]
+        sizes = [tensor.numel() * tensor.itemsize for tensor in parts]
+        for tensor, some in zip(parts, kept.to(self.device).split(sizes), strict=True):
+            tensor.copy_(some.clone().view(tensor.dtype).view(tensor.shape))  # a copy lies where any dtype can begin
+
     def chunks(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
         """The first and the last row of parts that are small enough to be dequantised at once, or of the least rows
         that are a multiple."""

@@ -1,5 +1,6 @@
 """What of a state dict a layer cannot take."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
@@ -31,7 +32,19 @@ def loading_errors(layer: nn.Module, state_dict, prefix: str) -> list[str]:
             f"{_name_of(layer, prefix)}: {whose} weight is merged, and so is loaded with "
             f"{' and '.join(wanted[1:])} only, got {' and '.join(given)}: call unmerge_() first"
         )
+    if layer.base is not None and not errors and merged and "weight" in given:
+        errors += _bytes_errors(layer, prefix, state)
     return errors
+
+
+def _bytes_errors(layer: nn.Module, prefix: str, state: Tensor) -> list[str]:
+    """One where a merged weight comes without the bytes that unmerge_ needs."""
+    size = sum(tensor.numel() * tensor.itemsize for tensor in layer.frozen_tensors() if tensor is not None)
+    if state.dtype is torch.uint8 and state.shape == (size,):
+        return []
+    found = f"{str(state.dtype).removeprefix('torch.')} {tuple(state.shape)}"
+    wanted = f"its _extra_state must be the {size} bytes of it before, got {found}"
+    return [f"{_name_of(layer, prefix)}: the checkpoint's weight is merged, and {wanted}"]
 
 
 def base_errors(layer: nn.Module, state_dict, prefix: str) -> list[str]:

@@ -27,8 +27,9 @@ class LoRALinear(Merging):
     scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. lora_A starts kaiming-uniform (a = sqrt 5) and
     lora_B zero, so a new layer computes what the linear did. lora_dropout acts on the update's input in training.
     While merged, forward is the plain linear on the merged weight, and state_dict holds that weight and says so: its
-    `_extra_state` is merged, as a bool tensor (of DoRA the gain that the weight was merged with). Where it is absent,
-    from an nn.Linear or an earlier version, a loaded weight counts as not merged.
+    `_extra_state` is merged, as a bool tensor (of DoRA the gain that the weight was merged with; in a format the bytes
+    of the weight before). Where it is absent, from an nn.Linear or an earlier version, a loaded weight counts as not
+    merged.
 
     use_dora: y = gain (x W^T + scale dropout(x) A^T B^T) + bias, gain = lora_magnitude_vector / |W + scale B A| of each
     row, whose gradient passes to lora_magnitude_vector (N,) alone; it starts as the norms. PEFT, with dropout in
@@ -99,7 +100,7 @@ class LoRALinear(Merging):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        key, before = prefix + _EXTRA_STATE_KEY_SUFFIX, self.merged
+        key, before = prefix + _EXTRA_STATE_KEY_SUFFIX, (self.merged, self.get_extra_state(), self.arrived)
         errors = loading_errors(self, state_dict, prefix)
         if errors:
             error_msgs += errors
@@ -108,9 +109,10 @@ class LoRALinear(Merging):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if prefix + "weight" not in state_dict:
-            self.merged = before  # what the dict says is of another weight
+            merged, undoes, arrived = before  # what the dict says is of another weight
+            self._set_merged(merged, undoes if undoes.dim() else None, arrived)
         elif key not in state_dict:
-            self.merged = False
+            self._set_merged(False)
         if key in missing_keys:
             missing_keys.remove(key)
         self._settle()

@@ -1,20 +1,28 @@
 """Merging: the update in the weight, and out of it again."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from .. import checks, ops
-from ..formats import dequantise
+from ..formats import Arrived, dequantise
+from ..formats.merging import merge_
 from . import magnitudes
 from .frozen import Frozen
-from .loading import MAGNITUDES, MATRICES, SCALES, says_merged
+from .loading import MAGNITUDES, MATRICES, SCALES, TENSORS, says_merged
 from .scaled import Scaled
 
 
 class Merging(Frozen, Scaled):
-    """What LoRALinear has of it: weight, bias, lora_A, lora_B, and lora_magnitude_vector where it is DoRA."""
+    """What LoRALinear has of it: weight, bias, lora_A, lora_B, and lora_magnitude_vector where it is DoRA.
 
+    arrived: what became of the update in a weight that is in a format, since merge_ until unmerge_.
+    """
+
+    arrived: Arrived | None = None
     _merged_gain: Tensor | None = None  # of DoRA, while merged: what the weight was multiplied by
+    _merged_from: Tensor | None = None  # of a format, while merged: the bytes from before
 
     def __init__(self, r: int, lora_alpha: float, use_rslora: bool):
         super().__init__(r, lora_alpha, use_rslora)
@@ -30,61 +38,91 @@ class Merging(Frozen, Scaled):
         return magnitudes.gain(self.lora_magnitude_vector, self.frozen_weight, self.lora_A, self.lora_B, scale)
 
     def get_extra_state(self) -> Tensor:
-        """merged, for state dicts: a weight means nothing without it. Of DoRA the gain in it instead of True."""
-        return self._merged_gain if self.merged and self.use_dora else torch.tensor(self.merged, device="cpu")
+        """merged, for state dicts: a weight means nothing without it. Instead of True, what takes the update out again:
+        of DoRA the gain, of a format the bytes from before."""
+        undoes = self._merged_from if self.base is not None else self._merged_gain
+        return undoes if self.merged and undoes is not None else torch.tensor(self.merged, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """As get_extra_state gave it."""
-        self.merged = says_merged(state)
-        self._merged_gain = state.to(self.weight.device, copy=True) if state.dim() else None
+        undoes = state.to(self.weight.device, copy=True) if state.dim() else None
+        self._set_merged(says_merged(state), undoes)
+
+    def _set_merged(self, merged: bool, undoes: Tensor | None = None, arrived: Arrived | None = None) -> None:
+        self.merged, self.arrived = merged, arrived
+        self._merged_from, self._merged_gain = (undoes, None) if self.base is not None else (None, undoes)
 
     @torch.no_grad()
     def merge_(self) -> "Merging":
         """weight += scale B A in place, of DoRA times its gain; forward is then a plain linear.
 
+        A weight in a format is quantised again, to the nearest, which may keep little of an update: `arrived` says how
+        much, and a warning where that is less than half. A copy of the codes and scales stays beside it for unmerge_.
+
         The factors have no gradients meanwhile. Raises RuntimeError if merged already, ValueError for a factor that is
         not finite and a magnitude of 0 (they could not be taken out) and for tensors that are offloaded, TypeError for
-        sharded ones, NotImplementedError for a weight in a format.
+        sharded ones, NotImplementedError for DoRA over a weight in a format, or its merge in a CUDA graph.
         """
         if self.merged:
             raise RuntimeError("the update is already merged")
         self.check_mergeable()
-        self._merged_gain = self._merge_into(self.weight)
-        self.merged = True
+        if self.base is None:
+            self._set_merged(True, self._merge_into(self.weight))
+        else:
+            self._merge_into_codes()
         return self
+
+    def _merge_into_codes(self) -> None:
+        stored = self.frozen_weight
+        before = stored.bytes()
+        arrived = merge_(stored, self.base, self.lora_A, self.lora_B, self.scale)
+        self._set_merged(True, before, arrived)
+        if arrived.share < checks.MUCH:
+            warnings.warn(checks.little_arrived("the update", arrived.share), stacklevel=4)
 
     @torch.no_grad()
     def unmerge_(self) -> "Merging":
         """Takes it out of weight in place. Exact in float64 and float32 up to their rounding; in 16 bits each entry
         comes back to within one unit in the last place of the larger of its two values, after a hundred cycles
         too; of DoRA, whose gain divides what was rounded, the first few cycles lose more, and further ones nothing.
-        Raises as merge_ does."""
+        A weight in a format has its bits from before. Raises as merge_ does."""
         if not self.merged:
             raise RuntimeError("the update is not merged")
         self.check_mergeable()
-        if self.use_dora:
+        if self.base is not None:
+            self.frozen_weight.set_bytes_(self._merged_from)
+        elif self.use_dora:
             gain = self._merged_gain.to(self.weight.device)
             magnitudes.unmerge_(self.weight, self.lora_A, self.lora_B, self.scale, gain)
         else:
             ops.merge_(self.weight, self.lora_A, self.lora_B, -self.scale)
-        self.merged, self._merged_gain = False, None
+        self._set_merged(False)
         return self
 
     def check_mergeable(self) -> None:
         """Raises what merge_ does of the tensors as they are."""
-        checks.check_in_full("weight", self.frozen_weight)
         self._check_at_hand()
-        checks.check_own("weight", self.weight)
+        for name, tensor in zip(TENSORS, self.frozen_tensors(), strict=False):
+            if tensor is not None:
+                checks.check_own(name, tensor)
+        if self.base is not None:
+            self._check_codes()
         self._check_finite()
         if self.use_dora and not self.merged and not _is_captured(self.weight) and not self._lasting_gain().all():
             raise ValueError(f"{MAGNITUDES} must not be 0 to be merged, since its row could not be taken out")
+
+    def _check_codes(self) -> None:
+        if self.use_dora:
+            raise NotImplementedError("weight is quantised, and DoRA is not merged into codes: to_linear() merges it")
+        if _is_captured(self.weight):
+            raise NotImplementedError("weight is quantised, and its merge waits for the device: not in a CUDA graph")
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A new nn.Linear with the merged weight and a copy of the bias, which train; this layer stays as it is.
 
-        Of a weight in a format it is what that stands for and the update, rounded once to compute_dtype. Raises
-        ValueError or TypeError as merge_ does.
+        Of a weight in a format it is what that stands for and the update, rounded once to compute_dtype; while merged,
+        what has arrived of the update. Raises ValueError or TypeError as merge_ does.
         """
         self._check_at_hand()
         if not self.merged:

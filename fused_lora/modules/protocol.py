@@ -24,7 +24,7 @@ class LoRALayer(Protocol):
 
     @property
     def frozen_weight(self) -> Tensor | Stored:
-        """(N, K), whatever the layer is computed by now."""
+        """(N, K), whatever the layer is computed by now. A layer whose weight is Stored has its format as `base`."""
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -7,23 +7,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .. import reference
+from ..formats import Arrived
 from ..modules import ReplaceReport
 from ..modules.protocol import LoRALayer
 from ..modules.selection import listed
-from ..ops import Part
+from .beginning import begin, check_forgets
 from .loading import check_shapes, refuse_other_phases
-from .merging import merge_parts
+from .merging import merge_parts, warn_of_losses
 from .optimizer_reset import check_kind, optimizer_reset, states_of
 from .options import check_options
-from .residuals import needs_low, new_low
+from .residuals import lows_beside, new_lows
 from .schedule import climbs
 from .seeds import mix
-from .shards import is_sharded, keep, local, reshard, whole
+from .shards import is_sharded, local, reshard
 from .uninterrupted import uninterrupted
 from .wrapping import (
     check_model,
     check_scheduler,
+    forms_of,
     lora_layers,
     parameters_to_train,
     parts_of,
@@ -59,8 +60,9 @@ class ReLoRA:
       scheduler is a jagged_cosine_schedule whose rates climb again after it, and set back otherwise: without a climb, a
       kept step makes the first updates several times the learning rate (docs/reproduction.md).
     * lr_factor: the learning rates of all groups after the warm start, in units of those before.
-    * precision: how 16-bit weights take an update, "residual" (exact; an int16 for each weight), "stochastic" or
-      "nearest"; "auto" is residual for 16-bit weights, and wider ones need none.
+    * precision: how weights of 16 bits and fewer take an update, "residual" (the default, by "auto": an int16 beside
+      each of 16 bits, exact; a bf16 beside each in a format, nearly so), "stochastic" or "nearest". What arrived in
+      those in a format at the last merge is in `arrived`, by layer.
     * steps_scheduler: False where another steps the scheduler after each optimizer step, as Trainer does.
     * state: what state_dict() gave for a model, optimizer and scheduler that are as they were then, the model's layers
       included. The run goes on from there. load_state_dict is for those that are still new.
@@ -112,6 +114,7 @@ class ReLoRA:
         )
         check_scheduler(scheduler, reset_every, warm_start_steps, lr_factor)
         check_model(model, optimizer, lora, warm_start_steps if state is None else 0)
+        check_forgets(lora_layers(model), base)
         if reset_every is not None:
             check_kind(optimizer)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -125,6 +128,7 @@ class ReLoRA:
         self.report: ReplaceReport | None = None
         self.layers: dict[str, LoRALayer] = {}
         self.lows: dict[str, Tensor] = {}
+        self.arrived: dict[str, Arrived] = {}
         self._knows_states = self._check_states()
         if state is not None:
             self._know_layers()
@@ -146,16 +150,22 @@ class ReLoRA:
             self._wrap()
         since = self.steps + 1 - self.warm_start_steps
         restarts = self.reset_every and since > 0 and since % self.reset_every == 0
-        shares = self.restart() if restarts else None  # what is refused was not counted, and is tried again
+        shares = self._restart() if restarts else None  # what is refused was not counted, and is tried again
         self.steps += 1
         if self.scheduler is not None and self.steps_scheduler:
             self.scheduler.step()
+        warn_of_losses(self.arrived if restarts else {})
         return shares
 
     @torch.no_grad()
     @uninterrupted()
     def restart(self) -> dict[str, float]:
         """Merges every layer's update, begins its factors anew, and resets the optimizer's moments of them."""
+        shares = self._restart()
+        warn_of_losses(self.arrived)
+        return shares
+
+    def _restart(self) -> dict[str, float]:
         self._check_running()
         if not self.layers:
             raise RuntimeError("the warm start is not over")
@@ -172,9 +182,9 @@ class ReLoRA:
 
         Updates are merged as at a restart. Each LoRALinear becomes an nn.Linear on the same weight and bias, trainable
         as in a new one; hooks of the layers are gone with them. What 16 bits do not hold of a weight stays in `lows`:
-        reference.join(weight, low) is its float32. The optimizer loses the factors, and has nothing in their place: to
-        go on training, make a new one. A second call only returns the model; step, restart and state_dict then raise
-        RuntimeError.
+        reference.join(weight, low) is its float32. A weight in a format is dequantised, and has its residual in it. The
+        optimizer loses the factors, and has nothing in their place: to go on training, make a new one. A second call
+        only returns the model; step, restart and state_dict then raise RuntimeError.
 
         Raises RuntimeError, with nothing changed, for layers that are merged by hand, and for a model that FSDP2
         shards, whose layers cannot be exchanged: there restart() merges, and the weights alone are the model.
@@ -185,9 +195,10 @@ class ReLoRA:
             raise RuntimeError("model is sharded, and its layers cannot be exchanged: restart() merges their updates")
         if self.layers:
             self._merge()
-            self.model = unwrap(self.model, self.optimizer)
+            self.model, self.lows = unwrap(self.model, self.optimizer, self.lows)
             self.layers = {}
         self.finished = True
+        warn_of_losses(self.arrived)
         return self.model
 
     def _merge(self) -> None:
@@ -198,7 +209,7 @@ class ReLoRA:
         cycle = self.cycle + 1
         rounding = "stochastic" if self.precision == "stochastic" else "nearest"
         seeds = {name: self._seed_of(name, cycle) for name in self.layers}
-        merge_parts(parts_of(self.layers), seeds, self.lows, rounding)
+        self.arrived = merge_parts(parts_of(self.layers), forms_of(self.layers), seeds, self.lows, rounding)
         self.cycle = cycle
 
     def state_dict(self) -> dict:
@@ -229,8 +240,8 @@ class ReLoRA:
             raise ValueError("the checkpoint is of the warm start, which this run has behind it: make a new one")
         if state["shapes"]:
             weights = weights_to_train(self.model, self._lora)
-            some = {name: local(weight) for name, weight in weights.items() if needs_low(weight, self.precision)}
-            check_shapes(state, weights, some)
+            own = {name: local(weight) for name, weight in weights.items()}
+            check_shapes(state, weights, lows_beside(own, self.precision))
         steps, cycle = state["steps"], state["cycle"]
         if state["shapes"] and not self.layers:
             self._check_new()
@@ -279,21 +290,10 @@ class ReLoRA:
         self._know_layers()
         scale_learning_rates(self.optimizer, self.scheduler, self.lr_factor)
         for name, part in parts_of(self.layers).items():
-            self._begin(name, part)
+            begin(part, self._seed_of(name, 0), self.base)
 
     def _know_layers(self) -> None:
         """Those that the model has, with residuals of zero."""
         self.layers = lora_layers(self.model)
         weights = {name: local(part.weight) for name, part in parts_of(self.layers).items()}
-        some = {name: weight for name, weight in weights.items() if needs_low(weight, self.precision)}
-        self.lows = {name: new_low(weight, self.residual_device) for name, weight in some.items()}
-
-    def _begin(self, name: str, part: Part) -> None:
-        """The first cycle's factors, by the counter too: torch's own generator differs between ranks."""
-        weight, (out_features, in_features) = local(part.weight), part.weight.shape
-        seed = torch.tensor(self._seed_of(name, 0), device=weight.device)
-        if not whole(part.B).any():  # else the layer has begun already
-            keep(part.A, reference.new_A(part.r, in_features, seed))
-        if self.base != "trained":
-            weight.zero_()
-            keep(part.B, reference.uniform(out_features, part.r, part.r**-0.5, seed + 1))
+        self.lows = new_lows(weights, self.precision, self.residual_device)

@@ -3,7 +3,6 @@ the factors after it."""
 
 from itertools import chain
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -43,8 +42,9 @@ def check_shapes(state: dict, weights: dict[str, Tensor], lows: dict[str, Tensor
             if found != wanted:
                 raise ValueError(f"the checkpoint's {what} at {name} is {found}, this run's is {wanted}")
     for name, low in state["lows"].items():
-        if low.dtype is not torch.int16:
-            raise ValueError(f"the checkpoint's residual at {name} must be int16, got {low.dtype}")
+        wanted = lows[name].dtype
+        if low.dtype is not wanted:
+            raise ValueError(f"the checkpoint's residual at {name} must be {str(wanted)[6:]}, got {low.dtype}")
 
 
 def _shape(found: Tensor | tuple | None) -> tuple | str:

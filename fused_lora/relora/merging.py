@@ -1,16 +1,21 @@
 """The merge of a model's layers, whole or in shards."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..formats import Arrived, Format, Stored
 from ..ops import Part, merge_and_reinit_
+from . import stored
 from .shards import is_sharded, keep, local, whole
 
 
 def tensors_of(name: str, part: Part) -> dict[str, Tensor]:
-    """What a merge reads or writes of a layer, as parameters are called."""
-    return {f"{name}.lora_A": part.A, f"{name}.lora_B": part.B, f"{name}.weight": part.weight}
+    """What a merge reads or writes of a layer, as parameters are called; of a weight in a format its codes."""
+    weight = part.weight.codes if isinstance(part.weight, Stored) else part.weight
+    return {f"{name}.lora_A": part.A, f"{name}.lora_B": part.B, f"{name}.weight": weight}
 
 
 def check_mergeable(parts: dict[str, Part]) -> None:
@@ -30,12 +35,21 @@ def check_mergeable(parts: dict[str, Part]) -> None:
         raise ValueError(f"{wrong[0]} must be finite to be merged, got an infinity or a NaN")
 
 
-def merge_parts(parts: dict[str, Part], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str) -> None:
-    """merge_and_reinit_ of all layers' parts: those with low halves in one call, those without in another.
+def merge_parts(
+    parts: dict[str, Part], forms: dict[str, Format], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str
+) -> dict[str, Arrived]:
+    """Every layer's restart, and of weights in a format, whose formats are given, what arrived in them.
 
-    Raises ValueError as check_mergeable does, before anything is merged.
+    Raises ValueError as check_mergeable does, and for sums that are not finite, before anything is merged.
     """
     check_mergeable(parts)
+    merges = stored.prepare(parts, forms, seeds, lows, rounding)
+    _merge_matrices({name: part for name, part in parts.items() if name not in merges}, seeds, lows, rounding)
+    return stored.restart(merges, parts, seeds)
+
+
+def _merge_matrices(parts: dict[str, Part], seeds: dict[str, int], lows: dict[str, Tensor], rounding: str) -> None:
+    """merge_and_reinit_ of those with low halves in one call, of those without in another."""
     for names in ([name for name in parts if name in lows], [name for name in parts if name not in lows]):
         some = [parts[name] for name in names]
         As = [whole(part.A) for part in some]
@@ -51,3 +65,11 @@ def merge_parts(parts: dict[str, Part], seeds: dict[str, int], lows: dict[str, T
         for part, A in zip(some, As, strict=True):
             if is_sharded(part.A):
                 keep(part.A, A)
+
+
+def warn_of_losses(arrived: dict[str, Arrived]) -> None:
+    """Of the layer that has the least of its update, where that is little. Called last: a warning may be an error."""
+    name = min(arrived, key=lambda name: arrived[name].share, default=None)
+    if name is not None and arrived[name].share < checks.MUCH:
+        words = checks.little_arrived(f"{name}'s update", arrived[name].share)
+        warnings.warn(f"{words} (precision='residual' keeps it)", stacklevel=2)

@@ -5,11 +5,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from .. import checks
+from ..formats import Format, Stored, dequantise
 from ..modules import ReplaceReport, replace_linear
 from ..modules.protocol import LoRALayer, is_lora
 from ..modules.selection import Selection
 from ..modules.targets import find_linears
-from ..modules.unload import unloaded
+from ..modules.unload import linear_of, unloaded
 from ..ops import Part
 from .merging import tensors_of
 from .schedule import jagged_cosines
@@ -23,6 +24,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def parts_of(layers: dict[str, LoRALayer]) -> dict[str, Part]:
     return {name: layer.lora_part() for name, layer in layers.items()}
+
+
+def forms_of(layers: dict[str, LoRALayer]) -> dict[str, Format]:
+    """Of those whose weight is in one."""
+    return {name: layer.base for name, layer in layers.items() if is_stored(layer.lora_part())}
 
 
 def weights_to_train(model: nn.Module, lora: dict) -> dict[str, Tensor]:
@@ -57,7 +63,7 @@ def check_model(model: nn.Module, optimizer: Optimizer | None, lora: dict, warm_
         reason = layer.why_not()
         if reason is not None:
             raise ValueError(f"{name} has no update that could be merged: {reason}")
-        checks.check_in_full(f"{name}.weight", layer.lora_part().weight)
+        _check_codes(name, layer.lora_part())
         if layer.lora_part().gain is not None:
             raise ValueError(f"{name} is DoRA, whose gain a restart would leave behind: ReLoRA merges plain updates")
         for what, tensor in tensors_of(name, layer.lora_part()).items():
@@ -81,6 +87,12 @@ def check_model(model: nn.Module, optimizer: Optimizer | None, lora: dict, warm_
     missing = [name for name, parameter in needed.items() if id(parameter) not in held]
     if missing:
         raise ValueError(f"optimizer must hold every parameter that is trained, it lacks {', '.join(missing[:3])}")
+
+
+def _check_codes(name: str, part: Part) -> None:
+    """Shards of codes end within a block."""
+    if is_stored(part) and any(map(is_sharded, (*part.weight.tensors, part.A, part.B))):
+        raise NotImplementedError(f"{name}.weight is quantised and in shards: ReLoRA merges shards of matrices alone")
 
 
 def check_scheduler(
@@ -128,17 +140,30 @@ def wrap(model: nn.Module, optimizer: Optimizer | None, lora: dict) -> ReplaceRe
     return report
 
 
-def unwrap(model: nn.Module, optimizer: Optimizer) -> nn.Module:
-    """The reverse, for layers whose update is merged: each an nn.Linear again, on its weight and bias, which train.
+def unwrap(model: nn.Module, optimizer: Optimizer, lows: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The reverse, for layers whose update is merged: each an nn.Linear again, on its weight and bias, which train. A
+    weight in a format is what its codes and its residual are together, rounded once to the layer's compute_dtype.
 
-    The optimizer loses the factors and their states. Returns the model, or what takes its place if it is a layer."""
+    The optimizer loses the factors and their states. Returns the model, or what takes its place if it is a layer, and
+    the low halves that are still beside weights."""
     layers = lora_layers(model)
-    factors = [factor for part in parts_of(layers).values() for factor in (part.A, part.B)]
-    plain = unloaded(model, layers.values())
+    parts = parts_of(layers)
+    factors = [factor for part in parts.values() for factor in (part.A, part.B)]
+    full = {name: _in_full(layers[name], lows.get(name)) for name, part in parts.items() if is_stored(part)}
+    plain = unloaded(model, {layer: linear_of(layer, full.get(name)) for name, layer in layers.items()})
     _exchange(optimizer, {id(factor): {} for factor in factors})
     for factor in factors:
         optimizer.state.pop(factor, None)
-    return plain
+    return plain, {name: low for name, low in lows.items() if name not in full}
+
+
+def is_stored(part: Part) -> bool:
+    return isinstance(part.weight, Stored)
+
+
+def _in_full(layer: LoRALayer, low: Tensor | None) -> Tensor:
+    weight = dequantise(layer.lora_part().weight)
+    return (weight if low is None else weight + low.to(weight.device)).to(layer.compute_dtype)
 
 
 def _exchange(optimizer: Optimizer, successors: dict[int, dict[str, Tensor]]) -> None:

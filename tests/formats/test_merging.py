@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora.formats import FP8, INT8, NF4, dequantise, stored
+from fused_lora.formats import FP8, INT8, NF4, dequantise, merging, stored
 from fused_lora.formats.merging import Arrived, merge_
 from fused_lora.formats.nf4 import VALUES, unpack
 from fused_lora.hashing import half_bits
@@ -312,3 +312,38 @@ def test_a_gradient_of_what_was_sees_the_change():
     versions = [tensor._version for tensor in bits(kept)]
     merge_(kept, INT8(), *factors((9, 33)), SCALE)
     assert all(tensor._version > version for tensor, version in zip(bits(kept), versions, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["nearest", "stochastic", "residual"])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_merge_that_breaks_off_changes_nothing(form, kind, monkeypatch):
+    """After a part of the rows is written."""
+    monkeypatch.setattr(stored, "CHUNK", 1)
+    shape = (300, 64)
+    kept, residual = form.quantise(weight(shape)), weight(shape, torch.bfloat16, seed=4) * 1e-3
+    options = {"stochastic": dict(rounding="stochastic", seed=3), "residual": dict(residual=residual)}.get(kind, {})
+    before, rest, real, calls = copied(kept), residual.clone(), merging._write, []
+
+    def broken(*arguments):
+        if len(calls) == 2:
+            assert not same_bits(kept, before)
+            raise KeyboardInterrupt
+        calls.append(real(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(merging, "_write", broken)
+    with pytest.raises(KeyboardInterrupt):
+        merge_(kept, form, *factors(shape), SCALE, **options)
+    assert same_bits(kept, before)
+    assert torch.equal(residual, rest)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_all_bytes_of_a_weight(form):
+    """Of odd numbers of codes, after which no float32 begins."""
+    kept = form.quantise(weight((33, 65)))
+    first, before = kept.bytes(), copied(kept)
+    merge_(kept, form, *factors((33, 65)), SCALE)
+    assert not same_bits(kept, before)
+    kept.set_bytes_(first)
+    assert same_bits(kept, before)

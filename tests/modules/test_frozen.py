@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import LoRALinear, explain, merge_and_unload, print_trainable_parameters, replace_linear
+from fused_lora import LoRALinear, explain, print_trainable_parameters, replace_linear
 from fused_lora.formats import FP8, INT8, NAMED, NF4, Stored, dequantise
 from fused_lora.integrations.tensor_parallel import ColwiseLoRA
 from fused_lora.modules import LoRAMLP
 from fused_lora.reference import lora_linear_ref
-from fused_lora.relora import ReLoRA
 from tests.accuracy import assert_accurate
 from tests.modules.bases import BASE, FORMATS, every_format, linear, net, trained
 
@@ -181,22 +180,6 @@ def test_to_linear(dtype, form):
     assert error < torch.finfo(dtype).eps
     assert torch.equal(plain.bias, layer.bias)
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
-
-
-@every_format
-def test_merges_are_refused(form):
-    model = net(form)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for act, name in (
-        (model.first.merge_, "weight"),
-        (lambda: merge_and_unload(model), "first: weight"),
-        (lambda: ReLoRA(model, torch.optim.AdamW(model.parameters()), reset_every=3), r"first\.weight"),
-    ):
-        with pytest.raises(NotImplementedError, match=f"{name} is quantised"):
-            act()
-    assert isinstance(model.first, LoRALinear)
-    assert not model.first.merged
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_tensor_parallelism_is_refused():

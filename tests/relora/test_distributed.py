@@ -8,10 +8,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_lora import padding, replace_linear
+from fused_lora.formats import FP8, INT8, NF4
 from fused_lora.relora import ReLoRA
 from fused_lora.relora.shards import whole
 from tests.ranks import RANKS, on_all_ranks
 from tests.relora.test_controller import Net
+from tests.relora.test_stored import OverCodes
 
 OPTIONS = {"reset_mode": "random", "reset_ratio": 0.5, "precision": "stochastic"}
 LORA = {"r": 3, "exclude_modules": ["head"]}
@@ -127,6 +129,52 @@ def test_shards_are_those_of_one_rank(tmp_path):
 def test_shards_come_after_the_layers(tmp_path):
     messages = on_all_ranks(refused, None, tmp_path)
     assert all("call replace_linear before fully_shard" in message for message in messages.values())
+
+
+def over_codes(rank, form):
+    """Bits of all, with residuals, at the end of a training by DDP; of FP8, which gloo does not move, by hand."""
+    found = []
+    for precision in ("auto", "stochastic", "nearest"):
+        run = OverCodes(form, torch.bfloat16, precision=precision, reset_mode="random", reset_ratio=0.5)
+        torch.manual_seed(100 + rank)
+        model = run.net if isinstance(form, FP8) else DistributedDataParallel(run.net)
+        for step in range(7):
+            model(inputs(step, rank).bfloat16()).float().square().mean().backward()
+            for parameter in model.parameters() if model is run.net else ():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.relora.step()
+        found.append({name: each for name, (each, _) in run.everything().items()})
+        assert run.relora.cycle == 2
+        shares = [each.share for each in run.relora.arrived.values()]
+        found.append({"shares": torch.tensor(shares)})
+    return found
+
+
+@pytest.mark.parametrize("form", [FP8("rows"), INT8(), NF4(nested=True)], ids=str)
+def test_ranks_stay_together_over_codes(form, tmp_path):
+    first, second = on_all_ranks(over_codes, form, tmp_path).values()
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert {"first low", "second low"} <= set(first[0])
+    assert not torch.equal(first[0]["first.weight"], first[2]["first.weight"])
+
+
+def sharded_codes(rank, _):
+    run_of = OverCodes(NF4()).net
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(run_of, mesh=mesh)
+    with pytest.raises(NotImplementedError) as error:
+        ReLoRA(run_of, torch.optim.AdamW([p for p in run_of.parameters() if p.requires_grad]), reset_every=3)
+    return str(error.value)
+
+
+def test_shards_of_codes_are_refused(tmp_path):
+    messages = on_all_ranks(sharded_codes, None, tmp_path)
+    assert all(message.startswith("first.weight is quantised and in shards") for message in messages.values())
 
 
 def refused(rank, _):

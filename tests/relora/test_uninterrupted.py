@@ -6,10 +6,13 @@ import threading
 import pytest
 import torch
 
+from fused_lora.formats import FP8, NF4, merging
 from fused_lora.relora import controller
 from fused_lora.relora.uninterrupted import uninterrupted
+from tests.modules.bases import assert_same
 from tests.ops.problem import DEVICES
 from tests.relora.test_controller import Run
+from tests.relora.test_stored import OverCodes
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +83,23 @@ def test_in_a_thread_there_is_nothing_to_wait_for():
     thread.start()
     thread.join()
     assert done == [1]
+
+
+@pytest.mark.parametrize("form", [FP8("rows"), NF4()], ids=str)
+def test_ctrl_c_within_a_restart_over_codes(form, monkeypatch):
+    alone, stopped = OverCodes(form), OverCodes(form)
+    real = merging._write
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    alone.train(4)
+    stopped.train(2)
+    monkeypatch.setattr(merging, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(1)
+    monkeypatch.undo()
+    assert (stopped.relora.steps, stopped.relora.cycle) == (3, 1)
+    stopped.train(1)
+    assert_same(alone.everything(), stopped.everything())

@@ -46,7 +46,8 @@ class ReLoRACallback(TrainerCallback):
       below its adapters. One of them can be resumed with the same options, bit for bit on one device.
     * When training ends, the model becomes a plain one, all updates merged. A PeftModel stays one: finish() returns the
       model below it. `relora` is the controller, `report` what was replaced.
-    * Log lines have "relora/cycle", and each restart makes one.
+    * Log lines have "relora/cycle", and each restart makes one. Over weights in a format they have "relora/arrived":
+      the share of the last update that arrived, of the layer with the least.
 
     Raises ValueError or TypeError naming the argument before anything is changed, when the Trainer is made: of options;
     of frozen or otherwise unfit linears; load_best_model_at_end and auto_find_batch_size, which bring back weights that
@@ -112,7 +113,11 @@ class ReLoRACallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.relora is not None and not self.relora.finished:
-            logs["relora/cycle"] = state.log_history[-1]["relora/cycle"] = self.relora.cycle
+            more = {"relora/cycle": self.relora.cycle}
+            if self.relora.arrived:
+                more["relora/arrived"] = min(each.share for each in self.relora.arrived.values())
+            logs.update(more)
+            state.log_history[-1].update(more)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         if args.should_save:

@@ -39,7 +39,7 @@ def load(folders: Iterable[Path], model: nn.Module) -> dict:
         if _fits(content["marks"], _marks(model)):
             if not (folder / OPTIMIZER_NAME).is_file():
                 raise ValueError(f"{folder} has no {OPTIMIZER_NAME} (save_only_model): it cannot be resumed")
-            own = _weights(model)
+            own = _weights(model) if content["weights"] else {}
             for name, weight in content["weights"].items():
                 own[name].copy_(weight)
             return content["relora"]

@@ -8,6 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from fused_lora import replace_linear
 from fused_lora.integrations.transformers import ReLoRACallback, checkpoint
 from fused_lora.relora import jagged_cosine_schedule
 
@@ -32,10 +33,10 @@ class Last(TrainerCallback):
         self.tensors += [*self.relora.relora.lows.values(), torch.get_rng_state()]
 
 
-def run(folder, resume=None, dtype=torch.float32, given=False, options=(), **trainer):
+def run(folder, resume=None, dtype=torch.float32, given=False, options=(), make=model_of, **trainer):
     """(the trainer, its last tensors) of a run, from a checkpoint if given."""
     callback = ReLoRACallback(**OPTIONS | {"lr_factor": 1.5} | dict(options), restart_warmup_steps=2)
-    model = model_of(dtype)
+    model = make(dtype)
     optimizers = None, None
     if given:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -162,3 +163,27 @@ def test_what_cannot_be_resumed(remove, options, error, saved, tmp_path):
         (place / remove).unlink()
     with pytest.raises(ValueError, match=error):
         run(tmp_path, str(place), options=options)
+
+
+@pytest.mark.parametrize("base", ["fp8", "int8", "nf4", "nf4-nested"])
+def test_bit_for_bit_over_codes(base, tmp_path):
+    """Of a model whose layers come first: codes are in Trainer's file, residuals in relora.pt, shares in the logs."""
+    options = {"warm_start_steps": 0, "reset_every": 7, "precision": "residual"}
+
+    def quantised(dtype):
+        model = model_of(dtype)
+        replace_linear(model, 3, 5.0, exclude_modules=["lm_head"], base=base)
+        return model
+
+    whole = run(tmp_path, options=options, dtype=torch.bfloat16, make=quantised)
+    for step in (3, 7, 9):
+        place = str(tmp_path / f"checkpoint-{step}")
+        assert load_file(f"{place}/model.safetensors")[f"{Q_PROJ}.weight"].element_size() == 1
+        lows = torch.load(f"{place}/{checkpoint.NAME}", weights_only=True)["relora"]["lows"]
+        assert {low.dtype for low in lows.values()} == {torch.bfloat16}
+        again = run(tmp_path, place, torch.bfloat16, options=options, save_strategy="no", make=quantised)
+        assert_same_runs(again, whole)
+    shares = [line["relora/arrived"] for line in whole[0].state.log_history if "relora/arrived" in line]
+    assert shares
+    assert all(share == pytest.approx(1, abs=0.1) for share in shares)
+    assert whole[0].model.model.layers[0].self_attn.q_proj.weight.dtype is torch.bfloat16
