@@ -10,6 +10,7 @@
 # make bench-models  Hugging Face models by PEFT, PEFT accelerated and replace_linear: bench/results/<gpu>/models.md
 # make bench-adapters  rows with adapters of their own through one linear, few rows, several tasks' training steps, and a
 #             cache: bench/results/<gpu>/adapters.md, adapters-few.md, adapters-step.md and adapters-cache.md
+# make bench-quantised  a linear over bases in 8 and 4 bits: bench/results/<gpu>/quantised.md; and what merges into them lose
 # make profile  one step under ncu: profile_output/step.ncu-rep, its sections as text (SHAPE="M K N r")
 # make sanitize  csrc's kernels under compute-sanitizer's four tools; on a Hopper card FUSED_LORA_AS=sm80 has csrc/sm80's
 # make lint   ruff; make build: the CUDA extension, in place
@@ -27,7 +28,7 @@ PACKAGES ?= $(if $(GPU),torch>=2.10,torch==2.13.0 triton==3.7.1)
 WORKERS ?= $(if $(GPU),8,auto)
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test test-long bench bench-step bench-blocks bench-models bench-adapters profile sanitize lint build wheel try-wheel kernels-hub
+.PHONY: demo test test-long bench bench-step bench-blocks bench-models bench-adapters bench-quantised profile sanitize lint build wheel try-wheel kernels-hub
 
 demo: $(READY)
 	$(PYTHON) -m examples.demo $(if $(TEXT),--text $(TEXT))
@@ -58,6 +59,10 @@ bench-adapters: $(READY)
 	$(PYTHON) -m bench.adapters --few
 	$(PYTHON) -m bench.adapters --step
 	$(PYTHON) -m bench.adapters --cache
+
+bench-quantised: $(READY)
+	$(PYTHON) -m bench.quantised
+	$(PYTHON) -m bench.quantised_merges
 
 # The CUDA kernels' ranges are in a domain of their own, those of Triton's launches in the default one.
 RANGES := --nvtx $(foreach pass,forward backward,--nvtx-include "fused_lora@$(pass)/" --nvtx-include "fused_lora.$(pass)/")
