@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_lora import LoRALinear, explain, print_trainable_parameters, replace_linear
 from fused_lora.formats import FP8, INT8, NAMED, NF4, Stored, dequantise
@@ -188,10 +189,24 @@ def test_tensor_parallelism_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-def test_compiled_whole():
-    layer, x = trained(NF4(nested=True)), torch.randn(5, 65)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+@every_format
+def test_compiled_whole(form):
+    """One program, and one more for any count of tokens: none for each layer, count or value of the codes."""
+    torch._dynamo.reset()
+    layers = [trained(form) for _ in range(3)]
+    model = nn.Sequential(*(nn.Sequential(layer, nn.Linear(33, 65)) for layer in layers))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for tokens in (5, 7, 9, 12):
+        x = torch.randn(tokens, 65, requires_grad=True)
+        found = []
+        for each in (compiled, model):
+            y = each(x)
+            found.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, layers[0].lora_A])))
+        torch.testing.assert_close(*found)
+        with torch.no_grad():
+            layers[1].weight_scale.copy_(layers[1].weight_scale)
+    assert counter.frame_count <= 2
 
 
 # a model

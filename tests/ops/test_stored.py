@@ -147,3 +147,21 @@ def test_under_autocast(form):
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_linear(**inputs)
     assert y.dtype is torch.bfloat16
+
+
+@everywhere
+@every_format
+def test_zeros_give_zeros(form, device, dtype):
+    """Rows of x and of dy, rows and blocks of W: nothing is divided by nothing."""
+    inputs = make_inputs(40, 192, 130, 5, device, dtype, bias=False)
+    with torch.no_grad():
+        inputs["x"][3] = 0
+        inputs["weight"][7], inputs["weight"][:, 64:128] = 0, 0
+        inputs["B"].zero_()
+    inputs, _ = quantised(inputs, form, dtype)
+    y = lora_linear(**inputs, scale=SCALE)
+    dy = torch.randn_like(y).index_fill_(0, torch.tensor([5], device=device), 0)
+    dx, dA = torch.autograd.grad(y, [inputs["x"], inputs["A"]], dy)
+    assert all(tensor.isfinite().all() for tensor in (y, dx, dA))
+    for zeros in (y[3], y[:, 7], dx[5], dx[:, 64:128]):
+        assert (zeros == 0).all()
