@@ -34,7 +34,7 @@ struct alignas(16) Item {
     int stride;  // a shrink item makes low of an item's rows every `stride` rows, in `rows` of them
     int rank;    // or, where items have not all ranks, the first of its own; of a gradient too
     int half;    // of a half, the number of the item that was cut
-    int place;   // of a whole tile, the column with which its weight begins: its own, or where it is dequantised (ring.h)
+    int place;   // of a tile by a ring, the column with which its weight begins where it is dequantised (ring.h)
   };
 };
 static_assert(sizeof(Item) == 32, "two loads of 16 bytes");

@@ -220,7 +220,7 @@ class Planner {
       const int low = shrinking_.empty() ? kNone : low_flag(part, row);
       const Ring& ring = plan_.ring;
       const bool by_ring = ring.tiles > 0;
-      const int place = by_ring ? column % ring.tiles * tiling_.block_cols : col * tiling_.tile_cols;
+      const int place = by_ring ? column % ring.tiles * tiling_.block_cols : 0;
       const int raises = by_ring ? ring.done + 2 * (column * rows_ + row) : rides && tile_cols_ > 1 ? low : kNone;
       add(Work::kTile, rides ? kRides : 0, part, {row, 1}, col * tiling_.tile_cols, rides ? kNone : low, raises, place);
     }

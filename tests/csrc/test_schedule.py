@@ -69,7 +69,7 @@ def check_ring(each: Pass, sizes, items: list[Item]) -> None:
     ring, tiles = sizes.ring, [item for item in items if item.work == TILE]
     if not any(part.stored for part in each.parts[: each.summed]) or not tiles:
         assert (ring.tiles, ring.pieces, ring.bytes) == (0, 0, 0)
-        assert all(item.own == item.col for item in tiles)
+        assert all(item.own == 0 for item in tiles)
         return
     rows, block_cols = -(-each.M // PAIR_ROWS), each.block_n
     column_of = [(item.raises - ring.done) // (2 * rows) for item in tiles]
